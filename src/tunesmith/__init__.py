@@ -1,0 +1,45 @@
+"""tunesmith: turn a GPT-2-class base model into a dialogue model, and measure how good it became.
+
+>>> import tunesmith as ts
+>>> model, tokenizer = ts.load("sample", device="cpu")
+>>> answers = ts.generate(model, tokenizer, [[{"role": "user", "content": "What is love?"}]], max_new_tokens=8)
+
+Names are loaded when they are first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tunesmith.generate import generate as generate
+    from tunesmith.gpt import GPT as GPT
+    from tunesmith.gpt import GPTConfig as GPTConfig
+    from tunesmith.models import load as load
+    from tunesmith.options import SFTConfig as SFTConfig
+    from tunesmith.recipes.sft import sft as sft
+    from tunesmith.runlog import Run as Run
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "GPT": "gpt",
+    "GPTConfig": "gpt",
+    "Run": "runlog",
+    "SFTConfig": "options",
+    "generate": "generate",
+    "load": "models",
+    "sft": "recipes.sft",
+}
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"tunesmith.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'tunesmith' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOME]

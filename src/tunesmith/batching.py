@@ -1,0 +1,258 @@
+"""Rows of tokens to batches: packing, random windows or padding, in a seeded order that any step can be asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tunesmith.dialogue import END
+from tunesmith.errors import UserError
+from tunesmith.gpt import Documents
+from tunesmith.losses import IGNORE_INDEX
+from tunesmith.tokenstore import TokenStore
+
+Array = np.ndarray[Any, Any]
+PAD_STEP = 128  # padded batches have widths in multiples of this, so that few shapes occur
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch on its device.
+
+    input_ids: (B, T) int64. rows: (n,) int64, which of the B * T tokens carry loss. targets: (n,) int64, theirs.
+    documents: the packing; None where every row is one document. tokens: real tokens, padding not counted.
+    sources: row numbers of the data set.
+    """
+
+    input_ids: Tensor
+    rows: Tensor
+    targets: Tensor
+    documents: Documents | None
+    tokens: int
+    sources: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """Supervised tokens."""
+        return len(self.targets)
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on `device`; on a GPU the copies do not wait."""
+        if device.type == "cpu":
+            return self
+        move = lambda t: t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)  # noqa: E731
+        d = self.documents
+        documents = d and Documents(d.lengths, move(d.positions), move(d.cu_seqlens), d.longest)
+        return Batch(move(self.input_ids), move(self.rows), move(self.targets), documents, self.tokens, self.sources)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch [start, stop) of row `row` that is short enough for a batch row."""
+
+    row: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass
+class Truncation:
+    """How many rows were too long, what was done, and what it cost."""
+
+    rule: str = ""
+    cut: int = 0
+    tokens_lost: int = 0
+    ends_lost: int = 0
+    places: list[str] = field(default_factory=list)
+
+    def lines(self, block_size: int) -> list[str]:
+        """One line for the user, or none."""
+        if not self.cut:
+            return []
+        what = {"keep_end": "lost their beginning", "keep_start": "lost their end", "split": "were split", "drop": "were dropped"}
+        cost = f" ({self.tokens_lost:,} tokens, {self.ends_lost:,} answer ends lost)" if self.tokens_lost else ""
+        where = f": {', '.join(self.places)}{', ...' if self.cut > 3 else ''}"
+        return [f"{self.cut:,} longer than block_size {block_size:,} {what[self.rule]}{cost}{where}"]
+
+
+def cut_rows(store: TokenStore, rows: Sequence[int], block_size: int, rule: str = "auto") -> tuple[list[Piece], list[Truncation]]:
+    """Pieces of at most `block_size` tokens, and what had to be cut.
+
+    rule: keep_end (cut the beginning, so that the last answer and its end stay), keep_start, split (consecutive pieces,
+        nothing lost), drop; auto: split for plain text, keep_end for dialogues.
+    """
+    pieces: list[Piece] = []
+    told: dict[str, Truncation] = {}
+    lengths = store.lengths
+    for row in rows:
+        length = int(lengths[row])
+        if length <= block_size:
+            pieces.append(Piece(row, 0, length))
+            continue
+        how = ("split" if store.plain[row] else "keep_end") if rule == "auto" else rule
+        note = told.setdefault(how, Truncation(how))
+        note.cut += 1
+        if len(note.places) < 3:
+            note.places.append(f"{store.place(row)} with {length:,}")
+        if how == "split":
+            pieces += [Piece(row, a, min(a + block_size, length)) for a in range(0, length, block_size)]
+            continue
+        kept = Piece(row, 0, 0) if how == "drop" else Piece(row, 0, block_size)
+        if how == "keep_end":
+            kept = Piece(row, length - block_size, length)
+        note.tokens_lost += length - len(kept)
+        flags = store.flags[int(store.offsets[row]) :][:length]
+        note.ends_lost += int(np.count_nonzero(flags & END) - np.count_nonzero(flags[kept.start : kept.stop] & END))
+        if len(kept):
+            pieces.append(kept)
+    return pieces, list(told.values())
+
+
+def pack(lengths: Sequence[int], block_size: int) -> list[list[int]]:
+    """Best-fit decreasing: indices into `lengths`, grouped into bins of at most `block_size`.
+
+    The longest remaining item goes where it leaves the least room. Free room is kept as the bits of one integer, so
+    that the best bin is found without a search.
+
+    >>> pack([5, 3, 4, 2], 7)
+    [[0, 3], [2, 1]]
+    """
+    bins: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(block_size + 1)]  # bins by free room
+    occupied = 0  # bit r is set while with_room[r] is not empty
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        n = lengths[i]
+        fitting = occupied >> n
+        if fitting:
+            room = n + (fitting & -fitting).bit_length() - 1
+            chosen = with_room[room].pop()
+            if not with_room[room]:
+                occupied &= ~(1 << room)
+        else:
+            room, chosen = block_size, len(bins)
+            bins.append([])
+        bins[chosen].append(i)
+        with_room[room - n].append(chosen)
+        occupied |= 1 << (room - n)
+    return bins
+
+
+class Batches:
+    """Micro-batches by number: `batches[i]` is the same whenever it is asked for, so a run resumes at any step.
+
+    Rows follow each other across epochs; no row is dropped and no batch is short. Each epoch has its own order, drawn
+    from (seed, epoch).
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        rows: Sequence[int],
+        *,
+        batching: str,
+        block_size: int,
+        batch_size: int,
+        loss_on: str,
+        truncation: str = "auto",
+        seed: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        """Arguments as the options of the same names. shuffle: False keeps one fixed order (evaluation).
+
+        Raises: UserError if nothing is left to learn from, or the windows are longer than the data.
+        """
+        self.store, self.batching, self.block_size, self.batch_size = store, batching, block_size, batch_size
+        self.loss_on = "all" if loss_on == "auto" and batching == "windows" else "assistant" if loss_on == "auto" else loss_on
+        self.seed, self.shuffle = seed, shuffle
+        self.pieces: list[Piece] = []
+        self.truncations: list[Truncation] = []
+        if batching == "windows":
+            if self.loss_on != "all":
+                raise UserError("--data.batching windows cuts through dialogues and puts loss on all tokens; use packed for --data.loss_on assistant")
+            self.stream = self._stream(rows)
+            self.rows_per_epoch = max(1, len(self.stream) // block_size)
+            if len(self.stream) <= block_size:
+                raise UserError(f"{len(self.stream):,} tokens are too few for windows of {block_size:,}; lower --data.block_size")
+            return
+        cut, self.truncations = cut_rows(store, rows, block_size, truncation)
+        self.pieces = [p for p in cut if self._supervised(p)]
+        if not self.pieces:
+            raise UserError(f"no row of {store.source.name} ({store.split}) is left to learn from: {len(cut)} have no target at block_size {block_size}")
+        self.rows_per_epoch = len(self._plan(0))
+
+    def _supervised(self, piece: Piece) -> bool:
+        if self.loss_on == "all":
+            return True
+        start = int(self.store.offsets[piece.row])
+        return bool((self.store.flags[start + piece.start : start + piece.stop] & 3).any())
+
+    def _stream(self, rows: Sequence[int]) -> Array:
+        """Every text, the end-of-text token, the next text: one long line of tokens."""
+        end = np.array([self.store.end_of_text], self.store.tokens.dtype)
+        parts = [part for r in rows for part in (self.store.tokens[self.store.offsets[r] : self.store.offsets[r + 1]], end)]
+        return np.concatenate(parts)
+
+    @lru_cache(maxsize=2)  # noqa: B019 (one Batches lives as long as its run)
+    def _plan(self, epoch: int) -> list[list[Piece]]:
+        """The rows of an epoch in order, each a list of pieces."""
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(len(self.pieces)) if self.shuffle else np.arange(len(self.pieces))
+        pieces = [self.pieces[i] for i in order]
+        if self.batching == "padded":
+            return [[piece] for piece in pieces]
+        rows = [[pieces[i] for i in group] for group in pack([len(p) for p in pieces], self.block_size)]
+        return [rows[i] for i in rng.permutation(len(rows))] if self.shuffle else rows
+
+    def __getitem__(self, index: int) -> Batch:
+        """Micro-batch number `index`, counted from 0 over the whole training."""
+        numbers = range(index * self.batch_size, (index + 1) * self.batch_size)
+        if self.batching == "windows":
+            return self._windows(numbers)
+        return self._assemble([self._plan(n // self.rows_per_epoch)[n % self.rows_per_epoch] for n in numbers])
+
+    def fixed(self, limit: int | None = None) -> Iterator[Batch]:
+        """At most `limit` batches that are the same at every call: each row once, and only here the last may be short."""
+        rows = self.rows_per_epoch
+        for start in range(0, rows, self.batch_size)[:limit]:
+            numbers = range(start, min(start + self.batch_size, rows))
+            yield self._windows(numbers) if self.batching == "windows" else self._assemble([self._plan(0)[n] for n in numbers])
+
+    def _windows(self, numbers: Sequence[int]) -> Batch:
+        starts = [int(np.random.default_rng((self.seed, n)).integers(len(self.stream) - self.block_size)) for n in numbers]
+        ids = np.stack([self.stream[a : a + self.block_size + 1] for a in starts]).astype(np.int64)
+        inputs, targets = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy()).flatten()
+        return Batch(inputs, torch.arange(len(targets)), targets, None, len(targets), ())
+
+    def _assemble(self, rows: Sequence[Sequence[Piece]]) -> Batch:
+        width = self.block_size
+        if self.batching == "padded":
+            longest = max(len(p) for row in rows for p in row)
+            width = min(self.block_size, -(-longest // PAD_STEP) * PAD_STEP)
+        input_ids = np.full((len(rows), width), self.store.end_of_text, np.int64)
+        targets = np.full((len(rows), width), IGNORE_INDEX, np.int64)
+        lengths = []
+        for i, row in enumerate(rows):
+            at = 0
+            for piece in row:
+                stop = at + len(piece)
+                input_ids[i, at:stop], targets[i, at:stop] = self.store.row(piece.row, self.loss_on, piece.start, piece.stop)
+                at = stop
+            lengths.append([len(p) for p in row] + ([width - at] if at < width else []))
+        supervised = np.flatnonzero(targets.ravel() != IGNORE_INDEX)
+        return Batch(
+            input_ids=torch.from_numpy(input_ids),
+            rows=torch.from_numpy(supervised),
+            targets=torch.from_numpy(targets.ravel()[supervised]),
+            documents=Documents.from_rows(lengths),
+            tokens=sum(len(p) for row in rows for p in row),
+            sources=tuple(p.row for row in rows for p in row),
+        )

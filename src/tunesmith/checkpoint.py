@@ -1,0 +1,115 @@
+"""Checkpoints: a model directory plus everything needed to go on bit for bit, written all at once or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from tunesmith.errors import UserError
+from tunesmith.gpt import GPT
+from tunesmith.runlog import Run, step_name
+from tunesmith.tokenizer import Tokenizer
+from tunesmith.weights import from_hf_state_dict, save_model, stored_weights, write_safetensors
+
+STATE = "training_state"
+
+
+def save_checkpoint(
+    run: Run, step: int, model: GPT, tokenizer: Tokenizer, optimizer: Optimizer, progress: dict[str, Any], scaler: GradScaler | None
+) -> Path:
+    """Write `checkpoints/step-XXXXXXXX`: the model in the Hugging Face layout, and `training_state/`.
+
+    The directory is written under another name, flushed to disk and renamed, so that a process killed at any moment
+    leaves either no checkpoint of this step or a whole one.
+
+    progress: JSON-able position in the data, best step and so on; comes back from `load_state`.
+    Raises: OSError (disk full, read-only, ...); nothing half-written stays behind.
+    """
+    root = run.path / "checkpoints"
+    aside, final = root / f".writing-{step_name(step)}", root / step_name(step)
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        save_model(model, tokenizer, aside)
+        (aside / STATE).mkdir()
+        tensors, scalars = _flatten(optimizer)
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["rng.cuda"] = torch.cuda.get_rng_state()
+        write_safetensors(tensors, aside / STATE / "optimizer.safetensors")
+        state = {"step": step, "optimizer": scalars, "scaler": scaler.state_dict() if scaler else None, **progress}
+        (aside / STATE / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        for path in aside.rglob("*"):
+            _flush(path)
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        _flush(root)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return final
+
+
+def load_state(directory: Path, model: GPT, optimizer: Optimizer, scaler: GradScaler | None) -> dict[str, Any]:
+    """Put weights, optimizer, random state and loss scale back as they were; returns the step and `progress`.
+
+    Raises: UserError naming the file that is missing or broken.
+    """
+    try:
+        state: dict[str, Any] = json.loads((directory / STATE / "state.json").read_text(encoding="utf-8"))
+        tensors = load_file(directory / STATE / "optimizer.safetensors")
+    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        raise UserError(f"{directory} cannot be resumed from ({error}); delete it to go on from the checkpoint before") from None
+    from_hf_state_dict(model, stored_weights(directory), str(directory))
+    torch.set_rng_state(tensors.pop("rng.cpu"))
+    cuda = tensors.pop("rng.cuda", None)
+    if cuda is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda)
+    slots: dict[int, dict[str, Any]] = {int(i): dict(s) for i, s in state.pop("optimizer").items()}
+    for key, tensor in tensors.items():
+        number, name = key.split(".", 1)
+        slots.setdefault(int(number), {})[name] = tensor
+    whole = optimizer.state_dict()
+    whole["state"] = slots
+    optimizer.load_state_dict(whole)
+    if scaler and state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+    return state
+
+
+def _flatten(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for number, slots in optimizer.state_dict()["state"].items():
+        for name, value in slots.items():
+            if isinstance(value, Tensor):
+                tensors[f"{number}.{name}"] = value.detach().cpu().contiguous()
+            else:
+                scalars.setdefault(str(number), {})[name] = value
+    return tensors, scalars
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def prune(run: Run, keep: int, best: int | None) -> None:
+    """Remove all but the last `keep` checkpoints and the best one."""
+    checkpoints = run.checkpoints()
+    last = {step for step, _ in checkpoints[-keep:]} if keep > 0 else set()
+    for step, path in checkpoints:
+        if step not in last and step != best:
+            shutil.rmtree(path, ignore_errors=True)

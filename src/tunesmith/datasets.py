@@ -1,0 +1,346 @@
+"""Named data sets and the ecosystem's formats: files to rows of text, with every bad row counted and told."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tunesmith.dialogue import BadRow, Dialogue, Preference, Row, Text, parse_messages, parse_transcript
+from tunesmith.errors import UserError
+from tunesmith.hub import download_dataset
+from tunesmith.options import DataOptions
+
+HH_REPO, RM_STATIC_REPO = "Anthropic/hh-rlhf", "Dahoas/rm-static"
+HH_SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+FORMATS = "text | messages | prompt + completion | prompt + chosen + rejected | chosen + rejected"
+SPLIT_NAMES = {"train": ("train",), "test": ("test", "validation", "valid", "dev", "eval")}
+PUBLISHED_ROWS = {  # train, test: counts of the report that spec'd these recipes and of the data set's card
+    "hh": (160_800, 8_552), "hh-static": (84_576, 3_451), "hh-helpful-half": (21_917, 1_177), "hh-pairs": (21_917, 1_177),
+    "hh:harmless-base": (42_537, 2_312), "hh:helpful-base": (43_835, 2_354), "hh:helpful-online": (22_007, 1_137),
+    "hh:helpful-rejection-sampled": (52_421, 2_749),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Located:
+    """A value and where it stands: file number within its split, and line (or row) counted from 1."""
+
+    value: Any
+    file: int
+    line: int
+
+
+@dataclass
+class Report:
+    """What happened to the rows of a split: read, used, and the bad ones by reason with the first few places."""
+
+    rows: int = 0
+    used: int = 0
+    bad: dict[str, int] = field(default_factory=dict)
+    places: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def add_bad(self, reason: str, place: str) -> None:
+        """Count one bad row; the first three places of each reason are kept."""
+        self.bad[reason] = self.bad.get(reason, 0) + 1
+        places = self.places.setdefault(reason, [])
+        if len(places) < 3:
+            places.append(place)
+
+    def lines(self) -> list[str]:
+        """One line a reason: count, reason, first places."""
+        return [f"{n:,} skipped: {why} ({', '.join(self.places[why])}{', ...' if n > 3 else ''})" for why, n in self.bad.items()]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A resolved data set: which files hold its splits, and how their rows become dialogues."""
+
+    name: str
+    recipe: str
+    files: dict[str, tuple[Path, ...]]
+    rm_static: dict[str, tuple[Path, ...]] = field(default_factory=dict)
+    seed: int = 0
+    max_rows: int | None = None
+    notes: tuple[str, ...] = ()
+
+    def fingerprint(self, split: str) -> str:
+        """SHA-256 over the bytes of the split's files and everything else that decides its rows."""
+        digest = hashlib.sha256(repr((self.recipe, self.seed, self.max_rows)).encode())
+        for path in (*self.files[split], *self.rm_static.get(split, ())):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    def rows(self, split: str, report: Report) -> Iterator[Located]:
+        """The split's rows in order, each a Located Dialogue, Text or Preference; bad ones are counted in `report`."""
+        paths = self.files[split]
+
+        def raw() -> Iterator[Located]:
+            for number, path in enumerate(paths):
+                yield from read_file(path, number, report)
+
+        selected = RECIPES[self.recipe](self, split, raw())
+        for count, located in enumerate(selected):
+            if self.max_rows is not None and count >= self.max_rows:
+                break
+            report.rows += 1
+            try:
+                row = parse_row(located.value)
+                report.used += 1
+                yield Located(row, located.file, located.line)
+            except BadRow as reason:
+                report.add_bad(str(reason), f"{paths[located.file].name}:{located.line}")
+        if not report.used:
+            reasons = "; ".join(report.lines()) or "the file is empty"
+            raise UserError(f"{self.name} ({split}) has no usable row in {_names(paths)}: {reasons}")
+        expected = PUBLISHED_ROWS.get(self.name)
+        if expected and self.max_rows is None and report.rows != (want := expected[split != "train"]):
+            report.notes.append(f"{self.name} {split}: {report.rows:,} rows, the published data set has {want:,}")
+
+    def place(self, split: str, file: int, line: int) -> str:
+        """`file:line` of a row, for messages."""
+        return f"{self.files[split][file].name}:{line}"
+
+
+def open_dataset(options: DataOptions) -> Source:
+    """Find the files of `options.name`: a recipe, a local file or directory, or a data set on the hub.
+
+    Raises: UserError if something is missing; it says what was looked for and where.
+    """
+    name, seed, limit = options.name, options.seed, options.max_rows
+    if name == "sample":
+        here = Path(__file__).parent / "sample"
+        return Source(name, "rows", {s: (here / f"{s}.jsonl",) for s in ("train", "test")}, max_rows=limit)
+    base = name.partition(":")[0]
+    if base in ("hh", "hh-static", "hh-helpful-half", "hh-pairs"):
+        subset = name.partition(":")[2]
+        if subset and (base != "hh" or subset not in HH_SUBSETS):
+            raise UserError(f"--data.name {name}: the subsets are {', '.join('hh:' + s for s in HH_SUBSETS)}")
+        helpful_only = base in ("hh-helpful-half", "hh-pairs")
+        wanted = (subset,) if subset else ("helpful-base",) if helpful_only else HH_SUBSETS
+        files, notes = _hh_files(wanted, options)
+        rm = _rm_static_files(options) if base == "hh-static" else {}
+        return Source(name, base, files, rm, seed, limit, notes)
+    path = Path(name).expanduser()
+    if path.is_file():
+        return Source(name, "rows", {"train": (path,)}, max_rows=limit)
+    if not path.is_dir():
+        if path.suffix or name.startswith((".", "/", "~")) or name.count("/") != 1:
+            near = "; names: hh, hh:SUBSET, hh-static, hh-helpful-half, hh-pairs, sample"
+            raise UserError(f"data set {name!r} is neither a file nor a directory here, nor a known name{near}")
+        path = download_dataset(name, ["*.parquet", "*.jsonl", "*.jsonl.gz", "*.json.gz"], "--data.name DIR")
+    files = _split_files(path)
+    if "train" not in files:
+        raise UserError(f"{path} holds no train.* file; expected train{{{','.join(SUFFIXES)}}} and, if you have one, test.*")
+    return Source(name, "rows", files, max_rows=limit)
+
+
+def _hh_files(subsets: Sequence[str], options: DataOptions) -> tuple[dict[str, tuple[Path, ...]], tuple[str, ...]]:
+    if options.root is None:
+        root = download_dataset(HH_REPO, [f"{s}/{split}.jsonl.gz" for s in subsets for split in ("train", "test")], "--data.root DIR")
+    else:
+        root = Path(options.root).expanduser()
+        if not root.is_dir():
+            raise UserError(f"--data.root {root} is not a directory; it should hold helpful-base/train.jsonl.gz and so on")
+    present, missing = [], []
+    for subset in subsets:
+        found = [next((p for p in (root / subset / f"{s}.jsonl.gz", root / subset / f"{s}.jsonl") if p.exists()), None) for s in SPLIT_NAMES]
+        (present if all(found) else missing).append((subset, found))
+    names = ", ".join(f"{subset}/{{train,test}}.jsonl.gz" for subset, _ in missing)
+    if missing and not (options.allow_missing and present):
+        raise UserError(f"{root} lacks {names}. Add them, name one subset (hh:SUBSET), or pass --data.allow_missing true")
+    files = {split: tuple(found[i] for _, found in present if found[i]) for i, split in enumerate(SPLIT_NAMES)}
+    return files, ((f"going on without {names}",) if missing else ())
+
+
+def _rm_static_files(options: DataOptions) -> dict[str, tuple[Path, ...]]:
+    if options.rm_static is None:
+        return _split_files(download_dataset(RM_STATIC_REPO, ["*.parquet", "*.jsonl"], "--data.rm_static DIR"))
+    root = Path(options.rm_static).expanduser()
+    files = _split_files(root) if root.is_dir() else {}
+    if set(files) != {"train", "test"}:
+        raise UserError(f"--data.rm_static {root}: expected a directory with train.* and test.* (Parquet or JSONL)")
+    return files
+
+
+def _split_files(root: Path) -> dict[str, tuple[Path, ...]]:
+    found = sorted(p for p in root.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
+    splits = {s: tuple(p for p in found if p.name.lower().startswith(prefixes)) for s, prefixes in SPLIT_NAMES.items()}
+    return {split: files for split, files in splits.items() if files}
+
+
+def _names(paths: Sequence[Path]) -> str:
+    return ", ".join(str(p) for p in paths)
+
+
+# ---- files to raw rows ---------------------------------------------------------------------------------------------
+
+
+def read_file(path: Path, number: int, report: Report) -> Iterator[Located]:
+    """Rows of a JSONL, JSON or Parquet file (or gzip of the first two) as dicts; unreadable lines count as bad.
+
+    Raises: UserError if the file as a whole is broken: missing, cut-off gzip, not Parquet.
+    """
+    if path.name.endswith(".parquet"):
+        yield from _read_parquet(path, number)
+        return
+    line = 0
+    try:
+        with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as file:
+            if path.name.endswith((".json", ".json.gz")) and (rows := _json_array(path, file.read())) is not None:
+                for line, row in enumerate(rows, 1):
+                    yield Located(row, number, line)
+                return
+            file.seek(0)
+            for line, data in enumerate(file, 1):
+                if not data.strip():
+                    continue
+                try:
+                    yield Located(json.loads(data.decode("utf-8")), number, line)
+                except UnicodeDecodeError as error:
+                    report.rows += 1
+                    report.add_bad(f"invalid UTF-8 ({error.reason})", f"{path.name}:{line}")
+                except json.JSONDecodeError as error:
+                    report.rows += 1
+                    report.add_bad(f"invalid JSON ({error.msg})", f"{path.name}:{line}")
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is a broken gzip after line {line:,} ({error}); download it again") from None
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+
+
+def _json_array(path: Path, data: bytes) -> list[Any] | None:
+    """The rows of a JSON document; None if the file is JSON lines under the name .json."""
+    try:
+        value = json.loads(data)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start:,})") from None
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            return None
+        if not data.strip():
+            return []
+        raise UserError(f"{path} is not valid JSON ({error.msg} in line {error.lineno})") from None
+    if isinstance(value, dict):
+        value = next((v for v in value.values() if isinstance(v, list)), [value])
+    return value if isinstance(value, list) else [value]
+
+
+def _read_parquet(path: Path, number: int) -> Iterator[Located]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(f"{path} is Parquet, which needs pyarrow: pip install 'tunesmith[parquet]'") from None
+    line = 0
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                line += 1
+                yield Located(row, number, line)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read as Parquet ({str(error).splitlines()[0]})") from None
+
+
+# ---- raw rows to dialogues -----------------------------------------------------------------------------------------
+
+
+def parse_row(row: Any) -> Row:
+    """A Dialogue, Text or Preference from a row in one of FORMATS.
+
+    Strings in the HH form are taken apart; any other prompt is one user turn and any other answer one assistant turn.
+    Raises: BadRow with the reason.
+    """
+    if not isinstance(row, dict):
+        raise BadRow("not an object with columns")
+    columns = {key for key, value in row.items() if value is not None}
+    if {"chosen", "rejected"} <= columns:
+        prompt = row.get("prompt")
+        chosen, rejected = _dialogue(prompt, row["chosen"]), _dialogue(prompt, row["rejected"])
+        return Preference(chosen.check(), rejected)
+    if "messages" in columns:
+        return parse_messages(row["messages"]).check()
+    if {"prompt", "completion"} <= columns:
+        return _dialogue(row["prompt"], row["completion"]).check()
+    if "text" in columns:
+        if not isinstance(row["text"], str):
+            raise BadRow("`text` is not a string")
+        if not row["text"].strip():
+            raise BadRow("empty text")
+        return parse_transcript(row["text"]).check() if row["text"].startswith("\n\nHuman:") else Text(row["text"])
+    raise BadRow(f"no known columns (found {', '.join(sorted(columns)) or 'none'}; expected {FORMATS})")
+
+
+def _dialogue(prompt: Any, answer: Any) -> Dialogue:
+    if isinstance(answer, list) or isinstance(prompt, list):
+        as_list = lambda part, role: part if isinstance(part, list) else [{"role": role, "content": part}]  # noqa: E731
+        return parse_messages([*(as_list(prompt, "user") if prompt is not None else []), *as_list(answer, "assistant")])
+    if not isinstance(answer, str) or not (prompt is None or isinstance(prompt, str)):
+        raise BadRow("prompt or answer is neither text nor a list of turns")
+    if prompt is None or prompt.startswith("\n\nHuman:"):
+        return parse_transcript((prompt or "") + answer)
+    return parse_messages([{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}])
+
+
+# ---- recipes: which raw rows, in which order -----------------------------------------------------------------------
+
+
+def _all_rows(_source: Source, _split: str, rows: Iterator[Located]) -> Iterator[Located]:
+    return rows
+
+
+def _static(source: Source, split: str, rows: Iterator[Located]) -> Iterator[Located]:
+    """All of HH without the rows that rm-static holds: the report's EYLSFTStaticDataset."""
+    ignored = Report()
+    known = {
+        r.value["prompt"] + r.value["chosen"] for i, path in enumerate(source.rm_static[split]) for r in read_file(path, i, ignored)
+    }
+    return (r for r in rows if not isinstance(r.value, dict) or r.value.get("chosen") not in known)
+
+
+def _helpful_half(_source: Source, _split: str, rows: Iterator[Located]) -> Iterator[Located]:
+    """The first half of helpful-base in the order of torch.manual_seed(123); randperm: the report's SFTDataset."""
+    listed = list(rows)
+    return (listed[i] for i in _randperm(len(listed) // 2, 123))
+
+
+def _pairs(source: Source, _split: str, rows: Iterator[Located]) -> Iterator[Located]:
+    """A random half of helpful-base: the report's RLHFDataset."""
+    listed = list(rows)
+    return (listed[i] for i in _randperm(len(listed), source.seed)[: len(listed) // 2])
+
+
+def _randperm(n: int, seed: int) -> list[int]:
+    import torch
+
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()  # type: ignore[no-any-return]
+
+
+RECIPES: dict[str, Callable[[Source, str, Iterator[Located]], Iterator[Located]]] = {
+    "rows": _all_rows,
+    "hh": _all_rows,
+    "hh-static": _static,
+    "hh-helpful-half": _helpful_half,
+    "hh-pairs": _pairs,
+}
+
+
+def holdout_rows(rows: int, share: float, seed: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Row numbers for training and validation where a data set has no test split: a seeded share, at least one each.
+
+    Raises: UserError if there are fewer than two rows.
+    """
+    if rows < 2:
+        raise UserError("one usable row cannot be split into training and validation; give a directory with train.* and test.*")
+    order = np.random.default_rng(seed).permutation(rows)
+    held = min(max(1, round(rows * share)), rows - 1)
+    return np.sort(order[held:]), np.sort(order[:held])

@@ -1,0 +1,114 @@
+"""The machine: device, precision, seeds, memory allocator and memory peaks."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import random
+import resource
+import sys
+import time
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from tunesmith.errors import UserError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called `name`; `auto` is the first GPU, else the CPU. Raises: UserError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--train.device {name} is not to be had here ({reason}); use auto or cpu") from None
+    return device
+
+
+def resolve_precision(name: str, device: torch.device, n_embd: int = 768) -> Precision:
+    """What `auto` means on `device`.
+
+    bf16 where a GPU computes it natively (compute capability 8.0), fp16 on older cards with fast halves, fp32 on the
+    rest. On a CPU flags do not tell (many list bf16 and are ten times slower with it), so a block of the model's width is timed.
+    """
+    if name != "auto":
+        return name  # type: ignore[return-value]
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        return "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) or capability == (6, 0) else "fp32"
+    if device.type == "cpu" and _cpu_prefers_bf16(n_embd):
+        return "bf16"
+    return "fp32"
+
+
+def _cpu_prefers_bf16(width: int) -> bool:
+    """Whether forward and backward of an MLP takes at most 2/3 of the time under bf16 autocast (probed, about 0.1 s)."""
+    x = torch.ones(256, width, requires_grad=True)
+    up, down = torch.ones(4 * width, width, requires_grad=True), torch.ones(width, 4 * width, requires_grad=True)
+
+    def seconds(bf16: bool) -> float:
+        best = float("inf")
+        for _ in range(3):
+            start = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                y = F.linear(F.gelu(F.linear(x, up), approximate="tanh"), down)
+            y.float().sum().backward()  # type: ignore[no-untyped-call]
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    return seconds(True) <= seconds(False) / 1.5
+
+
+def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[object]:
+    """Mixed precision for a forward pass; weights and optimizer stay in float32."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, DTYPES[precision])
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch: new weights and dropout. (The order of the data has its own seed.)"""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to keep freed memory instead of giving it back to the kernel; returns whether it was done.
+
+    By default every large tensor is mapped anew and its pages are cleared by the kernel at first touch, which costs up
+    to a third of a CPU training step. Set TUNESMITH_ALLOCATOR=system to leave the allocator as it is.
+    """
+    if not sys.platform.startswith("linux") or os.environ.get("TUNESMITH_ALLOCATOR") == "system":
+        return False
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # from <malloc.h>
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return False
+    huge = 2**31 - 1
+    return all(mallopt(key, value) == 1 for key, value in ((m_mmap_max, 0), (m_trim_threshold, huge), (m_top_pad, 2**26)))
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Largest memory so far in 10^9 bytes: allocated tensors on a GPU, the whole process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def describe(device: torch.device) -> str:
+    """The device in words, for logs and benchmark results."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"

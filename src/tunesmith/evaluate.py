@@ -1,0 +1,65 @@
+"""Loss estimates and perplexity over fixed rows. Returns records, writes nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from tunesmith.batching import Batch
+from tunesmith.device import Precision, autocast
+from tunesmith.gpt import GPT
+from tunesmith.losses import head_nll_sum
+
+
+@dataclass(frozen=True)
+class LossEstimate:
+    """loss: nats per supervised token, every token weighing the same; tokens: how many; perplexity: exp(loss)."""
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout and no gradients inside; training or evaluation mode as it was afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def nll_sum(model: GPT, batch: Batch, precision: Precision = "fp32") -> torch.Tensor:
+    """Summed -log p of a batch's targets: scalar float32, nats. Trunk and head run only where a target needs them."""
+    with autocast(batch.input_ids.device, precision):
+        hidden = model(batch.input_ids, batch.documents, rows=batch.rows)
+        chunk = 256 if precision == "fp32" else 1024
+        return head_nll_sum(hidden, model.lm_head.weight, batch.targets, chunk=chunk)
+
+
+def estimate_loss(model: GPT, batches: Iterable[Batch], precision: Precision = "fp32") -> LossEstimate:
+    """Mean loss over `batches` (algorithm 2 of the paper), weighted by tokens.
+
+    Raises: ValueError if the batches hold no target.
+    """
+    device = model.wte.weight.device
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    with evaluation_mode(model):
+        for batch in batches:
+            total += nll_sum(model, batch.to(device), precision).double().cpu()
+            count += batch.count
+    if not count:
+        raise ValueError("no target in any batch")
+    return LossEstimate(total.item() / count, count)

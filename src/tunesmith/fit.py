@@ -1,0 +1,172 @@
+"""The loop that every training command shares: step, log, estimate, save, resume, stop."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from tunesmith.batching import Batch
+from tunesmith.checkpoint import load_state, prune, save_checkpoint
+from tunesmith.device import peak_memory_gb
+from tunesmith.gpt import GPT
+from tunesmith.progress import Progress
+from tunesmith.runlog import RunLog
+from tunesmith.step import StepStats, optimizer_step
+from tunesmith.tokenizer import Tokenizer
+
+DIVERGED_BY = 1.05  # mean loss over the window, as a multiple of the loss at step 0
+
+
+@dataclass
+class TrainingState:
+    """Where a training stands; stored with each checkpoint."""
+
+    step: int = 0
+    tokens: int = 0  # through the model, padding not counted
+    target_tokens: int = 0
+    first_loss: float | None = None
+    best_loss: float | None = None
+    best_step: int | None = None
+    recent: list[float] = field(default_factory=list)  # training losses of the divergence window
+
+
+class StopSignals:
+    """Turns Ctrl-C and SIGTERM into a wish that the loop reads after each step; a second Ctrl-C interrupts at once."""
+
+    def __enter__(self) -> StopSignals:
+        self.received = ""
+        self.before: dict[int, Any] = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self.before[number] = signal.signal(number, self._receive)
+            except ValueError:  # not the main thread: signals are somebody else's business
+                break
+        return self
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+    def __exit__(self, *_exc: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def fit(
+    *,
+    log: RunLog,
+    model: GPT,
+    tokenizer: Tokenizer,
+    optimizer: Optimizer,
+    scaler: GradScaler | None,
+    micro_batch: Callable[[int], Batch],
+    loss_sum: Callable[[Batch], Tensor],
+    learning_rate: Callable[[int], float],
+    evaluate: Callable[[], dict[str, float]],
+    describe_rows: Callable[[Sequence[Batch]], str],
+    steps: int,
+    accumulate: int,
+    max_norm: float,
+    eval_every: int,
+    eval_at_start: bool,
+    checkpoint_every: int,
+    keep: int,
+    diverge_after: int,
+    resume: bool,
+) -> None:
+    """Train until `steps`, a divergence, or a signal; leave status.json telling which.
+
+    Args:
+        micro_batch: number from 0 -> batch on the device; the same number always gives the same batch.
+        evaluate: -> metrics, `validation_loss` among them (the lowest marks the best checkpoint).
+        describe_rows: says where the rows of the given batches come from, for the message about a divergence.
+    """
+    state = TrainingState()
+    device = model.wte.weight.device
+    if resume and log.run.checkpoints():
+        stored = load_state(log.run.checkpoints()[-1][1], model, optimizer, scaler)
+        log.rewind(stored["log_size"])
+        state = TrainingState(**stored["progress"])
+
+    def save() -> None:
+        progress = {"progress": vars(state), "log_size": log.size()}
+        save_checkpoint(log.run, state.step, model, tokenizer, optimizer, progress, scaler)
+        prune(log.run, keep, state.best_step)
+
+    def estimate() -> None:
+        metrics = evaluate()
+        log.record("eval", state.step, **metrics)
+        bar.say(f"step {state.step:,}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in metrics.items()))
+        loss = metrics["validation_loss"]
+        if state.step == 0:
+            state.first_loss = metrics.get("train_loss", loss)
+        if state.best_loss is None or loss < state.best_loss:
+            state.best_loss, state.best_step = loss, state.step
+
+    def end(kind: str, reason: str = "") -> None:
+        log.status(kind, state.step, reason, best_step=state.best_step, best_validation_loss=state.best_loss, steps=steps)
+        bar.say(f"{kind} at step {state.step:,}{': ' + reason if reason else ''}")
+
+    losses = deque(state.recent, maxlen=diverge_after or 1)
+    log.status("running", state.step, steps=steps, best_step=state.best_step)
+    with Progress(steps, state.step) as bar, StopSignals() as signals:
+        if state.step == 0 and eval_at_start:
+            estimate()
+            save()
+        while state.step < steps:
+            began = time.perf_counter()
+            first = state.step * accumulate
+            batches = [micro_batch(first + i) for i in range(accumulate)]
+            lr = learning_rate(state.step + 1)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            stats = optimizer_step(model, batches, loss_sum, optimizer, max_norm=max_norm, scaler=scaler)
+            losses.append(stats.loss)
+            trouble = _divergence(stats, scaler, losses, state.first_loss, diverge_after)
+            if trouble:
+                step, where = state.step + 1, describe_rows(batches)
+                log.record("diverged", step, loss=stats.loss, grad_norm=stats.grad_norm, lr=lr)
+                return end("diverged", f"{trouble} at step {step:,} (rows {where}); lower --optimizer.lr (now {lr:g}) or look at these rows")
+            state.step += 1
+            state.tokens += (tokens := sum(b.tokens for b in batches))
+            state.target_tokens += stats.count
+            state.recent = list(losses)
+            if state.first_loss is None:
+                state.first_loss = stats.loss
+            rate = tokens / (time.perf_counter() - began)
+            log.record(
+                "train", state.step, loss=stats.loss, lr=lr, grad_norm=stats.grad_norm, tokens=state.tokens,
+                target_tokens=state.target_tokens, tokens_per_s=round(rate, 1), peak_memory_gb=round(peak_memory_gb(device), 3),
+            )  # fmt: skip
+            bar.advance(state.step, stats.loss, tokens)
+            last = state.step == steps
+            stopping = bool(signals.received)
+            if state.step % eval_every == 0 or last:
+                estimate()
+            if state.step % checkpoint_every == 0 or last or stopping or state.best_step == state.step:
+                save()
+                log.status("running", state.step, steps=steps, best_step=state.best_step)
+            if stopping and not last:
+                return end("stopped", f"{signals.received} received; go on with --resume")
+        end("finished")
+
+
+def _divergence(
+    stats: StepStats, scaler: GradScaler | None, losses: deque[float], first_loss: float | None, window: int
+) -> str:
+    """What has gone wrong, or nothing."""
+    if not stats.updated and (scaler is None or not stats.loss < float("inf")):  # fp16 gradients may overflow: scaled anew
+        return f"loss {stats.loss:g} or gradient norm {stats.grad_norm:g} is not finite"
+    if window and first_loss is not None and len(losses) == window and (mean := sum(losses) / window) > DIVERGED_BY * first_loss:
+        return f"mean loss of the last {window} steps {mean:.3f} lies above that of step 0, {first_loss:.3f},"
+    return ""

@@ -1,0 +1,148 @@
+"""Every option of every command: its name, type, default and help text. No torch here, so that `--help` is instant."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Switch = Literal["auto"] | bool
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model to start from"""
+
+    name: str = "gpt2-medium"
+    """Hub name, local directory, run directory, RUN@STEP, or `sample` (embedded)."""
+    dropout: float = 0.0
+    """Dropout probability in training, in [0, 1)."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random` keeps shape and tokenizer and draws new weights; gpt2 names then need no download."""
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The dialogues to train on"""
+
+    name: str = "hh-static"
+    """hh, hh:SUBSET, hh-static, hh-helpful-half, hh-pairs, sample, or a file, directory or hub data set."""
+    root: str | None = None
+    """Local copy of HH-RLHF in the publisher's layout (helpful-base/train.jsonl.gz, ...)."""
+    rm_static: str | None = None
+    """Local copy of Dahoas/rm-static (Parquet or JSONL with prompt and chosen), for hh-static."""
+    allow_missing: bool = False
+    """Go on when subsets of HH-RLHF are missing under data.root."""
+    block_size: int = 1024
+    """Tokens in one row of a batch; at most the model's own limit."""
+    batching: Literal["packed", "windows", "padded"] = "packed"
+    """packed: whole dialogues, no attention across borders; windows: the paper's random windows; padded: a dialogue a row."""
+    loss_on: Literal["auto", "assistant", "all"] = "auto"
+    """Which tokens carry loss; auto: assistant's turns, with windows all tokens."""
+    truncation: Literal["auto", "keep_end", "keep_start", "split", "drop"] = "auto"
+    """What to do with rows longer than block_size; auto: dialogues keep their end, plain texts are split."""
+    max_rows: int | None = None
+    """Use only the first N rows of each split."""
+    holdout: float = 0.05
+    """Share of the rows held out for validation where a data set has no test split."""
+    seed: int = 1234
+    """Seed of the order of the rows."""
+    strict: bool = False
+    """Make any bad, cut or skipped row an error."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The training loop"""
+
+    steps: int | None = None
+    """Optimizer steps (or give train.epochs)."""
+    epochs: float | None = None
+    """Passes over the data; 1 where neither steps nor epochs is given."""
+    batch_size: int = 1
+    """Rows of block_size tokens in one micro-batch, per process."""
+    accumulate: int = 1
+    """Micro-batches in one optimizer step; the gradient equals that of one large batch exactly."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 where the device is faster with it (measured on a CPU), fp16 on older cards, else fp32."""
+    compile: Switch = "auto"
+    """torch.compile of the blocks; auto: on a GPU."""
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0 = off."""
+    activation_checkpointing: Switch = "auto"
+    """Recompute each block in backward instead of keeping its activations; auto: off."""
+    seed: int = 1234
+    """Seed of new weights and of dropout."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    diverge_after: int = 50
+    """Stop as diverged when the mean loss of this many steps lies 5 % above that of step 0; 0 = never."""
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """The optimizer and its schedule"""
+
+    name: Literal["adamw", "adam", "sgd", "sgd-momentum", "sgd-nesterov"] = "adamw"
+    """Update rule."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    weight_decay: float | None = None
+    """Decay of matrices (never of biases and norms); default 0.01 for adamw, 0 for the others."""
+    momentum: float = 0.9
+    """Momentum of sgd-momentum and sgd-nesterov."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up."""
+    warmup_steps: int = 0
+    """Steps over which the rate rises linearly from 0."""
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Loss estimates during training"""
+
+    every: int | None = None
+    """Steps between two estimates; default a 40th of the training."""
+    iters: int = 200
+    """Batches in one estimate, for train and validation each; always the same rows."""
+    at_start: bool = True
+    """Estimate at step 0 too: the untouched base."""
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """What is kept of the training"""
+
+    every: int | None = None
+    """Steps between two checkpoints; default as eval.every."""
+    keep: int = 3
+    """How many of the latest to keep, beside the best."""
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning on dialogues."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    eval: EvalOptions = field(default_factory=EvalOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    out: str | None = None
+    """Run directory; default runs/sft-MODEL-DATA."""
+    resume: bool = False
+    """Continue the run in `out` from its last checkpoint."""
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """How answers are sampled"""
+
+    max_new_tokens: int = 128
+    """Longest answer, in tokens."""
+    temperature: float = 0.7
+    """0 = greedy."""
+    top_p: float = 0.9
+    """Keep the most likely tokens up to this mass; 1 = all."""
+    top_k: int = 0
+    """Keep only the k most likely tokens; 0 = all."""
+    seed: int = 1234
+    """Every prompt draws from its own stream, made of this seed and its number."""

@@ -1,0 +1,174 @@
+"""A run's directory: config.yaml, metrics.jsonl, status.json, TensorBoard events; its writer and its reader. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tunesmith.errors import UserError
+
+STEP_NAME = re.compile(r"step-(\d{8})")
+
+
+def step_name(step: int) -> str:
+    """`step-00001000`: the name of a step's checkpoint and answers."""
+    return f"step-{step:08d}"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file in one go: a reader sees the old text or the new, never a part."""
+    aside = path.with_name(f".{path.name}.writing")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+class Run:
+    """A run directory, for reading: what a training function returns and what the report is made from.
+
+    >>> run = Run("runs/demo")  # doctest: +SKIP
+    >>> run.status["state"], run.best_checkpoint()  # doctest: +SKIP
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration."""
+        return yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")) or {}
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """`{"state": "running|finished|stopped|diverged|failed", "step": ..., "reason": ..., "best_step": ...}`."""
+        path = self.path / "status.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        except FileNotFoundError:
+            raise UserError(f"{self.path} is no run directory: it has no status.json") from None
+
+    def metrics(self, event: str | None = None) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl in order, or those of one event: train, eval, ...
+
+        A last line that was cut while being written is left out.
+        """
+        found = []
+        with contextlib.suppress(FileNotFoundError), (self.path / "metrics.jsonl").open(encoding="utf-8") as file:
+            for line in file:
+                if line.endswith("\n"):
+                    record = json.loads(line)
+                    if event is None or record["event"] == event:
+                        found.append(record)
+        return found
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """(step, directory) of the complete checkpoints, oldest first."""
+        found = (self.path / "checkpoints").glob("step-*")
+        return sorted((int(m[1]), p) for p in found if (m := STEP_NAME.fullmatch(p.name)))
+
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint of a step. Raises: UserError listing the steps there are."""
+        for found, path in self.checkpoints():
+            if found == step:
+                return path
+        steps = ", ".join(str(found) for found, _ in self.checkpoints()) or "none"
+        raise UserError(f"{self.path} has no checkpoint of step {step}; it has: {steps}")
+
+    def best_checkpoint(self) -> Path:
+        """The checkpoint with the lowest validation loss; the last where none was estimated."""
+        best = self.status.get("best_step")
+        found = dict(self.checkpoints())
+        if not found:
+            raise UserError(f"{self.path} has no checkpoint yet (its state is {self.status['state']!r})")
+        return found.get(best) or found[max(found)]
+
+
+class RunLog:
+    """The writer of a run directory. `metrics.jsonl` is flushed line by line."""
+
+    def __init__(self, path: Path) -> None:
+        from tensorboardX import SummaryWriter
+
+        self.run = Run(path)
+        self.path = path
+        self.started = time.time()
+        path.mkdir(parents=True, exist_ok=True)
+        self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(path / "tensorboard"))
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Store the resolved configuration, from which the run can be repeated."""
+        write_atomically(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+
+    def record(self, event: str, step: int, **values: Any) -> None:
+        """Append one line to metrics.jsonl and its numbers to TensorBoard. A number that is not finite becomes null."""
+        clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in values.items()}
+        line = {"event": event, "step": step, "time": round(time.time(), 3), **clean}
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+        for key, value in clean.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(f"{event}/{key}", value, step)
+
+    def size(self) -> int:
+        """Bytes in metrics.jsonl, stored with each checkpoint so that a resumed run can drop what came after it."""
+        return self._metrics.tell()
+
+    def rewind(self, size: int) -> None:
+        """Drop what was logged after the checkpoint that a resumed run starts from; those steps are logged again."""
+        self._metrics.truncate(size)
+        self._metrics.seek(size)
+
+    def status(self, state: str, step: int, reason: str = "", **more: Any) -> None:
+        """Replace status.json."""
+        record = {"state": state, "step": step, "reason": reason, **more}
+        write_atomically(self.path / "status.json", json.dumps(record, indent=2) + "\n")
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        self._metrics.close()
+        self._board.close()
+
+
+@contextlib.contextmanager
+def open_log(path: Path) -> Iterator[RunLog]:
+    """A RunLog that is closed at the end."""
+    log = RunLog(path)
+    try:
+        yield log
+    finally:
+        log.close()
+
+
+def new_run_directory(out: str | None, default: str, resume: bool) -> Path:
+    """Where a run goes. Raises: UserError if `out` already holds a run and `resume` is off, or holds none and it is on."""
+    path = Path(out or default)
+    if out is None and not resume:
+        number = 2
+        while path.exists():
+            path = Path(f"{default}-{number}")
+            number += 1
+    taken = (path / "status.json").exists()
+    if taken and not resume:
+        status = Run(path).status
+        raise UserError(
+            f"{path} already holds a run ({status['state']} at step {status['step']}). "
+            "Continue it with --resume, or name another directory with --out"
+        )
+    if resume and not taken:
+        raise UserError(f"--resume: {path} holds no run to continue; name its directory with --out")
+    return path

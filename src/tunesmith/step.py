@@ -1,0 +1,76 @@
+"""One optimizer step over micro-batches: the only place where a loss is divided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+
+class Counted(Protocol):
+    """A micro-batch that knows how many terms its summed loss has."""
+
+    @property
+    def count(self) -> int: ...
+
+
+B = TypeVar("B", bound=Counted)
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What a step saw. loss: nats per supervised token (or per pair); grad_norm: before clipping.
+
+    updated: False if loss or gradient was not finite; the weights are then as before.
+    """
+
+    loss: float
+    count: int
+    grad_norm: float
+    updated: bool
+
+
+def optimizer_step(
+    model: nn.Module,
+    micro_batches: Sequence[B],
+    loss_sum: Callable[[B], Tensor],
+    optimizer: Optimizer,
+    *,
+    max_norm: float = 0.0,
+    scaler: GradScaler | None = None,
+) -> StepStats:
+    """Forward, backward, clip, update (algorithms 1 and 3 of the paper).
+
+    Every micro-batch's loss sum is divided by the count of the *whole step*, so any split of the same examples gives
+    the same gradient: (x1 + x2) / (n1 + n2), not the mean of x1 / n1 and x2 / n2.
+
+    Args:
+        loss_sum: micro-batch -> float32 scalar, summed and never averaged.
+        max_norm: largest gradient norm; 0 = no clipping.
+        scaler: loss scaling for fp16.
+    """
+    count = sum(batch.count for batch in micro_batches)  # host numbers: no device sync
+    total = torch.zeros(())
+    for batch in micro_batches:
+        loss = loss_sum(batch)
+        scaled = loss / count
+        (scaler.scale(scaled) if scaler else scaled).backward()  # type: ignore[no-untyped-call]
+        total = total.to(loss.device) + loss.detach()
+    if scaler:
+        scaler.unscale_(optimizer)
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
+    mean, grad_norm = torch.stack([total.double() / count, norm.double()]).tolist()  # the one sync of a step
+    updated = bool(torch.isfinite(torch.tensor([mean, grad_norm])).all())
+    if scaler:
+        scaler.step(optimizer)  # skips the update by itself where a gradient overflowed, and lowers the scale
+        scaler.update()
+    elif updated:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepStats(mean, count, grad_norm, updated)

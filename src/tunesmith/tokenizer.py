@@ -1,0 +1,108 @@
+"""Byte-level BPE through the Rust `tokenizers`: text to ids and back; text never turns into a special token."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from tunesmith.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer:
+    """A model's tokenizer.
+
+    The string `<|endoftext|>` inside a text is encoded as the letters it is made of; the end-of-text token is only ever
+    added by `dialogue.py` and `batching.py`, as the id `end_of_text`.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, where: str = "tokenizer") -> None:
+        """Raises: UserError if `backend` has no end-of-text token."""
+        backend.encode_special_tokens = True
+        backend.no_padding()
+        backend.no_truncation()
+        self._backend = backend
+        end = backend.token_to_id(END_OF_TEXT)
+        if end is None:
+            raise UserError(f"{where} has no {END_OF_TEXT} token, which every GPT-2 tokenizer has as its end of text")
+        self.end_of_text: int = end
+        self.vocab_size: int = backend.get_vocab_size()
+
+    @staticmethod
+    def load(directory: Path) -> Tokenizer:
+        """From `tokenizer.json`, or from GPT-2's older pair `vocab.json` + `merges.txt`."""
+        file = directory / "tokenizer.json"
+        try:
+            if file.exists():
+                return Tokenizer(tokenizers.Tokenizer.from_file(str(file)), str(file))
+            vocab, merges = directory / "vocab.json", directory / "merges.txt"
+            if vocab.exists() and merges.exists():
+                return Tokenizer(_byte_level(models.BPE.from_file(str(vocab), str(merges))), str(vocab))
+        except UserError:
+            raise
+        except Exception as error:  # the Rust side raises bare Exception
+            raise UserError(f"{file} is not a tokenizer ({error}); download or save it again") from None
+        raise UserError(f"{directory} holds no tokenizer.json (nor vocab.json with merges.txt)")
+
+    @staticmethod
+    def gpt2() -> Tokenizer:
+        """GPT-2's own tokenizer, rebuilt from the 50,000 published merges that ship with this package."""
+        lines = resources.files("tunesmith").joinpath("gpt2/vocab.bpe").read_text(encoding="utf-8").split("\n")
+        merges = [(a, b) for a, b in (line.split(" ") for line in lines[1:] if line)]
+        symbols = [*gpt2_byte_symbols(), *(a + b for a, b in merges), END_OF_TEXT]
+        vocab = {symbol: i for i, symbol in enumerate(symbols)}
+        return Tokenizer(_byte_level(models.BPE(vocab=vocab, merges=merges)), "gpt2")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text; no special token is added or recognised."""
+        return self._backend.encode(text, add_special_tokens=False).ids  # type: ignore[no-any-return]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of many texts, on all cores."""
+        return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; the end-of-text token and incomplete UTF-8 at the end give nothing and U+FFFD."""
+        return self._backend.decode(list(ids), skip_special_tokens=True)  # type: ignore[no-any-return]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the tokenizer's definition: equal fingerprints encode equally."""
+        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
+
+    def save(self, directory: Path, block_size: int) -> None:
+        """Write `tokenizer.json` and the `tokenizer_config.json` that transformers reads beside it."""
+        self._backend.encode_special_tokens = False  # a switch of ours, not part of the format
+        self._backend.save(str(directory / "tokenizer.json"))
+        self._backend.encode_special_tokens = True
+        config = {
+            "tokenizer_class": "GPT2Tokenizer",
+            "model_max_length": block_size,
+            "bos_token": END_OF_TEXT,
+            "eos_token": END_OF_TEXT,
+            "unk_token": END_OF_TEXT,
+            "add_prefix_space": False,
+        }
+        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def gpt2_byte_symbols() -> list[str]:
+    """GPT-2's 256 byte symbols in the order of its vocabulary: printable bytes first, the rest from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return [chr(b) for b in printable] + [chr(0x100 + i) for i in range(256 - len(printable))]
+
+
+def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False)])
+    return backend

@@ -1,0 +1,171 @@
+"""Tokenised data sets as memory-mapped files, keyed by content: a second start reads nothing anew."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tunesmith.datasets import Located, Report, Source
+from tunesmith.dialogue import END, LAST, NEXT, Dialogue, Preference, Row, Text, render, segments
+from tunesmith.losses import IGNORE_INDEX
+from tunesmith.tokenizer import Tokenizer
+
+VERSION = 1  # raise it when the meaning of a stored byte changes
+ROWS_AT_A_TIME = 8192
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """The rows of one split as tokens.
+
+    tokens: (N,) uint16 or int32, all rows one after the other.
+    flags: (N,) uint8, bits NEXT, END and LAST of `dialogue.py`.
+    offsets: (rows + 1,) int64, where each row begins.
+    plain: (rows,) bool, True for plain text.
+    places: (rows, 2) int32, file number and line of each row.
+    """
+
+    tokens: Array
+    flags: Array
+    offsets: Array
+    plain: Array
+    places: Array
+    end_of_text: int
+    source: Source
+    split: str
+    report: Report
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> Array:
+        """(rows,) int64, tokens of each row."""
+        return np.diff(self.offsets)
+
+    def row(self, index: int, loss_on: str, start: int = 0, stop: int | None = None) -> tuple[Array, Array]:
+        """Tokens and targets of a row, or of the stretch [start, stop) of it; each (n,) int64.
+
+        Targets are shifted here and nowhere else: `targets[t]` is what the model should say after `tokens[t]`, or
+        IGNORE_INDEX. loss_on: `assistant` (answers and their ends) or `all` (every next token and the text's end).
+        """
+        a, b = int(self.offsets[index]), int(self.offsets[index + 1])
+        tokens, flags = self.tokens[a:b].astype(np.int64), self.flags[a:b]
+        following = np.append(tokens[1:], self.end_of_text)
+        if loss_on == "all":
+            targets = following
+        else:
+            targets = np.where(flags & NEXT, following, IGNORE_INDEX)
+            targets[(flags & END) != 0] = self.end_of_text
+        return tokens[start:stop], targets[start:stop]
+
+    def place(self, index: int) -> str:
+        """`file:line` of a row."""
+        file, line = self.places[index]
+        return self.source.place(self.split, int(file), int(line))
+
+
+def cache_directory() -> Path:
+    """Where tokenised data is kept: $TUNESMITH_CACHE, else tunesmith in the user's cache directory."""
+    if "TUNESMITH_CACHE" in os.environ:
+        return Path(os.environ["TUNESMITH_CACHE"])
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    return Path(base) / "tunesmith"
+
+
+def tokenise(source: Source, split: str, tokenizer: Tokenizer, *, whole: bool = False) -> TokenStore:
+    """The split's tokens, from the cache if these very bytes were tokenised before.
+
+    whole: encode each row as one text (the paper's windows) instead of segment by segment.
+    Raises: UserError if no row is usable.
+    """
+    key = hashlib.sha256(repr((VERSION, source.fingerprint(split), tokenizer.fingerprint, whole)).encode()).hexdigest()[:32]
+    directory = cache_directory() / "tokens" / key
+    if not (directory / "report.json").exists():
+        report = Report()
+        arrays = _encode(source.rows(split, report), tokenizer, whole)
+        try:
+            _write(arrays, report, directory)
+        except OSError:  # a cache that cannot be written is no reason to stop
+            return TokenStore(**arrays, end_of_text=tokenizer.end_of_text, source=source, split=split, report=report)
+    arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("tokens", "flags", "offsets", "plain", "places")}
+    report = Report(**json.loads((directory / "report.json").read_text(encoding="utf-8")))
+    return TokenStore(**arrays, end_of_text=tokenizer.end_of_text, source=source, split=split, report=report)
+
+
+def _write(arrays: dict[str, Array], report: Report, directory: Path) -> None:
+    """All files appear at once: written aside, then renamed."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=directory.parent, prefix=".writing-"))
+    try:
+        for name, array in arrays.items():
+            np.save(aside / f"{name}.npy", array)
+        (aside / "report.json").write_text(json.dumps(dataclasses.asdict(report)), encoding="utf-8")
+        if not directory.exists():
+            aside.rename(directory)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _encode(rows: Iterator[Located], tokenizer: Tokenizer, whole: bool) -> dict[str, Array]:
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
+    tokens, flags, lengths, plain, places = [], [], [], [], []
+    while block := list(islice(rows, ROWS_AT_A_TIME)):
+        pieces = [row_segments(located.value, whole) for located in block]
+        encoded = iter(tokenizer.encode_batch([text for row in pieces for text, _ in row]))
+        for located, row in zip(block, pieces, strict=True):
+            ids, marks = mark_targets([(next(encoded), answer) for _, answer in row])
+            tokens.append(np.array(ids, dtype))
+            flags.append(marks)
+            lengths.append(len(ids))
+            plain.append(isinstance(located.value, Text))
+            places.append((located.file, located.line))
+    return {
+        "tokens": np.concatenate(tokens),
+        "flags": np.concatenate(flags),
+        "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        "plain": np.array(plain),
+        "places": np.array(places, np.int32),
+    }
+
+
+def row_segments(row: Row, whole: bool = False) -> list[tuple[str, bool]]:
+    """(text, carries loss) pieces of a row; of a preference the chosen dialogue."""
+    dialogue = row.chosen if isinstance(row, Preference) else row
+    if isinstance(dialogue, Text):
+        return [(dialogue.text, True)]
+    assert isinstance(dialogue, Dialogue)
+    return [(render(dialogue.messages), False)] if whole else segments(dialogue.messages)
+
+
+def mark_targets(pieces: Sequence[tuple[list[int], bool]]) -> tuple[list[int], Array]:
+    """Ids of a row and the bits of each token, from its encoded (ids, carries loss) pieces.
+
+    The token before a supervised one gets NEXT; the last token of a supervised piece gets END; the row's last, LAST.
+    """
+    ids = list(chain.from_iterable(piece for piece, _ in pieces))
+    marks = np.zeros(len(ids), np.uint8)
+    start = 0
+    for piece, supervised in pieces:
+        stop = start + len(piece)
+        if supervised and stop > start:
+            marks[max(start - 1, 0) : stop - 1] |= NEXT
+            marks[stop - 1] |= END
+        start = stop
+    if ids:
+        marks[-1] |= LAST
+    return ids, marks

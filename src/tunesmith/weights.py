@@ -1,0 +1,202 @@
+"""Models on disk in the Hugging Face layout: config.json, model.safetensors (or shards), tokenizer.json."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tunesmith.errors import UserError
+from tunesmith.gpt import GPT, GPTConfig
+from tunesmith.tokenizer import Tokenizer
+
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # Conv1D: (in, out)
+BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that old checkpoints carry
+
+
+def config_from_hf(hf: dict[str, Any]) -> GPTConfig:
+    """The shape in a Hugging Face `config.json`.
+
+    Raises: UserError if it is no GPT-2, or uses a variant that this model does not compute (each is named).
+    """
+    if hf.get("model_type") != "gpt2":
+        raise UserError(f"config.json says model_type {hf.get('model_type')!r}; tunesmith runs gpt2 models")
+    expected = {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+    }
+    odd = [f"{k} = {hf[k]!r}" for k, fine in expected.items() if k in hf and hf[k] not in fine]
+    if odd:
+        raise UserError(f"config.json asks for {', '.join(odd)}, which tunesmith's GPT-2 does not compute")
+    try:
+        return GPTConfig(
+            n_layer=hf["n_layer"],
+            n_head=hf["n_head"],
+            n_embd=hf["n_embd"],
+            vocab_size=hf["vocab_size"],
+            block_size=hf.get("n_positions") or hf["n_ctx"],
+            dropout=float(hf.get("resid_pdrop", 0.0)),
+            layer_norm_epsilon=float(hf.get("layer_norm_epsilon", 1e-5)),
+            n_inner=hf.get("n_inner"),
+            tied_head=bool(hf.get("tie_word_embeddings", True)),
+        )
+    except KeyError as missing:
+        raise UserError(f"config.json has no {missing}, which a GPT-2 needs") from None
+
+
+def config_to_hf(config: GPTConfig, end_of_text: int) -> dict[str, Any]:
+    """The `config.json` from which transformers builds the same GPT2LMHeadModel."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "n_inner": config.n_inner,
+        "n_positions": config.block_size,
+        "n_ctx": config.block_size,
+        "vocab_size": config.vocab_size,
+        "layer_norm_epsilon": config.layer_norm_epsilon,
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        "tie_word_embeddings": config.tied_head,
+        "initializer_range": 0.02,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "dtype": "float32",
+    }
+
+
+def from_hf_state_dict(model: GPT, state: Iterable[tuple[str, Tensor]], where: str) -> None:
+    """Copy published weights into `model`, whatever their dtype, with or without the prefix `transformer.`.
+
+    A head that is stored although the model's is tied must equal the embedding (it is checked, not assumed).
+    Raises: UserError naming every missing, unknown or misshapen weight.
+    """
+    targets = dict(model.state_dict())
+    waiting, problems = set(targets), []
+    with torch.no_grad():
+        for key, value in state:
+            name = key.removeprefix("transformer.")
+            if name.endswith(BUFFERS):
+                continue
+            if name not in targets:
+                problems.append(f"unknown weight {key}")
+                continue
+            value = value.t() if name.endswith(TRANSPOSED) else value
+            if value.shape != targets[name].shape:
+                found, asked = tuple(value.shape), tuple(targets[name].shape)
+                problems.append(f"{key} has shape {found}, config.json asks for {asked}")
+            elif name == "lm_head.weight" and model.config.tied_head and "wte.weight" not in waiting:
+                if not torch.equal(value.to(targets[name].dtype), targets[name]):
+                    problems.append("lm_head.weight differs from wte.weight, but config.json ties them")
+            else:
+                targets[name].copy_(value)
+            waiting.discard(name)
+    if model.config.tied_head:
+        waiting.discard("lm_head.weight")
+    problems += [f"missing weight {name}" for name in sorted(waiting)]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise UserError(f"{where} does not hold this model: {'; '.join(problems[:3])}{more}")
+
+
+def to_hf_state_dict(model: GPT) -> dict[str, Tensor]:
+    """Weights under the names and in the orientation of transformers' GPT2LMHeadModel; a tied head is left out."""
+    state = {}
+    for name, value in model.state_dict().items():
+        if name == "lm_head.weight":
+            if not model.config.tied_head:
+                state[name] = value.contiguous()
+        else:
+            state[f"transformer.{name}"] = (value.t() if name.endswith(TRANSPOSED) else value).contiguous()
+    return state
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file. Raises: UserError naming the file if it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; a model directory needs it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); download or save the model again") from None
+
+
+def load_model(directory: Path, *, dropout: float | None = None) -> GPT:
+    """The model in a directory, on the CPU in float32, in evaluation mode.
+
+    Reads model.safetensors, a sharded index, or an old pytorch_model.bin (unpickled with `weights_only=True`, which
+    runs no code). Weights of any float dtype are converted.
+    Raises: UserError naming the file and what is wrong with it.
+    """
+    config = config_from_hf(read_json(directory / "config.json"))
+    if dropout is not None:
+        config = GPTConfig(**{**vars(config), "dropout": dropout})
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device="cpu")
+    if config.tied_head:
+        model.lm_head.weight = model.wte.weight
+    from_hf_state_dict(model, stored_weights(directory), str(directory))
+    return model.eval()
+
+
+def stored_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, weight) one by one, so that a model is never in memory twice. Raises: UserError naming the broken file."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    old, old_index = directory / "pytorch_model.bin", directory / "pytorch_model.bin.index.json"
+    if single.exists():
+        files = [single]
+    elif index.exists() or old_index.exists():
+        listed = read_json(index if index.exists() else old_index)
+        files = [directory / name for name in sorted(set(listed["weight_map"].values()))]
+    elif old.exists():
+        files = [old]
+    else:
+        raise UserError(f"{directory} holds no weights: neither model.safetensors (or its index) nor pytorch_model.bin")
+    for file in files:
+        try:
+            if file.suffix == ".bin":
+                yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
+                continue
+            with safe_open(file, framework="pt") as stored:
+                for key in stored.keys():  # noqa: SIM118 (no mapping)
+                    yield key, stored.get_tensor(key)
+        except FileNotFoundError:
+            raise UserError(f"{file} is missing, but the index lists it; download the model again") from None
+        except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{file} cannot be read as weights ({reason}); download or save it again") from None
+
+
+def save_model(model: GPT, tokenizer: Tokenizer, directory: Path) -> None:
+    """Write `model` and its tokenizer so that `transformers.AutoModelForCausalLM` and ours load them equally."""
+    directory.mkdir(parents=True, exist_ok=True)
+    state = {name: value.detach().cpu() for name, value in to_hf_state_dict(model).items()}
+    write_safetensors(state, directory / "model.safetensors", {"format": "pt"})
+    text = json.dumps(config_to_hf(model.config, tokenizer.end_of_text), indent=2) + "\n"
+    (directory / "config.json").write_text(text, encoding="utf-8")
+    tokenizer.save(directory, model.config.block_size)
+
+
+def write_safetensors(state: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """`safetensors.torch.save_file`, with a full disk or a read-only folder told as the OSError that it is."""
+    try:
+        safetensors.torch.save_file(state, path, metadata)
+    except SafetensorError as error:
+        code = next((int(word.strip("(),. ")) for word in str(error).split() if word.strip("(),. ").isdigit()), 0)
+        raise OSError(code, os.strerror(code) if code else str(error), str(path)) from None
