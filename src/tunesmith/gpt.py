@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -111,12 +111,13 @@ class KVCache:
     values: list[Tensor]
     lengths: Tensor
     visible: int = 0  # longest sequence, on the host
-    mask: Tensor = field(default_factory=lambda: torch.empty(0))
+    read: int = 0  # sequences whose prompts are in
+    mask: Tensor | None = None  # (B, 1, 1, visible) bool, what the next token sees
 
     def attend_prompts(self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-        """Store the keys of packed prompts, one a sequence, and attend within each. q, k, v: (1, N, H, D)."""
+        """Store the keys of packed prompts, the next sequences', and attend within each. q, k, v: (1, N, H, D)."""
         start = 0
-        for i, n in enumerate(documents.lengths):
+        for i, n in enumerate(documents.lengths, self.read):
             self.keys[layer][i, :, :n] = k[0, start : start + n].transpose(0, 1)
             self.values[layer][i, :, :n] = v[0, start : start + n].transpose(0, 1)
             start += n
@@ -296,9 +297,12 @@ class GPT(nn.Module):
                 x = checkpoint(block, x, documents, wanted, use_reentrant=False)
             else:
                 x = block(x, documents, wanted, cache)
-        if cache is not None:
-            cache.lengths += 1 if documents is None else torch.tensor(documents.lengths, device=tokens.device)
-            cache.visible = max(cache.visible, longest)
+        if cache is not None and documents is not None:
+            read = cache.read + len(documents.lengths)
+            cache.lengths[cache.read : read] = torch.tensor(documents.lengths, device=tokens.device)
+            cache.read, cache.visible = read, max(cache.visible, longest)
+        elif cache is not None:
+            cache.lengths += 1
         return self.ln_f(x)  # type: ignore[no-any-return]
 
     def new_cache(self, sequences: int, size: int) -> KVCache:

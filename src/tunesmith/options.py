@@ -146,3 +146,77 @@ class GenerateOptions:
     """Keep only the k most likely tokens; 0 = all."""
     seed: int = 1234
     """Every prompt draws from its own stream, made of this seed and its number."""
+
+
+@dataclass(frozen=True)
+class DataCommand:
+    """Build or check a data set: rows, tokens, lengths, what was skipped and why."""
+
+    data: DataOptions = field(default_factory=DataOptions)
+    tokenizer: str = "gpt2"
+    """MODEL whose tokenizer counts; `gpt2` comes with the package."""
+    show: int = 0
+    """Print the first N rows with the tokens that carry loss in colour."""
+
+
+@dataclass(frozen=True)
+class EvaluateCommand:
+    """Loss and perplexity of a model on the test rows of a data set."""
+
+    data: DataOptions = field(default_factory=DataOptions)
+    batch_size: int = 1
+    """Rows of block_size tokens in one forward pass."""
+    split: Literal["test", "train"] = "test"
+    """Which rows; without a test split, all of them."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the forward pass."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    out: str | None = None
+    """Also write the figures to this JSON file."""
+
+
+@dataclass(frozen=True)
+class CompareCommand:
+    """The same prompts to two models, side by side."""
+
+    prompts: str | None = None
+    """File of prompts: one a line, or JSONL with `prompt` and perhaps `group`; default the embedded 40."""
+    generate: GenerateOptions = field(default_factory=GenerateOptions)
+    limit: int | None = None
+    """Use only the first N prompts."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    out: str | None = None
+    """Also write prompts and answers to this JSONL file."""
+
+
+@dataclass(frozen=True)
+class ChatCommand:
+    """Talk to a model in the terminal."""
+
+    generate: GenerateOptions = field(default_factory=GenerateOptions)
+    system: str | None = None
+    """A first message that sets the scene."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+
+
+@dataclass(frozen=True)
+class ReportCommand:
+    """One HTML page with the figures and answers of finished runs."""
+
+    out: str | None = None
+    """The page; default report.html in the first run's directory."""
+
+
+@dataclass(frozen=True)
+class DemoCommand:
+    """The whole chain on the embedded sample, in minutes on two CPU cores."""
+
+    out: str | None = None
+    """Directory; default runs/demo, or the next free name."""
+    steps: int = 240
+    """Optimizer steps of the fine-tuning."""
+    open: Literal["auto"] | bool = "auto"
+    """Show the report in a browser; auto: where there is a display."""

@@ -1,0 +1,168 @@
+"""The command line: dispatch only. Each command imports its recipe when it is chosen, so that help is instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from tunesmith.errors import UsageError, UserError
+
+Argv = Sequence[str]
+
+
+def _sft(argv: Argv) -> None:
+    from tunesmith.config import parse
+    from tunesmith.options import SFTConfig
+
+    config, _ = parse(SFTConfig, _with_stored_config(argv), prog="tunesmith sft")
+    from tunesmith.recipes.sft import sft
+
+    run = sft(config)
+    if run.status["state"] == "diverged":
+        raise UserError(run.status["reason"])
+
+
+def _with_stored_config(argv: Argv) -> list[str]:
+    """With `--resume`, the run's own configuration comes first, so that only changes need to be given."""
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--out=") else [word])]
+    out = next((after for word, after in zip(words, words[1:], strict=False) if word == "--out"), None)
+    if "--resume" in words and out and os.path.exists(stored := os.path.join(out, "config.yaml")):
+        return ["--config", stored, *argv]
+    return list(argv)
+
+
+def _data(argv: Argv) -> None:
+    from tunesmith.config import Positional, parse
+    from tunesmith.options import DataCommand
+
+    options, named = parse(DataCommand, argv, prog="tunesmith data", positionals=[Positional("dataset", "data set")])
+    from tunesmith.recipes.data import show_data
+
+    show_data(named["dataset"], options)
+
+
+def _evaluate(argv: Argv) -> None:
+    from tunesmith.config import Positional, parse
+    from tunesmith.options import EvaluateCommand
+
+    wanted = [Positional("model", "MODEL"), Positional("dataset", "data set")]
+    options, named = parse(EvaluateCommand, argv, prog="tunesmith evaluate", positionals=wanted)
+    from tunesmith.recipes.evaluate import evaluate
+
+    evaluate(named["model"], named["dataset"], options)
+
+
+def _compare(argv: Argv) -> None:
+    from tunesmith.config import Positional, parse
+    from tunesmith.options import CompareCommand
+
+    wanted = [Positional("a", "one MODEL"), Positional("b", "the other MODEL")]
+    options, named = parse(CompareCommand, argv, prog="tunesmith compare", positionals=wanted)
+    from tunesmith.recipes.compare import compare
+
+    compare(named["a"], named["b"], options)
+
+
+def _chat(argv: Argv) -> None:
+    from tunesmith.config import Positional, parse
+    from tunesmith.options import ChatCommand
+
+    options, named = parse(ChatCommand, argv, prog="tunesmith chat", positionals=[Positional("model", "MODEL")])
+    from tunesmith.recipes.chat import chat
+
+    chat(named["model"], options)
+
+
+def _report(argv: Argv) -> None:
+    from tunesmith.config import Positional, parse
+    from tunesmith.options import ReportCommand
+
+    wanted = [Positional("runs", "run directories", many=True)]
+    options, named = parse(ReportCommand, argv, prog="tunesmith report", positionals=wanted)
+    from tunesmith.study.report import write_report
+
+    print(write_report(named["runs"], options.out))
+
+
+def _demo(argv: Argv) -> None:
+    from tunesmith.config import parse
+    from tunesmith.options import DemoCommand
+
+    options, _ = parse(DemoCommand, argv, prog="tunesmith demo")
+    from tunesmith.demo import demo
+
+    demo(options)
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Argv], None]]] = {
+    "demo": ("the whole chain on the embedded sample, in minutes on two CPU cores", _demo),
+    "data": ("build or check a data set; show which tokens carry loss", _data),
+    "sft": ("supervised fine-tuning on dialogues", _sft),
+    "evaluate": ("loss and perplexity of a model on a data set", _evaluate),
+    "compare": ("the same prompts to two models, side by side", _compare),
+    "chat": ("talk to a model in the terminal", _chat),
+    "report": ("one HTML page with curves and answers of finished runs", _report),
+}
+
+USAGE = """usage: tunesmith COMMAND [ARGUMENTS] [--option value ...]
+
+Turns a GPT-2-class base model into a dialogue model and measures how good it became.
+
+{commands}
+
+Options are --group.name value; --config FILE.yaml sets the same names (presets: paper/e1, ...); --print_config prints them.
+MODEL is a hub name (gpt2-medium), a directory, a run directory, RUN@STEP, or `sample` (embedded).
+`tunesmith COMMAND --help` lists a command's options; --debug shows the traceback of an error."""
+
+
+def usage() -> str:
+    """The top-level help."""
+    width = max(map(len, COMMANDS))
+    return USAGE.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, (text, _) in COMMANDS.items()))
+
+
+def main(argv: Argv | None = None) -> int:
+    """Run one command; returns the exit code: 0 success, 1 failure, 2 wrong usage."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if words else 2
+    if words[0] == "--version":
+        from tunesmith import __version__
+
+        print(__version__)
+        return 0
+    try:
+        if words[0] not in COMMANDS:
+            import difflib
+
+            near = difflib.get_close_matches(words[0], COMMANDS, 1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise UsageError(f"unknown command {words[0]!r}.{hint} Commands: {', '.join(COMMANDS)}")
+        COMMANDS[words[0]][1](words[1:])
+        return 0
+    except (UserError, OSError) as error:
+        if debug:
+            raise
+        print(f"tunesmith: {_told(error)}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print("tunesmith: interrupted", file=sys.stderr)
+        return 130
+
+
+def _told(error: Exception) -> str:
+    """The error in one line; what the system says of a file or disk gets the file's name and a way out."""
+    if isinstance(error, OSError) and not isinstance(error, UserError):
+        where = f"{error.filename}: " if error.filename else ""
+        remedy = {28: "free some space or name another directory with --out", 30: "name a writable directory with --out",
+                  13: "name a writable directory with --out"}.get(error.errno or 0, "")  # fmt: skip
+        return f"{where}{error.strerror or error}{'; ' + remedy if remedy else ''}"
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

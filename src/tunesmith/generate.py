@@ -1,0 +1,253 @@
+"""Answers from a model: batched decoding with a KV cache, sampling from a stream per prompt, stopping at the turn's end."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tunesmith.dialogue import STOP_TEXTS, BadRow, Message, cut_at_stop, parse_messages, prompt_segments
+from tunesmith.errors import UserError
+from tunesmith.evaluate import evaluation_mode
+from tunesmith.gpt import GPT, Documents
+from tunesmith.tokenizer import Tokenizer
+
+PREFILL_TOKENS = 2048  # prompt tokens in one forward pass, to bound its memory
+STOP_TAIL = 12  # tokens that surely hold the longest stop text
+NUCLEUS = 256  # candidates looked at before the whole vocabulary is sorted
+
+Conversation = Sequence[Message] | Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer. finish_reason: `stop` (it ended its turn) or `length` (the limit did). tokens: the end included."""
+
+    text: str
+    finish_reason: Literal["stop", "length"]
+    tokens: int
+
+
+def generate(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Conversation],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.7,
+    top_p: float = 0.9,
+    top_k: int = 0,
+    seed: int = 1234,
+    batch_size: int = 64,
+    cut_front: bool = False,
+) -> list[str]:
+    """The assistant's next turn for each conversation, as text.
+
+    An answer depends on the weights, its own prompt, the settings and the seed; not on the other prompts or the batch.
+
+    Args:
+        prompts: conversations, each `[{"role": "user", "content": "..."}, ...]`.
+        temperature: 0 = greedy.
+        top_p, top_k: sample among the most likely tokens only; 1 and 0 = all.
+        cut_front: drop the beginning of a prompt that is too long, instead of raising.
+    Raises: UserError if a prompt does not fit the model's positions or is no conversation.
+    """
+    options = Sampling(temperature, top_p, top_k, seed)
+    answers = generate_answers(model, tokenizer, prompts, options, max_new_tokens, batch_size, cut_front)
+    return [answer.text for answer in answers]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn; see `generate`. sample: number of the draw, for several answers to one prompt."""
+
+    temperature: float = 0.7
+    top_p: float = 0.9
+    top_k: int = 0
+    seed: int = 1234
+    sample: int = 0
+
+    def check(self) -> None:
+        """Raises: UserError with every value that is out of range."""
+        problems = []
+        if self.temperature < 0:
+            problems.append(f"temperature is {self.temperature}, expected 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            problems.append(f"top_p is {self.top_p}, expected 0 < top_p <= 1")
+        if self.top_k < 0:
+            problems.append(f"top_k is {self.top_k}, expected 0 (all) or more")
+        if problems:
+            raise UserError("; ".join(problems))
+
+
+def encode_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
+    """Ids of a conversation up to and including `Assistant:`, the same as in training. Raises: UserError."""
+    try:
+        messages = [m if isinstance(m, Message) else parse_messages([m]).messages[0] for m in conversation]
+    except BadRow as reason:
+        raise UserError(f"a prompt is no conversation: {reason}; expected [{{'role': 'user', 'content': '...'}}, ...]") from None
+    return list(chain.from_iterable(tokenizer.encode_batch(prompt_segments(messages))))
+
+
+def generate_answers(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Conversation],
+    sampling: Sampling,
+    max_new_tokens: int = 128,
+    batch_size: int = 64,
+    cut_front: bool = False,
+) -> list[Answer]:
+    """As `generate`, with finish reasons and token counts."""
+    ids = [_fit(encode_prompt(tokenizer, p), model, max_new_tokens, cut_front, i) for i, p in enumerate(prompts)]
+    answers: list[Answer | None] = [None] * len(ids)
+    by_length = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # prompts of like length share a cache
+    for start in range(0, len(ids), batch_size):
+        group = by_length[start : start + batch_size]
+        new: list[list[int]] = [[] for _ in group]
+        ended: list[bool] = [False] * len(group)
+        for row, token, stopped in decode(model, tokenizer, [ids[i] for i in group], sampling, max_new_tokens):
+            new[row].append(token)
+            ended[row] = stopped
+        for row, i in enumerate(group):
+            answers[i] = _answer(tokenizer, new[row], ended[row])
+    return [a for a in answers if a is not None]
+
+
+def stream(
+    model: GPT, tokenizer: Tokenizer, conversation: Conversation, sampling: Sampling, max_new_tokens: int = 128, cut_front: bool = False
+) -> Iterator[str]:
+    """One answer piece by piece. A piece is held back while it may be the beginning of a stop text or of a character."""
+    prompt = _fit(encode_prompt(tokenizer, conversation), model, max_new_tokens, cut_front, 0)
+    new: list[int] = []
+    sent, ended = 0, False
+    for _, token, ended in decode(model, tokenizer, [prompt], sampling, max_new_tokens):
+        new.append(token)
+        text = _answer(tokenizer, new, ended).text
+        safe = len(text.rstrip("\ufffd"))
+        for stop in STOP_TEXTS:
+            longest = min(len(stop), safe)
+            held = next((n for n in range(longest, 0, -1) if text[:safe].endswith(stop[:n])), 0)
+            safe = safe if ended else safe - held
+        if safe > sent:
+            yield text[sent:safe]
+            sent = safe
+    text = _answer(tokenizer, new, ended).text
+    if len(text) > sent:
+        yield text[sent:]
+
+
+def _answer(tokenizer: Tokenizer, ids: Sequence[int], stopped: bool) -> Answer:
+    text, _ = cut_at_stop(tokenizer.decode(ids))
+    return Answer(text.removeprefix(" "), "stop" if stopped else "length", len(ids))
+
+
+def _fit(prompt: list[int], model: GPT, max_new_tokens: int, cut_front: bool, number: int) -> list[int]:
+    limit = model.config.block_size
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+    if len(prompt) < limit:
+        return prompt
+    if cut_front:
+        return prompt[-max(1, limit - max_new_tokens) :]
+    raise UserError(
+        f"prompt {number + 1} has {len(prompt):,} tokens; the model has positions for {limit:,}, prompt and answer together. "
+        "Shorten it, or ask to drop its beginning (cut_front)"
+    )
+
+
+def decode(
+    model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], sampling: Sampling, max_new_tokens: int
+) -> Iterator[tuple[int, int, bool]]:
+    """New tokens of a batch of prompts as they are made: (row, token, whether the row's answer ended itself with it).
+
+    Prompts are read packed, without padding; each row then has its own place in the cache. A finished row leaves
+    the batch, so that the last long answer does not pay for the short ones.
+    """
+    sampling.check()
+    device, limit = model.wte.weight.device, model.config.block_size
+    draws = [_stream_of(sampling, prompt, max_new_tokens) for prompt in prompts]
+    with evaluation_mode(model):
+        cache = model.new_cache(len(prompts), min(limit, max(map(len, prompts)) + max_new_tokens))
+        logits = torch.cat([_read(model, cache, group, device) for group in _groups(prompts)])  # (B, V)
+        rows = list(range(len(prompts)))
+        tails: list[list[int]] = [[] for _ in prompts]
+        room = [min(max_new_tokens, limit - len(p)) for p in prompts]
+        for step in range(max_new_tokens):
+            uniform = torch.tensor([draws[r][step] for r in rows], dtype=torch.float64, device=device)
+            tokens = sample_tokens(logits, uniform, sampling)
+            going = []
+            for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+                tails[row] = [*tails[row][-STOP_TAIL:], token]
+                stopped = token == tokenizer.end_of_text or cut_at_stop(tokenizer.decode(tails[row]))[1]
+                yield row, token, stopped
+                if not stopped and step + 1 < room[row]:
+                    going.append(i)
+            if not going:
+                return
+            if len(going) < len(rows):
+                keep = torch.tensor(going, device=device)
+                cache.keep(keep)
+                rows, tokens = [rows[i] for i in going], tokens[keep]
+            cache.grow()
+            logits = model.lm_head(model(tokens[:, None], cache=cache)[:, 0])
+
+
+def _groups(prompts: Sequence[list[int]]) -> Iterator[list[list[int]]]:
+    group: list[list[int]] = []
+    for prompt in prompts:
+        if group and sum(map(len, group)) + len(prompt) > PREFILL_TOKENS:
+            yield group
+            group = []
+        group.append(prompt)
+    yield group
+
+
+def _read(model: GPT, cache: Any, prompts: Sequence[list[int]], device: torch.device) -> Tensor:
+    """Fill the cache with packed prompts; logits after each prompt's last token, (B, V)."""
+    documents = Documents.from_rows([[len(p) for p in prompts]], device)
+    tokens = torch.tensor([list(chain.from_iterable(prompts))], device=device)
+    last = documents.cu_seqlens[1 : len(prompts) + 1].long() - 1
+    return model.lm_head(model(tokens, documents, rows=last, cache=cache))  # type: ignore[no-any-return]
+
+
+def _stream_of(sampling: Sampling, prompt: Sequence[int], n: int) -> np.ndarray[Any, Any]:
+    """n numbers in [0, 1) that depend on seed, sample number and the prompt's own tokens."""
+    digest = hashlib.sha256(np.array(prompt, np.int64).tobytes()).digest()
+    return np.random.default_rng([sampling.seed, sampling.sample, *digest]).random(n)
+
+
+def sample_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
+    """One token a row by inverting the cumulative distribution at `uniform`.
+
+    Args:
+        logits: (B, V). uniform: (B,) float64 in [0, 1).
+    Returns: (B,) int64. With top_p, the smallest set of most likely tokens whose mass reaches top_p is kept and the
+        rest has probability 0.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(1)
+    p = (logits.double() / sampling.temperature).softmax(1)
+    if sampling.top_k == 0 and sampling.top_p == 1:
+        return _invert(p, uniform)
+    width = min(p.shape[1], sampling.top_k or NUCLEUS)
+    best, order = p.topk(width)  # sorted, most likely first
+    if not sampling.top_k and sampling.top_p < 1 and bool((best.sum(1) < sampling.top_p).any()):
+        best, order = p.sort(1, descending=True)  # a flat distribution: the nucleus is wider than the candidates
+    mass = best / best.sum(1, keepdim=True) if sampling.top_k else best
+    kept = best * (mass.cumsum(1) - mass < sampling.top_p)
+    return order.gather(1, _invert(kept, uniform)[:, None])[:, 0]
+
+
+def _invert(p: Tensor, uniform: Tensor) -> Tensor:
+    """Smallest index whose cumulative mass exceeds `uniform` of the total. p: (B, n), not necessarily normalised."""
+    cumulative = p.cumsum(1)
+    found = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
+    last = (p > 0).long().cumsum(1).argmax(1)  # rounding must not choose a token of mass 0
+    return torch.minimum(found, last)
