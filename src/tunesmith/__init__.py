@@ -32,7 +32,7 @@ _HOME = {
     "load": "models",
     "sft": "recipes.sft",
 }
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

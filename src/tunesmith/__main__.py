@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from tunesmith.errors import UsageError, UserError
 
@@ -26,7 +27,7 @@ def _sft(argv: Argv) -> None:
 def _with_stored_config(argv: Argv) -> list[str]:
     """With `--resume`, the run's own configuration comes first, so that only changes need to be given."""
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--out=") else [word])]
-    out = next((after for word, after in zip(words, words[1:], strict=False) if word == "--out"), None)
+    out = next((after for word, after in pairwise(words) if word == "--out"), None)
     if "--resume" in words and out and os.path.exists(stored := os.path.join(out, "config.yaml")):
         return ["--config", stored, *argv]
     return list(argv)

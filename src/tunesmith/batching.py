@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from tunesmith.losses import IGNORE_INDEX
 from tunesmith.tokenstore import TokenStore
 
 Array = np.ndarray[Any, Any]
+LossOn = Literal["assistant", "all"]
 PAD_STEP = 128  # padded batches have widths in multiples of this, so that few shapes occur
 
 
@@ -46,7 +47,10 @@ class Batch:
         """The batch on `device`; on a GPU the copies do not wait."""
         if device.type == "cpu":
             return self
-        move = lambda t: t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)  # noqa: E731
+
+        def move(t: Tensor) -> Tensor:
+            return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
+
         d = self.documents
         documents = d and Documents(d.lengths, move(d.positions), move(d.cu_seqlens), d.longest)
         return Batch(move(self.input_ids), move(self.rows), move(self.targets), documents, self.tokens, self.sources)
@@ -78,13 +82,20 @@ class Truncation:
         """One line for the user, or none."""
         if not self.cut:
             return []
-        what = {"keep_end": "lost their beginning", "keep_start": "lost their end", "split": "were split", "drop": "were dropped"}
+        what = {
+            "keep_end": "lost their beginning",
+            "keep_start": "lost their end",
+            "split": "were split",
+            "drop": "were dropped",
+        }
         cost = f" ({self.tokens_lost:,} tokens, {self.ends_lost:,} answer ends lost)" if self.tokens_lost else ""
         where = f": {', '.join(self.places)}{', ...' if self.cut > 3 else ''}"
         return [f"{self.cut:,} longer than block_size {block_size:,} {what[self.rule]}{cost}{where}"]
 
 
-def cut_rows(store: TokenStore, rows: Sequence[int], block_size: int, rule: str = "auto") -> tuple[list[Piece], list[Truncation]]:
+def cut_rows(
+    store: TokenStore, rows: Sequence[int], block_size: int, rule: str = "auto"
+) -> tuple[list[Piece], list[Truncation]]:
     """Pieces of at most `block_size` tokens, and what had to be cut.
 
     rule: keep_end (cut the beginning, so that the last answer and its end stay), keep_start, split (consecutive pieces,
@@ -146,6 +157,13 @@ def pack(lengths: Sequence[int], block_size: int) -> list[list[int]]:
     return bins
 
 
+def resolve_loss_on(loss_on: str, batching: str) -> LossOn:
+    """What `auto` means: the paper's windows put loss on all tokens, whole dialogues on the assistant's."""
+    if loss_on == "auto":
+        return "all" if batching == "windows" else "assistant"
+    return "all" if loss_on == "all" else "assistant"
+
+
 class Batches:
     """Micro-batches by number: `batches[i]` is the same whenever it is asked for, so a run resumes at any step.
 
@@ -171,22 +189,28 @@ class Batches:
         Raises: UserError if nothing is left to learn from, or the windows are longer than the data.
         """
         self.store, self.batching, self.block_size, self.batch_size = store, batching, block_size, batch_size
-        self.loss_on = "all" if loss_on == "auto" and batching == "windows" else "assistant" if loss_on == "auto" else loss_on
+        self.loss_on = resolve_loss_on(loss_on, batching)
         self.seed, self.shuffle = seed, shuffle
         self.pieces: list[Piece] = []
         self.truncations: list[Truncation] = []
         if batching == "windows":
             if self.loss_on != "all":
-                raise UserError("--data.batching windows cuts through dialogues and puts loss on all tokens; use packed for --data.loss_on assistant")
+                raise UserError(
+                    "--data.batching windows cuts through dialogues and puts loss on all tokens; use packed for --data.loss_on assistant"
+                )
             self.stream = self._stream(rows)
             self.rows_per_epoch = max(1, len(self.stream) // block_size)
             if len(self.stream) <= block_size:
-                raise UserError(f"{len(self.stream):,} tokens are too few for windows of {block_size:,}; lower --data.block_size")
+                raise UserError(
+                    f"{len(self.stream):,} tokens are too few for windows of {block_size:,}; lower --data.block_size"
+                )
             return
         cut, self.truncations = cut_rows(store, rows, block_size, truncation)
         self.pieces = [p for p in cut if self._supervised(p)]
         if not self.pieces:
-            raise UserError(f"no row of {store.source.name} ({store.split}) is left to learn from: {len(cut)} have no target at block_size {block_size}")
+            raise UserError(
+                f"no row of {store.source.name} ({store.split}) is left to learn from: {len(cut)} have no target at block_size {block_size}"
+            )
         self.rows_per_epoch = len(self._plan(0))
 
     def _supervised(self, piece: Piece) -> bool:
@@ -198,7 +222,9 @@ class Batches:
     def _stream(self, rows: Sequence[int]) -> Array:
         """Every text, the end-of-text token, the next text: one long line of tokens."""
         end = np.array([self.store.end_of_text], self.store.tokens.dtype)
-        parts = [part for r in rows for part in (self.store.tokens[self.store.offsets[r] : self.store.offsets[r + 1]], end)]
+        parts = [
+            part for r in rows for part in (self.store.tokens[self.store.offsets[r] : self.store.offsets[r + 1]], end)
+        ]
         return np.concatenate(parts)
 
     @lru_cache(maxsize=2)  # noqa: B019 (one Batches lives as long as its run)
@@ -224,10 +250,16 @@ class Batches:
         rows = self.rows_per_epoch
         for start in range(0, rows, self.batch_size)[:limit]:
             numbers = range(start, min(start + self.batch_size, rows))
-            yield self._windows(numbers) if self.batching == "windows" else self._assemble([self._plan(0)[n] for n in numbers])
+            yield (
+                self._windows(numbers)
+                if self.batching == "windows"
+                else self._assemble([self._plan(0)[n] for n in numbers])
+            )
 
     def _windows(self, numbers: Sequence[int]) -> Batch:
-        starts = [int(np.random.default_rng((self.seed, n)).integers(len(self.stream) - self.block_size)) for n in numbers]
+        starts = [
+            int(np.random.default_rng((self.seed, n)).integers(len(self.stream) - self.block_size)) for n in numbers
+        ]
         ids = np.stack([self.stream[a : a + self.block_size + 1] for a in starts]).astype(np.int64)
         inputs, targets = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy()).flatten()
         return Batch(inputs, torch.arange(len(targets)), targets, None, len(targets), ())
@@ -244,7 +276,9 @@ class Batches:
             at = 0
             for piece in row:
                 stop = at + len(piece)
-                input_ids[i, at:stop], targets[i, at:stop] = self.store.row(piece.row, self.loss_on, piece.start, piece.stop)
+                input_ids[i, at:stop], targets[i, at:stop] = self.store.row(
+                    piece.row, self.loss_on, piece.start, piece.stop
+                )
                 at = stop
             lengths.append([len(p) for p in row] + ([width - at] if at < width else []))
         supervised = np.flatnonzero(targets.ravel() != IGNORE_INDEX)

@@ -25,7 +25,13 @@ STATE = "training_state"
 
 
 def save_checkpoint(
-    run: Run, step: int, model: GPT, tokenizer: Tokenizer, optimizer: Optimizer, progress: dict[str, Any], scaler: GradScaler | None
+    run: Run,
+    step: int,
+    model: GPT,
+    tokenizer: Tokenizer,
+    optimizer: Optimizer,
+    progress: dict[str, Any],
+    scaler: GradScaler | None,
 ) -> Path:
     """Write `checkpoints/step-XXXXXXXX`: the model in the Hugging Face layout, and `training_state/`.
 
@@ -68,7 +74,9 @@ def load_state(directory: Path, model: GPT, optimizer: Optimizer, scaler: GradSc
         state: dict[str, Any] = json.loads((directory / STATE / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(directory / STATE / "optimizer.safetensors")
     except (OSError, json.JSONDecodeError, SafetensorError) as error:
-        raise UserError(f"{directory} cannot be resumed from ({error}); delete it to go on from the checkpoint before") from None
+        raise UserError(
+            f"{directory} cannot be resumed from ({error}); delete it to go on from the checkpoint before"
+        ) from None
     from_hf_state_dict(model, stored_weights(directory), str(directory))
     torch.set_rng_state(tensors.pop("rng.cpu"))
     cuda = tensors.pop("rng.cuda", None)

@@ -28,7 +28,9 @@ class Positional:
     many: bool = False
 
 
-def parse(options: type[T], argv: Sequence[str], *, prog: str, positionals: Sequence[Positional] = ()) -> tuple[T, dict[str, Any]]:
+def parse(
+    options: type[T], argv: Sequence[str], *, prog: str, positionals: Sequence[Positional] = ()
+) -> tuple[T, dict[str, Any]]:
     """The options and positional arguments on a command line.
 
     `--config FILE` (repeatable, later wins; a preset's name works too) and `--group.name value` set the same names.
@@ -39,14 +41,20 @@ def parse(options: type[T], argv: Sequence[str], *, prog: str, positionals: Sequ
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     doc = (options.__doc__ or "").strip()
-    parser = jsonargparse.ArgumentParser(prog=prog, description=doc, exit_on_error=False, default_env=False, add_help=True)
-    parser.usage = f"{prog} {' '.join(p.name.upper() + (' ...' if p.many else '') for p in positionals)} [--option value ...]".replace("  ", " ")
+    parser = jsonargparse.ArgumentParser(
+        prog=prog, description=doc, exit_on_error=False, default_env=False, add_help=True
+    )
+    parser.usage = f"{prog} {' '.join(p.name.upper() + (' ...' if p.many else '') for p in positionals)} [--option value ...]".replace(
+        "  ", " "
+    )
     for positional in positionals:
         more: dict[str, Any] = {"nargs": "+"} if positional.many else {}
         parser.add_argument(positional.name, type=str, help=positional.help, **more)
     parser.add_argument("--config", action="config", help="YAML file or preset (paper/e1, ...); repeatable, later wins")
     parser.add_class_arguments(options)
-    argv = [preset_path(word) if before == "--config" else word for before, word in zip(["", *argv], argv, strict=False)]
+    argv = [
+        preset_path(word) if before == "--config" else word for before, word in zip(["", *argv], argv, strict=False)
+    ]
     argv = [f"--config={preset_path(word[9:])}" if word.startswith("--config=") else word for word in argv]
     argv = _bare_switches(options, argv)
     show = "--print_config" in argv
@@ -54,7 +62,11 @@ def parse(options: type[T], argv: Sequence[str], *, prog: str, positionals: Sequ
         parsed = parser.parse_args([word for word in argv if word != "--print_config"])
         built = parser.instantiate_classes(parsed)
     except jsonargparse.ArgumentError as error:
-        files = [word.removeprefix("--config=") for before, word in zip(["", *argv], argv, strict=False) if "--config" in (before, word.split("=")[0])]
+        files = [
+            word.removeprefix("--config=")
+            for before, word in zip(["", *argv], argv, strict=False)
+            if "--config" in (before, word.split("=")[0])
+        ]
         raise UsageError(_one_line(str(error), options, ", ".join(f for f in files if f != "--config"))) from None
     config = options(**{f.name: built[f.name] for f in dataclasses.fields(options)})  # type: ignore[arg-type]
     if show:
@@ -71,14 +83,19 @@ def preset_path(name: str) -> str:
     if preset.is_file():
         return str(preset)
     known = sorted(str(p.relative_to(PRESETS).with_suffix("")) for p in PRESETS.rglob("*.yaml"))
-    raise UsageError(f"--config {name}: no such file, and no such preset{_nearest(name, known)}; presets: {', '.join(known)}")
+    raise UsageError(
+        f"--config {name}: no such file, and no such preset{_nearest(name, known)}; presets: {', '.join(known)}"
+    )
 
 
 def _bare_switches(options: type[Any], argv: Sequence[str]) -> list[str]:
     """`--resume` means `--resume true`."""
     switches = {f"--{name}" for name, kind in option_types(options).items() if kind is bool}
     following = [*argv[1:], "--"]
-    return [f"{word}=true" if word in switches and after.startswith("--") else word for word, after in zip(argv, following, strict=True)]
+    return [
+        f"{word}=true" if word in switches and after.startswith("--") else word
+        for word, after in zip(argv, following, strict=True)
+    ]
 
 
 def option_types(options: type[Any], prefix: str = "") -> dict[str, Any]:
@@ -109,7 +126,9 @@ def _one_line(message: str, options: type[Any], files: str) -> str:
     if wrong := re.search(r'Parser key "([\w.]+)"', message):
         given = re.search(r"Given value: (.*)", message) or re.search(r"Got value: (.*)", message)
         value = given[1] if given else "as given"
-        expected = f"expected {describe_type(types[wrong[1]])}" if wrong[1] in types else message.split("\n")[-1].strip()
+        expected = (
+            f"expected {describe_type(types[wrong[1]])}" if wrong[1] in types else message.split("\n")[-1].strip()
+        )
         return f"--{wrong[1]} {value}: {expected}"
     return " ".join(message.split())
 
@@ -121,7 +140,13 @@ def describe_type(kind: Any) -> str:
         if typing.get_origin(part) is Literal:
             words += map(str, typing.get_args(part))
         else:
-            plain = {int: ["a whole number"], float: ["a number"], bool: ["true", "false"], str: ["text"], type(None): ["null"]}
+            plain = {
+                int: ["a whole number"],
+                float: ["a number"],
+                bool: ["true", "false"],
+                str: ["text"],
+                type(None): ["null"],
+            }
             words += plain.get(part, [str(part)])
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
@@ -129,5 +154,7 @@ def describe_type(kind: Any) -> str:
 def _nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
     tails = {k.rsplit(".", 1)[-1]: k for k in known}
     tail = name.rsplit(".", 1)[-1]
-    close = [tails[tail]] if tail in tails else difflib.get_close_matches(name, known, 1, 0.5)  # first: right name, wrong group
+    close = (
+        [tails[tail]] if tail in tails else difflib.get_close_matches(name, known, 1, 0.5)
+    )  # first: right name, wrong group
     return f". Did you mean {prefix}{close[0]}?" if close else ""

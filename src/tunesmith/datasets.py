@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,10 @@ class Report:
 
     def lines(self) -> list[str]:
         """One line a reason: count, reason, first places."""
-        return [f"{n:,} skipped: {why} ({', '.join(self.places[why])}{', ...' if n > 3 else ''})" for why, n in self.bad.items()]
+        return [
+            f"{n:,} skipped: {why} ({', '.join(self.places[why])}{', ...' if n > 3 else ''})"
+            for why, n in self.bad.items()
+        ]
 
 
 @dataclass(frozen=True)
@@ -140,25 +144,37 @@ def open_dataset(options: DataOptions) -> Source:
         path = download_dataset(name, ["*.parquet", "*.jsonl", "*.jsonl.gz", "*.json.gz"], "--data.name DIR")
     files = _split_files(path)
     if "train" not in files:
-        raise UserError(f"{path} holds no train.* file; expected train{{{','.join(SUFFIXES)}}} and, if you have one, test.*")
+        raise UserError(
+            f"{path} holds no train.* file; expected train{{{','.join(SUFFIXES)}}} and, if you have one, test.*"
+        )
     return Source(name, "rows", files, max_rows=limit)
 
 
 def _hh_files(subsets: Sequence[str], options: DataOptions) -> tuple[dict[str, tuple[Path, ...]], tuple[str, ...]]:
     if options.root is None:
-        root = download_dataset(HH_REPO, [f"{s}/{split}.jsonl.gz" for s in subsets for split in ("train", "test")], "--data.root DIR")
+        root = download_dataset(
+            HH_REPO, [f"{s}/{split}.jsonl.gz" for s in subsets for split in ("train", "test")], "--data.root DIR"
+        )
     else:
         root = Path(options.root).expanduser()
         if not root.is_dir():
-            raise UserError(f"--data.root {root} is not a directory; it should hold helpful-base/train.jsonl.gz and so on")
-    present, missing = [], []
+            raise UserError(
+                f"--data.root {root} is not a directory; it should hold helpful-base/train.jsonl.gz and so on"
+            )
+    present: list[tuple[str, list[Path | None]]] = []
+    missing: list[tuple[str, list[Path | None]]] = []
     for subset in subsets:
-        found = [next((p for p in (root / subset / f"{s}.jsonl.gz", root / subset / f"{s}.jsonl") if p.exists()), None) for s in SPLIT_NAMES]
+        found = [
+            next((p for p in (root / subset / f"{s}.jsonl.gz", root / subset / f"{s}.jsonl") if p.exists()), None)
+            for s in SPLIT_NAMES
+        ]
         (present if all(found) else missing).append((subset, found))
     names = ", ".join(f"{subset}/{{train,test}}.jsonl.gz" for subset, _ in missing)
     if missing and not (options.allow_missing and present):
-        raise UserError(f"{root} lacks {names}. Add them, name one subset (hh:SUBSET), or pass --data.allow_missing true")
-    files = {split: tuple(found[i] for _, found in present if found[i]) for i, split in enumerate(SPLIT_NAMES)}
+        raise UserError(
+            f"{root} lacks {names}. Add them, name one subset (hh:SUBSET), or pass --data.allow_missing true"
+        )
+    files = {split: tuple(path for _, found in present if (path := found[i])) for i, split in enumerate(SPLIT_NAMES)}
     return files, ((f"going on without {names}",) if missing else ())
 
 
@@ -282,8 +298,9 @@ def parse_row(row: Any) -> Row:
 
 def _dialogue(prompt: Any, answer: Any) -> Dialogue:
     if isinstance(answer, list) or isinstance(prompt, list):
-        as_list = lambda part, role: part if isinstance(part, list) else [{"role": role, "content": part}]  # noqa: E731
-        return parse_messages([*(as_list(prompt, "user") if prompt is not None else []), *as_list(answer, "assistant")])
+        turns = [(prompt, "user"), (answer, "assistant")] if prompt is not None else [(answer, "assistant")]
+        lists = [part if isinstance(part, list) else [{"role": role, "content": part}] for part, role in turns]
+        return parse_messages(list(chain.from_iterable(lists)))
     if not isinstance(answer, str) or not (prompt is None or isinstance(prompt, str)):
         raise BadRow("prompt or answer is neither text nor a list of turns")
     if prompt is None or prompt.startswith("\n\nHuman:"):
@@ -302,7 +319,9 @@ def _static(source: Source, split: str, rows: Iterator[Located]) -> Iterator[Loc
     """All of HH without the rows that rm-static holds: the report's EYLSFTStaticDataset."""
     ignored = Report()
     known = {
-        r.value["prompt"] + r.value["chosen"] for i, path in enumerate(source.rm_static[split]) for r in read_file(path, i, ignored)
+        r.value["prompt"] + r.value["chosen"]
+        for i, path in enumerate(source.rm_static[split])
+        for r in read_file(path, i, ignored)
     }
     return (r for r in rows if not isinstance(r.value, dict) or r.value.get("chosen") not in known)
 
@@ -322,7 +341,7 @@ def _pairs(source: Source, _split: str, rows: Iterator[Located]) -> Iterator[Loc
 def _randperm(n: int, seed: int) -> list[int]:
     import torch
 
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()  # type: ignore[no-any-return]
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 RECIPES: dict[str, Callable[[Source, str, Iterator[Located]], Iterator[Located]]] = {
@@ -340,7 +359,9 @@ def holdout_rows(rows: int, share: float, seed: int) -> tuple[np.ndarray[Any, An
     Raises: UserError if there are fewer than two rows.
     """
     if rows < 2:
-        raise UserError("one usable row cannot be split into training and validation; give a directory with train.* and test.*")
+        raise UserError(
+            "one usable row cannot be split into training and validation; give a directory with train.* and test.*"
+        )
     order = np.random.default_rng(seed).permutation(rows)
     held = min(max(1, round(rows * share)), rows - 1)
     return np.sort(order[held:]), np.sort(order[:held])

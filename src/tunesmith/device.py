@@ -96,7 +96,9 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):  # another C library
         return False
     huge = 2**31 - 1
-    return all(mallopt(key, value) == 1 for key, value in ((m_mmap_max, 0), (m_trim_threshold, huge), (m_top_pad, 2**26)))
+    return all(
+        mallopt(key, value) == 1 for key, value in ((m_mmap_max, 0), (m_trim_threshold, huge), (m_top_pad, 2**26))
+    )
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -83,7 +83,10 @@ class Preference:
     def shared(self) -> int:
         """How many messages the two have in common from the start."""
         pairs = zip(self.chosen.messages, self.rejected.messages, strict=False)
-        return next((i for i, (a, b) in enumerate(pairs) if a != b), min(map(len, (self.chosen.messages, self.rejected.messages))))
+        return next(
+            (i for i, (a, b) in enumerate(pairs) if a != b),
+            min(map(len, (self.chosen.messages, self.rejected.messages))),
+        )
 
 
 Row = Dialogue | Text | Preference

@@ -114,7 +114,9 @@ def fit(
             state.best_loss, state.best_step = loss, state.step
 
     def end(kind: str, reason: str = "") -> None:
-        log.status(kind, state.step, reason, best_step=state.best_step, best_validation_loss=state.best_loss, steps=steps)
+        log.status(
+            kind, state.step, reason, best_step=state.best_step, best_validation_loss=state.best_loss, steps=steps
+        )
         bar.say(f"{kind} at step {state.step:,}{': ' + reason if reason else ''}")
 
     losses = deque(state.recent, maxlen=diverge_after or 1)
@@ -136,7 +138,11 @@ def fit(
             if trouble:
                 step, where = state.step + 1, describe_rows(batches)
                 log.record("diverged", step, loss=stats.loss, grad_norm=stats.grad_norm, lr=lr)
-                return end("diverged", f"{trouble} at step {step:,} (rows {where}); lower --optimizer.lr (now {lr:g}) or look at these rows")
+                end(
+                    "diverged",
+                    f"{trouble} at step {step:,} (rows {where}); lower --optimizer.lr (now {lr:g}) or look at these rows",
+                )
+                return
             state.step += 1
             state.tokens += (tokens := sum(b.tokens for b in batches))
             state.target_tokens += stats.count
@@ -157,7 +163,8 @@ def fit(
                 save()
                 log.status("running", state.step, steps=steps, best_step=state.best_step)
             if stopping and not last:
-                return end("stopped", f"{signals.received} received; go on with --resume")
+                end("stopped", f"{signals.received} received; go on with --resume")
+                return
         end("finished")
 
 
@@ -165,8 +172,15 @@ def _divergence(
     stats: StepStats, scaler: GradScaler | None, losses: deque[float], first_loss: float | None, window: int
 ) -> str:
     """What has gone wrong, or nothing."""
-    if not stats.updated and (scaler is None or not stats.loss < float("inf")):  # fp16 gradients may overflow: scaled anew
+    if not stats.updated and (
+        scaler is None or not stats.loss < float("inf")
+    ):  # fp16 gradients may overflow: scaled anew
         return f"loss {stats.loss:g} or gradient norm {stats.grad_norm:g} is not finite"
-    if window and first_loss is not None and len(losses) == window and (mean := sum(losses) / window) > DIVERGED_BY * first_loss:
+    if (
+        window
+        and first_loss is not None
+        and len(losses) == window
+        and (mean := sum(losses) / window) > DIVERGED_BY * first_loss
+    ):
         return f"mean loss of the last {window} steps {mean:.3f} lies above that of step 0, {first_loss:.3f},"
     return ""

@@ -91,7 +91,9 @@ def encode_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]
     try:
         messages = [m if isinstance(m, Message) else parse_messages([m]).messages[0] for m in conversation]
     except BadRow as reason:
-        raise UserError(f"a prompt is no conversation: {reason}; expected [{{'role': 'user', 'content': '...'}}, ...]") from None
+        raise UserError(
+            f"a prompt is no conversation: {reason}; expected [{{'role': 'user', 'content': '...'}}, ...]"
+        ) from None
     return list(chain.from_iterable(tokenizer.encode_batch(prompt_segments(messages))))
 
 
@@ -121,7 +123,12 @@ def generate_answers(
 
 
 def stream(
-    model: GPT, tokenizer: Tokenizer, conversation: Conversation, sampling: Sampling, max_new_tokens: int = 128, cut_front: bool = False
+    model: GPT,
+    tokenizer: Tokenizer,
+    conversation: Conversation,
+    sampling: Sampling,
+    max_new_tokens: int = 128,
+    cut_front: bool = False,
 ) -> Iterator[str]:
     """One answer piece by piece. A piece is held back while it may be the beginning of a stop text or of a character."""
     prompt = _fit(encode_prompt(tokenizer, conversation), model, max_new_tokens, cut_front, 0)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -96,7 +98,7 @@ class Documents:
         rows = []
         for row in ids.tolist():
             cuts = [0, *(i for i in range(1, len(row)) if row[i] != row[i - 1]), len(row)]
-            rows.append([b - a for a, b in zip(cuts, cuts[1:], strict=False)])
+            rows.append([b - a for a, b in pairwise(cuts)])
         return Documents.from_rows(rows, ids.device)
 
 
@@ -160,15 +162,19 @@ def attend_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents, drop
         y = varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0))
         assert isinstance(y, Tensor)
         return y.view(*documents.positions.shape, *y.shape[1:])
-    return _attend_one_by_one(q, k, v, documents.lengths, dropout)
+    y = _attend_one_by_one(q, k, v, documents.lengths, dropout)
+    assert isinstance(y, Tensor)
+    return y
 
 
-@torch.compiler.disable  # a Python loop over lengths that change with every batch would be compiled anew each time
+# A Python loop over lengths that change with every batch would be compiled anew each time: it stays outside.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attend_one_by_one(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], dropout: float) -> Tensor:
     flat = (z.flatten(0, 1).transpose(0, 1)[None] for z in (q, k, v))  # each (1, H, N, D)
+    split = [torch.split(z, list(lengths), 2) for z in flat]
     parts = [
         F.scaled_dot_product_attention(a, b, c, is_causal=True, dropout_p=dropout)
-        for a, b, c in zip(*(z.split(lengths, 2) for z in flat), strict=True)
+        for a, b, c in zip(*split, strict=True)
     ]
     return torch.cat(parts, 2)[0].transpose(0, 1).reshape(q.shape)
 
@@ -192,7 +198,11 @@ class Attention(nn.Module):
         q, k, v = (z.unflatten(2, (self.n_head, -1)) for z in self.c_attn(x).chunk(3, 2))  # (B, T, H, D)
         dropout = self.dropout if self.training else 0.0
         if cache is not None:
-            y = cache.attend_next(layer, q, k, v) if documents is None else cache.attend_prompts(layer, q, k, v, documents)
+            y = (
+                cache.attend_next(layer, q, k, v)
+                if documents is None
+                else cache.attend_prompts(layer, q, k, v, documents)
+            )
         elif documents is not None:
             y = attend_documents(q, k, v, documents, dropout)
         else:

@@ -16,7 +16,14 @@ def download_dataset(repo: str, patterns: Sequence[str], otherwise: str) -> Path
 def download_model(repo: str) -> Path:
     """Local directory of a model on the hub: config, tokenizer and safetensors (else the old .bin weights)."""
     otherwise = "a local directory as the model's name"
-    small = ["config.json", "tokenizer.json", "vocab.json", "merges.txt", "*.safetensors.index.json", "pytorch_model.bin.index.json"]
+    small = [
+        "config.json",
+        "tokenizer.json",
+        "vocab.json",
+        "merges.txt",
+        "*.safetensors.index.json",
+        "pytorch_model.bin.index.json",
+    ]
     directory = _snapshot(repo, "model", [*small, "model*.safetensors"], otherwise)
     if not any(directory.glob("*.safetensors")):
         directory = _snapshot(repo, "model", [*small, "pytorch_model*.bin"], otherwise)
@@ -25,14 +32,21 @@ def download_model(repo: str) -> Path:
 
 def _snapshot(repo: str, kind: str, patterns: Sequence[str], otherwise: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(repo, repo_type=kind, allow_patterns=list(patterns)))
     except HFValidationError:
         raise UserError(f"{repo!r} is neither a directory here nor a name on the hub (owner/name)") from None
     except RepositoryNotFoundError:
-        raise UserError(f"the hub has no {kind} {repo!r} (or it is private and needs a login); check the name, or give {otherwise}") from None
+        raise UserError(
+            f"the hub has no {kind} {repo!r} (or it is private and needs a login); check the name, or give {otherwise}"
+        ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{kind} {repo!r} cannot be downloaded from the hub ({reason}); give {otherwise}") from None

@@ -47,7 +47,7 @@ class _HeadNLL(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
         d_hidden = None if d_hidden is None else (d_hidden.to(ctx.hidden_dtype) * grad.to(ctx.hidden_dtype))
         return d_hidden, None if d_weight is None else d_weight.mul_(grad), None, None

@@ -85,4 +85,6 @@ def load_for_training(name: str, *, init: str, dropout: float, seed: int) -> tup
 def check_pair(config: GPTConfig, tokenizer: Tokenizer, where: str) -> None:
     """Raises: UserError if the tokenizer can produce ids that the model has no embedding for."""
     if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(f"{where}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model embeddings for {config.vocab_size:,}")
+        raise UserError(
+            f"{where}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model embeddings for {config.vocab_size:,}"
+        )

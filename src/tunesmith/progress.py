@@ -22,7 +22,13 @@ class Progress:
         self.console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
         self.bar: RichProgress | None = None
         if self.console.is_terminal:
-            text = TextColumn("[bold]step"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn()
+            text = (
+                TextColumn("[bold]step"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(),
+            )
             self.bar = RichProgress(*text, console=self.console)
             self.task = self.bar.add_task("train", total=total, completed=done, note="")
 
@@ -31,7 +37,9 @@ class Progress:
             self.bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.bar:
             self.bar.stop()
 

@@ -28,7 +28,9 @@ def load_prompts(file: str | None = None, limit: int | None = None) -> list[Prom
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        raise UserError(f"--prompts {path}: no such file; give one prompt a line, or JSONL with `prompt` and `group`") from None
+        raise UserError(
+            f"--prompts {path}: no such file; give one prompt a line, or JSONL with `prompt` and `group`"
+        ) from None
     except UnicodeDecodeError as error:
         raise UserError(f"--prompts {path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     prompts = []
@@ -40,7 +42,12 @@ def load_prompts(file: str | None = None, limit: int | None = None) -> list[Prom
             continue
         try:
             row = json.loads(line)
-            prompts.append(Prompt(row["prompt"] if isinstance(row, dict) else str(row), row.get("group", "") if isinstance(row, dict) else ""))
+            prompts.append(
+                Prompt(
+                    row["prompt"] if isinstance(row, dict) else str(row),
+                    row.get("group", "") if isinstance(row, dict) else "",
+                )
+            )
         except (json.JSONDecodeError, KeyError) as error:
             raise UserError(f"--prompts {path}:{number}: expected an object with `prompt` ({error})") from None
     if not prompts:

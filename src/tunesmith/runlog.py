@@ -94,7 +94,7 @@ class Run:
         found = dict(self.checkpoints())
         if not found:
             raise UserError(f"{self.path} has no checkpoint yet (its state is {self.status['state']!r})")
-        return found.get(best) or found[max(found)]
+        return found[best if best in found else max(found)]
 
 
 class RunLog:

@@ -63,7 +63,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text; no special token is added or recognised."""
-        return self._backend.encode(text, add_special_tokens=False).ids  # type: ignore[no-any-return]
+        return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many texts, on all cores."""
@@ -71,7 +71,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; the end-of-text token and incomplete UTF-8 at the end give nothing and U+FFFD."""
-        return self._backend.decode(list(ids), skip_special_tokens=True)  # type: ignore[no-any-return]
+        return self._backend.decode(list(ids), skip_special_tokens=True)
 
     @cached_property
     def fingerprint(self) -> str:

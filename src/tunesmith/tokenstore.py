@@ -83,7 +83,9 @@ def cache_directory() -> Path:
     """Where tokenised data is kept: $TUNESMITH_CACHE, else tunesmith in the user's cache directory."""
     if "TUNESMITH_CACHE" in os.environ:
         return Path(os.environ["TUNESMITH_CACHE"])
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / (
+        "Library/Caches" if sys.platform == "darwin" else ".cache"
+    )
     return Path(base) / "tunesmith"
 
 
@@ -93,7 +95,9 @@ def tokenise(source: Source, split: str, tokenizer: Tokenizer, *, whole: bool = 
     whole: encode each row as one text (the paper's windows) instead of segment by segment.
     Raises: UserError if no row is usable.
     """
-    key = hashlib.sha256(repr((VERSION, source.fingerprint(split), tokenizer.fingerprint, whole)).encode()).hexdigest()[:32]
+    key = hashlib.sha256(repr((VERSION, source.fingerprint(split), tokenizer.fingerprint, whole)).encode()).hexdigest()[
+        :32
+    ]
     directory = cache_directory() / "tokens" / key
     if not (directory / "report.json").exists():
         report = Report()
@@ -102,7 +106,10 @@ def tokenise(source: Source, split: str, tokenizer: Tokenizer, *, whole: bool = 
             _write(arrays, report, directory)
         except OSError:  # a cache that cannot be written is no reason to stop
             return TokenStore(**arrays, end_of_text=tokenizer.end_of_text, source=source, split=split, report=report)
-    arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("tokens", "flags", "offsets", "plain", "places")}
+    arrays = {
+        name: np.load(directory / f"{name}.npy", mmap_mode="r")
+        for name in ("tokens", "flags", "offsets", "plain", "places")
+    }
     report = Report(**json.loads((directory / "report.json").read_text(encoding="utf-8")))
     return TokenStore(**arrays, end_of_text=tokenizer.end_of_text, source=source, split=split, report=report)
 

@@ -53,7 +53,7 @@ def config_from_hf(hf: dict[str, Any]) -> GPTConfig:
         raise UserError(f"config.json has no {missing}, which a GPT-2 needs") from None
 
 
-def config_to_hf(config: GPTConfig, end_of_text: int) -> dict[str, Any]:
+def config_to_hf(config: GPTConfig, end_of_text: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """The `config.json` from which transformers builds the same GPT2LMHeadModel."""
     return {
         "architectures": ["GPT2LMHeadModel"],
@@ -74,7 +74,7 @@ def config_to_hf(config: GPTConfig, end_of_text: int) -> dict[str, Any]:
         "initializer_range": 0.02,
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
-        "dtype": "float32",
+        "dtype": str(dtype).removeprefix("torch."),
     }
 
 
@@ -188,7 +188,7 @@ def save_model(model: GPT, tokenizer: Tokenizer, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().cpu() for name, value in to_hf_state_dict(model).items()}
     write_safetensors(state, directory / "model.safetensors", {"format": "pt"})
-    text = json.dumps(config_to_hf(model.config, tokenizer.end_of_text), indent=2) + "\n"
+    text = json.dumps(config_to_hf(model.config, tokenizer.end_of_text, model.wte.weight.dtype), indent=2) + "\n"
     (directory / "config.json").write_text(text, encoding="utf-8")
     tokenizer.save(directory, model.config.block_size)
 
@@ -200,3 +200,11 @@ def write_safetensors(state: dict[str, Tensor], path: Path, metadata: dict[str, 
     except SafetensorError as error:
         code = next((int(word.strip("(),. ")) for word in str(error).split() if word.strip("(),. ").isdigit()), 0)
         raise OSError(code, os.strerror(code) if code else str(error), str(path)) from None
+    path.chmod(0o666 & ~_umask())
+
+
+def _umask() -> int:
+    """The process's file mode mask (safetensors makes its files private; models are to be shared as any file)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

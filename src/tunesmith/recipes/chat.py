@@ -72,7 +72,9 @@ def chat(model_name: str, options: ChatCommand) -> None:
         console.print("[bold green]model[/bold green] ", end="")
         answer = ""
         try:
-            for piece in stream(model, tokenizer, messages, dataclasses.replace(sampling, sample=draw), g.max_new_tokens, cut_front=True):
+            for piece in stream(
+                model, tokenizer, messages, dataclasses.replace(sampling, sample=draw), g.max_new_tokens, cut_front=True
+            ):
                 answer += piece
                 console.print(piece, end="", markup=False)
         except KeyboardInterrupt:  # stops the answer, not the conversation
@@ -84,7 +86,13 @@ def chat(model_name: str, options: ChatCommand) -> None:
 def _save(messages: list[Message], name: str, console: Console) -> None:
     path = Path(name or "conversation.json")
     try:
-        path.write_text(json.dumps({"messages": [{"role": m.role, "content": m.content} for m in messages]}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(
+            json.dumps(
+                {"messages": [{"role": m.role, "content": m.content} for m in messages]}, indent=2, ensure_ascii=False
+            )
+            + "\n",
+            encoding="utf-8",
+        )
         console.print(f"[dim]saved to {path}[/dim]")
     except OSError as error:
         console.print(f"[red]not saved: {path}: {error.strerror}[/red]")

@@ -18,7 +18,9 @@ from tunesmith.options import CompareCommand, GenerateOptions
 from tunesmith.prompts import Prompt, load_prompts
 
 
-def answer_prompts(model_name: str, prompts: Sequence[Prompt], options: GenerateOptions, device: str = "auto") -> list[Answer]:
+def answer_prompts(
+    model_name: str, prompts: Sequence[Prompt], options: GenerateOptions, device: str = "auto"
+) -> list[Answer]:
     """One answer a prompt. The streams of chance depend on prompt and seed only, so two models meet the same luck."""
     model, tokenizer = load(model_name, device=device)
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
@@ -38,11 +40,15 @@ def compare(a: str, b: str, options: CompareCommand) -> list[dict[str, Any]]:
     for i, prompt in enumerate(prompts):
         pair = {name: answers[name][i] for name in (a, b)}
         table.add_row(escape(prompt.text), *(escape(pair[name].text.strip()) + _ending(pair[name]) for name in (a, b)))
-        record = {name: {"answer": x.text, "finish_reason": x.finish_reason, "tokens": x.tokens} for name, x in pair.items()}
+        record = {
+            name: {"answer": x.text, "finish_reason": x.finish_reason, "tokens": x.tokens} for name, x in pair.items()
+        }
         records.append({"prompt": prompt.text, "group": prompt.group, "answers": record})
     Console(highlight=False).print(table)
     if options.out:
-        Path(options.out).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+        Path(options.out).write_text(
+            "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8"
+        )
     return records
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as RichText
 
-from tunesmith.batching import cut_rows
+from tunesmith.batching import cut_rows, resolve_loss_on
 from tunesmith.datasets import open_dataset
 from tunesmith.errors import UserError
 from tunesmith.losses import IGNORE_INDEX
@@ -30,7 +30,7 @@ def show_data(name: str, options: DataCommand) -> None:
     tokenizer = load_tokenizer(options.tokenizer)
     source = open_dataset(data)
     stores = [tokenise(source, split, tokenizer, whole=data.batching == "windows") for split in source.files]
-    loss_on = ("all" if data.batching == "windows" else "assistant") if data.loss_on == "auto" else data.loss_on
+    loss_on = resolve_loss_on(data.loss_on, data.batching)
     console = Console(highlight=False, soft_wrap=True)
     table = Table(title=f"{name}, tokens of {options.tokenizer}", title_justify="left")
     table.add_column("")
@@ -40,7 +40,11 @@ def show_data(name: str, options: DataCommand) -> None:
         table.add_column(store.split, justify="right")
         for label, value in _figures(store, loss_on, data.block_size).items():
             figures.setdefault(label, []).append(value)
-        cut = [line for t in cut_rows(store, range(len(store)), data.block_size, data.truncation)[1] for line in t.lines(data.block_size)]
+        cut = [
+            line
+            for t in cut_rows(store, range(len(store)), data.block_size, data.truncation)[1]
+            for line in t.lines(data.block_size)
+        ]
         problems += [f"{store.split}: {line}" for line in [*store.report.lines(), *cut]]
     for label, values in figures.items():
         table.add_row(label, *values)
@@ -49,9 +53,11 @@ def show_data(name: str, options: DataCommand) -> None:
         console.print(f"note: {line}", markup=False)
     for index in range(min(options.show, len(stores[0]))):
         console.print(f"\n[bold]{stores[0].place(index)}[/bold]")
-        console.print(coloured(stores[0], index, loss_on, data.block_size, tokenizer))
+        console.print(coloured(stores[0], index, loss_on, tokenizer))
     if options.show:
-        console.print("\n[dim]context[/dim]  [black on green]carries loss[/black on green]  [white on red]end of answer, also a target[/white on red]")
+        console.print(
+            "\n[dim]context[/dim]  [black on green]carries loss[/black on green]  [white on red]end of answer, also a target[/white on red]"
+        )
     if data.strict and problems:
         raise UserError(f"--data.strict: {'; '.join(problems)}")
 
@@ -81,7 +87,7 @@ def supervised_tokens(store: TokenStore, loss_on: str) -> int:
     return int(np.count_nonzero(store.flags & 1) + np.count_nonzero(store.flags & 2))
 
 
-def coloured(store: TokenStore, index: int, loss_on: str, block_size: int, tokenizer: Tokenizer) -> RichText:
+def coloured(store: TokenStore, index: int, loss_on: str, tokenizer: Tokenizer) -> RichText:
     """A row's text, each token in the colour of what it is for; the number of coloured tokens is the loss's denominator.
 
     A token is coloured where it is a *target*. The end of an answer is a target without being in the text.

@@ -42,7 +42,12 @@ def evaluate(model_name: str, dataset: str, options: EvaluateCommand) -> dict[st
         result[label] = {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
         table.add_row(label, f"{found.tokens:,}", f"{found.loss:.4f}", f"{found.perplexity:,.2f}")
     console.print(table)
-    for line in [*source.notes, *store.report.notes, *store.report.lines(), *(line for t in batches.truncations for line in t.lines(batches.block_size))]:
+    for line in [
+        *source.notes,
+        *store.report.notes,
+        *store.report.lines(),
+        *(line for t in batches.truncations for line in t.lines(batches.block_size)),
+    ]:
         console.print(f"note: {line}", markup=False)
     if options.out:
         Path(options.out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -19,7 +19,7 @@ from torch.amp import GradScaler
 
 from tunesmith.batching import Batch, Batches
 from tunesmith.datasets import holdout_rows, open_dataset
-from tunesmith.device import autocast, describe, keep_freed_memory, resolve_device, resolve_precision, seed_everything
+from tunesmith.device import describe, keep_freed_memory, resolve_device, resolve_precision, seed_everything
 from tunesmith.errors import UserError
 from tunesmith.evaluate import estimate_loss, nll_sum
 from tunesmith.fit import fit
@@ -58,7 +58,9 @@ def load_splits(data: DataOptions, tokenizer: Tokenizer) -> Splits:
     else:
         validation = train
         train_rows, validation_rows = holdout_rows(len(train), data.holdout, data.seed)
-        notes.append(f"no test split: {len(validation_rows):,} of {len(train):,} rows are held out for validation (--data.holdout)")
+        notes.append(
+            f"no test split: {len(validation_rows):,} of {len(train):,} rows are held out for validation (--data.holdout)"
+        )
     if data.strict and bad:
         raise UserError(f"--data.strict: {'; '.join(n for n in notes if 'skipped' in n)}")
     return Splits(train, train_rows.tolist(), validation, validation_rows.tolist(), notes)
@@ -73,7 +75,12 @@ def make_batches(splits: Splits, config: SFTConfig) -> tuple[Batches, Batches, l
     }  # fmt: skip
     train = Batches(splits.train, splits.train_rows, **shared)
     validation = Batches(splits.validation, splits.validation_rows, **shared)
-    cut = [f"{name}: {line}" for name, b in (("train", train), ("validation", validation)) for t in b.truncations for line in t.lines(data.block_size)]
+    cut = [
+        f"{name}: {line}"
+        for name, b in (("train", train), ("validation", validation))
+        for t in b.truncations
+        for line in t.lines(data.block_size)
+    ]
     if data.strict and cut:
         raise UserError(f"--data.strict: {'; '.join(cut)}")
     return train, validation, cut
@@ -107,12 +114,16 @@ def check(config: SFTConfig) -> None:
     """Raises: UserError with every problem at once."""
     t, o, e, d = config.train, config.optimizer, config.eval, config.data
     at_least = {
-        "--train.batch_size": (t.batch_size, 1), "--train.accumulate": (t.accumulate, 1), "--data.block_size": (d.block_size, 2),
-        "--train.steps": (t.steps, 1), "--eval.every": (e.every, 1), "--eval.iters": (e.iters, 1), "--checkpoint.every": (config.checkpoint.every, 1),
-        "--checkpoint.keep": (config.checkpoint.keep, 0), "--train.grad_clip": (t.grad_clip, 0), "--optimizer.lr": (o.lr, 0),
-        "--optimizer.warmup_steps": (o.warmup_steps, 0), "--data.max_rows": (d.max_rows, 1),
+        "--data.block_size": (d.block_size, 2), "--data.max_rows": (d.max_rows, 1), "--train.steps": (t.steps, 1),
+        "--train.batch_size": (t.batch_size, 1), "--train.accumulate": (t.accumulate, 1), "--train.grad_clip": (t.grad_clip, 0),
+        "--optimizer.lr": (o.lr, 0), "--optimizer.warmup_steps": (o.warmup_steps, 0), "--eval.every": (e.every, 1),
+        "--eval.iters": (e.iters, 1), "--checkpoint.every": (config.checkpoint.every, 1), "--checkpoint.keep": (config.checkpoint.keep, 0),
     }  # fmt: skip
-    problems = [f"{name} is {value}, expected at least {low}" for name, (value, low) in at_least.items() if value is not None and value < low]
+    problems = [
+        f"{name} is {value}, expected at least {low}"
+        for name, (value, low) in at_least.items()
+        if value is not None and value < low
+    ]
     if t.steps is not None and t.epochs is not None:
         problems.append("give --train.steps or --train.epochs, not both")
     if t.epochs is not None and t.epochs <= 0:
@@ -131,7 +142,9 @@ def sft(config: SFTConfig) -> Run:
     Raises: UserError for anything in the configuration, data or model that cannot work, before the first step.
     """
     check(config)
-    path = new_run_directory(config.out, f"runs/sft-{_short(config.model.name)}-{_short(config.data.name)}", config.resume)
+    path = new_run_directory(
+        config.out, f"runs/sft-{_short(config.model.name)}-{_short(config.data.name)}", config.resume
+    )
     keep_freed_memory()
     seed_everything(config.train.seed)
     model, tokenizer = load_for_training(
