@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -13,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.dialogue import BadRow, Dialogue, Preference, Row, Text, parse_messages, parse_transcript
+from tunesmith.dialogue import BadRow, Dialogue, Preference, Row, Text, check_text, parse_messages, parse_transcript
 from tunesmith.errors import UserError
 from tunesmith.hub import download_dataset
 from tunesmith.options import DataOptions
@@ -77,8 +79,10 @@ class Source:
     notes: tuple[str, ...] = ()
 
     def fingerprint(self, split: str) -> str:
-        """SHA-256 over the bytes of the split's files and everything else that decides its rows."""
-        digest = hashlib.sha256(repr((self.recipe, self.seed, self.max_rows)).encode())
+        """SHA-256 over the bytes of the split's files and everything else that decides its rows and their report."""
+        published = self.name if self.name in PUBLISHED_ROWS else ""
+        labels = [label(self.files[split], i) for i in range(len(self.files[split]))]
+        digest = hashlib.sha256(repr((published, split, labels, self.recipe, self.seed, self.max_rows)).encode())
         for path in (*self.files[split], *self.rm_static.get(split, ())):
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -90,7 +94,7 @@ class Source:
 
         def raw() -> Iterator[Located]:
             for number, path in enumerate(paths):
-                yield from read_file(path, number, report)
+                yield from read_file(path, number, report, label(paths, number))
 
         selected = RECIPES[self.recipe](self, split, raw())
         for count, located in enumerate(selected):
@@ -102,9 +106,9 @@ class Source:
                 report.used += 1
                 yield Located(row, located.file, located.line)
             except BadRow as reason:
-                report.add_bad(str(reason), f"{paths[located.file].name}:{located.line}")
+                report.add_bad(str(reason), self.place(split, located.file, located.line))
         if not report.used:
-            reasons = "; ".join(report.lines()) or "the file is empty"
+            reasons = "; ".join(report.lines()) or f"it is empty; expected rows with {FORMATS}"
             raise UserError(f"{self.name} ({split}) has no usable row in {_names(paths)}: {reasons}")
         expected = PUBLISHED_ROWS.get(self.name)
         if expected and self.max_rows is None and report.rows != (want := expected[split != "train"]):
@@ -112,7 +116,13 @@ class Source:
 
     def place(self, split: str, file: int, line: int) -> str:
         """`file:line` of a row, for messages."""
-        return f"{self.files[split][file].name}:{line}"
+        return f"{label(self.files[split], file)}:{line}"
+
+
+def label(paths: Sequence[Path], number: int) -> str:
+    """A file's name, with its folder where the files of a split lie in several: `helpful-base/train.jsonl.gz`."""
+    common = os.path.commonpath([path.parent for path in paths])
+    return paths[number].relative_to(common).as_posix()
 
 
 def open_dataset(options: DataOptions) -> Source:
@@ -138,10 +148,10 @@ def open_dataset(options: DataOptions) -> Source:
     if path.is_file():
         return Source(name, "rows", {"train": (path,)}, max_rows=limit)
     if not path.is_dir():
-        if path.suffix or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        if path.suffix[1:].isalpha() or name.startswith((".", "/", "~")) or name.count("/") != 1:
             near = "; names: hh, hh:SUBSET, hh-static, hh-helpful-half, hh-pairs, sample"
             raise UserError(f"data set {name!r} is neither a file nor a directory here, nor a known name{near}")
-        path = download_dataset(name, ["*.parquet", "*.jsonl", "*.jsonl.gz", "*.json.gz"], "--data.name DIR")
+        path = download_dataset(name, [f"*{suffix}" for suffix in SUFFIXES], "--data.name DIR")
     files = _split_files(path)
     if "train" not in files:
         raise UserError(
@@ -201,15 +211,16 @@ def _names(paths: Sequence[Path]) -> str:
 # ---- files to raw rows ---------------------------------------------------------------------------------------------
 
 
-def read_file(path: Path, number: int, report: Report) -> Iterator[Located]:
+def read_file(path: Path, number: int, report: Report, name: str = "") -> Iterator[Located]:
     """Rows of a JSONL, JSON or Parquet file (or gzip of the first two) as dicts; unreadable lines count as bad.
 
+    name: what messages call the file, if not by its own name.
     Raises: UserError if the file as a whole is broken: missing, cut-off gzip, not Parquet.
     """
     if path.name.endswith(".parquet"):
         yield from _read_parquet(path, number)
         return
-    line = 0
+    line, name = 0, name or path.name
     try:
         with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as file:
             if path.name.endswith((".json", ".json.gz")) and (rows := _json_array(path, file.read())) is not None:
@@ -224,11 +235,11 @@ def read_file(path: Path, number: int, report: Report) -> Iterator[Located]:
                     yield Located(json.loads(data.decode("utf-8")), number, line)
                 except UnicodeDecodeError as error:
                     report.rows += 1
-                    report.add_bad(f"invalid UTF-8 ({error.reason})", f"{path.name}:{line}")
+                    report.add_bad(f"invalid UTF-8 ({error.reason})", f"{name}:{line}")
                 except json.JSONDecodeError as error:
                     report.rows += 1
-                    report.add_bad(f"invalid JSON ({error.msg})", f"{path.name}:{line}")
-    except (EOFError, gzip.BadGzipFile) as error:
+                    report.add_bad(f"invalid JSON ({error.msg})", f"{name}:{line}")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path} is a broken gzip after line {line:,} ({error}); download it again") from None
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
@@ -246,7 +257,7 @@ def _json_array(path: Path, data: bytes) -> list[Any] | None:
         if not data.strip():
             return []
         raise UserError(f"{path} is not valid JSON ({error.msg} in line {error.lineno})") from None
-    if isinstance(value, dict):
+    if isinstance(value, dict) and not value.keys() & {"text", "messages", "prompt", "chosen"}:  # a wrapper, no row
         value = next((v for v in value.values() if isinstance(v, list)), [value])
     return value if isinstance(value, list) else [value]
 
@@ -263,7 +274,7 @@ def _read_parquet(path: Path, number: int) -> Iterator[Located]:
             for row in batch.to_pylist():
                 line += 1
                 yield Located(row, number, line)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} cannot be read as Parquet ({str(error).splitlines()[0]})") from None
 
 
@@ -292,7 +303,9 @@ def parse_row(row: Any) -> Row:
             raise BadRow("`text` is not a string")
         if not row["text"].strip():
             raise BadRow("empty text")
-        return parse_transcript(row["text"]).check() if row["text"].startswith("\n\nHuman:") else Text(row["text"])
+        if row["text"].startswith("\n\nHuman:"):
+            return parse_transcript(row["text"]).check()
+        return Text(check_text(row["text"]))
     raise BadRow(f"no known columns (found {', '.join(sorted(columns)) or 'none'}; expected {FORMATS})")
 
 
@@ -317,12 +330,17 @@ def _all_rows(_source: Source, _split: str, rows: Iterator[Located]) -> Iterator
 
 def _static(source: Source, split: str, rows: Iterator[Located]) -> Iterator[Located]:
     """All of HH without the rows that rm-static holds: the report's EYLSFTStaticDataset."""
-    ignored = Report()
-    known = {
-        r.value["prompt"] + r.value["chosen"]
-        for i, path in enumerate(source.rm_static[split])
-        for r in read_file(path, i, ignored)
-    }
+    report, known = Report(), set()
+    for number, path in enumerate(source.rm_static[split]):
+        for r in read_file(path, number, report):
+            try:
+                known.add(r.value["prompt"] + r.value["chosen"])
+            except (KeyError, TypeError):
+                raise UserError(
+                    f"{path}:{r.line} is no row of rm-static: expected the texts prompt and chosen (--data.rm_static)"
+                ) from None
+    if report.bad:  # a row less here would be a row more to train on
+        raise UserError(f"--data.rm_static: {'; '.join(report.lines())}; download it again")
     return (r for r in rows if not isinstance(r.value, dict) or r.value.get("chosen") not in known)
 
 

@@ -33,7 +33,6 @@ _TURN = re.compile(r"\n\n(Human|Assistant):")
 # What a token teaches, as bits of one byte a token (see `encode_rows`)
 NEXT = 1  # its target is the token after it, which belongs to an answer
 END = 2  # its target is the end-of-text token: the answer is over
-LAST = 4  # it is the last token of its text
 
 
 class BadRow(ValueError):
@@ -92,6 +91,15 @@ class Preference:
 Row = Dialogue | Text | Preference
 
 
+def check_text(text: str) -> str:
+    """Itself, if it can be encoded. Raises: BadRow for half a surrogate pair, which only JSON's escapes can smuggle in."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadRow("half a character (a lone surrogate)") from None
+    return text
+
+
 def parse_transcript(text: str) -> Dialogue:
     r"""A dialogue from the HH form. `render(parse_transcript(text).messages) == text` for every text it accepts.
 
@@ -100,7 +108,7 @@ def parse_transcript(text: str) -> Dialogue:
 
     Raises: BadRow if the text does not begin with a role marker.
     """
-    pieces = _TURN.split(text)
+    pieces = _TURN.split(check_text(text))
     if pieces[0] or len(pieces) == 1:
         raise BadRow("no role marker at the beginning")
     messages = []
@@ -121,7 +129,7 @@ def parse_messages(messages: Any) -> Dialogue:
         role = ROLE_NAMES.get(str(message.get("role")).lower())
         if role is None:
             raise BadRow(f"unknown role {message.get('role')!r}")
-        parsed.append(Message(role, message["content"]))
+        parsed.append(Message(role, check_text(message["content"])))
     return Dialogue(tuple(parsed))
 
 

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
@@ -74,15 +76,27 @@ class Tokenizer:
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
     @cached_property
+    def token_bytes(self) -> np.ndarray[Any, Any]:
+        """(vocab,) int64: how many bytes of text each token stands for. A byte-level symbol has one letter a byte.
+
+        -1 for every token of a tokenizer that is not byte-level without normalisation: its lengths are not known.
+        """
+        lengths = np.full(self.vocab_size, -1, np.int64)
+        plain = self._backend.normalizer is None and isinstance(self._backend.decoder, decoders.ByteLevel)
+        if plain and isinstance(self._backend.pre_tokenizer, pre_tokenizers.ByteLevel):
+            for symbol, number in self._backend.get_vocab(with_added_tokens=False).items():
+                lengths[number] = len(symbol)
+        return lengths
+
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the tokenizer's definition: equal fingerprints encode equally."""
         return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
     def save(self, directory: Path, block_size: int) -> None:
         """Write `tokenizer.json` and the `tokenizer_config.json` that transformers reads beside it."""
-        self._backend.encode_special_tokens = False  # a switch of ours, not part of the format
-        self._backend.save(str(directory / "tokenizer.json"))
-        self._backend.encode_special_tokens = True
+        # not `backend.save`: that tells of a full disk as a bare Exception
+        (directory / "tokenizer.json").write_text(self._backend.to_str(pretty=True), encoding="utf-8")
         config = {
             "tokenizer_class": "GPT2Tokenizer",
             "model_max_length": block_size,

@@ -1,0 +1,53 @@
+"""Encoding whole rows and finding the pieces' borders afterwards equals encoding every piece by itself."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tunesmith.dialogue import Message, segments
+from tunesmith.models import SAMPLE
+from tunesmith.tokenizer import Tokenizer
+from tunesmith.tokenstore import encode_rows, mark_targets
+
+TOKENIZERS = {"gpt2": Tokenizer.gpt2(), "sample": Tokenizer.load(SAMPLE)}
+ODD = st.text(alphabet=st.sampled_from(list("ab 's.,:'!\n\t\r\u00e9\u4e16\U0001f600  \n\nHuman:0")), max_size=12)
+messages = st.lists(
+    st.builds(Message, st.sampled_from(["user", "assistant"]), ODD, st.sampled_from([" ", " ", " ", ""])),
+    min_size=1,
+    max_size=5,
+)
+
+
+def one_by_one(rows, tokenizer):
+    marked = [mark_targets([(tokenizer.encode(text), answer) for text, answer in row]) for row in rows]
+    return [i for ids, _ in marked for i in ids], [f for _, flags in marked for f in flags], [len(i) for i, _ in marked]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=400, deadline=None)
+@given(st.lists(messages, min_size=1, max_size=4))
+def test_equals_piece_by_piece(name, dialogues):
+    rows = [segments(d) for d in dialogues]
+    found = encode_rows(rows, TOKENIZERS[name])
+    for ours, plain in zip(found, one_by_one(rows, TOKENIZERS[name]), strict=True):
+        assert ours.tolist() == plain
+
+
+def test_ordinary_dialogues_take_the_fast_path(monkeypatch):
+    rows = [
+        segments([Message("user", f"Hello {i}"), Message("assistant", "Hi there."), Message("user", "Bye")])
+        for i in range(9)
+    ]
+    calls = []
+    plain = Tokenizer.encode_batch
+    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: calls.append(len(texts)) or plain(self, texts))
+    encode_rows(rows, TOKENIZERS["gpt2"])
+    assert calls == [9]
+
+
+def test_plain_text_is_supervised_from_its_second_token_to_its_end():
+    ids, flags, counts = encode_rows([[("one two three", True)], [("four", True)]], TOKENIZERS["gpt2"])
+    assert counts.tolist() == [3, 1]
+    assert flags.tolist() == [1, 1, 2, 2]
+    assert np.array_equal(ids, TOKENIZERS["gpt2"].encode("one two three") + TOKENIZERS["gpt2"].encode("four"))

@@ -1,0 +1,113 @@
+"""The house: who may import whom, what stays out of `--help`, and how long a file may be."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "tunesmith"
+
+LAYERS = [
+    {"errors"},
+    {"options", "config", "hub", "runlog", "prompts", "progress", "tokenizer", "gpt", "losses", "optim", "step", "device", "dialogue"},
+    {"weights", "datasets"},
+    {"models", "checkpoint", "tokenstore"},
+    {"batching"},
+    {"evaluate"},
+    {"generate", "fit"},
+    {"recipes.sft", "recipes.data", "recipes.evaluate", "recipes.compare", "recipes.chat", "study.figures"},
+    {"study.report"},
+    {"demo"},
+    {"__main__"},
+]  # fmt: skip
+LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
+WITHOUT_TORCH = {
+    "errors",
+    "options",
+    "config",
+    "hub",
+    "runlog",
+    "prompts",
+    "progress",
+    "dialogue",
+    "datasets",
+    "study.figures",
+    "study.report",
+}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+MODULES = [p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py"]
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_no_module_imports_its_own_layer_or_a_higher_one(path):
+    name = module_name(path)
+    assert name in LEVEL, f"{name} has no layer yet: give it one in LAYERS"
+    ours = {m.removeprefix("tunesmith.") for m in imports(path) if m.startswith("tunesmith.")}
+    upward = {m for m in ours if LEVEL[m] >= LEVEL[name]}
+    same_ground = {m for m in upward if LEVEL[m] == LEVEL[name] == 1 and m in WITHOUT_TORCH}
+    assert upward <= same_ground, f"{name} (layer {LEVEL[name]}) imports {sorted(upward - same_ground)}"
+
+
+def test_every_layer_entry_is_a_file():
+    assert set(LEVEL) == {module_name(p) for p in MODULES}
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if module_name(p) in WITHOUT_TORCH], ids=module_name)
+def test_modules_that_only_read_runs_and_text_need_no_torch(path):
+    for node in ast.parse(path.read_text()).body:  # the top level: a function may import it when called
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            assert not any(n.split(".")[0] in ("torch", "safetensors") for n in names)
+
+
+def test_report_is_rendered_without_importing_torch():
+    code = "import sys, tunesmith, tunesmith.study.report, tunesmith.__main__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["sft", "--help"], ["data", "--help"]], ids=" ".join)
+def test_help_comes_in_half_a_second(argv):
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "tunesmith", *argv], capture_output=True, text=True, check=True)
+        times.append(time.perf_counter() - start)
+        assert "usage: tunesmith" in done.stdout
+    assert min(times) < 0.5
+
+
+def test_files_stay_short_enough_to_read():
+    long = {
+        str(p.relative_to(PACKAGE)): n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 400
+    }
+    assert not long
+
+
+def test_importing_opens_no_socket_and_prints_nothing():
+    code = (
+        "import socket, pkgutil, importlib, tunesmith\n"
+        "def refuse(*a, **k): raise SystemExit('a module opened a socket at import')\n"
+        "socket.socket.connect = refuse\n"
+        "for m in pkgutil.walk_packages(tunesmith.__path__, 'tunesmith.'):\n"
+        "    if not m.name.endswith('__main__'): importlib.import_module(m.name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
