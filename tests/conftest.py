@@ -8,6 +8,8 @@ import pytest
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the suite proves the CPU; tests marked gpu have their own command
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Models this small only wait for a second thread: on a busy machine that makes seconds into minutes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -25,6 +25,30 @@ def random_model(config: GPTConfig, seed: int = 0, dtype: torch.dtype = torch.fl
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
             p.copy_(1 + 0.2 * noise if "ln_" in name and name.endswith("weight") else 0.15 * noise)
     return model.eval()
+
+
+def scripted_model(script: Mapping[int, Sequence[float]], block_size: int, vocab_size: int) -> GPT:
+    """A GPT whose logits after position i are `script[i]`, whatever the text (0 for every token where there is none)."""
+    model = GPT(
+        GPTConfig(n_layer=1, n_head=1, n_embd=block_size, vocab_size=vocab_size, block_size=block_size, tied_head=False)
+    ).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        model.ln_f.weight.fill_(1)
+        model.wpe.weight.copy_(torch.eye(block_size))
+        model.ln_f.bias.fill_(
+            -model.ln_f(model.wpe.weight)[0, 1]
+        )  # so that the states are one-hot again, but for a factor
+        for position, logits in script.items():
+            model.lm_head.weight[:, position] = torch.tensor(logits) / model.ln_f(model.wpe.weight)[0, 0]
+    return model.eval()
+
+
+def saying(ids: Sequence[int], prompt_length: int, block_size: int = 64, vocab_size: int = 4096) -> GPT:
+    """A model that, after a prompt of this many tokens, says `ids` for certain."""
+    script = {prompt_length - 1 + i: [100.0 * (v == token) for v in range(vocab_size)] for i, token in enumerate(ids)}
+    return scripted_model(script, block_size, vocab_size)
 
 
 def in_transformers(model: GPT, attention: str = "eager"):

@@ -19,7 +19,7 @@ from tunesmith.dialogue import (
     render,
     segments,
 )
-from tunesmith.generate import encode_prompt
+from tunesmith.generation import encode_prompt
 from tunesmith.losses import IGNORE_INDEX
 from tunesmith.options import DataOptions
 from tunesmith.tokenstore import TokenStore, tokenise

@@ -17,7 +17,7 @@ LAYERS = [
     {"models", "checkpoint", "tokenstore"},
     {"batching"},
     {"evaluate"},
-    {"generate", "fit"},
+    {"generation", "fit"},
     {"recipes.sft", "recipes.data", "recipes.evaluate", "recipes.compare", "recipes.chat", "study.figures"},
     {"study.report"},
     {"demo"},

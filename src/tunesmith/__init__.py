@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tunesmith.generate import generate as generate
+    from tunesmith.generation import generate as generate
     from tunesmith.gpt import GPT as GPT
     from tunesmith.gpt import GPTConfig as GPTConfig
     from tunesmith.models import load as load
@@ -28,7 +28,7 @@ _HOME = {
     "GPTConfig": "gpt",
     "Run": "runlog",
     "SFTConfig": "options",
-    "generate": "generate",
+    "generate": "generation",  # no module of the name: importing it would hide the function
     "load": "models",
     "sft": "recipes.sft",
 }

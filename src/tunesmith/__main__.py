@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -159,8 +160,9 @@ def _told(error: Exception) -> str:
     """The error in one line; what the system says of a file or disk gets the file's name and a way out."""
     if isinstance(error, OSError) and not isinstance(error, UserError):
         where = f"{error.filename}: " if error.filename else ""
-        remedy = {28: "free some space or name another directory with --out", 30: "name a writable directory with --out",
-                  13: "name a writable directory with --out"}.get(error.errno or 0, "")  # fmt: skip
+        elsewhere = "name a writable directory with --out"
+        remedy = {errno.ENOSPC: "free some space or name another directory with --out", errno.EROFS: elsewhere, errno.EACCES: elsewhere,
+                  errno.EEXIST: elsewhere, errno.ENOTDIR: elsewhere, errno.ENOENT: "check the path", errno.EISDIR: "name a file"}.get(error.errno or 0, "")  # fmt: skip
         return f"{where}{error.strerror or error}{'; ' + remedy if remedy else ''}"
     return " ".join(str(error).split())
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.dialogue import END
-from tunesmith.errors import UserError
+from tunesmith.errors import UsageError, UserError
 from tunesmith.gpt import Documents
 from tunesmith.losses import IGNORE_INDEX
 from tunesmith.tokenstore import TokenStore
@@ -28,7 +28,7 @@ class Batch:
 
     input_ids: (B, T) int64. rows: (n,) int64, which of the B * T tokens carry loss. targets: (n,) int64, theirs.
     documents: the packing; None where every row is one document. tokens: real tokens, padding not counted.
-    sources: row numbers of the data set.
+    sources: row numbers of the data set. filler: how many of the last `rows` count nothing and only keep n to few values.
     """
 
     input_ids: Tensor
@@ -37,11 +37,12 @@ class Batch:
     documents: Documents | None
     tokens: int
     sources: tuple[int, ...]
+    filler: int = 0
 
     @property
     def count(self) -> int:
         """Supervised tokens."""
-        return len(self.targets)
+        return len(self.targets) - self.filler
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; on a GPU the copies do not wait."""
@@ -53,7 +54,8 @@ class Batch:
 
         d = self.documents
         documents = d and Documents(d.lengths, move(d.positions), move(d.cu_seqlens), d.longest)
-        return Batch(move(self.input_ids), move(self.rows), move(self.targets), documents, self.tokens, self.sources)
+        rows, targets = move(self.rows), move(self.targets)
+        return Batch(move(self.input_ids), rows, targets, documents, self.tokens, self.sources, self.filler)
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ def cut_rows(
     rule: keep_end (cut the beginning, so that the last answer and its end stay), keep_start, split (consecutive pieces,
         nothing lost), drop; auto: split for plain text, keep_end for dialogues.
     """
+    if block_size < 1:
+        raise UsageError(f"--data.block_size is {block_size}, expected at least 1")
     pieces: list[Piece] = []
     told: dict[str, Truncation] = {}
     lengths = store.lengths
@@ -183,14 +187,20 @@ class Batches:
         truncation: str = "auto",
         seed: int = 0,
         shuffle: bool = True,
+        fill_to: int = 1,
     ) -> None:
         """Arguments as the options of the same names. shuffle: False keeps one fixed order (evaluation).
+
+        fill_to: the number of tokens that carry loss is filled up to a multiple of this, so that kernels which are
+            made for a shape (compiled ones, bf16 on a CPU) are made a few times only.
 
         Raises: UserError if nothing is left to learn from, or the windows are longer than the data.
         """
         self.store, self.batching, self.block_size, self.batch_size = store, batching, block_size, batch_size
         self.loss_on = resolve_loss_on(loss_on, batching)
-        self.seed, self.shuffle = seed, shuffle
+        self.seed, self.shuffle, self.fill_to = seed, shuffle, fill_to
+        if block_size < 1 or batch_size < 1:
+            raise UsageError(f"block_size is {block_size} and batch_size {batch_size}; both must be at least 1")
         self.pieces: list[Piece] = []
         self.truncations: list[Truncation] = []
         if batching == "windows":
@@ -282,11 +292,13 @@ class Batches:
                 at = stop
             lengths.append([len(p) for p in row] + ([width - at] if at < width else []))
         supervised = np.flatnonzero(targets.ravel() != IGNORE_INDEX)
+        filler = -len(supervised) % self.fill_to
         return Batch(
             input_ids=torch.from_numpy(input_ids),
-            rows=torch.from_numpy(supervised),
-            targets=torch.from_numpy(targets.ravel()[supervised]),
+            rows=torch.from_numpy(np.pad(supervised, (0, filler))),
+            targets=torch.from_numpy(np.pad(targets.ravel()[supervised], (0, filler))),
             documents=Documents.from_rows(lengths),
             tokens=sum(len(p) for row in rows for p in row),
             sources=tuple(p.row for row in rows for p in row),
+            filler=filler,
         )

@@ -7,6 +7,7 @@ import difflib
 import re
 import typing
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar
@@ -17,6 +18,11 @@ from tunesmith.errors import UsageError
 
 PRESETS = Path(__file__).parent / "presets"
 T = TypeVar("T")
+ELSEWHERE = {
+    "learning_rate": "optimizer.lr", "gradient_accumulation_steps": "train.accumulate", "num_train_epochs": "train.epochs",
+    "max_steps": "train.steps", "per_device_train_batch_size": "train.batch_size", "max_length": "data.block_size",
+}  # fmt: skip
+"""What options are called in transformers and TRL."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,18 +62,20 @@ def parse(
         preset_path(word) if before == "--config" else word for before, word in zip(["", *argv], argv, strict=False)
     ]
     argv = [f"--config={preset_path(word[9:])}" if word.startswith("--config=") else word for word in argv]
+    files = [
+        w.removeprefix("--config=")
+        for before, w in zip(["", *argv], argv, strict=False)
+        if before == "--config" or w.startswith("--config=")
+    ]
+    for file in files:
+        _check_file(file, options)
     argv = _bare_switches(options, argv)
     show = "--print_config" in argv
     try:
         parsed = parser.parse_args([word for word in argv if word != "--print_config"])
         built = parser.instantiate_classes(parsed)
     except jsonargparse.ArgumentError as error:
-        files = [
-            word.removeprefix("--config=")
-            for before, word in zip(["", *argv], argv, strict=False)
-            if "--config" in (before, word.split("=")[0])
-        ]
-        raise UsageError(_one_line(str(error), options, ", ".join(f for f in files if f != "--config"))) from None
+        raise UsageError(_one_line(str(error), options, ", ".join(files))) from None
     config = options(**{f.name: built[f.name] for f in dataclasses.fields(options)})  # type: ignore[arg-type]
     if show:
         print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), end="")  # type: ignore[call-overload]
@@ -84,18 +92,36 @@ def preset_path(name: str) -> str:
         return str(preset)
     known = sorted(str(p.relative_to(PRESETS).with_suffix("")) for p in PRESETS.rglob("*.yaml"))
     raise UsageError(
-        f"--config {name}: no such file, and no such preset{_nearest(name, known)}; presets: {', '.join(known)}"
+        f"--config {name}: no such file, and no such preset{_nearest(name, known) or '.'} Presets: {', '.join(known)}"
     )
 
 
 def _bare_switches(options: type[Any], argv: Sequence[str]) -> list[str]:
     """`--resume` means `--resume true`."""
     switches = {f"--{name}" for name, kind in option_types(options).items() if kind is bool}
-    following = [*argv[1:], "--"]
     return [
         f"{word}=true" if word in switches and after.startswith("--") else word
-        for word, after in zip(argv, following, strict=True)
+        for word, after in pairwise([*argv, "--"])
     ]
+
+
+def _check_file(file: str, options: type[Any]) -> None:
+    """Raises: UsageError if a configuration file is no YAML of groups of options; what they hold is checked later."""
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text ({error.reason})"
+        raise UsageError(f"--config {file}: {reason}; give a YAML file as --print_config prints it") from None
+    except yaml.YAMLError:
+        return  # told with its place when it is parsed
+    groups = {name.split(".")[0] for name in option_types(options) if "." in name}
+    if not isinstance(content, dict):
+        raise UsageError(f"{file}: expected groups of options, as --print_config prints them")
+    for group in groups & content.keys():
+        if not isinstance(content[group], dict):
+            raise UsageError(
+                f'{file}: "{group}" is a group of options, as --print_config prints them, not {content[group]!r}'
+            )
 
 
 def option_types(options: type[Any], prefix: str = "") -> dict[str, Any]:
@@ -152,9 +178,10 @@ def describe_type(kind: Any) -> str:
 
 
 def _nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
-    tails = {k.rsplit(".", 1)[-1]: k for k in known}
-    tail = name.rsplit(".", 1)[-1]
-    close = (
-        [tails[tail]] if tail in tails else difflib.get_close_matches(name, known, 1, 0.5)
-    )  # first: right name, wrong group
+    """The right name that was probably meant: a slip, the right name in the wrong group, or another tool's name."""
+    tails = {k.rsplit(".", 1)[-1]: k for k in known} | {a: k for a, k in ELSEWHERE.items() if k in known}
+    tail = difflib.get_close_matches(name.rsplit(".", 1)[-1], tails, 1, 0.8)
+    close = [
+        *difflib.get_close_matches(name, known, 1, 0.85), *(tails[t] for t in tail), *difflib.get_close_matches(name, known, 1, 0.5)
+    ]  # fmt: skip
     return f". Did you mean {prefix}{close[0]}?" if close else ""

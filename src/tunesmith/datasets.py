@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.dialogue import BadRow, Dialogue, Preference, Row, Text, check_text, parse_messages, parse_transcript
-from tunesmith.errors import UserError
+from tunesmith.errors import UsageError, UserError
 from tunesmith.hub import download_dataset
 from tunesmith.options import DataOptions
 
@@ -131,6 +131,8 @@ def open_dataset(options: DataOptions) -> Source:
     Raises: UserError if something is missing; it says what was looked for and where.
     """
     name, seed, limit = options.name, options.seed, options.max_rows
+    if limit is not None and limit < 1:
+        raise UsageError(f"--data.max_rows is {limit}, expected at least 1")
     if name == "sample":
         here = Path(__file__).parent / "sample"
         return Source(name, "rows", {s: (here / f"{s}.jsonl",) for s in ("train", "test")}, max_rows=limit)
@@ -232,7 +234,8 @@ def read_file(path: Path, number: int, report: Report, name: str = "") -> Iterat
                 if not data.strip():
                     continue
                 try:
-                    yield Located(json.loads(data.decode("utf-8")), number, line)
+                    text = data.decode("utf-8-sig" if line == 1 else "utf-8")  # Windows' byte-order mark
+                    yield Located(json.loads(text), number, line)
                 except UnicodeDecodeError as error:
                     report.rows += 1
                     report.add_bad(f"invalid UTF-8 ({error.reason})", f"{name}:{line}")
@@ -250,7 +253,7 @@ def _json_array(path: Path, data: bytes) -> list[Any] | None:
     try:
         value = json.loads(data)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start:,})") from None
+        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start:,}); save it as UTF-8") from None
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
             return None
@@ -275,7 +278,9 @@ def _read_parquet(path: Path, number: int) -> Iterator[Located]:
                 line += 1
                 yield Located(row, number, line)
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path} cannot be read as Parquet ({str(error).splitlines()[0]})") from None
+        raise UserError(
+            f"{path} cannot be read as Parquet ({str(error).splitlines()[0]}); download or write it again"
+        ) from None
 
 
 # ---- raw rows to dialogues -----------------------------------------------------------------------------------------

@@ -33,12 +33,14 @@ class LossEstimate:
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """No dropout and no gradients inside; training or evaluation mode as it was afterwards."""
     was_training = model.training
-    model.eval()
+    if was_training:  # walking through all modules twice a generated token would be felt
+        model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()
 
 
 def nll_sum(model: GPT, batch: Batch, precision: Precision = "fp32") -> torch.Tensor:
@@ -46,7 +48,7 @@ def nll_sum(model: GPT, batch: Batch, precision: Precision = "fp32") -> torch.Te
     with autocast(batch.input_ids.device, precision):
         hidden = model(batch.input_ids, batch.documents, rows=batch.rows)
         chunk = 256 if precision == "fp32" else 1024
-        return head_nll_sum(hidden, model.lm_head.weight, batch.targets, chunk=chunk)
+        return head_nll_sum(hidden, model.lm_head.weight, batch.targets, chunk=chunk, count=batch.count)
 
 
 def estimate_loss(model: GPT, batches: Iterable[Batch], precision: Precision = "fp32") -> LossEstimate:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tunesmith.errors import UserError
 
@@ -30,23 +34,38 @@ def download_model(repo: str) -> Path:
     return directory
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars where nobody watches, and no warnings: what matters is told in the error."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    logger = logging.getLogger("huggingface_hub")
+    level, hide = logger.level, not sys.stderr.isatty() and not are_progress_bars_disabled()
+    logger.setLevel(logging.ERROR)
+    if hide:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if hide:
+            enable_progress_bars()
+
+
 def _snapshot(repo: str, kind: str, patterns: Sequence[str], otherwise: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
+    network_errors: Any = HfHubHTTPError.__bases__  # OSError, and the base of all errors of the HTTP library in use
     try:
-        return Path(snapshot_download(repo, repo_type=kind, allow_patterns=list(patterns)))
+        with _quiet():
+            return Path(snapshot_download(repo, repo_type=kind, allow_patterns=list(patterns)))
     except HFValidationError:
         raise UserError(f"{repo!r} is neither a directory here nor a name on the hub (owner/name)") from None
     except RepositoryNotFoundError:
         raise UserError(
             f"the hub has no {kind} {repo!r} (or it is private and needs a login); check the name, or give {otherwise}"
         ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except network_errors as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{kind} {repo!r} cannot be downloaded from the hub ({reason}); give {otherwise}") from None

@@ -18,7 +18,7 @@ class _HeadNLL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, count: int) -> Tensor:
         dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
         h, w = (hidden.to(dtype), weight.to(dtype)) if dtype else (hidden, weight)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
@@ -29,11 +29,13 @@ class _HeadNLL(torch.autograd.Function):
             part, target = h[start : start + chunk], targets[start : start + chunk, None]
             logits = (part @ w.t()).to(total.dtype)  # (chunk, V)
             log_z = logits.logsumexp(1, keepdim=True)
-            total += (log_z - logits.gather(1, target)).sum()
+            real = max(0, count - start)  # the rest is filler
+            total += (log_z - logits.gather(1, target))[:real].sum()
             if d_hidden is None and d_weight is None:
                 continue
             p = logits.sub_(log_z).exp_()
             p.scatter_add_(1, target, p.new_full((), -1.0).expand_as(target))
+            p[real:] = 0
             p = p.to(h.dtype)
             if d_hidden is not None:
                 torch.mm(p, w, out=d_hidden[start : start + chunk])
@@ -47,24 +49,27 @@ class _HeadNLL(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
         d_hidden = None if d_hidden is None else (d_hidden.to(ctx.hidden_dtype) * grad.to(ctx.hidden_dtype))
-        return d_hidden, None if d_weight is None else d_weight.mul_(grad), None, None
+        return d_hidden, None if d_weight is None else d_weight.mul_(grad), None, None, None
 
 
-def head_nll_sum(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = 256) -> Tensor:
+def head_nll_sum(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = 256, count: int | None = None
+) -> Tensor:
     """Sum of -log p(target) over tokens, without ever holding the full logits.
 
     Args:
         hidden: (N, C), states of the tokens that carry loss.
         weight: (V, C), the head.
-        targets: (N,) int64 in [0, V); every row counts (leave unsupervised ones out before).
+        targets: (N,) int64 in [0, V); leave unsupervised tokens out before.
         chunk: tokens whose logits exist at one time. 256 costs no time on a CPU and keeps the block near 50 MB at
             GPT-2's vocabulary.
+        count: how many of the N tokens count; the rest, at the end, is filler for a steady shape. Default: all.
     Returns: scalar, float32 (float64 for float64 inputs), nats. Backward may be called once.
     """
-    return _HeadNLL.apply(hidden, weight, targets, chunk)  # type: ignore[no-any-return,no-untyped-call]
+    return _HeadNLL.apply(hidden, weight, targets, chunk, len(targets) if count is None else count)  # type: ignore[no-any-return,no-untyped-call]
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunesmith.errors import UserError
+from tunesmith.errors import UsageError, UserError
 
 EMBEDDED = Path(__file__).parent / "sample" / "prompts.jsonl"
 
@@ -24,32 +24,37 @@ def load_prompts(file: str | None = None, limit: int | None = None) -> list[Prom
 
     Raises: UserError naming file and line.
     """
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit is {limit}, expected at least 1")
     path = Path(file).expanduser() if file else EMBEDDED
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also cut at U+2028 and its like
     except FileNotFoundError:
         raise UserError(
             f"--prompts {path}: no such file; give one prompt a line, or JSONL with `prompt` and `group`"
         ) from None
     except UnicodeDecodeError as error:
-        raise UserError(f"--prompts {path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if path.suffix != ".jsonl":
-            prompts.append(Prompt(line.strip()))
-            continue
-        try:
-            row = json.loads(line)
-            prompts.append(
-                Prompt(
-                    row["prompt"] if isinstance(row, dict) else str(row),
-                    row.get("group", "") if isinstance(row, dict) else "",
-                )
-            )
-        except (json.JSONDecodeError, KeyError) as error:
-            raise UserError(f"--prompts {path}:{number}: expected an object with `prompt` ({error})") from None
+        raise UserError(
+            f"--prompts {path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from None
+    jsonl = path.suffix == ".jsonl"
+    prompts = [
+        _prompt(line, f"{path}:{number}") if jsonl else Prompt(line.strip())
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
     if not prompts:
-        raise UserError(f"--prompts {path}: no prompt in it")
+        raise UserError(f"--prompts {path}: no prompt in it; give one a line, or JSONL with `prompt` and `group`")
     return prompts[:limit]
+
+
+def _prompt(line: str, place: str) -> Prompt:
+    """A line of JSON: a string, or an object with `prompt` and perhaps `group`."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"--prompts {place}: not JSON ({error.msg}); expected an object with `prompt`") from None
+    row = {"prompt": row} if isinstance(row, str) else row
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise UserError(f"--prompts {place}: expected an object with a text `prompt` (and perhaps `group`)")
+    return Prompt(row["prompt"], str(row.get("group", "")))

@@ -60,6 +60,8 @@ class Run:
             return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
         except FileNotFoundError:
             raise UserError(f"{self.path} is no run directory: it has no status.json") from None
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}); name a checkpoint of the run by its directory") from None
 
     def metrics(self, event: str | None = None) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl in order, or those of one event: train, eval, ...

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from tunesmith.gpt import GPT, GPTConfig
 from tunesmith.tokenizer import Tokenizer
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # Conv1D: (in, out)
+TIED = {"lm_head.weight", "wte.weight"}  # one and the same tensor where the head is tied
 BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that old checkpoints carry
 
 
@@ -98,7 +101,7 @@ def from_hf_state_dict(model: GPT, state: Iterable[tuple[str, Tensor]], where: s
             if value.shape != targets[name].shape:
                 found, asked = tuple(value.shape), tuple(targets[name].shape)
                 problems.append(f"{key} has shape {found}, config.json asks for {asked}")
-            elif name == "lm_head.weight" and model.config.tied_head and "wte.weight" not in waiting:
+            elif name in TIED and model.config.tied_head and not waiting >= TIED:  # the other of the two came first
                 if not torch.equal(value.to(targets[name].dtype), targets[name]):
                     problems.append("lm_head.weight differs from wte.weight, but config.json ties them")
             else:
@@ -124,14 +127,17 @@ def to_hf_state_dict(model: GPT) -> dict[str, Tensor]:
     return state
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file. Raises: UserError naming the file if it is missing or broken."""
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file. Raises: UserError naming the file if it is missing or broken."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing; a model directory needs it") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); download or save the model again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object; download or save the model again")
+    return content
 
 
 def load_model(directory: Path, *, dropout: float | None = None) -> GPT:
@@ -169,7 +175,7 @@ def stored_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
     for file in files:
         try:
             if file.suffix == ".bin":
-                yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
+                yield from _unpickled(file)
                 continue
             with safe_open(file, framework="pt") as stored:
                 for key in stored.keys():  # noqa: SIM118 (no mapping)
@@ -181,6 +187,19 @@ def stored_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
                 raise
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"{file} cannot be read as weights ({reason}); download or save it again") from None
+
+
+def _unpickled(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """An old pytorch_model.bin, without running code in it. Raises: ValueError if it holds anything but named tensors."""
+    try:  # files of torch before 1.6 are no zip and cannot be mapped into memory
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError:
+        raise ValueError(
+            "it is damaged, or holds Python objects, which are not loaded because they can run code"
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise ValueError("it holds something else than named tensors")
+    yield from state.items()
 
 
 def save_model(model: GPT, tokenizer: Tokenizer, directory: Path) -> None:

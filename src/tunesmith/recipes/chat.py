@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from tunesmith.device import keep_freed_memory
 from tunesmith.dialogue import Message
-from tunesmith.generate import Sampling, stream
+from tunesmith.generation import Sampling, encode_prompt, stream
 from tunesmith.models import load
 from tunesmith.options import ChatCommand
 
@@ -29,8 +30,10 @@ def chat(model_name: str, options: ChatCommand) -> None:
     g = options.generate
     sampling = Sampling(g.temperature, g.top_p, g.top_k, g.seed)
     sampling.check()
-    console = Console(highlight=False)
-    console.print(f"[bold]{model_name}[/bold], {model.parameter_count():,} parameters. /help lists the commands.")
+    console = Console(highlight=False, emoji=False, soft_wrap=True)
+    console.print(
+        f"[bold]{escape(model_name)}[/bold], {model.parameter_count():,} parameters. /help lists the commands."
+    )
     scene = [Message("system", options.system)] if options.system else []
     messages = list(scene)
     draw = 0
@@ -69,6 +72,8 @@ def chat(model_name: str, options: ChatCommand) -> None:
         else:
             messages.append(Message("user", line))
             draw = 0
+        if len(encode_prompt(tokenizer, messages)) >= model.config.block_size:
+            console.print("[dim]the conversation is longer than the model can read: its beginning is left out[/dim]")
         console.print("[bold green]model[/bold green] ", end="")
         answer = ""
         try:
@@ -93,6 +98,6 @@ def _save(messages: list[Message], name: str, console: Console) -> None:
             + "\n",
             encoding="utf-8",
         )
-        console.print(f"[dim]saved to {path}[/dim]")
+        console.print(f"[dim]saved to {escape(str(path))}[/dim]")
     except OSError as error:
-        console.print(f"[red]not saved: {path}: {error.strerror}[/red]")
+        console.print(f"[red]not saved: {escape(str(path))}: {error.strerror}[/red]")

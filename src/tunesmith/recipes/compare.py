@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tunesmith.device import keep_freed_memory
-from tunesmith.generate import Answer, Sampling, generate_answers
+from tunesmith.generation import Answer, Sampling, generate_answers
 from tunesmith.models import load
 from tunesmith.options import CompareCommand, GenerateOptions
 from tunesmith.prompts import Prompt, load_prompts

@@ -23,7 +23,6 @@ from tunesmith.device import describe, keep_freed_memory, resolve_device, resolv
 from tunesmith.errors import UserError
 from tunesmith.evaluate import estimate_loss, nll_sum
 from tunesmith.fit import fit
-from tunesmith.gpt import GPT
 from tunesmith.models import load_for_training
 from tunesmith.optim import DEFAULT_WEIGHT_DECAY, build_optimizer, schedule_factor
 from tunesmith.options import DataOptions, SFTConfig
@@ -72,6 +71,7 @@ def make_batches(splits: Splits, config: SFTConfig) -> tuple[Batches, Batches, l
     shared: dict[str, Any] = {
         "batching": data.batching, "block_size": data.block_size, "batch_size": config.train.batch_size,
         "loss_on": data.loss_on, "truncation": data.truncation, "seed": data.seed,
+        "fill_to": 64 if config.train.compile or config.train.precision != "fp32" else 1,
     }  # fmt: skip
     train = Batches(splits.train, splits.train_rows, **shared)
     validation = Batches(splits.validation, splits.validation_rows, **shared)
@@ -86,28 +86,33 @@ def make_batches(splits: Splits, config: SFTConfig) -> tuple[Batches, Batches, l
     return train, validation, cut
 
 
-def resolve(config: SFTConfig, model: GPT, train: Batches) -> SFTConfig:
-    """The configuration with every default that depends on data, model or machine filled in."""
-    device = resolve_device(config.train.device)
+def resolve_machine(config: SFTConfig, n_embd: int) -> SFTConfig:
+    """The configuration with every `auto` that depends on the machine decided."""
+    t, o = config.train, config.optimizer
+    device = resolve_device(t.device)
+    train = dataclasses.replace(
+        t,
+        device=str(device),
+        precision=resolve_precision(t.precision, device, n_embd),
+        compile=device.type == "cuda" if t.compile == "auto" else t.compile,
+        activation_checkpointing=t.activation_checkpointing is True,
+    )
+    decay = DEFAULT_WEIGHT_DECAY.get(o.name, 0.0) if o.weight_decay is None else o.weight_decay
+    return dataclasses.replace(config, train=train, optimizer=dataclasses.replace(o, weight_decay=decay))
+
+
+def resolve_length(config: SFTConfig, train: Batches) -> SFTConfig:
+    """The configuration with every default that depends on the data decided: steps and intervals."""
     per_step = config.train.batch_size * config.train.accumulate
     steps = config.train.steps or max(1, round((config.train.epochs or 1.0) * train.rows_per_epoch / per_step))
     every = config.eval.every or max(1, steps // 40)
-    compiled = device.type == "cuda" if config.train.compile == "auto" else config.train.compile
-    decay = config.optimizer.weight_decay
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, loss_on=train.loss_on),
-        train=dataclasses.replace(
-            config.train, steps=steps, epochs=None, device=str(device), compile=compiled,
-            precision=resolve_precision(config.train.precision, device, model.config.n_embd),
-            activation_checkpointing=config.train.activation_checkpointing is True,
-        ),
-        optimizer=dataclasses.replace(
-            config.optimizer, weight_decay=DEFAULT_WEIGHT_DECAY.get(config.optimizer.name, 0.0) if decay is None else decay
-        ),
+        train=dataclasses.replace(config.train, steps=steps, epochs=None),
         eval=dataclasses.replace(config.eval, every=every),
         checkpoint=dataclasses.replace(config.checkpoint, every=config.checkpoint.every or every),
-    )  # fmt: skip
+    )
 
 
 def check(config: SFTConfig) -> None:
@@ -155,9 +160,10 @@ def sft(config: SFTConfig) -> Run:
             f"--data.block_size {config.data.block_size:,} is more than {config.model.name} can hold: it has positions "
             f"for {model.config.block_size:,} tokens, a part of its weights. Use {model.config.block_size} or less"
         )
+    config = resolve_machine(config, model.config.n_embd)
     splits = load_splits(config.data, tokenizer)
     train, validation, cut = make_batches(splits, config)
-    config = resolve(config, model, train)
+    config = resolve_length(config, train)
     device, precision = resolve_device(config.train.device), config.train.precision
     assert precision != "auto"
     assert config.train.steps is not None

@@ -82,6 +82,8 @@ class Sampling:
             problems.append(f"top_p is {self.top_p}, expected 0 < top_p <= 1")
         if self.top_k < 0:
             problems.append(f"top_k is {self.top_k}, expected 0 (all) or more")
+        if self.seed < 0:
+            problems.append(f"seed is {self.seed}, expected 0 or more")
         if problems:
             raise UserError("; ".join(problems))
 
@@ -180,29 +182,30 @@ def decode(
     sampling.check()
     device, limit = model.wte.weight.device, model.config.block_size
     draws = [_stream_of(sampling, prompt, max_new_tokens) for prompt in prompts]
-    with evaluation_mode(model):
+    with evaluation_mode(model):  # not around the yields: the caller's modes are the caller's
         cache = model.new_cache(len(prompts), min(limit, max(map(len, prompts)) + max_new_tokens))
         logits = torch.cat([_read(model, cache, group, device) for group in _groups(prompts)])  # (B, V)
-        rows = list(range(len(prompts)))
-        tails: list[list[int]] = [[] for _ in prompts]
-        room = [min(max_new_tokens, limit - len(p)) for p in prompts]
-        for step in range(max_new_tokens):
-            uniform = torch.tensor([draws[r][step] for r in rows], dtype=torch.float64, device=device)
-            tokens = sample_tokens(logits, uniform, sampling)
-            going = []
-            for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
-                tails[row] = [*tails[row][-STOP_TAIL:], token]
-                stopped = token == tokenizer.end_of_text or cut_at_stop(tokenizer.decode(tails[row]))[1]
-                yield row, token, stopped
-                if not stopped and step + 1 < room[row]:
-                    going.append(i)
-            if not going:
-                return
-            if len(going) < len(rows):
-                keep = torch.tensor(going, device=device)
-                cache.keep(keep)
-                rows, tokens = [rows[i] for i in going], tokens[keep]
-            cache.grow()
+    rows = list(range(len(prompts)))
+    tails: list[list[int]] = [[] for _ in prompts]
+    room = [min(max_new_tokens, limit - len(p)) for p in prompts]
+    for step in range(max_new_tokens):
+        uniform = torch.tensor([draws[r][step] for r in rows], dtype=torch.float64, device=device)
+        tokens = sample_tokens(logits, uniform, sampling)
+        going = []
+        for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+            tails[row] = [*tails[row][-STOP_TAIL:], token]
+            stopped = token == tokenizer.end_of_text or cut_at_stop(tokenizer.decode(tails[row]))[1]
+            yield row, token, stopped
+            if not stopped and step + 1 < room[row]:
+                going.append(i)
+        if not going:
+            return
+        if len(going) < len(rows):
+            keep = torch.tensor(going, device=device)
+            cache.keep(keep)
+            rows, tokens = [rows[i] for i in going], tokens[keep]
+        cache.grow()
+        with evaluation_mode(model):
             logits = model.lm_head(model(tokens[:, None], cache=cache)[:, 0])
 
 

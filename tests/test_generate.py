@@ -1,0 +1,285 @@
+"""Decoding with a cache against reading everything anew; sampling against numpy; what ends an answer."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import tunesmith as ts
+from reference import chi_square, greedy, kept_tokens, random_model, saying, scripted_model
+from tunesmith.dialogue import Message
+from tunesmith.errors import UserError
+from tunesmith.generation import Sampling, decode, encode_prompt, generate, generate_answers, sample_tokens, stream
+from tunesmith.gpt import GPTConfig
+from tunesmith.models import SAMPLE
+from tunesmith.tokenizer import Tokenizer
+
+SHAPE = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=4096, block_size=96)
+GREEDY = Sampling(temperature=0)
+QUESTIONS = ["Hi", "What is love?", "Name three rivers of Asia, and say where they end.", "Why?", "And now, " * 9]
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+PROMPTS = [user(q) for q in QUESTIONS] + [[*user("Hello"), {"role": "assistant", "content": "Hi!"}, *user("Bye")]]
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return Tokenizer.load(SAMPLE)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Float64, so that another order of summation cannot tip a close decision."""
+    return random_model(SHAPE, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def prompts(tok):
+    return [encode_prompt(tok, p) for p in PROMPTS]
+
+
+def decoded(model, tok, prompts, sampling, n):
+    rows = [[] for _ in prompts]
+    for row, token, _ in decode(model, tok, prompts, sampling, n):
+        rows[row].append(token)
+    return rows
+
+
+# The cache
+
+
+def test_cached_decoding_equals_reading_everything_anew(model, tok, prompts):
+    expected = [greedy(model, p, 40, tok.end_of_text) for p in prompts]
+    assert len({token for row in expected for token in row}) > 20  # no model that says one thing for ever
+    assert [decoded(model, tok, [p], GREEDY, 40)[0] for p in prompts] == expected
+    assert decoded(model, tok, prompts, GREEDY, 40) == expected
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_answers_do_not_depend_on_batch_size_order_or_company(model, tok, temperature):
+    def answers(prompts, batch_size):
+        return ts.generate(
+            model, tok, prompts, max_new_tokens=12, temperature=temperature, top_p=0.95, batch_size=batch_size
+        )
+
+    alone = [answers([p], 1)[0] for p in PROMPTS]
+    assert len(set(alone)) == len(alone)
+    for batch_size in (1, 2, 4, 64):
+        assert answers(PROMPTS, batch_size) == alone
+        assert answers(PROMPTS[::-1], batch_size) == alone[::-1]
+    assert answers([], 4) == []
+
+
+def test_a_short_prompt_goes_on_when_a_long_one_beside_it_has_filled_the_positions(model, tok, prompts):
+    long = prompts[2] * 8
+    for pair in ([long[:90], prompts[0]], [prompts[1], long[:95], prompts[0]]):
+        expected = [greedy(model, p, min(60, 96 - len(p)), tok.end_of_text) for p in pair]
+        assert [len(row) for row in expected][-1] == 60
+        assert decoded(model, tok, pair, GREEDY, 60) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_weights_generate_too(tok, prompts, dtype):
+    rows = decoded(random_model(SHAPE).to(dtype), tok, prompts, GREEDY, 5)
+    assert [len(row) for row in rows] == [5] * len(prompts)
+
+
+# Sampling
+
+
+def test_seed_and_sample_number_change_answers_and_nothing_else_does(model, tok):
+    def answer(**options):
+        return generate_answers(model, tok, [PROMPTS[1]], Sampling(1.0, 1.0, **options), 12)[0].text
+
+    torch.manual_seed(1)
+    first = answer(seed=1)
+    torch.manual_seed(2)
+    assert answer(seed=1) == first
+    assert len({answer(seed=s, sample=n) for s in range(3) for n in range(3)}) == 9
+
+
+GRID = 4000
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3, 0.01])
+@pytest.mark.parametrize(
+    ("top_k", "vocabulary", "spread"), [(0, 40, 2), (1, 40, 2), (7, 40, 2), (99, 40, 1), (0, 700, 0.5), (300, 700, 1)]
+)
+def test_top_k_and_top_p_keep_exactly_the_right_tokens_at_the_right_probabilities(top_k, vocabulary, spread, top_p):
+    """Every token gets its share of the numbers in [0, 1), and a token that is not kept gets none."""
+    rng = np.random.default_rng(0)
+    uniform = (torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID
+    for temperature in (0.5, 1.0, 1.7):
+        logits = spread * rng.normal(size=vocabulary)
+        expected = kept_tokens(logits, temperature, top_k, top_p)
+        tokens = sample_tokens(
+            torch.from_numpy(logits).expand(GRID, -1), uniform, Sampling(temperature, top_p, top_k)
+        ).tolist()
+        assert set(tokens) <= set(expected)
+        for token in range(vocabulary):
+            assert tokens.count(token) / GRID == pytest.approx(expected.get(token, 0.0), abs=1.5 / GRID)
+
+
+def test_greedy_takes_the_most_likely_token_of_each_row():
+    logits = torch.randn(20, 50)
+    assert torch.equal(sample_tokens(logits, torch.rand(20, dtype=torch.float64), GREEDY), logits.argmax(1))
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_interval_give_tokens_that_have_mass(u):
+    logits = torch.tensor([[-1e9, 2.0, 1.0, 0.0, -1e9]])
+    for sampling in (Sampling(1.0, 1.0), Sampling(1.0, 0.95), Sampling(1.0, 1.0, 4)):
+        assert sample_tokens(logits, torch.tensor([u], dtype=torch.float64), sampling).item() in (1, 2, 3)
+
+
+def test_drawn_answers_follow_the_models_distribution(tok):
+    """Two tokens after each of 1,500 prompts; the model's distribution depends on the position alone."""
+    logits = [list(row) for row in np.random.default_rng(0).normal(size=(2, 12))]
+    model = scripted_model({2: logits[0], 3: logits[1]}, 8, 12)
+    prompts = [list(p) for p in itertools.product(range(12), repeat=3)][:1500]
+    drawn = decoded(model, tok, prompts, Sampling(1.0, 1.0), 2)
+    for place in (0, 1):
+        expected = kept_tokens(np.array(logits[place]), 1.0, 0, 1.0)
+        seen = [row[place] for row in drawn if len(row) > place]
+        assert chi_square([seen.count(t) for t in range(12)], [expected[t] for t in range(12)]) < 4
+
+
+WRONG = [("temperature", -1), ("top_p", 0), ("top_p", 1.1), ("top_k", -1), ("seed", -1), ("max_new_tokens", 0)]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG)
+def test_settings_out_of_range_are_named(model, tok, name, value):
+    with pytest.raises(UserError, match=f"{name} is {value}"):
+        ts.generate(model, tok, PROMPTS[:1], **{name: value})
+
+
+@pytest.mark.parametrize("prompt", [[{"role": "pirate", "content": "x"}], [{"role": "user"}], "What is love?"])
+def test_a_prompt_that_is_no_conversation_is_a_users_error(model, tok, prompt):
+    with pytest.raises(UserError, match="no conversation"):
+        ts.generate(model, tok, [prompt])
+
+
+# What ends an answer
+
+
+def end(tok):
+    return [tok.end_of_text]
+
+
+def letters(tok, text):
+    """A text byte by byte: nothing that BPE would ever make, and yet the same text."""
+    return [i for character in text for i in tok.encode(character)]
+
+
+@pytest.mark.parametrize(
+    ("said", "text", "reason", "tokens"),
+    [
+        (lambda t: [*t.encode(" Hello there."), *end(t), *t.encode(" more")], "Hello there.", "stop", None),
+        (lambda t: t.encode(" Hello there.\n\nHuman: and more"), "Hello there.", "stop", None),
+        (lambda t: letters(t, " Fine.\n\nAssistant: more"), "Fine.", "stop", 6 + len("\n\nAssistant:")),
+        (lambda t: letters(t, " Fine.\n\nSystem: more"), "Fine.", "stop", 6 + len("\n\nSystem:")),
+        (lambda t: letters(t, " A\n\nHumans: we"), "A\n\nHumans: we", "length", 14),
+        (lambda t: letters(t, "  two\n\nspaces \n"), " two\n\nspaces \n", "length", 15),
+        (lambda t: end(t), "", "stop", 1),
+    ],
+    ids=["end of text", "human", "assistant", "system", "no marker", "spaces", "empty"],
+)
+def test_an_answer_ends_at_end_of_text_or_before_a_role_marker(tok, said, text, reason, tokens):
+    prompt = user("Hi")
+    ids = said(tok)
+    model = saying(ids, len(encode_prompt(tok, prompt)))
+    (answer,) = generate_answers(model, tok, [prompt], GREEDY, len(ids))
+    assert (answer.text, answer.finish_reason) == (text, reason)
+    assert answer.tokens == (tokens or answer.tokens)
+    assert answer.tokens < len(ids) or reason == "length" or text == ""
+    assert "".join(stream(model, tok, prompt, GREEDY, len(ids))) == text
+
+
+# Prompts that do not fit
+
+
+def test_a_prompt_without_room_for_an_answer_is_named(model, tok):
+    prompts = [PROMPTS[0], user("word " * 90)]
+    with pytest.raises(UserError, match=r"prompt 2 has \d+ tokens.*96.*cut_front"):
+        ts.generate(model, tok, prompts)
+
+
+def test_cut_front_answers_the_end_of_the_prompt(model, tok):
+    prompt = user("word " * 90)
+    kept = encode_prompt(tok, prompt)[-(96 - 20) :]
+    expected = tok.decode(greedy(model, kept, 20, tok.end_of_text)).removeprefix(" ")
+    assert ts.generate(model, tok, [prompt], temperature=0, max_new_tokens=20, cut_front=True) == [expected]
+
+
+@pytest.mark.parametrize("length", [94, 95])
+def test_an_answer_ends_where_the_positions_end(model, tok, length):
+    ids = (encode_prompt(tok, user("word " * 90)))[-length:]
+    assert decoded(model, tok, [ids], GREEDY, 50) == [greedy(model, ids, 96 - length, tok.end_of_text)]
+
+
+# Streaming
+
+
+def test_pieces_joined_equal_generate(model, tok):
+    """A random model says much that is no UTF-8."""
+    for sample, prompt in itertools.product(range(8), PROMPTS):
+        sampling = Sampling(1.0, 1.0, sample=sample)
+        (answer,) = generate_answers(model, tok, [prompt], sampling, 12)
+        pieces = list(stream(model, tok, prompt, sampling, 12))
+        assert "".join(pieces) == answer.text
+        assert all(pieces)
+
+
+@pytest.mark.parametrize("text", [" naïve 🙂🙃 日本", " one\n\nHum, two\n\nAssistant", " a\n\n\nb"])
+def test_pieces_come_as_they_are_made_and_hold_whole_characters(tok, text):
+    prompt, ids = user("Hi"), letters(tok, text)
+    model = saying([*ids, tok.end_of_text], len(encode_prompt(tok, prompt)))
+    shown, most_held = "", 0
+    for piece in stream(model, tok, prompt, GREEDY, 60):
+        assert text[1:].startswith(shown + piece)
+        most_held = max(most_held, len(piece))
+        shown += piece
+    assert shown == text[1:]
+    assert most_held <= len("\n\nAssistant")
+
+
+# What it leaves behind
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_modes_and_random_state_are_left_as_found_also_by_a_stream_that_is_dropped(tok, training):
+    model = random_model(SHAPE).train(training)
+    state = torch.get_rng_state()
+    ts.generate(model, tok, PROMPTS, max_new_tokens=3)
+    pieces = stream(model, tok, PROMPTS[0], Sampling(), 30)
+    next(pieces)
+    assert torch.is_grad_enabled()
+    pieces.close()
+    assert (model.training, torch.is_grad_enabled()) == (training, True)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_two_streams_of_a_training_model_do_not_disturb_each_other(tok):
+    model = random_model(GPTConfig(**{**vars(SHAPE), "dropout": 0.5})).train()
+    alone = [list(stream(model, tok, p, Sampling(1.0), n)) for p, n in ((PROMPTS[0], 6), (PROMPTS[1], 24))]
+    both = [stream(model, tok, p, Sampling(1.0), n) for p, n in ((PROMPTS[0], 6), (PROMPTS[1], 24))]
+    pieces = [[], []]
+    for pair in itertools.zip_longest(*both):
+        for mine, piece in zip(pieces, pair, strict=True):
+            mine += [piece] if piece is not None else []
+    assert pieces == alone
+    assert (model.training, torch.is_grad_enabled()) == (True, True)
+
+
+def test_the_public_name_stays_a_function_whatever_was_imported_before():
+    assert ts.generate is ts.generate is generate
+
+
+def test_messages_and_dictionaries_are_the_same_prompt(tok):
+    as_messages = [Message("user", "Hello"), Message("assistant", "Hi!"), Message("user", "Bye")]
+    assert encode_prompt(tok, as_messages) == encode_prompt(tok, PROMPTS[-1])

@@ -1,0 +1,99 @@
+"""Every command that the README and the pages in docs/ show does what they say, as written."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+NEEDS_HUB = re.compile(r"gpt2-medium|--config paper/|runs/hh|--data\.name hh")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return [body for kind, body in BLOCK.findall((ROOT / page).read_text()) if kind == language]
+
+
+def commands(page: str) -> list[str]:
+    """Lines of the page's command blocks, comments taken off."""
+    lines = [
+        line.partition("  #")[0].strip()
+        for kind in ("", "sh")
+        for body in blocks(page, kind)
+        for line in body.splitlines()
+    ]
+    return [line for line in lines if line.startswith(("tunesmith ", "make "))]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("readme")
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(
+        command,
+        shell=True,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        input="Hello!\n/quit\n",
+        check=False,
+    )
+
+
+def test_readme_commands_run_as_written(folder):
+    shown = [c for c in commands("README.md") if c.startswith("tunesmith ") and not NEEDS_HUB.search(c)]
+    assert len(shown) >= 5
+    for command in shown:
+        done = run(command, folder)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md", "docs/data.md"])
+def test_commands_for_the_hub_are_valid(page, folder):
+    """What needs a download is checked up to the download: options, presets and names."""
+    for command in commands(page):
+        if command.startswith("tunesmith ") and NEEDS_HUB.search(command) and "--resume" not in command:
+            done = run(f"{command} --print_config", folder)
+            assert done.returncode == 0, f"{command}: {done.stderr}"
+
+
+def test_make_targets_exist():
+    for page in ("README.md",):
+        for command in commands(page):
+            if command.startswith("make "):
+                subprocess.run([*command.split(), "--dry-run"], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_python_in_the_docs_runs(folder):
+    for number, page in enumerate(("README.md", "docs/training.md")):
+        (folder / str(number)).mkdir()
+        for body in blocks(page, "python"):
+            done = subprocess.run(
+                [sys.executable, "-c", body], cwd=folder / str(number), capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, f"{page}: {body}\n{done.stderr[-2000:]}"
+            assert done.stdout.strip()
+
+
+def test_readme_is_short_and_names_no_file_that_is_not_there():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) < 200
+    for target in re.findall(r"\]\((?!http|#)([^)]+)\)|src=\"(?!http)([^\"]+)\"", text):
+        assert (ROOT / (target[0] or target[1])).exists(), target
+
+
+def test_demo_in_its_shortest_form(folder):
+    done = run("tunesmith demo --steps 2 --out demo", folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = Path(done.stdout.strip().splitlines()[-1].removeprefix("Report: "))
+    page = report.read_text()
+    assert "<svg" in page
+    assert "How does blockchain technology work" in page

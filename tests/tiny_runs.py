@@ -1,0 +1,65 @@
+"""Small training runs for the tests: their configuration, and what two equal runs have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from tunesmith.options import SFTConfig
+from tunesmith.runlog import Run
+
+SMALL = {
+    "data.name": "sample", "data.block_size": 128, "data.max_rows": 120,
+    "train.precision": "fp32", "train.device": "cpu", "train.steps": 6, "train.batch_size": 2,
+    "optimizer.lr": 1e-3, "eval.iters": 3, "eval.every": 3, "checkpoint.every": 3,
+}  # fmt: skip
+
+
+def tiny_config(model: Path | str, out: Path, **options: Any) -> SFTConfig:
+    """A run of seconds; options with `__` for the dot: `train__steps=3`."""
+    config = SFTConfig(out=str(out), resume=options.pop("resume", False))
+    named = {**SMALL, "model.name": str(model), **{k.replace("__", "."): v for k, v in options.items()}}
+    for name, value in named.items():
+        group, key = name.split(".")
+        config = dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **{key: value})})
+    return config
+
+
+def as_argv(config: SFTConfig) -> list[str]:
+    """The same on the command line."""
+    argv = ["sft", "--out", str(config.out)]
+    for group in dataclasses.fields(config):
+        options = getattr(config, group.name)
+        if dataclasses.is_dataclass(options):
+            for field in dataclasses.fields(options):
+                if (value := getattr(options, field.name)) is not None:
+                    argv += [f"--{group.name}.{field.name}", str(value).lower() if value in (True, False) else str(value)]
+    return argv
+
+
+def digest(directory: Path) -> str:
+    """SHA-256 of a checkpoint's weights."""
+    return hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
+
+
+def last_digest(run: Run) -> str:
+    return digest(run.checkpoints()[-1][1])
+
+
+def comparable(run: Run) -> list[dict[str, Any]]:
+    """The metrics lines without what a clock or a meter says."""
+    unlike = ("time", "tokens_per_s", "peak_memory_gb")
+    return [{k: v for k, v in line.items() if k not in unlike} for line in run.metrics()]
+
+
+def train_losses(run: Run) -> list[float]:
+    return [line["loss"] for line in run.metrics("train")]
+
+
+def write_dialogues(path: Path, pairs: list[tuple[str, str]]) -> None:
+    """A JSONL file of questions and answers."""
+    turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs]
+    path.write_text("".join(json.dumps({"messages": m}) + "\n" for m in turns), encoding="utf-8")
