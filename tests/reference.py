@@ -37,9 +37,7 @@ def scripted_model(script: Mapping[int, Sequence[float]], block_size: int, vocab
             p.zero_()
         model.ln_f.weight.fill_(1)
         model.wpe.weight.copy_(torch.eye(block_size))
-        model.ln_f.bias.fill_(
-            -model.ln_f(model.wpe.weight)[0, 1]
-        )  # so that the states are one-hot again, but for a factor
+        model.ln_f.bias.fill_(-model.ln_f(model.wpe.weight)[0, 1])  # the states are one-hot again, but for a factor
         for position, logits in script.items():
             model.lm_head.weight[:, position] = torch.tensor(logits) / model.ln_f(model.wpe.weight)[0, 0]
     return model.eval()
@@ -95,7 +93,9 @@ def pack_batch(rows: Sequence[Sequence[Sequence[int]]], carries_loss) -> Batch:
 
 def batch_nll(model: GPT, batch: Batch) -> tuple[float, int]:
     """Summed loss and number of targets of a batch: document by document, full logits, float64."""
-    supervised = dict(zip(batch.rows.tolist(), batch.targets.tolist(), strict=True))
+    counted = list(zip(batch.rows.tolist(), batch.targets.tolist(), strict=True))[: batch.count]
+    supervised = dict(counted)
+    assert len(supervised) == len(counted)
     flat, width = batch.input_ids.flatten(), batch.input_ids.shape[1]
     lengths = batch.documents.lengths if batch.documents else [width] * len(batch.input_ids)
     total, start = 0.0, 0

@@ -36,7 +36,10 @@ def as_argv(config: SFTConfig) -> list[str]:
         if dataclasses.is_dataclass(options):
             for field in dataclasses.fields(options):
                 if (value := getattr(options, field.name)) is not None:
-                    argv += [f"--{group.name}.{field.name}", str(value).lower() if value in (True, False) else str(value)]
+                    argv += [
+                        f"--{group.name}.{field.name}",
+                        str(value).lower() if value in (True, False) else str(value),
+                    ]
     return argv
 
 

@@ -205,7 +205,7 @@ class Batches:
         self.truncations: list[Truncation] = []
         if batching == "windows":
             if self.loss_on != "all":
-                raise UserError(
+                raise UsageError(
                     "--data.batching windows cuts through dialogues and puts loss on all tokens; use packed for --data.loss_on assistant"
                 )
             self.stream = self._stream(rows)

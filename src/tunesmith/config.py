@@ -73,7 +73,7 @@ def parse(
     show = "--print_config" in argv
     try:
         parsed = parser.parse_args([word for word in argv if word != "--print_config"])
-        built = parser.instantiate_classes(parsed)
+        built = parser.instantiate(parsed)
     except jsonargparse.ArgumentError as error:
         raise UsageError(_one_line(str(error), options, ", ".join(files))) from None
     config = options(**{f.name: built[f.name] for f in dataclasses.fields(options)})  # type: ignore[arg-type]

@@ -162,14 +162,14 @@ def attend_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents, drop
         y = varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0))
         assert isinstance(y, Tensor)
         return y.view(*documents.positions.shape, *y.shape[1:])
-    y = _attend_one_by_one(q, k, v, documents.lengths, dropout)
+    y = _attend_one_by_one(q, k, v, documents, dropout)
     assert isinstance(y, Tensor)
     return y
 
 
 # A Python loop over lengths that change with every batch would be compiled anew each time: it stays outside.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _attend_one_by_one(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], dropout: float) -> Tensor:
+def _attend_one_by_one(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: float) -> Tensor:
     # On a CPU attention is float32 under bf16 autocast too: it is 1.6 times as fast at these lengths, and torch keeps
     # a bf16 kernel for every length that it ever met, 30 MB a step here.
     on_cpu = q.device.type == "cpu"
@@ -178,7 +178,7 @@ def _attend_one_by_one(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]
         flat = (z.to(dtype).flatten(0, 1).transpose(0, 1)[None] for z in (q, k, v))  # each (1, H, N, D)
         parts = [
             F.scaled_dot_product_attention(a, b, c, is_causal=True, dropout_p=dropout)
-            for a, b, c in zip(*(torch.split(z, list(lengths), 2) for z in flat), strict=True)
+            for a, b, c in zip(*(torch.split(z, list(documents.lengths), 2) for z in flat), strict=True)
         ]
     return torch.cat(parts, 2)[0].transpose(0, 1).reshape(q.shape).to(q.dtype)
 
@@ -191,21 +191,21 @@ def has_varlen_kernel(device: torch.device) -> bool:
 class Attention(nn.Module):
     """Multi-head causal self-attention."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def mix(self, x: Tensor, documents: Documents | None, cache: KVCache | None, layer: int) -> Tensor:
+    def mix(self, x: Tensor, documents: Documents | None, cache: KVCache | None) -> Tensor:
         """Heads' outputs side by side, before the output projection. x and the result: (B, T, C)."""
         q, k, v = (z.unflatten(2, (self.n_head, -1)) for z in self.c_attn(x).chunk(3, 2))  # (B, T, H, D)
         dropout = self.dropout if self.training else 0.0
         if cache is not None:
             y = (
-                cache.attend_next(layer, q, k, v)
+                cache.attend_next(self.layer, q, k, v)
                 if documents is None
-                else cache.attend_prompts(layer, q, k, v, documents)
+                else cache.attend_prompts(self.layer, q, k, v, documents)
             )
         elif documents is not None:
             y = attend_documents(q, k, v, documents, dropout)
@@ -233,9 +233,9 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.dropout = layer, config.dropout
+        self.dropout = config.dropout
         self.ln_1 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
-        self.attn = Attention(config)
+        self.attn = Attention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
@@ -243,7 +243,7 @@ class Block(nn.Module):
         self, x: Tensor, documents: Documents | None, rows: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
         """(B, T, C) -> (B, T, C); with `rows`, only those tokens leave attention and the result is (n, C)."""
-        y = self.attn.mix(self.ln_1(x), documents, cache, self.layer)
+        y = self.attn.mix(self.ln_1(x), documents, cache)
         if rows is not None:
             x, y = x.flatten(0, 1)[rows], y.flatten(0, 1)[rows]
         x = x + F.dropout(self.attn.c_proj(y), self.dropout, self.training)

@@ -141,9 +141,14 @@ class RunLog:
         write_atomically(self.path / "status.json", json.dumps(record, indent=2) + "\n")
 
     def close(self) -> None:
-        """Flush and close the files."""
-        self._metrics.close()
-        self._board.close()
+        """Flush and close the files. Raises: OSError (disk full)."""
+        events = self._board.file_writer.event_writer
+        try:
+            self._metrics.close()
+            self._board.close()
+        except OSError:
+            events._closed = True  # or its exit handler tells the same error once more, as a traceback
+            raise
 
 
 @contextlib.contextmanager
@@ -152,8 +157,11 @@ def open_log(path: Path) -> Iterator[RunLog]:
     log = RunLog(path)
     try:
         yield log
-    finally:
-        log.close()
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first error is the one to tell
+            log.close()
+        raise
+    log.close()
 
 
 def new_run_directory(out: str | None, default: str, resume: bool) -> Path:
