@@ -102,7 +102,7 @@ def test_values_out_of_range_are_usage_errors(fails, argv, told):
         (b"train: {steps: many}", ["train.steps many", "a whole number"]),
         (b"train: 5", ['"train" is a group', "--print_config", "5"]),
         (b"- 1\n- 2", ["expected groups of options", "--print_config"]), (b"", ["expected groups of options", "--print_config"]),
-        (b"train: {steps: [", ["not valid YAML", "line 1"]), (b"train: {\xff}", ["not UTF-8", "--print_config"]),
+        (b"train:\n  steps: [", ["not valid YAML", "line 2"]), (b"train: {\xff}", ["not UTF-8", "--print_config"]),
     ],
 )  # fmt: skip
 def test_wrong_configuration_files_are_usage_errors(fails, tmp_path, content, told):

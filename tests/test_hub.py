@@ -199,14 +199,6 @@ def test_only_what_is_needed_is_downloaded(answers, hub):
     assert "README" not in asked
 
 
-def test_second_start_needs_no_network(answers, hub, ask, tiny_directory):
-    before = len(hub.requests)
-    found = ask([["load", "someone/tiny"], ["data", "someone/dialogues"]], HF_HUB_OFFLINE="1")
-    assert found[0][:2] == answers[str(tiny_directory)][:2]
-    assert found[1][:2] == answers["someone/dialogues"][:2]
-    assert len(hub.requests) == before
-
-
 @pytest.mark.parametrize("name", COUNTED)
 def test_data_set_by_name(answers, name):
     """Also one whose name ends in what could be a file's suffix."""
@@ -224,9 +216,13 @@ def test_what_cannot_be_had_is_one_line_with_the_way_out(answers, what):
     assert all(part in err for part in FAILING[what][1]), err
 
 
-def test_a_hub_that_does_not_answer_is_one_line(ask):
-    ((code, _, err),) = ask([["data", "someone/new"]], HF_ENDPOINT="http://127.0.0.1:9")
-    assert code == 1, err
+def test_a_second_start_needs_no_hub_and_a_first_one_says_so_in_one_line(answers, ask, tiny_directory):
+    """Nobody listens at port 9."""
+    commands = [["load", "someone/tiny"], ["data", "someone/dialogues"], ["data", "someone/new"]]
+    model, rows, (code, _, err) = ask(commands, HF_ENDPOINT="http://127.0.0.1:9")
+    assert model == answers[str(tiny_directory)]
+    assert rows == answers["someone/dialogues"]
+    assert code == 1
     assert len(err.splitlines()) == 1, err
     assert "cannot be downloaded" in err
     assert "DIR" in err

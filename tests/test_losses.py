@@ -50,6 +50,16 @@ def test_equals_torchs_own_linear_cross_entropy():
         torch.testing.assert_close(mine, right, rtol=FLOAT64, atol=FLOAT64)
 
 
+@pytest.mark.parametrize("count", [0, 1, 7, 20, N])
+def test_filler_at_the_end_counts_nothing_forward_and_backward(count):
+    hidden, weight, targets = problem()
+    ours = head_nll_sum(hidden, weight, targets, chunk=7, count=count)
+    theirs = full(hidden[:count], weight, targets[:count])
+    torch.testing.assert_close(ours, theirs, rtol=FLOAT64, atol=FLOAT64)
+    for mine, right in zip(gradients(ours, hidden, weight), gradients(theirs, hidden, weight), strict=True):
+        torch.testing.assert_close(mine, right, rtol=FLOAT64, atol=FLOAT64)
+
+
 def test_a_second_backward_is_refused_and_not_silently_wrong():
     hidden, weight, targets = problem()
     loss = head_nll_sum(hidden, weight, targets)

@@ -1,5 +1,6 @@
 """Every command that the README and the pages in docs/ show does what they say, as written."""
 
+import json
 import os
 import re
 import subprocess
@@ -97,3 +98,15 @@ def test_demo_in_its_shortest_form(folder):
     page = report.read_text()
     assert "<svg" in page
     assert "How does blockchain technology work" in page
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
+def test_tables_are_those_of_the_measured_results(page):
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from table import table
+
+    text = (ROOT / page).read_text()
+    shown = re.findall(r"<!-- table: (\S+) -->\n(.*?)\n\n", text, re.S)
+    assert shown
+    for file, lines in shown:
+        assert lines == table(json.loads((ROOT / file).read_text())), f"{page}: make the table anew from {file}"

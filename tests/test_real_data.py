@@ -85,7 +85,7 @@ SOURCES = {
 }
 
 
-ENCODED_EVERY = {"self-dialogue": 20, "chitchat": 8}
+ENCODED_EVERY = {"self-dialogue": 60, "chitchat": 24}
 """Of these, every n-th conversation is also encoded and decoded; all of them take 40 seconds."""
 
 

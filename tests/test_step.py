@@ -1,5 +1,6 @@
 """The one optimizer step: any split into micro-batches is the same step; clipping; nothing moves on a non-finite loss."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -68,6 +69,15 @@ def test_any_split_into_micro_batches_gives_the_same_loss_and_gradient(order, cu
     stats, gradient = step([batch_of(group) for group in groups])
     assert (stats.count, stats.loss) == (WHOLE[0].count, pytest.approx(WHOLE[0].loss, rel=FLOAT64))
     assert stats.grad_norm == pytest.approx(WHOLE[0].grad_norm, rel=FLOAT64)
+    for mine, whole in zip(gradient, WHOLE[1], strict=True):
+        torch.testing.assert_close(mine, whole, rtol=0, atol=FLOAT64)
+
+
+def test_filler_rows_of_a_batch_change_nothing():
+    batch = batch_of(ROWS)
+    rows, targets = (torch.cat([t, t.new_zeros(9)]) for t in (batch.rows, batch.targets))
+    stats, gradient = step([dataclasses.replace(batch, rows=rows, targets=targets, filler=9)])
+    assert (stats.count, stats.loss) == (WHOLE[0].count, pytest.approx(WHOLE[0].loss, rel=FLOAT64))
     for mine, whole in zip(gradient, WHOLE[1], strict=True):
         torch.testing.assert_close(mine, whole, rtol=0, atol=FLOAT64)
 

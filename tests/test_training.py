@@ -246,8 +246,8 @@ def test_a_small_model_learns_twenty_dialogues_by_heart_and_repeats_them_word_fo
     (tmp_path / "data").mkdir()
     write_dialogues(tmp_path / "data" / "train.jsonl", PAIRS)
     write_dialogues(tmp_path / "data" / "test.jsonl", PAIRS[:2])
-    options = {"data__name": str(tmp_path / "data"), "train__steps": 150, "train__batch_size": 8, "optimizer__lr": 1e-2}
-    late = {"optimizer__schedule": "linear", "eval__every": 150, "checkpoint__every": 150, "data__block_size": 64}
+    options = {"data__name": str(tmp_path / "data"), "train__steps": 150, "train__batch_size": 4, "optimizer__lr": 5e-3}
+    late = {"optimizer__schedule": "cosine", "eval__every": 150, "checkpoint__every": 150, "data__block_size": 256}
     run = ts.sft(tiny_config(tiny_directory, tmp_path / "r", **options, **late))
     assert run.metrics("eval")[-1]["train_loss"] < 0.05
     model, tokenizer = ts.load(str(run.path), device="cpu")

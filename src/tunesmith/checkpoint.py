@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -56,7 +57,7 @@ def save_checkpoint(
         (aside / STATE / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         for path in aside.rglob("*"):
             _flush(path)
-        shutil.rmtree(final, ignore_errors=True)
+        _remove(final)
         aside.rename(final)
         _flush(root)
     except BaseException:
@@ -115,9 +116,20 @@ def _flush(path: Path) -> None:
 
 
 def prune(run: Run, keep: int, best: int | None) -> None:
-    """Remove all but the last `keep` checkpoints and the best one."""
+    """Remove all but the last `keep` checkpoints and the best one, and what a killed process left unfinished."""
     checkpoints = run.checkpoints()
     last = {step for step, _ in checkpoints[-keep:]} if keep > 0 else set()
     for step, path in checkpoints:
         if step not in last and step != best:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
+    for unfinished in (run.path / "checkpoints").glob(".*-step-*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint under another name, so that a process killed midway leaves nothing that looks like one."""
+    aside = path.with_name(f".removing-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)

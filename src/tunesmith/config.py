@@ -108,12 +108,13 @@ def _bare_switches(options: type[Any], argv: Sequence[str]) -> list[str]:
 def _check_file(file: str, options: type[Any]) -> None:
     """Raises: UsageError if a configuration file is no YAML of groups of options; what they hold is checked later."""
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        with Path(file).open(encoding="utf-8") as text:
+            content = yaml.safe_load(text)  # from the file, so that errors name it
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text ({error.reason})"
         raise UsageError(f"--config {file}: {reason}; give a YAML file as --print_config prints it") from None
-    except yaml.YAMLError:
-        return  # told with its place when it is parsed
+    except yaml.YAMLError as error:
+        raise UsageError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
     groups = {name.split(".")[0] for name in option_types(options) if "." in name}
     if not isinstance(content, dict):
         raise UsageError(f"{file}: expected groups of options, as --print_config prints them")
@@ -147,8 +148,6 @@ def _one_line(message: str, options: type[Any], files: str) -> str:
         group = unknown[1] or ""
         name = f"{group}.{unknown[2].removeprefix(group + '.')}".lstrip(".")
         return f'{files or "configuration"}: unknown key "{name}"{_nearest(name, list(types))}'
-    if message.startswith("Problems parsing config"):
-        return f"{files}: not valid YAML ({' '.join(message.partition(':')[2].split())})"
     if wrong := re.search(r'Parser key "([\w.]+)"', message):
         given = re.search(r"Given value: (.*)", message) or re.search(r"Got value: (.*)", message)
         value = given[1] if given else "as given"

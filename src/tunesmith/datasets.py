@@ -202,8 +202,12 @@ def _rm_static_files(options: DataOptions) -> dict[str, tuple[Path, ...]]:
 
 def _split_files(root: Path) -> dict[str, tuple[Path, ...]]:
     found = sorted(p for p in root.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
-    splits = {s: tuple(p for p in found if p.name.lower().startswith(prefixes)) for s, prefixes in SPLIT_NAMES.items()}
-    return {split: files for split, files in splits.items() if files}
+    splits = {}
+    for split, prefixes in SPLIT_NAMES.items():  # of test, validation, ... the first that is there
+        by_prefix = (tuple(p for p in found if p.name.lower().startswith(prefix)) for prefix in prefixes)
+        if files := next(filter(None, by_prefix), ()):
+            splits[split] = files
+    return splits
 
 
 def _names(paths: Sequence[Path]) -> str:

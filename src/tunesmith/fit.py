@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections import deque
@@ -23,6 +24,7 @@ from tunesmith.runlog import RunLog
 from tunesmith.step import StepStats, optimizer_step
 from tunesmith.tokenizer import Tokenizer
 
+SMALLEST_SCALE = 2.0**-20  # fp16 gradients may overflow and are then scaled anew; below this they are simply infinite
 DIVERGED_BY = 1.05  # mean loss over the window, as a multiple of the loss at step 0
 
 
@@ -93,10 +95,13 @@ def fit(
     """
     state = TrainingState()
     device = model.wte.weight.device
-    if resume and log.run.checkpoints():
-        stored = load_state(log.run.checkpoints()[-1][1], model, optimizer, scaler)
+    saved = log.run.checkpoints() if resume else []
+    if saved:
+        stored = load_state(saved[-1][1], model, optimizer, scaler)
         log.rewind(stored["log_size"])
         state = TrainingState(**stored["progress"])
+    else:
+        log.rewind(0)  # a run that was cut before its first checkpoint begins anew
 
     def save() -> None:
         progress = {"progress": vars(state), "log_size": log.size()}
@@ -122,7 +127,7 @@ def fit(
     losses = deque(state.recent, maxlen=diverge_after or 1)
     log.status("running", state.step, steps=steps, best_step=state.best_step)
     with Progress(steps, state.step) as bar, StopSignals() as signals:
-        if state.step == 0 and eval_at_start:
+        if not saved and eval_at_start:
             estimate()
             save()
         while state.step < steps:
@@ -172,9 +177,8 @@ def _divergence(
     stats: StepStats, scaler: GradScaler | None, losses: deque[float], first_loss: float | None, window: int
 ) -> str:
     """What has gone wrong, or nothing."""
-    if not stats.updated and (
-        scaler is None or not stats.loss < float("inf")
-    ):  # fp16 gradients may overflow: scaled anew
+    rescaling = scaler is not None and math.isfinite(stats.loss) and scaler.get_scale() > SMALLEST_SCALE
+    if not stats.updated and not rescaling:
         return f"loss {stats.loss:g} or gradient norm {stats.grad_norm:g} is not finite"
     if (
         window

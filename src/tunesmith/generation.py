@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.dialogue import STOP_TEXTS, BadRow, Message, cut_at_stop, parse_messages, prompt_segments
-from tunesmith.errors import UserError
+from tunesmith.errors import UsageError, UserError
 from tunesmith.evaluate import evaluation_mode
 from tunesmith.gpt import GPT, Documents
 from tunesmith.tokenizer import Tokenizer
@@ -74,7 +74,7 @@ class Sampling:
     sample: int = 0
 
     def check(self) -> None:
-        """Raises: UserError with every value that is out of range."""
+        """Raises: UsageError with every value that is out of range."""
         problems = []
         if self.temperature < 0:
             problems.append(f"temperature is {self.temperature}, expected 0 (greedy) or more")
@@ -85,7 +85,7 @@ class Sampling:
         if self.seed < 0:
             problems.append(f"seed is {self.seed}, expected 0 or more")
         if problems:
-            raise UserError("; ".join(problems))
+            raise UsageError("; ".join(problems))
 
 
 def encode_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
@@ -160,7 +160,7 @@ def _answer(tokenizer: Tokenizer, ids: Sequence[int], stopped: bool) -> Answer:
 def _fit(prompt: list[int], model: GPT, max_new_tokens: int, cut_front: bool, number: int) -> list[int]:
     limit = model.config.block_size
     if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+        raise UsageError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
     if len(prompt) < limit:
         return prompt
     if cut_front:

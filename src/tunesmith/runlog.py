@@ -103,14 +103,17 @@ class RunLog:
     """The writer of a run directory. `metrics.jsonl` is flushed line by line."""
 
     def __init__(self, path: Path) -> None:
-        from tensorboardX import SummaryWriter
+        from tensorboardX.record_writer import RecordWriter
 
         self.run = Run(path)
         self.path = path
         self.started = time.time()
         path.mkdir(parents=True, exist_ok=True)
+        (path / "tensorboard").mkdir(exist_ok=True)
         self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(path / "tensorboard"))
+        # Not SummaryWriter: on a full disk its thread dies with a traceback, and its full queue then blocks for ever.
+        self._board = RecordWriter(str(path / "tensorboard" / f"events.out.tfevents.{time.time_ns()}"))
+        self._board_event(file_version="brain.Event:2")
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Store the resolved configuration, from which the run can be repeated."""
@@ -122,9 +125,18 @@ class RunLog:
         line = {"event": event, "step": step, "time": round(time.time(), 3), **clean}
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
+        from tensorboardX.summary import scalar
+
         for key, value in clean.items():
             if isinstance(value, int | float):
-                self._board.add_scalar(f"{event}/{key}", value, step)
+                self._board_event(step=step, summary=scalar(f"{event}/{key}", value))
+        if event != "train":
+            self._board.flush()
+
+    def _board_event(self, **fields: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._board.write(Event(wall_time=time.time(), **fields).SerializeToString())
 
     def size(self) -> int:
         """Bytes in metrics.jsonl, stored with each checkpoint so that a resumed run can drop what came after it."""
@@ -142,13 +154,10 @@ class RunLog:
 
     def close(self) -> None:
         """Flush and close the files. Raises: OSError (disk full)."""
-        events = self._board.file_writer.event_writer
         try:
             self._metrics.close()
+        finally:
             self._board.close()
-        except OSError:
-            events._closed = True  # or its exit handler tells the same error once more, as a traceback
-            raise
 
 
 @contextlib.contextmanager

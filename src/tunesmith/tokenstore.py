@@ -23,7 +23,7 @@ from tunesmith.dialogue import END, NEXT, Dialogue, Preference, Row, Text, rende
 from tunesmith.losses import IGNORE_INDEX
 from tunesmith.tokenizer import Tokenizer
 
-VERSION = 1  # raise it when the meaning of a stored byte changes
+VERSION = 2  # raise it when the meaning of a stored byte changes
 ROWS_AT_A_TIME = 8192
 
 Array = np.ndarray[Any, Any]

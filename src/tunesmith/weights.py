@@ -54,6 +54,8 @@ def config_from_hf(hf: dict[str, Any]) -> GPTConfig:
         )
     except KeyError as missing:
         raise UserError(f"config.json has no {missing}, which a GPT-2 needs") from None
+    except TypeError as error:
+        raise UserError(f"config.json holds a value of the wrong kind ({error})") from None
 
 
 def config_to_hf(config: GPTConfig, end_of_text: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -167,6 +169,8 @@ def stored_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
         files = [single]
     elif index.exists() or old_index.exists():
         listed = read_json(index if index.exists() else old_index)
+        if not isinstance(listed.get("weight_map"), dict):
+            raise UserError(f"{directory}: the index of the weights has no weight_map; download the model again")
         files = [directory / name for name in sorted(set(listed["weight_map"].values()))]
     elif old.exists():
         files = [old]

@@ -13,6 +13,7 @@ from rich.table import Table
 from tunesmith.batching import Batches
 from tunesmith.datasets import open_dataset
 from tunesmith.device import keep_freed_memory, resolve_precision
+from tunesmith.errors import UserError
 from tunesmith.evaluate import estimate_loss
 from tunesmith.models import load
 from tunesmith.options import EvaluateCommand
@@ -42,13 +43,12 @@ def evaluate(model_name: str, dataset: str, options: EvaluateCommand) -> dict[st
         result[label] = {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
         table.add_row(label, f"{found.tokens:,}", f"{found.loss:.4f}", f"{found.perplexity:,.2f}")
     console.print(table)
-    for line in [
-        *source.notes,
-        *store.report.notes,
-        *store.report.lines(),
-        *(line for t in batches.truncations for line in t.lines(batches.block_size)),
-    ]:
+    cut = [line for t in batches.truncations for line in t.lines(batches.block_size)]
+    problems = [*store.report.lines(), *cut]
+    for line in [*source.notes, *store.report.notes, *problems]:
         console.print(f"note: {line}", markup=False)
+    if data.strict and problems:
+        raise UserError(f"--data.strict: {'; '.join(problems)}")
     if options.out:
         Path(options.out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result

@@ -20,7 +20,7 @@ from torch.amp import GradScaler
 from tunesmith.batching import Batch, Batches
 from tunesmith.datasets import holdout_rows, open_dataset
 from tunesmith.device import describe, keep_freed_memory, resolve_device, resolve_precision, seed_everything
-from tunesmith.errors import UserError
+from tunesmith.errors import UsageError, UserError
 from tunesmith.evaluate import estimate_loss, nll_sum
 from tunesmith.fit import fit
 from tunesmith.models import load_for_training
@@ -115,13 +115,29 @@ def resolve_length(config: SFTConfig, train: Batches) -> SFTConfig:
     )
 
 
+FIXED = (  # what a resumed run cannot change without becoming another run
+    "model.name", "model.dropout", "data.name", "data.block_size", "data.batching", "data.loss_on", "data.truncation",
+    "data.max_rows", "data.holdout", "data.seed", "train.batch_size", "train.accumulate", "train.precision",
+    "optimizer.name",
+)  # fmt: skip
+
+
+def check_resumable(stored: dict[str, Any], config: SFTConfig) -> None:
+    """Raises: UserError naming every setting that differs from the run's and would change what it already did."""
+    asked = as_dict(config)
+    pairs = [(key, stored.get((part := key.split("."))[0], {}).get(part[1]), asked[part[0]][part[1]]) for key in FIXED]
+    changed = [f"{key} was {before!r}, now {now!r}" for key, before, now in pairs if before != now]
+    if changed:
+        raise UserError(f"--resume: {'; '.join(changed)}. Keep these, or start a new run with another --out")
+
+
 def check(config: SFTConfig) -> None:
-    """Raises: UserError with every problem at once."""
+    """Raises: UsageError with every problem at once."""
     t, o, e, d = config.train, config.optimizer, config.eval, config.data
     at_least = {
         "--data.block_size": (d.block_size, 2), "--data.max_rows": (d.max_rows, 1), "--train.steps": (t.steps, 1),
         "--train.batch_size": (t.batch_size, 1), "--train.accumulate": (t.accumulate, 1), "--train.grad_clip": (t.grad_clip, 0),
-        "--optimizer.lr": (o.lr, 0), "--optimizer.warmup_steps": (o.warmup_steps, 0), "--eval.every": (e.every, 1),
+        "--optimizer.lr": (o.lr, 0), "--optimizer.warmup_steps": (o.warmup_steps, 0), "--optimizer.weight_decay": (o.weight_decay, 0), "--eval.every": (e.every, 1),
         "--eval.iters": (e.iters, 1), "--checkpoint.every": (config.checkpoint.every, 1), "--checkpoint.keep": (config.checkpoint.keep, 0),
     }  # fmt: skip
     problems = [
@@ -135,10 +151,14 @@ def check(config: SFTConfig) -> None:
         problems.append(f"--train.epochs is {t.epochs}, expected more than 0")
     if not 0 <= config.model.dropout < 1:
         problems.append(f"--model.dropout is {config.model.dropout}, expected 0 <= dropout < 1")
+    if not 0 <= o.momentum < 1:
+        problems.append(f"--optimizer.momentum is {o.momentum}, expected 0 <= momentum < 1")
+    if o.name == "sgd-nesterov" and o.momentum == 0:
+        problems.append("--optimizer.momentum is 0, but sgd-nesterov needs some; use sgd")
     if not 0 < d.holdout < 1:
         problems.append(f"--data.holdout is {d.holdout}, expected a share between 0 and 1")
     if problems:
-        raise UserError("; ".join(problems))
+        raise UsageError("; ".join(problems))
 
 
 def sft(config: SFTConfig) -> Run:
@@ -164,6 +184,8 @@ def sft(config: SFTConfig) -> Run:
     splits = load_splits(config.data, tokenizer)
     train, validation, cut = make_batches(splits, config)
     config = resolve_length(config, train)
+    if config.resume and (path / "config.yaml").exists():
+        check_resumable(Run(path).config, config)
     device, precision = resolve_device(config.train.device), config.train.precision
     assert precision != "auto"
     assert config.train.steps is not None

@@ -1,0 +1,30 @@
+"""A benchmark's JSON as the Markdown table that README.md and docs/performance.md show.
+
+python benchmarks/table.py benchmarks/results/sft-gpt2.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def table(result: dict[str, Any]) -> str:
+    """One row a contestant: tokens/s (lowest and highest step), peak memory, tunesmith's speed and memory against it."""
+    lines = [
+        "| | tokens/s (slowest to fastest step) | peak GB | tunesmith is faster by | with this share of its memory |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["summary"]:
+        own = row["name"] == "tunesmith"
+        spread = f"{row['tokens_per_s']:.0f} ({row['slowest']:.0f} to {row['fastest']:.0f})"
+        ratios = ("", "") if own else (f"{row['our_speed_ratio']:.2f} x", f"{row['our_memory_ratio']:.2f}")
+        name = f"**{row['name']}**" if own else row["name"]
+        lines.append(f"| {name} | {spread} | {row['peak_gb']:.2f} | {ratios[0]} | {ratios[1]} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table(json.loads(Path(sys.argv[1]).read_text())))
