@@ -137,8 +137,9 @@ def check(config: SFTConfig) -> None:
     at_least = {
         "--data.block_size": (d.block_size, 2), "--data.max_rows": (d.max_rows, 1), "--train.steps": (t.steps, 1),
         "--train.batch_size": (t.batch_size, 1), "--train.accumulate": (t.accumulate, 1), "--train.grad_clip": (t.grad_clip, 0),
-        "--optimizer.lr": (o.lr, 0), "--optimizer.warmup_steps": (o.warmup_steps, 0), "--optimizer.weight_decay": (o.weight_decay, 0), "--eval.every": (e.every, 1),
-        "--eval.iters": (e.iters, 1), "--checkpoint.every": (config.checkpoint.every, 1), "--checkpoint.keep": (config.checkpoint.keep, 0),
+        "--optimizer.lr": (o.lr, 0), "--optimizer.warmup_steps": (o.warmup_steps, 0),
+        "--optimizer.weight_decay": (o.weight_decay, 0), "--eval.every": (e.every, 1), "--eval.iters": (e.iters, 1),
+        "--checkpoint.every": (config.checkpoint.every, 1), "--checkpoint.keep": (config.checkpoint.keep, 0),
     }  # fmt: skip
     problems = [
         f"{name} is {value}, expected at least {low}"
