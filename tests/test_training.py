@@ -118,10 +118,11 @@ def test_a_second_run_in_the_same_directory_is_refused(run, tiny_directory):
 
 
 def test_every_impossible_option_is_named_at_once(tiny_directory, tmp_path):
-    wrong = {"train__batch_size": 0, "train__accumulate": 0, "train__epochs": 1.0, "model__dropout": 1.0}
+    wrong = {"train__batch_size": 0, "train__accumulate": 0, "train__epochs": 1.0, "train__diverge_after": -1}
     with pytest.raises(UserError) as caught:
-        ts.sft(tiny_config(tiny_directory, tmp_path / "r", **wrong))
-    assert all(part in str(caught.value) for part in ("batch_size is 0", "accumulate is 0", "epochs", "dropout is 1"))
+        ts.sft(tiny_config(tiny_directory, tmp_path / "r", **wrong, model__dropout=1.0))
+    told = ["batch_size is 0", "accumulate is 0", "epochs", "diverge_after is -1", "dropout is 1"]
+    assert all(part in str(caught.value) for part in told)
     assert not (tmp_path / "r").exists()
 
 

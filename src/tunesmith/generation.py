@@ -84,6 +84,8 @@ class Sampling:
             problems.append(f"top_k is {self.top_k}, expected 0 (all) or more")
         if self.seed < 0:
             problems.append(f"seed is {self.seed}, expected 0 or more")
+        if self.seed < 0:
+            problems.append(f"seed is {self.seed}, expected 0 or more")
         if problems:
             raise UsageError("; ".join(problems))
 

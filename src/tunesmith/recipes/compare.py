@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,10 @@ def compare(a: str, b: str, options: CompareCommand) -> list[dict[str, Any]]:
     records = []
     for i, prompt in enumerate(prompts):
         pair = {name: answers[name][i] for name in (a, b)}
-        table.add_row(escape(prompt.text), *(escape(pair[name].text.strip()) + _ending(pair[name]) for name in (a, b)))
+        table.add_row(
+            escape(prompt.text),
+            *(escape(re.sub(r"\n\s*\n", "\n", pair[name].text.strip())) + _ending(pair[name]) for name in (a, b)),
+        )
         record = {
             name: {"answer": x.text, "finish_reason": x.finish_reason, "tokens": x.tokens} for name, x in pair.items()
         }

@@ -135,7 +135,8 @@ def check(config: SFTConfig) -> None:
     """Raises: UsageError with every problem at once."""
     t, o, e, d = config.train, config.optimizer, config.eval, config.data
     at_least = {
-        "--data.block_size": (d.block_size, 2), "--data.max_rows": (d.max_rows, 1), "--train.steps": (t.steps, 1),
+        "--data.block_size": (d.block_size, 2), "--data.max_rows": (d.max_rows, 1), "--data.seed": (d.seed, 0),
+        "--train.seed": (t.seed, 0), "--train.steps": (t.steps, 1), "--train.diverge_after": (t.diverge_after, 0),
         "--train.batch_size": (t.batch_size, 1), "--train.accumulate": (t.accumulate, 1), "--train.grad_clip": (t.grad_clip, 0),
         "--optimizer.lr": (o.lr, 0), "--optimizer.warmup_steps": (o.warmup_steps, 0),
         "--optimizer.weight_decay": (o.weight_decay, 0), "--eval.every": (e.every, 1), "--eval.iters": (e.iters, 1),
