@@ -64,7 +64,7 @@ def demo_config(out: str, steps: int) -> SFTConfig:
         model=ModelOptions(name="sample"),
         data=DataOptions(name="sample"),
         train=TrainOptions(steps=steps, batch_size=2),
-        optimizer=OptimizerOptions(lr=5e-4, schedule="cosine", warmup_steps=min(10, steps // 4)),
+        optimizer=OptimizerOptions(lr=1e-3, schedule="cosine", warmup_steps=min(10, steps // 4)),
         eval=EvalOptions(every=max(1, steps // 12), iters=8),
         checkpoint=CheckpointOptions(keep=1),
         out=out,

@@ -216,7 +216,7 @@ class DemoCommand:
 
     out: str | None = None
     """Directory; default runs/demo, or the next free name."""
-    steps: int = 240
+    steps: int = 120
     """Optimizer steps of the fine-tuning."""
     open: Literal["auto"] | bool = "auto"
     """Show the report in a browser; auto: where there is a display."""
