@@ -101,11 +101,16 @@ def resolve_machine(config: SFTConfig, n_embd: int) -> SFTConfig:
     return dataclasses.replace(config, train=train, optimizer=dataclasses.replace(o, weight_decay=decay))
 
 
-def resolve_length(config: SFTConfig, train: Batches) -> SFTConfig:
-    """The configuration with every default that depends on the data decided: steps and intervals."""
+def resolve_length(config: SFTConfig, train: Batches, validation: Batches) -> SFTConfig:
+    """The configuration with every default that depends on the data decided: steps and intervals.
+
+    Estimates come 40 times over the training, but on small data not so often that they take longer than the training
+    itself (a forward pass is a third of a step).
+    """
     per_step = config.train.batch_size * config.train.accumulate
     steps = config.train.steps or max(1, round((config.train.epochs or 1.0) * train.rows_per_epoch / per_step))
-    every = config.eval.every or max(1, steps // 40)
+    estimate = sum(min(config.eval.iters, -(-b.rows_per_epoch // b.batch_size)) for b in (train, validation))
+    every = config.eval.every or max(1, steps // 40, min(steps, estimate // (3 * config.train.accumulate)))
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, loss_on=train.loss_on),
@@ -185,7 +190,7 @@ def sft(config: SFTConfig) -> Run:
     config = resolve_machine(config, model.config.n_embd)
     splits = load_splits(config.data, tokenizer)
     train, validation, cut = make_batches(splits, config)
-    config = resolve_length(config, train)
+    config = resolve_length(config, train, validation)
     if config.resume and (path / "config.yaml").exists():
         check_resumable(Run(path).config, config)
     device, precision = resolve_device(config.train.device), config.train.precision
