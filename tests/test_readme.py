@@ -35,7 +35,8 @@ def folder(tmp_path_factory):
 
 
 def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    plain = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}  # as a user: all cores
+    environment = {**plain, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     return subprocess.run(
         command,
         shell=True,
