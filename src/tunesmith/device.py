@@ -85,8 +85,8 @@ def seed_everything(seed: int) -> None:
 def keep_freed_memory() -> bool:
     """Tell glibc to keep freed memory instead of giving it back to the kernel; returns whether it was done.
 
-    By default every large tensor is mapped anew and its pages are cleared by the kernel at first touch, which costs up
-    to a third of a CPU training step. Set TUNESMITH_ALLOCATOR=system to leave the allocator as it is.
+    By default every large tensor is mapped anew and its pages are cleared by the kernel at first touch, which costs
+    time in every CPU training step (docs/performance.md). Set TUNESMITH_ALLOCATOR=system to leave the allocator as it is.
     """
     if not sys.platform.startswith("linux") or os.environ.get("TUNESMITH_ALLOCATOR") == "system":
         return False

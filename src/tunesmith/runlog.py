@@ -107,7 +107,6 @@ class RunLog:
 
         self.run = Run(path)
         self.path = path
-        self.started = time.time()
         path.mkdir(parents=True, exist_ok=True)
         (path / "tensorboard").mkdir(exist_ok=True)
         self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
