@@ -25,6 +25,11 @@ from pathlib import Path
 from typing import Any
 
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**40), "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)}
+TRAINER: dict[str, Any] = {  # what both of transformers' trainers are given
+    "per_device_train_batch_size": 1, "learning_rate": 1e-4, "lr_scheduler_type": "constant", "max_grad_norm": 0,
+    "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True,
+    "dataloader_pin_memory": False, "seed": 0,
+}  # fmt: skip
 CONTESTANTS = {  # name: (function, tuned)
     "tunesmith": ("run_ours", False),
     "Trainer, tuned": ("run_trainer", True),
@@ -163,19 +168,9 @@ def run_trainer(work: Path, steps: int, warmup: int, tuned: bool) -> tuple[list[
     rows = [{k: torch.tensor(v) for k, v in row.items()} for row in labelled_rows(work)]
     arguments = transformers.TrainingArguments(
         output_dir=str(work / "out"),
-        per_device_train_batch_size=1,
         max_steps=warmup + steps,
-        learning_rate=1e-4,
-        lr_scheduler_type="constant",
-        max_grad_norm=0,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
+        **TRAINER,
         optim="adamw_torch_fused",
-        dataloader_pin_memory=False,
-        seed=0,
     )
     return drive(transformers.Trainer(rival_model(work, tuned), arguments, train_dataset=rows), warmup)
 
@@ -201,20 +196,10 @@ def run_trl(work: Path, steps: int, warmup: int, tuned: bool) -> tuple[list[floa
     settings: dict[str, Any] = {"bf16": False, "gradient_checkpointing": False} if tuned else {"bf16": False}
     arguments = trl.SFTConfig(
         output_dir=str(work / "out"),
-        per_device_train_batch_size=1,
         max_steps=warmup + steps,
-        learning_rate=1e-4,
-        lr_scheduler_type="constant",
-        max_grad_norm=0,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
+        **TRAINER,
         packing=True,
         max_length=1024,
-        dataloader_pin_memory=False,
-        seed=0,
         **settings,
     )
     trainer = trl.SFTTrainer(
