@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tunesmith.dialogue import END
+from tunesmith.documents import Documents
 from tunesmith.errors import UsageError, UserError
-from tunesmith.gpt import Documents
 from tunesmith.losses import IGNORE_INDEX
 from tunesmith.tokenstore import TokenStore
 
@@ -52,8 +52,7 @@ class Batch:
         def move(t: Tensor) -> Tensor:
             return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
 
-        d = self.documents
-        documents = d and Documents(d.lengths, move(d.positions), move(d.cu_seqlens), d.longest)
+        documents = self.documents and self.documents.moved(move)
         rows, targets = move(self.rows), move(self.targets)
         return Batch(move(self.input_ids), rows, targets, documents, self.tokens, self.sources, self.filler)
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from tunesmith.dialogue import STOP_TEXTS, BadRow, Message, cut_at_stop, parse_messages, prompt_segments
+from tunesmith.documents import Documents
 from tunesmith.errors import UsageError, UserError
 from tunesmith.evaluate import evaluation_mode
-from tunesmith.gpt import GPT, Documents
+from tunesmith.gpt import GPT
 from tunesmith.tokenizer import Tokenizer
 
 PREFILL_TOKENS = 2048  # prompt tokens in one forward pass, to bound its memory

@@ -10,15 +10,14 @@ Shapes: B rows, T tokens a row, C width, H heads, D = C / H, N tokens in all row
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tunesmith.documents import Documents, attend_documents
 from tunesmith.errors import UserError
 
 
@@ -52,54 +51,6 @@ SIZES = {
     "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
     "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
 }
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Which tokens of a (B, T) batch belong together: consecutive stretches that attend only to themselves.
-
-    lengths: tokens of every stretch, row after row, on the host; none crosses a row's end, their sum is B * T.
-    positions: (B, T) int64, the position of every token in its own stretch.
-    cu_seqlens: (n + 1,) int32, starts of the stretches and the end of the last, for variable-length kernels; the tail
-        repeats the end, so that n takes few values and compiled code is made once.
-    longest: upper bound of the lengths.
-    """
-
-    lengths: tuple[int, ...]
-    positions: Tensor
-    cu_seqlens: Tensor
-    longest: int
-
-    @staticmethod
-    def from_rows(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Documents:
-        """From the stretch lengths of each row; every row sums to the same T.
-
-        >>> Documents.from_rows([[2, 1], [3]]).positions.tolist()
-        [[0, 1, 0], [0, 1, 2]]
-        """
-        lengths = tuple(n for row in rows for n in row)
-        width = sum(rows[0])
-        if any(sum(row) != width for row in rows):
-            raise ValueError(f"rows of a batch differ in length: {[sum(row) for row in rows]}")
-        positions = torch.cat([torch.arange(n) for n in lengths]).view(len(rows), width)
-        ends = torch.tensor(lengths).cumsum(0).to(torch.int32)
-        slots = 1 << len(lengths).bit_length()
-        cu_seqlens = torch.full((slots + 1,), len(rows) * width, dtype=torch.int32)
-        cu_seqlens[0] = 0
-        cu_seqlens[1 : 1 + len(lengths)] = ends
-        return Documents(lengths, positions.to(device), cu_seqlens.to(device), width)
-
-    @staticmethod
-    def from_ids(ids: Tensor) -> Documents:
-        """From (B, T) document numbers: a new stretch begins where the number changes and at every row.
-
-        Reads `ids` on the host, which waits for a GPU; batches made by `batching` come with Documents ready.
-        """
-        rows = []
-        for row in ids.tolist():
-            cuts = [0, *(i for i in range(1, len(row)) if row[i] != row[i - 1]), len(row)]
-            rows.append([b - a for a, b in pairwise(cuts)])
-        return Documents.from_rows(rows, ids.device)
 
 
 @dataclass
@@ -145,47 +96,6 @@ class KVCache:
         self.keys = [k[rows] for k in self.keys]
         self.values = [v[rows] for v in self.values]
         self.lengths = self.lengths[rows]
-
-
-def attend_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: float = 0.0) -> Tensor:
-    """Causal attention inside every document. q, k, v and the result: (B, T, H, D).
-
-    On a CUDA card with half precision one variable-length flash kernel does all documents; elsewhere each document is
-    one call of `scaled_dot_product_attention`. No (T, T) mask is ever made. On two CPU cores at T = 1,024 and six
-    documents a row this takes 0.36 of the time of plain causal attention over the row, forward and backward.
-    """
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0 and has_varlen_kernel(q.device):
-        from torch.nn.attention.varlen import varlen_attn
-
-        q, k, v = (z.reshape(-1, *z.shape[2:]) for z in (q, k, v))
-        cu, longest = documents.cu_seqlens, documents.longest
-        y = varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0))
-        assert isinstance(y, Tensor)
-        return y.view(*documents.positions.shape, *y.shape[1:])
-    y = _attend_one_by_one(q, k, v, documents, dropout)
-    assert isinstance(y, Tensor)
-    return y
-
-
-# A Python loop over lengths that change with every batch would be compiled anew each time: it stays outside.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _attend_one_by_one(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: float) -> Tensor:
-    # On a CPU attention is float32 under bf16 autocast too: it is 1.6 times as fast at these lengths, and torch keeps
-    # a bf16 kernel for every length that it ever met, 30 MB a step here.
-    on_cpu = q.device.type == "cpu"
-    dtype = torch.float32 if on_cpu and q.dtype in (torch.bfloat16, torch.float16) else q.dtype
-    with torch.autocast(q.device.type, enabled=torch.is_autocast_enabled(q.device.type) and not on_cpu):
-        flat = (z.to(dtype).flatten(0, 1).transpose(0, 1)[None] for z in (q, k, v))  # each (1, H, N, D)
-        parts = [
-            F.scaled_dot_product_attention(a, b, c, is_causal=True, dropout_p=dropout)
-            for a, b, c in zip(*(torch.split(z, list(documents.lengths), 2) for z in flat), strict=True)
-        ]
-    return torch.cat(parts, 2)[0].transpose(0, 1).reshape(q.shape).to(q.dtype)
-
-
-def has_varlen_kernel(device: torch.device) -> bool:
-    """Whether the card runs torch's variable-length flash kernel: compute capability 8.0 (A100) or later."""
-    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class Attention(nn.Module):
@@ -295,7 +205,7 @@ class GPT(nn.Module):
         if cache is not None and documents is None:
             positions, longest = cache.lengths[:, None], cache.visible
         elif documents is not None:
-            positions, longest = documents.positions, max(documents.lengths)
+            positions, longest = documents.positions, documents.reach
         else:
             longest = tokens.shape[1]
             positions = torch.arange(longest, device=tokens.device)[None]
