@@ -137,7 +137,7 @@ def test_token_losses_are_those_of_cross_entropy_and_sum_to_the_same(chunk):
     each = token_nll(hidden, weight, targets, chunk=chunk)
     right = F.cross_entropy(hidden @ weight.t(), targets, reduction="none")
     assert not each.requires_grad
-    torch.testing.assert_close(each, right.float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(each, right, rtol=FLOAT64, atol=FLOAT64)
     assert each.sum().item() == pytest.approx(head_nll_sum(hidden, weight, targets).item(), rel=1e-6)
 
 

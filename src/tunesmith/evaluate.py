@@ -13,6 +13,7 @@ from torch import nn
 from tunesmith.batching import Batch
 from tunesmith.device import Precision, autocast
 from tunesmith.gpt import GPT
+from tunesmith.lora import head_parts
 from tunesmith.losses import head_nll_sum
 
 
@@ -47,8 +48,14 @@ def nll_sum(model: GPT, batch: Batch, precision: Precision = "fp32") -> torch.Te
     """Summed -log p of a batch's targets: scalar float32, nats. Trunk and head run only where a target needs them."""
     with autocast(batch.input_ids.device, precision):
         hidden = model(batch.input_ids, batch.documents, rows=batch.rows)
-        chunk = 256 if precision == "fp32" else 1024
-        return head_nll_sum(hidden, model.lm_head.weight, batch.targets, chunk=chunk, count=batch.count)
+        weight, low_rank = head_parts(model.lm_head, hidden)
+        chunk = head_chunk(precision)
+        return head_nll_sum(hidden, weight, batch.targets, low_rank=low_rank, chunk=chunk, count=batch.count)
+
+
+def head_chunk(precision: Precision) -> int:
+    """Tokens whose logits are made at a time: as many as cost nothing."""
+    return 256 if precision == "fp32" else 1024
 
 
 def estimate_loss(model: GPT, batches: Iterable[Batch], precision: Precision = "fp32") -> LossEstimate:

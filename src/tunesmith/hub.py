@@ -18,10 +18,12 @@ def download_dataset(repo: str, patterns: Sequence[str], otherwise: str) -> Path
 
 
 def download_model(repo: str) -> Path:
-    """Local directory of a model on the hub: config, tokenizer and safetensors (else the old .bin weights)."""
+    """Local directory of a model or adapter on the hub: config, tokenizer and safetensors (else the old .bin weights)."""
     otherwise = "a local directory as the model's name"
     small = [
         "config.json",
+        "adapter_config.json",
+        "adapter_model.safetensors",
         "tokenizer.json",
         "vocab.json",
         "merges.txt",

@@ -2,61 +2,113 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
 
+LowRank = tuple[Tensor, Tensor]
+"""(N, r) and (V, r), of which the first times the second transposed is added to the logits: an adapter on the head."""
 
-class _HeadNLL(torch.autograd.Function):
-    """Head and cross-entropy in one operation: logits exist for `chunk` tokens at a time, forward and backward.
+Outer = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""What a loss does with log-probabilities: (those of one group (n,), the group's number) -> its sum, d sum / d logps (n,)."""
 
-    The gradients are made in the forward pass, while a chunk's probabilities are at hand (p - one_hot), so that the
-    logits are computed once: three matrix products a chunk, as with full logits, and no second pass.
+
+class _HeadLoss(torch.autograd.Function):
+    """Head, log-softmax and a loss on the targets' log-probabilities in one operation, without the full logits.
+
+    The targets come in groups, and a loss is a sum over groups. Logits exist for `chunk` tokens at a time. The gradients
+    are made in the forward pass, while a chunk's probabilities are at hand (d logp / d logits = one_hot - p), so that
+    the logits are computed once: three matrix products a chunk, as with full logits. Only a group of more than `chunk`
+    tokens, whose loss is known when its last logits are gone, has them computed a second time.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, count: int) -> Tensor:
-        dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
-        h, w = (hidden.to(dtype), weight.to(dtype)) if dtype else (hidden, weight)
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        d_hidden = torch.empty_like(h) if wants_hidden else None
-        d_weight = torch.zeros_like(weight) if wants_weight else None
-        total = hidden.new_zeros((), dtype=torch.float32 if hidden.dtype != torch.float64 else torch.float64)
-        for start in range(0, len(h), chunk):
-            part, target = h[start : start + chunk], targets[start : start + chunk, None]
-            logits = (part @ w.t()).to(total.dtype)  # (chunk, V)
+    def forward(
+        ctx: Any, targets: Tensor, groups: Sequence[tuple[int, int]], chunk: int, outer: Outer, *terms: Tensor
+    ) -> Tensor:
+        x32, w32 = terms[::2], terms[1::2]
+        kind = x32[0].device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x32[0].dtype
+        x, w = [t.to(dtype) for t in x32], [t.to(dtype) for t in w32]
+        wanted = ctx.needs_input_grad[4:]
+        d_x = [torch.zeros_like(t) if need else None for t, need in zip(x, wanted[::2], strict=True)]
+        d_w = [torch.zeros_like(t) if need else None for t, need in zip(w32, wanted[1::2], strict=True)]
+        total = x[0].new_zeros((), dtype=torch.float64 if x[0].dtype == torch.float64 else torch.float32)
+
+        def look(a: int, b: int) -> tuple[Tensor, Tensor, Tensor]:
+            logits = x[0][a:b] @ w[0].t()
+            for more_x, more_w in zip(x[1:], w[1:], strict=True):
+                logits.addmm_(more_x[a:b], more_w.t())
+            logits = logits.to(total.dtype)  # (b - a, V)
             log_z = logits.logsumexp(1, keepdim=True)
-            real = max(0, count - start)  # the rest is filler
-            total += (log_z - logits.gather(1, target))[:real].sum()
-            if d_hidden is None and d_weight is None:
-                continue
+            return (logits.gather(1, targets[a:b, None]) - log_z)[:, 0], logits, log_z
+
+        def learn(a: int, b: int, logits: Tensor, log_z: Tensor, d_logps: Tensor) -> None:
             p = logits.sub_(log_z).exp_()
-            p.scatter_add_(1, target, p.new_full((), -1.0).expand_as(target))
-            p[real:] = 0
-            p = p.to(h.dtype)
-            if d_hidden is not None:
-                torch.mm(p, w, out=d_hidden[start : start + chunk])
-            if d_weight is not None:
-                if d_weight.dtype == p.dtype:
-                    d_weight.addmm_(p.t(), part)
-                else:
-                    d_weight += p.t() @ part
-        ctx.save_for_backward(d_hidden, d_weight)
-        ctx.hidden_dtype = hidden.dtype
+            target = targets[a:b, None]
+            p.scatter_add_(1, target, p.new_full((), -1.0).expand_as(target))  # p - one_hot
+            p, weights = p.to(dtype), -d_logps.to(dtype)[:, None]
+            for i, (part, matrix) in enumerate(zip(x, w, strict=True)):
+                if (into := d_x[i]) is not None:
+                    torch.mm(p, matrix, out=into[a:b]).mul_(weights)
+                if (into := d_w[i]) is not None:
+                    scaled = part[a:b] * weights
+                    if into.dtype == dtype:
+                        into.addmm_(p.t(), scaled)
+                    else:
+                        into += p.t() @ scaled
+
+        for number, (lo, hi) in enumerate(groups):
+            parts = [(a, min(a + chunk, hi)) for a in range(lo, hi, chunk)]
+            if len(parts) == 1:
+                logps, *kept = look(lo, hi)
+            else:
+                logps = torch.cat([look(a, b)[0] for a, b in parts])
+            loss, d_logps = outer(logps, number)
+            total += loss
+            for a, b in parts if any(wanted) else []:
+                logits, log_z = kept if len(parts) == 1 else look(a, b)[1:]
+                learn(a, b, logits, log_z, d_logps[a - lo : b - lo])
+        ctx.save_for_backward(*d_x, *d_w)
+        ctx.dtypes = [t.dtype for t in x32]
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        d_hidden, d_weight = ctx.saved_tensors
-        d_hidden = None if d_hidden is None else (d_hidden.to(ctx.hidden_dtype) * grad.to(ctx.hidden_dtype))
-        return d_hidden, None if d_weight is None else d_weight.mul_(grad), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        n = len(ctx.dtypes)
+        d_x, d_w = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+        d_x = [None if d is None else d.to(to) * grad.to(to) for d, to in zip(d_x, ctx.dtypes, strict=True)]
+        d_w = [None if d is None else d.mul_(grad) for d in d_w]
+        return None, None, None, None, *(d for pair in zip(d_x, d_w, strict=True) for d in pair)
+
+
+def _head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    low_rank: LowRank | None,
+    targets: Tensor,
+    groups: Sequence[tuple[int, int]],
+    chunk: int,
+    outer: Outer,
+) -> Tensor:
+    terms = (hidden, weight, *(low_rank or ()))
+    return _HeadLoss.apply(targets, groups, chunk, outer, *terms)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def head_nll_sum(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = 256, count: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    low_rank: LowRank | None = None,
+    chunk: int = 256,
+    count: int | None = None,
 ) -> Tensor:
     """Sum of -log p(target) over tokens, without ever holding the full logits.
 
@@ -64,20 +116,171 @@ def head_nll_sum(
         hidden: (N, C), states of the tokens that carry loss.
         weight: (V, C), the head.
         targets: (N,) int64 in [0, V); leave unsupervised tokens out before.
+        low_rank: what an adapter on the head adds to it.
         chunk: tokens whose logits exist at one time. 256 costs no time on a CPU and keeps the block near 50 MB at
             GPT-2's vocabulary.
         count: how many of the N tokens count; the rest, at the end, is filler for a steady shape. Default: all.
     Returns: scalar, float32 (float64 for float64 inputs), nats. Backward may be called once.
     """
-    return _HeadNLL.apply(hidden, weight, targets, chunk, len(targets) if count is None else count)  # type: ignore[no-any-return,no-untyped-call]
+    real = len(targets) if count is None else count
+    groups = [(a, min(a + chunk, len(targets))) for a in range(0, len(targets), chunk)]
+
+    def outer(logps: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        counted = max(0, real - groups[number][0])
+        weights = torch.full_like(logps, -1.0)
+        weights[counted:] = 0.0
+        return -logps[:counted].sum(), weights
+
+    return _head_loss(hidden, weight, low_rank, targets, groups, chunk, outer)
+
+
+def sequence_loss_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    lengths: Sequence[int],
+    losses: Callable[[Tensor, slice], Tensor],
+    *,
+    low_rank: LowRank | None = None,
+    size: int = 2,
+    chunk: int = 256,
+) -> tuple[Tensor, Tensor]:
+    """Sum of losses that depend on the log-probabilities of whole sequences, `size` of them each (a pair: 2).
+
+    Args:
+        hidden, weight, targets, low_rank, chunk: as in `head_nll_sum`; the sequences' targets lie one after the other,
+            filler at the end.
+        lengths: targets of each sequence, on the host.
+        losses: (logps (k, size) float32, which k examples as a slice) -> (k,) losses, differentiable.
+    Returns: the sum, a scalar, and logps (examples, size) without gradient; both float32 (float64 for float64 inputs),
+        nats. Backward may be called once.
+    """
+    examples, groups = _group([sum(lengths[i : i + size]) for i in range(0, len(lengths), size)], chunk)
+    found: list[Tensor] = []
+
+    def outer(logps: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        which = examples[number]
+        own = list(lengths[which.start * size : which.stop * size])
+        sums = sum_sequences(logps, own).view(-1, size)
+        found.append(sums)
+        with torch.enable_grad():
+            leaf = sums.detach().requires_grad_()
+            loss = losses(leaf, which).sum()
+            (slope,) = torch.autograd.grad(loss, leaf)  # (k, size)
+        return loss.detach(), slope.flatten().repeat_interleave(torch.tensor(own, device=logps.device))
+
+    return _head_loss(hidden, weight, low_rank, targets, groups, chunk, outer), torch.cat(found)
+
+
+def _group(sizes: Sequence[int], limit: int) -> tuple[list[slice], list[tuple[int, int]]]:
+    """Consecutive examples in groups of at most `limit` tokens, or of one example: which they are, and their tokens."""
+    borders, taken = [0], 0
+    for i, n in enumerate(sizes):
+        if taken and taken + n > limit:
+            borders.append(i)
+            taken = 0
+        taken += n
+    borders.append(len(sizes))
+    ends = [0, *accumulate(sizes)]
+    return [slice(a, b) for a, b in pairwise(borders)], [(ends[a], ends[b]) for a, b in pairwise(borders)]
+
+
+def sum_sequences(logps: Tensor, lengths: Sequence[int]) -> Tensor:
+    """(N,) values of consecutive sequences to their sums (len(lengths),); what is left at the end is filler."""
+    return torch.stack([part.sum() for part in torch.split(logps[: sum(lengths)], list(lengths))])
 
 
 @torch.no_grad()
-def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = 256) -> Tensor:
-    """-log p(target) of every token, for evaluation: (N,) float32, nats. Arguments as in `head_nll_sum`."""
+def token_nll(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, low_rank: LowRank | None = None, chunk: int = 256
+) -> Tensor:
+    """-log p(target) of every token, for evaluation: (N,) float32 (or float64), nats. Arguments as in `head_nll_sum`."""
     parts = []
-    for start in range(0, len(hidden), chunk):
-        logits = (hidden[start : start + chunk] @ weight.t()).float()
+    for start in range(0, len(targets), chunk):
+        logits = hidden[start : start + chunk] @ weight.t()
+        if low_rank is not None:
+            logits = logits + low_rank[0][start : start + chunk] @ low_rank[1].t()
+        logits = logits if logits.dtype == torch.float64 else logits.float()
         target = targets[start : start + chunk, None]
         parts.append((logits.logsumexp(1, keepdim=True) - logits.gather(1, target))[:, 0])
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+
+
+# ---- preferences: losses of the margin between two answers ----------------------------------------------------------
+
+
+def _sigmoid(margin: Tensor, beta: float, smoothing: float) -> Tensor:
+    """-log sigmoid(beta * margin); smoothed, the pair counts as flipped with that probability (Mitchell 2023, eq. 3)."""
+    kept, flipped = F.logsigmoid(beta * margin), F.logsigmoid(-beta * margin)
+    return -(1 - smoothing) * kept - smoothing * flipped
+
+
+def _ipo(margin: Tensor, beta: float, _smoothing: float) -> Tensor:
+    """(margin - 1 / (2 beta))^2, with summed log-probabilities as in the paper (Azar et al. 2023, arXiv 2310.12036, eq. 17)."""
+    return (margin - 1 / (2 * beta)).square()
+
+
+def _hinge(margin: Tensor, beta: float, _smoothing: float) -> Tensor:
+    """max(0, 1 - beta * margin) (Zhao et al. 2023, SLiC-HF, arXiv 2305.10425, normalised as in RSO, arXiv 2309.06657)."""
+    return (1 - beta * margin).relu()
+
+
+def _robust(margin: Tensor, beta: float, smoothing: float) -> Tensor:
+    """Unbiased where a share `smoothing` of the pairs is flipped (Chowdhury et al. 2024, arXiv 2403.00409, eq. 12)."""
+    kept, flipped = F.logsigmoid(beta * margin), F.logsigmoid(-beta * margin)
+    return (-(1 - smoothing) * kept + smoothing * flipped) / (1 - 2 * smoothing)
+
+
+DPO_LOSSES: dict[str, Callable[[Tensor, float, float], Tensor]] = {
+    "sigmoid": _sigmoid,
+    "ipo": _ipo,
+    "hinge": _hinge,
+    "robust": _robust,
+}
+SMOOTHED = ("sigmoid", "robust")
+
+
+def dpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    *,
+    beta: float,
+    loss: str = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-pair preference loss of a policy held to a reference, unreduced; `sigmoid` is DPO.
+
+    margin = (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)
+
+    Args:
+        policy_chosen_logps: (B,) float32, nats; sum over the chosen response's tokens, end token included.
+        policy_rejected_logps, reference_chosen_logps, reference_rejected_logps: same shape, dtype and unit; the
+            reference ones carry no gradient.
+        beta: > 0, nats^-1. Larger keeps the policy closer to the reference.
+        loss: a key of DPO_LOSSES.
+        label_smoothing: in [0, 0.5), assumed share of flipped pairs; only for `sigmoid` and `robust`.
+    Returns: losses (B,), chosen_rewards (B,), rejected_rewards (B,): beta x log-ratio, detached.
+    Raises: ValueError if shapes differ, or beta, loss or label_smoothing is outside of the above.
+    Source: Rafailov et al. 2023, arXiv 2305.18290, eq. 7; the others at their functions.
+    """
+    logps = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    if len({t.shape for t in logps}) > 1:
+        raise ValueError(f"log-probabilities differ in shape: {[tuple(t.shape) for t in logps]}")
+    if not beta > 0:
+        raise ValueError(f"beta is {beta}, expected more than 0")
+    if loss not in DPO_LOSSES:
+        raise ValueError(f"unknown loss {loss!r}; there are {', '.join(DPO_LOSSES)}")
+    if not 0 <= label_smoothing < 0.5 or (label_smoothing and loss not in SMOOTHED):
+        allowed = "0 <= label_smoothing < 0.5" if loss in SMOOTHED else "0 for this loss"
+        raise ValueError(f"label_smoothing is {label_smoothing} with loss {loss}, expected {allowed}")
+    chosen = policy_chosen_logps - reference_chosen_logps
+    rejected = policy_rejected_logps - reference_rejected_logps
+    losses = DPO_LOSSES[loss](chosen - rejected, beta, label_smoothing)
+    return losses, beta * chosen.detach(), beta * rejected.detach()
+
+
+def bradley_terry_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
+    """-log sigmoid(chosen - rejected), unreduced: (B,) from two (B,) (Bradley & Terry 1952; Ouyang et al. 2022, eq. 1)."""
+    return -F.logsigmoid(chosen_scores - rejected_scores)

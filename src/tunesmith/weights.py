@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 import pickle
@@ -152,13 +154,19 @@ def load_model(directory: Path, *, dropout: float | None = None) -> GPT:
     config = config_from_hf(read_json(directory / "config.json"))
     if dropout is not None:
         config = GPTConfig(**{**vars(config), "dropout": dropout})
+    model = empty_model(config)
+    from_hf_state_dict(model, stored_weights(directory), str(directory))
+    return model.eval()
+
+
+def empty_model(config: GPTConfig) -> GPT:
+    """A model of that shape on the CPU, whose weights are not set yet."""
     with torch.device("meta"):
         model = GPT(config)
     model.to_empty(device="cpu")
     if config.tied_head:
         model.lm_head.weight = model.wte.weight
-    from_hf_state_dict(model, stored_weights(directory), str(directory))
-    return model.eval()
+    return model
 
 
 def stored_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
@@ -224,6 +232,28 @@ def write_safetensors(state: dict[str, Tensor], path: Path, metadata: dict[str, 
         code = next((int(word.strip("(),. ")) for word in str(error).split() if word.strip("(),. ").isdigit()), 0)
         raise OSError(code, os.strerror(code) if code else str(error), str(path)) from None
     path.chmod(0o666 & ~_umask())
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file. Raises: UserError naming the file if it is missing or broken."""
+    try:
+        with safe_open(path, framework="pt") as stored:
+            return {key: stored.get_tensor(key) for key in stored.keys()}, dict(stored.metadata() or {})  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (SafetensorError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path} cannot be read as weights ({reason}); download or save it again") from None
+
+
+def weights_fingerprint(model: GPT) -> str:
+    """SHA-256 over shape and weights: two models with the same one compute the same."""
+    digest = hashlib.sha256(repr(dataclasses.replace(model.config, dropout=0.0)).encode())
+    for name, value in model.named_parameters():  # a tied head comes once
+        plain = value.detach().cpu().contiguous()
+        digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
+        digest.update(plain.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _umask() -> int:
