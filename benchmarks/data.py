@@ -70,10 +70,10 @@ def tokenise_rates(data: Path, texts: list[str], rounds: int) -> dict[str, float
     from tunesmith.dialogue import parse_transcript
     from tunesmith.options import DataOptions
     from tunesmith.tokenizer import Tokenizer
-    from tunesmith.tokenstore import encode_rows, row_segments, tokenise
+    from tunesmith.tokenstore import encode_rows, stored_rows, tokenise
 
     tokenizer, rust, rows_only, ours, tokens = Tokenizer.gpt2(), [], [], [], 0
-    rows = [row_segments(parse_transcript(text)) for text in texts]
+    rows = [stored_rows(parse_transcript(text))[0] for text in texts]
     for _ in range(rounds):
         start = time.perf_counter()
         encoded = tokenizer._backend.encode_batch_fast(texts, add_special_tokens=False)

@@ -40,10 +40,10 @@ def store(rows, tokenizer, tmp_path_factory):
     return store_of([{"messages": [vars(m) for m in row]} for row in rows], tokenizer, tmp_path_factory)
 
 
-def store_of(rows, tokenizer, tmp_path_factory, whole=False):
+def store_of(rows, tokenizer, tmp_path_factory, form="dialogues"):
     file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return tokenise(open_dataset(DataOptions(name=str(file))), "train", tokenizer, whole=whole)
+    return tokenise(open_dataset(DataOptions(name=str(file))), "train", tokenizer, form=form)
 
 
 def batches_of(store, rows=None, **changes):
@@ -230,7 +230,7 @@ def test_padded_widths_are_multiples_of_128_at_most_block_size(store, block_size
 def test_windows_are_slices_of_the_stream_with_ends_shifted_by_one(rows, tokenizer, tmp_path_factory):
     """The paper: texts joined by <|endoftext|>, a random slice, target = the slice one further; loss on all tokens."""
     documents = [{"messages": [vars(m) for m in row]} for row in rows]
-    store = store_of(documents, tokenizer, tmp_path_factory, whole=True)
+    store = store_of(documents, tokenizer, tmp_path_factory, form="texts")
     stream = []
     for row in rows:
         stream += [*tokenizer.encode("".join(piece for piece, _ in segments(row))), tokenizer.end_of_text]
@@ -251,7 +251,7 @@ def test_windows_are_slices_of_the_stream_with_ends_shifted_by_one(rows, tokeniz
 
 
 def test_windows_reach_both_ends_of_the_stream(tokenizer, tmp_path_factory):
-    store = store_of([{"text": "a b c d e f"}], tokenizer, tmp_path_factory, whole=True)
+    store = store_of([{"text": "a b c d e f"}], tokenizer, tmp_path_factory, form="texts")
     batches = batches_of(store, batching="windows", loss_on="all", block_size=4, batch_size=1)
     seen = {tuple(batches[i].input_ids[0].tolist()) for i in range(50)}
     stream = [*tokenizer.encode("a b c d e f"), tokenizer.end_of_text]

@@ -141,10 +141,38 @@ def test_dialogue_without_anything_to_learn_gives_its_reason():
     assert fine.check() is fine
 
 
-@pytest.mark.parametrize(("chosen", "rejected", "shared"), [("abc", "abd", 2), ("abc", "xbc", 0), ("ab", "abc", 2)])
-def test_shared_turns_of_a_preference(chosen, rejected, shared):
-    first, second = (Dialogue(tuple(Message("user", c) for c in text)) for text in (chosen, rejected))
-    assert Preference(first, second).shared == shared
+def talk(*contents):
+    """User and assistant in turn."""
+    return Dialogue(tuple(Message(("user", "assistant")[i % 2], content) for i, content in enumerate(contents)))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "reason"),
+    [
+        (["q", "a"], ["q", "b"], None),
+        (["q", "a", "more?", "c"], ["q", "a", "more?", "d"], None),
+        (["q", "a"], ["p", "b"], "the prompts of chosen and rejected differ"),
+        (["q", "a", "more?", "c"], ["q", "b"], "the prompts of chosen and rejected differ"),
+        (["q", "a"], ["q", "a"], "chosen and rejected are the same"),
+        (["q", " "], ["q", "b"], "empty chosen answer"),
+        (["q", "a"], ["q", ""], "empty rejected answer"),
+        (["q", "a", "more?"], ["q", "b"], "chosen does not end with an answer"),
+        (["q", "a"], [], "rejected does not end with an answer"),
+    ],
+)
+def test_a_preference_is_two_answers_to_one_prompt(chosen, rejected, reason):
+    preference = Preference(talk(*chosen), talk(*rejected))
+    if reason is None:
+        assert preference.check() is preference
+    else:
+        with pytest.raises(BadRow, match=reason):
+            preference.check()
+
+
+def test_answers_without_a_prompt_are_no_preference():
+    alone = [Dialogue((Message("assistant", text),)) for text in "ab"]
+    with pytest.raises(BadRow, match="no prompt"):
+        Preference(*alone).check()
 
 
 # ---- segments and mask ---------------------------------------------------------------------------------------------

@@ -12,13 +12,16 @@ PACKAGE = Path(__file__).parents[1] / "src" / "tunesmith"
 
 LAYERS = [
     {"errors"},
-    {"options", "config", "hub", "runlog", "prompts", "progress", "tokenizer", "gpt", "losses", "optim", "step", "device", "dialogue"},
-    {"weights", "datasets"},
-    {"models", "checkpoint", "tokenstore"},
-    {"batching"},
-    {"evaluate"},
-    {"generation", "fit"},
-    {"recipes.sft", "recipes.data", "recipes.evaluate", "recipes.compare", "recipes.chat", "study.figures"},
+    {"options", "config", "hub", "runlog", "prompts", "progress", "tokenizer", "dialogue", "device"}
+    | {"documents", "losses", "lora", "optim", "step"},
+    {"gpt", "datasets"},
+    {"weights", "tokenstore"},
+    {"adapters", "reward", "checkpoint", "batching"},
+    {"models", "pairs", "evaluate"},
+    {"generation", "fit", "preferences"},
+    {"training", "reference"},
+    {"recipes.sft", "recipes.dpo", "recipes.reward", "recipes.data", "recipes.evaluate", "recipes.compare", "recipes.chat"}
+    | {"study.figures"},
     {"study.report"},
     {"demo"},
     {"__main__"},

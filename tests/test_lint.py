@@ -21,9 +21,10 @@ def test_docstring_examples_run(doctest_namespace):
     import doctest
     import importlib
 
-    names = ["tunesmith.gpt", "tunesmith.dialogue", "tunesmith.batching"]
+    names = ["gpt", "documents", "dialogue", "batching", "lora", "reward"]
     results = [
-        doctest.testmod(importlib.import_module(name), extraglobs={"torch": __import__("torch")}) for name in names
+        doctest.testmod(importlib.import_module(f"tunesmith.{name}"), extraglobs={"torch": __import__("torch")})
+        for name in names
     ]
     assert sum(r.failed for r in results) == 0
-    assert sum(r.attempted for r in results) >= 8
+    assert sum(r.attempted for r in results) >= 12

@@ -97,7 +97,7 @@ def test_what_decides_the_tokens_is_in_the_key(file, tokenizer, cache, change):
     before = read(file, tokenizer)
     source = open_dataset(DataOptions(name=str(file), max_rows=5 if change == "max_rows" else None))
     other = Tokenizer.load(SAMPLE) if change == "tokenizer" else tokenizer
-    after = tokenise(source, "train", other, whole=change == "whole")
+    after = tokenise(source, "train", other, form="texts" if change == "whole" else "dialogues")
     if change == "whole":
         assert not np.array_equal(before.flags, after.flags)
     else:

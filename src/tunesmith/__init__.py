@@ -17,20 +17,30 @@ if TYPE_CHECKING:
     from tunesmith.gpt import GPT as GPT
     from tunesmith.gpt import GPTConfig as GPTConfig
     from tunesmith.models import load as load
+    from tunesmith.models import load_reward as load_reward
+    from tunesmith.options import DPOConfig as DPOConfig
+    from tunesmith.options import RewardConfig as RewardConfig
     from tunesmith.options import SFTConfig as SFTConfig
+    from tunesmith.recipes.dpo import dpo as dpo
+    from tunesmith.recipes.reward import train_reward_model as train_reward_model
     from tunesmith.recipes.sft import sft as sft
     from tunesmith.runlog import Run as Run
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "DPOConfig": "options",
     "GPT": "gpt",
     "GPTConfig": "gpt",
+    "RewardConfig": "options",
     "Run": "runlog",
     "SFTConfig": "options",
     "generate": "generation",  # no module of the name: importing it would hide the function
+    "dpo": "recipes.dpo",
     "load": "models",
+    "load_reward": "models",
     "sft": "recipes.sft",
+    "train_reward_model": "recipes.reward",
 }
 __all__ = sorted(_HOME)
 

@@ -7,8 +7,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from tunesmith.errors import UsageError, UserError
+
+if TYPE_CHECKING:
+    from tunesmith.runlog import Run
 
 Argv = Sequence[str]
 
@@ -20,7 +24,30 @@ def _sft(argv: Argv) -> None:
     config, _ = parse(SFTConfig, _with_stored_config(argv), prog="tunesmith sft")
     from tunesmith.recipes.sft import sft
 
-    run = sft(config)
+    _told_if_diverged(sft(config))
+
+
+def _dpo(argv: Argv) -> None:
+    from tunesmith.config import parse
+    from tunesmith.options import DPOConfig
+
+    config, _ = parse(DPOConfig, _with_stored_config(argv), prog="tunesmith dpo")
+    from tunesmith.recipes.dpo import dpo
+
+    _told_if_diverged(dpo(config))
+
+
+def _reward(argv: Argv) -> None:
+    from tunesmith.config import parse
+    from tunesmith.options import RewardConfig
+
+    config, _ = parse(RewardConfig, _with_stored_config(argv), prog="tunesmith reward")
+    from tunesmith.recipes.reward import train_reward_model
+
+    _told_if_diverged(train_reward_model(config))
+
+
+def _told_if_diverged(run: Run) -> None:
     if run.status["state"] == "diverged":
         raise UserError(run.status["reason"])
 
@@ -100,7 +127,9 @@ def _demo(argv: Argv) -> None:
 COMMANDS: dict[str, tuple[str, Callable[[Argv], None]]] = {
     "demo": ("the whole chain on the embedded sample, in minutes on two CPU cores", _demo),
     "data": ("build or check a data set; show which tokens carry loss", _data),
-    "sft": ("supervised fine-tuning on dialogues", _sft),
+    "sft": ("supervised fine-tuning on dialogues: full or LoRA", _sft),
+    "reward": ("train a reward model on preference pairs (Bradley-Terry)", _reward),
+    "dpo": ("direct preference optimisation: full or LoRA", _dpo),
     "evaluate": ("loss and perplexity of a model on a data set", _evaluate),
     "compare": ("the same prompts to two models, side by side", _compare),
     "chat": ("talk to a model in the terminal", _chat),

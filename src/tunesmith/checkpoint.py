@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,8 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from tunesmith.errors import UserError
-from tunesmith.gpt import GPT
 from tunesmith.runlog import Run, step_name
-from tunesmith.tokenizer import Tokenizer
-from tunesmith.weights import from_hf_state_dict, save_model, stored_weights, write_safetensors
+from tunesmith.weights import write_safetensors
 
 STATE = "training_state"
 
@@ -28,13 +27,12 @@ STATE = "training_state"
 def save_checkpoint(
     run: Run,
     step: int,
-    model: GPT,
-    tokenizer: Tokenizer,
+    write_weights: Callable[[Path], None],
     optimizer: Optimizer,
     progress: dict[str, Any],
     scaler: GradScaler | None,
 ) -> Path:
-    """Write `checkpoints/step-XXXXXXXX`: the model in the Hugging Face layout, and `training_state/`.
+    """Write `checkpoints/step-XXXXXXXX`: what `write_weights` puts into a directory, and `training_state/`.
 
     The directory is written under another name, flushed to disk and renamed, so that a process killed at any moment
     leaves either no checkpoint of this step or a whole one.
@@ -46,7 +44,7 @@ def save_checkpoint(
     aside, final = root / f".writing-{step_name(step)}", root / step_name(step)
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        save_model(model, tokenizer, aside)
+        write_weights(aside)
         (aside / STATE).mkdir()
         tensors, scalars = _flatten(optimizer)
         tensors["rng.cpu"] = torch.get_rng_state()
@@ -66,7 +64,9 @@ def save_checkpoint(
     return final
 
 
-def load_state(directory: Path, model: GPT, optimizer: Optimizer, scaler: GradScaler | None) -> dict[str, Any]:
+def load_state(
+    directory: Path, read_weights: Callable[[Path], None], optimizer: Optimizer, scaler: GradScaler | None
+) -> dict[str, Any]:
     """Put weights, optimizer, random state and loss scale back as they were; returns the step and `progress`.
 
     Raises: UserError naming the file that is missing or broken.
@@ -78,7 +78,7 @@ def load_state(directory: Path, model: GPT, optimizer: Optimizer, scaler: GradSc
         raise UserError(
             f"{directory} cannot be resumed from ({error}); delete it to go on from the checkpoint before"
         ) from None
-    from_hf_state_dict(model, stored_weights(directory), str(directory))
+    read_weights(directory)
     torch.set_rng_state(tensors.pop("rng.cpu"))
     cuda = tensors.pop("rng.cuda", None)
     if cuda is not None and torch.cuda.is_available():

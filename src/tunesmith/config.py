@@ -21,6 +21,8 @@ T = TypeVar("T")
 ELSEWHERE = {
     "learning_rate": "optimizer.lr", "gradient_accumulation_steps": "train.accumulate", "num_train_epochs": "train.epochs",
     "max_steps": "train.steps", "per_device_train_batch_size": "train.batch_size", "max_length": "data.block_size",
+    "r": "lora.rank", "lora_r": "lora.rank", "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout",
+    "target_modules": "lora.targets", "loss_type": "dpo.loss",
 }  # fmt: skip
 """What options are called in transformers and TRL."""
 

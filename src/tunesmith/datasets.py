@@ -88,8 +88,8 @@ class Source:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
-    def rows(self, split: str, report: Report) -> Iterator[Located]:
-        """The split's rows in order, each a Located Dialogue, Text or Preference; bad ones are counted in `report`."""
+    def rows(self, split: str, report: Report, *, pairs: bool = False) -> Iterator[Located]:
+        """Located Dialogues, Texts and Preferences (`pairs`: only good Preferences) in order; bad rows go to `report`."""
         paths = self.files[split]
 
         def raw() -> Iterator[Located]:
@@ -102,7 +102,7 @@ class Source:
                 break
             report.rows += 1
             try:
-                row = parse_row(located.value)
+                row = parse_pair(located.value) if pairs else parse_row(located.value)
                 report.used += 1
                 yield Located(row, located.file, located.line)
             except BadRow as reason:
@@ -270,11 +270,9 @@ def _json_array(path: Path, data: bytes) -> list[Any] | None:
 
 
 def _read_parquet(path: Path, number: int) -> Iterator[Located]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(f"{path} is Parquet, which needs pyarrow: pip install 'tunesmith[parquet]'") from None
+    import pyarrow
+    from pyarrow import parquet
+
     line = 0
     try:
         for batch in parquet.ParquetFile(path).iter_batches():
@@ -300,8 +298,7 @@ def parse_row(row: Any) -> Row:
         raise BadRow("not an object with columns")
     columns = {key for key, value in row.items() if value is not None}
     if {"chosen", "rejected"} <= columns:
-        prompt = row.get("prompt")
-        chosen, rejected = _dialogue(prompt, row["chosen"]), _dialogue(prompt, row["rejected"])
+        chosen, rejected = (_dialogue(row.get("prompt"), row[name]) for name in ("chosen", "rejected"))
         return Preference(chosen.check(), rejected)
     if "messages" in columns:
         return parse_messages(row["messages"]).check()
@@ -316,6 +313,13 @@ def parse_row(row: Any) -> Row:
             return parse_transcript(row["text"]).check()
         return Text(check_text(row["text"]))
     raise BadRow(f"no known columns (found {', '.join(sorted(columns)) or 'none'}; expected {FORMATS})")
+
+
+def parse_pair(row: Any) -> Preference:
+    """A Preference from a row with chosen and rejected. Raises: BadRow with the reason."""
+    if not isinstance(row, dict) or row.get("chosen") is None or row.get("rejected") is None:
+        raise BadRow("no pair (columns chosen and rejected)")
+    return Preference(*(_dialogue(row.get("prompt"), row[name]) for name in ("chosen", "rejected"))).check()
 
 
 def _dialogue(prompt: Any, answer: Any) -> Dialogue:

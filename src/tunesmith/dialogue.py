@@ -73,19 +73,26 @@ class Text:
 
 @dataclass(frozen=True)
 class Preference:
-    """Two dialogues with the same prompt, the first preferred."""
+    """Two dialogues with the same prompt, the first preferred. The answer is the last turn; all before is the prompt."""
 
     chosen: Dialogue
     rejected: Dialogue
 
-    @property
-    def shared(self) -> int:
-        """How many messages the two have in common from the start."""
-        pairs = zip(self.chosen.messages, self.rejected.messages, strict=False)
-        return next(
-            (i for i, (a, b) in enumerate(pairs) if a != b),
-            min(map(len, (self.chosen.messages, self.rejected.messages))),
-        )
+    def check(self) -> Preference:
+        """Itself, if there is a preference to learn from. Raises: BadRow with the reason otherwise."""
+        chosen, rejected = self.chosen.messages, self.rejected.messages
+        for name, turns in (("chosen", chosen), ("rejected", rejected)):
+            if not turns or turns[-1].role != "assistant":
+                raise BadRow(f"{name} does not end with an answer")
+            if not turns[-1].content.strip():
+                raise BadRow(f"empty {name} answer")
+        if chosen[:-1] != rejected[:-1]:
+            raise BadRow("the prompts of chosen and rejected differ")
+        if len(chosen) == 1:
+            raise BadRow("no prompt before the answers")
+        if chosen == rejected:
+            raise BadRow("chosen and rejected are the same")
+        return self
 
 
 Row = Dialogue | Text | Preference

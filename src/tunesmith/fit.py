@@ -8,24 +8,35 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from tunesmith.batching import Batch
 from tunesmith.checkpoint import load_state, prune, save_checkpoint
 from tunesmith.device import peak_memory_gb
-from tunesmith.gpt import GPT
 from tunesmith.progress import Progress
 from tunesmith.runlog import RunLog
 from tunesmith.step import StepStats, optimizer_step
-from tunesmith.tokenizer import Tokenizer
 
 SMALLEST_SCALE = 2.0**-20  # fp16 gradients may overflow and are then scaled anew; below this they are simply infinite
 DIVERGED_BY = 1.05  # mean loss over the window, as a multiple of the loss at step 0
+
+
+class MicroBatch(Protocol):
+    """What the loop needs to know of a batch: terms of its summed loss, and tokens through the model."""
+
+    @property
+    def count(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+
+
+B = TypeVar("B", bound=MicroBatch)
 
 
 @dataclass
@@ -34,7 +45,7 @@ class TrainingState:
 
     step: int = 0
     tokens: int = 0  # through the model, padding not counted
-    target_tokens: int = 0
+    examples: int = 0  # what the loss is a mean over: target tokens, or pairs
     first_loss: float | None = None
     best_loss: float | None = None
     best_step: int | None = None
@@ -67,15 +78,20 @@ class StopSignals:
 def fit(
     *,
     log: RunLog,
-    model: GPT,
-    tokenizer: Tokenizer,
+    model: nn.Module,
+    device: torch.device,
+    write_weights: Callable[[Path], None],
+    read_weights: Callable[[Path], None],
     optimizer: Optimizer,
     scaler: GradScaler | None,
-    micro_batch: Callable[[int], Batch],
-    loss_sum: Callable[[Batch], Tensor],
+    micro_batch: Callable[[int], B],
+    loss_sum: Callable[[B], Tensor],
     learning_rate: Callable[[int], float],
     evaluate: Callable[[], dict[str, float]],
-    describe_rows: Callable[[Sequence[Batch]], str],
+    describe_rows: Callable[[Sequence[B]], str],
+    counted: str,
+    observed: Sequence[str] = (),
+    opening: Sequence[tuple[str, dict[str, Any]]] = (),
     steps: int,
     accumulate: int,
     max_norm: float,
@@ -92,20 +108,25 @@ def fit(
         micro_batch: number from 0 -> batch on the device; the same number always gives the same batch.
         evaluate: -> metrics, `validation_loss` among them (the lowest marks the best checkpoint).
         describe_rows: says where the rows of the given batches come from, for the message about a divergence.
+        write_weights, read_weights: put the model into a checkpoint's directory, and back.
+        counted: what the log calls the number of examples that the loss is a mean over.
+        observed: names of what `loss_sum` gives beside the loss.
+        opening: (event, values) to log at the very start of a run.
     """
     state = TrainingState()
-    device = model.wte.weight.device
     saved = log.run.checkpoints() if resume else []
     if saved:
-        stored = load_state(saved[-1][1], model, optimizer, scaler)
+        stored = load_state(saved[-1][1], read_weights, optimizer, scaler)
         log.rewind(stored["log_size"])
         state = TrainingState(**stored["progress"])
     else:
         log.rewind(0)  # a run that was cut before its first checkpoint begins anew
+        for event, values in opening:
+            log.record(event, 0, **values)
 
     def save() -> None:
         progress = {"progress": vars(state), "log_size": log.size()}
-        save_checkpoint(log.run, state.step, model, tokenizer, optimizer, progress, scaler)
+        save_checkpoint(log.run, state.step, write_weights, optimizer, progress, scaler)
         prune(log.run, keep, state.best_step)
 
     def estimate() -> None:
@@ -150,14 +171,15 @@ def fit(
                 return
             state.step += 1
             state.tokens += (tokens := sum(b.tokens for b in batches))
-            state.target_tokens += stats.count
+            state.examples += stats.count
             state.recent = list(losses)
             if state.first_loss is None:
                 state.first_loss = stats.loss
             rate = tokens / (time.perf_counter() - began)
             log.record(
-                "train", state.step, loss=stats.loss, lr=lr, grad_norm=stats.grad_norm, tokens=state.tokens,
-                target_tokens=state.target_tokens, tokens_per_s=round(rate, 1), peak_memory_gb=round(peak_memory_gb(device), 3),
+                "train", state.step, loss=stats.loss, **dict(zip(observed, stats.observed, strict=True)), lr=lr,
+                grad_norm=stats.grad_norm, tokens=state.tokens, **{counted: state.examples},
+                tokens_per_s=round(rate, 1), peak_memory_gb=round(peak_memory_gb(device), 3),
             )  # fmt: skip
             bar.advance(state.step, stats.loss, tokens)
             last = state.step == steps

@@ -1,32 +1,39 @@
-"""What a MODEL name means: hub name, directory, run, RUN@STEP, or `sample`; and loading it."""
+"""What a MODEL name means: hub name, directory, adapter, run, RUN@STEP, or `sample`; and loading it."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
 
+from tunesmith import adapters
+from tunesmith.adapters import AdapterFiles, load_adapter, read_adapter
 from tunesmith.device import resolve_device
 from tunesmith.errors import UserError
 from tunesmith.gpt import GPT, SIZES, GPTConfig
 from tunesmith.hub import download_model
+from tunesmith.lora import merge, strip
+from tunesmith.reward import RewardModel, is_reward_model, load_reward_model
 from tunesmith.runlog import Run
 from tunesmith.tokenizer import Tokenizer
-from tunesmith.weights import config_from_hf, load_model, read_json
+from tunesmith.weights import config_from_hf, load_model, read_json, weights_fingerprint
 
 SAMPLE = Path(__file__).parent / "sample" / "model"
 
 
 def find_model(name: str) -> Path:
-    """Directory of a MODEL. Raises: UserError if there is none, or its step has no checkpoint."""
+    """Directory of a MODEL: a whole model or an adapter. Raises: UserError if there is none, or its step has no checkpoint."""
     if name == "sample":
         return SAMPLE
     path = Path(name).expanduser()
     if (path / "status.json").exists():
         return Run(path).best_checkpoint()
     if path.is_dir():
-        if not (path / "config.json").exists():
-            raise UserError(f"{path} is neither a model (no config.json) nor a run (no status.json)")
+        if not (path / "config.json").exists() and not is_adapter(path):
+            raise UserError(
+                f"{path} is neither a model (no config.json) nor an adapter (no {adapters.CONFIG}) nor a run (no status.json)"
+            )
         return path
     run, at, step = name.rpartition("@")
     if at and Path(run).is_dir():
@@ -43,23 +50,103 @@ def _some_step(run: str) -> int:
     return steps[-1] if steps else 1000
 
 
+def lasting_name(name: str) -> str:
+    """A MODEL's name that still means the same model later and from elsewhere: a directory's absolute path, or the hub's name."""
+    if name == "sample" or name in SIZES:
+        return name
+    here = Path(name).expanduser().exists() or "@" in name
+    return str(find_model(name).resolve()) if here else name
+
+
+def is_adapter(directory: Path) -> bool:
+    """Whether a directory holds a LoRA adapter and no whole model."""
+    whole = (p for pattern in ("model*.safetensors", "pytorch_model*.bin") for p in directory.glob(pattern))
+    return (directory / adapters.CONFIG).exists() and not any(whole)
+
+
 def load(name: str, *, device: str = "auto", dtype: torch.dtype = torch.float32) -> tuple[GPT, Tokenizer]:
-    """Model and tokenizer of a MODEL, ready for evaluation and generation.
+    """Model and tokenizer of a MODEL, ready for evaluation and generation. An adapter comes merged into its base.
 
     >>> model, tokenizer = load("sample", device="cpu")
 
     Args:
-        name: name on the hub (`gpt2-medium`), directory in the Hugging Face layout, run directory (its best
-            checkpoint), `RUN@STEP`, or `sample`.
+        name: name on the hub (`gpt2-medium`), directory in the Hugging Face layout, PEFT adapter directory, run
+            directory (its best checkpoint), `RUN@STEP`, or `sample`.
         device: auto, cpu, cuda, cuda:1, ...
         dtype: of the weights.
     Raises: UserError saying what was looked for and where.
     """
     where = resolve_device(device)
     directory = find_model(name)
-    model, tokenizer = load_model(directory), Tokenizer.load(directory)
+    model, tokenizer = load_plain(directory), load_tokenizer(directory)
     check_pair(model.config, tokenizer, str(directory))
     return model.to(where, dtype), tokenizer
+
+
+def load_reward(name: str, *, device: str = "auto") -> tuple[RewardModel, Tokenizer]:
+    """A reward model that `tunesmith reward` made (or transformers, as GPT2ForSequenceClassification), and its tokenizer.
+
+    name: as in `load`. Raises: UserError if it is no reward model, and as `load`.
+    """
+    where = resolve_device(device)
+    directory = find_model(name)
+    if is_adapter(directory):
+        files = read_adapter(directory)
+        if not files.extra:
+            raise UserError(f"{directory} is an adapter of a language model; it has no score")
+        model = RewardModel(_merged(directory, files))
+        with torch.no_grad():
+            model.score.weight.copy_(files.extra[adapters.SCORE])
+    elif not is_reward_model(directory):
+        raise UserError(f"{directory} is a language model, no reward model; train one with tunesmith reward")
+    else:
+        model = load_reward_model(directory)
+    return model.eval().to(where), load_tokenizer(directory)
+
+
+def load_plain(directory: Path, *, dropout: float | None = None) -> GPT:
+    """The language model in a directory, on the CPU in float32; an adapter is merged into its base."""
+    if is_adapter(directory):
+        files = read_adapter(directory)
+        if files.extra:
+            raise UserError(f"{directory} is an adapter of a reward model: it gives scores, no text")
+        return _merged(directory, files, dropout)
+    if is_reward_model(directory):
+        raise UserError(f"{directory} is a reward model: it gives scores, no text; name a language model")
+    return load_model(directory, dropout=dropout)
+
+
+def load_adapted(directory: Path, files: AdapterFiles | None = None, dropout: float | None = None) -> GPT:
+    """The base of an adapter with the adapter beside its layers, not merged. Raises: UserError if the base is another one."""
+    files = files or read_adapter(directory)
+    model = load_plain(_base_directory(directory, files), dropout=dropout)
+    load_adapter(model, files, fingerprint=weights_fingerprint(model) if files.fingerprint else "")
+    return model.eval()
+
+
+def _merged(directory: Path, files: AdapterFiles, dropout: float | None = None) -> GPT:
+    model = load_adapted(directory, files, dropout)
+    merge(model)
+    strip(model)
+    if model.lm_head.weight is not model.wte.weight:  # an adapted head is no longer the embedding
+        model.config = dataclasses.replace(model.config, tied_head=False)
+    return model
+
+
+def _base_directory(directory: Path, files: AdapterFiles) -> Path:
+    if not files.base:
+        raise UserError(f"{directory / adapters.CONFIG} names no base model (base_model_name_or_path); add it")
+    try:
+        return find_model(files.base)
+    except UserError as error:
+        raise UserError(f"{directory} is an adapter on {files.base!r}, which cannot be had: {error}") from None
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer in a model's directory; an adapter's is its base's where it has none of its own."""
+    if is_adapter(directory) and not (directory / "tokenizer.json").exists():
+        return load_tokenizer(_base_directory(directory, read_adapter(directory)))
+    return Tokenizer.load(directory)
 
 
 def load_for_training(name: str, *, init: str, dropout: float, seed: int) -> tuple[GPT, Tokenizer]:
@@ -72,12 +159,12 @@ def load_for_training(name: str, *, init: str, dropout: float, seed: int) -> tup
             config, tokenizer = SIZES[name], Tokenizer.gpt2()
         else:
             directory = find_model(name)
-            config, tokenizer = config_from_hf(read_json(directory / "config.json")), Tokenizer.load(directory)
+            config, tokenizer = config_from_hf(read_json(directory / "config.json")), load_tokenizer(directory)
         model = GPT(GPTConfig(**{**vars(config), "dropout": dropout}))
         model.init_weights(torch.Generator().manual_seed(seed))
     else:
         directory = find_model(name)
-        model, tokenizer = load_model(directory, dropout=dropout), Tokenizer.load(directory)
+        model, tokenizer = load_plain(directory, dropout=dropout), load_tokenizer(directory)
     check_pair(model.config, tokenizer, name)
     return model, tokenizer
 

@@ -82,8 +82,8 @@ class OptimizerOptions:
 
     name: Literal["adamw", "adam", "sgd", "sgd-momentum", "sgd-nesterov"] = "adamw"
     """Update rule."""
-    lr: float = 1e-4
-    """Peak learning rate."""
+    lr: float | None = None
+    """Peak learning rate; default 1e-4 for sft, 1e-5 for reward, 1e-6 for dpo, and with LoRA ten times that."""
     weight_decay: float | None = None
     """Decay of matrices (never of biases and norms); default 0.01 for adamw, 0 for the others."""
     momentum: float = 0.9
@@ -92,6 +92,39 @@ class OptimizerOptions:
     """Learning rate after the warm-up."""
     warmup_steps: int = 0
     """Steps over which the rate rises linearly from 0."""
+
+
+@dataclass(frozen=True)
+class LoRAOptions:
+    """Low-rank adapters instead of full fine-tuning"""
+
+    rank: int = 0
+    """Rank of the adapters; 0 = train all weights."""
+    alpha: float | None = None
+    """What the adapters add is scaled by alpha / rank; default twice the rank."""
+    dropout: float = 0.0
+    """Dropout probability before the adapters, in [0, 1)."""
+    targets: str = "all-linear"
+    """Layers, joined by commas: all-linear (of the blocks), c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj, lm_head, or patterns as h.0.*"""
+
+
+@dataclass(frozen=True)
+class DPOOptions:
+    """The preference loss and what the policy is held to"""
+
+    beta: float = 0.1
+    """How strongly the policy is held to the reference, more than 0."""
+    loss: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"
+    """sigmoid: DPO; ipo; hinge; robust: DPO for pairs of which a share is flipped."""
+    label_smoothing: float | None = None
+    """Assumed share of flipped pairs, in [0, 0.5), for sigmoid and robust; default 0, with robust 0.1."""
+    reference: Literal["auto", "model", "adapter", "cached"] = "auto"
+    """Where the reference's log-probabilities come from: a second model, the policy with its adapters off, or computed once and
+    kept for later runs; the loss is the same. auto: cached, or model where dpo.reference_device is given."""
+    reference_device: str | None = None
+    """Device of the second model, with dpo.reference model; default train.device."""
+    sft_data: str | None = None
+    """Data set on which the policy's loss is estimated too (sft_loss); default the chosen answers of the validation pairs."""
 
 
 @dataclass(frozen=True)
@@ -124,10 +157,60 @@ class SFTConfig:
     data: DataOptions = field(default_factory=DataOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    lora: LoRAOptions = field(default_factory=LoRAOptions)
     eval: EvalOptions = field(default_factory=EvalOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     out: str | None = None
     """Run directory; default runs/sft-MODEL-DATA."""
+    resume: bool = False
+    """Continue the run in `out` from its last checkpoint."""
+
+
+@dataclass(frozen=True)
+class PairDataOptions(DataOptions):
+    """The preference pairs to train on"""
+
+    name: str = "hh-pairs"
+    """hh-pairs, hh, hh:SUBSET, sample, or a file, directory or hub data set with chosen and rejected (and perhaps prompt)."""
+    block_size: int = 1024
+    """Longest prompt + answer, in tokens; packed micro-batches hold this many tokens a row."""
+    batching: Literal["packed", "windows", "padded"] = "packed"
+    """packed: a row is as many whole pairs as fit; padded: a row is one pair, so train.batch_size counts pairs."""
+    truncation: Literal["auto", "keep_end", "keep_start", "split", "drop"] = "auto"
+    """What to do with longer pairs; auto = keep_end: the prompt loses its beginning, the answers stay whole."""
+
+
+@dataclass(frozen=True)
+class DPOConfig:
+    """Direct preference optimisation on preference pairs."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: PairDataOptions = field(default_factory=PairDataOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    lora: LoRAOptions = field(default_factory=LoRAOptions)
+    dpo: DPOOptions = field(default_factory=DPOOptions)
+    eval: EvalOptions = field(default_factory=EvalOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    out: str | None = None
+    """Run directory; default runs/dpo-MODEL-DATA."""
+    resume: bool = False
+    """Continue the run in `out` from its last checkpoint."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """A reward model from preference pairs (Bradley-Terry)."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: PairDataOptions = field(default_factory=PairDataOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    lora: LoRAOptions = field(default_factory=LoRAOptions)
+    eval: EvalOptions = field(default_factory=EvalOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    out: str | None = None
+    """Run directory; default runs/reward-MODEL-DATA."""
     resume: bool = False
     """Continue the run in `out` from its last checkpoint."""
 

@@ -12,9 +12,10 @@ from rich.progress import Progress as RichProgress
 
 
 class Progress:
-    """Shows steps done, loss, tokens a second and time left. Without a terminal: one line every ten seconds."""
+    """Shows what is done of `total`, loss, tokens a second and time left. Without a terminal: one line every ten seconds."""
 
-    def __init__(self, total: int, done: int = 0) -> None:
+    def __init__(self, total: int, done: int = 0, unit: str = "step") -> None:
+        self.unit = unit
         self.total, self.first = total, done
         self.began = self.told = time.monotonic()
         self.tokens = 0
@@ -23,7 +24,7 @@ class Progress:
         self.bar: RichProgress | None = None
         if self.console.is_terminal:
             text = (
-                TextColumn("[bold]step"),
+                TextColumn(f"[bold]{unit}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[note]}"),
@@ -43,19 +44,20 @@ class Progress:
         if self.bar:
             self.bar.stop()
 
-    def advance(self, step: int, loss: float, tokens: int) -> None:
-        """One step is done."""
+    def advance(self, step: int, loss: float | None, tokens: int) -> None:
+        """`step` of them are done now, the last with this many tokens."""
         self.tokens += tokens
-        self.smooth = loss if self.smooth is None else 0.9 * self.smooth + 0.1 * loss
+        if loss is not None:
+            self.smooth = loss if self.smooth is None else 0.9 * self.smooth + 0.1 * loss
         now = time.monotonic()
         rate = self.tokens / max(1e-9, now - self.began)
-        note = f"loss {self.smooth:.3f}  {rate:,.0f} tokens/s"
+        note = f"{'' if self.smooth is None else f'loss {self.smooth:.3f}  '}{rate:,.0f} tokens/s"
         if self.bar:
             self.bar.update(self.task, completed=step, note=note)
         elif now - self.told >= 10:
             self.told = now
             left = (now - self.began) / max(1, step - self.first) * (self.total - step)
-            self.say(f"step {step:,}/{self.total:,}  {note}  {left / 60:.1f} min left")
+            self.say(f"{self.unit} {step:,}/{self.total:,}  {note}  {left / 60:.1f} min left")
 
     def say(self, line: str) -> None:
         """A line that stays."""

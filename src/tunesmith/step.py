@@ -27,12 +27,14 @@ class StepStats:
     """What a step saw. loss: nats per supervised token (or per pair); grad_norm: before clipping.
 
     updated: False if loss or gradient was not finite; the weights are then as before.
+    observed: means over the whole step of what the loss function gave beside the loss.
     """
 
     loss: float
     count: int
     grad_norm: float
     updated: bool
+    observed: tuple[float, ...] = ()
 
 
 def optimizer_step(
@@ -50,22 +52,24 @@ def optimizer_step(
     the same gradient: (x1 + x2) / (n1 + n2), not the mean of x1 / n1 and x2 / n2.
 
     Args:
-        loss_sum: micro-batch -> float32 scalar, summed and never averaged.
+        loss_sum: micro-batch -> float32 scalar, summed and never averaged; or a vector (1 + k,) whose first entry is
+            that and whose others are sums over the same examples, only to be observed.
         max_norm: largest gradient norm; 0 = no clipping.
         scaler: loss scaling for fp16.
     """
     count = sum(batch.count for batch in micro_batches)  # host numbers: no device sync
     total = torch.zeros(())
     for batch in micro_batches:
-        loss = loss_sum(batch)
-        scaled = loss / count
+        sums = loss_sum(batch).reshape(-1)
+        scaled = sums[0] / count
         (scaler.scale(scaled) if scaler else scaled).backward()  # type: ignore[no-untyped-call]
-        total = total.to(loss.device) + loss.detach()
+        total = total.to(sums.device) + sums.detach()
     if scaler:
         scaler.unscale_(optimizer)
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
-    mean, grad_norm = torch.stack([total.double() / count, norm.double()]).tolist()  # the one sync of a step
+    seen = torch.cat([norm.double()[None], total.double() / count]).tolist()  # the one sync of a step
+    grad_norm, mean, *observed = seen
     updated = bool(torch.isfinite(torch.tensor([mean, grad_norm])).all())
     if scaler:
         scaler.step(optimizer)  # skips the update by itself where a gradient overflowed, and lowers the scale
@@ -73,4 +77,4 @@ def optimizer_step(
     elif updated:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepStats(mean, count, grad_norm, updated)
+    return StepStats(mean, count, grad_norm, updated, tuple(observed))

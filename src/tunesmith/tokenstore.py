@@ -14,19 +14,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from tunesmith.datasets import Located, Report, Source
-from tunesmith.dialogue import END, NEXT, Dialogue, Preference, Row, Text, render, segments
+from tunesmith.dialogue import END, NEXT, Preference, Row, Text, render, segments
 from tunesmith.losses import IGNORE_INDEX
 from tunesmith.tokenizer import Tokenizer
 
-VERSION = 2  # raise it when the meaning of a stored byte changes
+VERSION = 3  # raise it when the meaning of a stored byte changes
 ROWS_AT_A_TIME = 8192
 
 Array = np.ndarray[Any, Any]
+Form = Literal["dialogues", "texts", "pairs"]
 
 
 @dataclass(frozen=True)
@@ -90,20 +91,19 @@ def cache_directory() -> Path:
     return Path(base) / "tunesmith"
 
 
-def tokenise(source: Source, split: str, tokenizer: Tokenizer, *, whole: bool = False) -> TokenStore:
+def tokenise(source: Source, split: str, tokenizer: Tokenizer, *, form: Form = "dialogues") -> TokenStore:
     """The split's tokens, from the cache if these very bytes were tokenised before.
 
-    whole: encode each row as one text (the paper's windows) instead of segment by segment.
+    form: `dialogues`: a row a dialogue, encoded segment by segment; `texts`: each as one text (for the paper's windows);
+        `pairs`: three rows a preference: prompt, chosen and rejected answer, each encoded as it is within a dialogue.
     Raises: UserError if no row is usable.
     """
-    key = hashlib.sha256(repr((VERSION, source.fingerprint(split), tokenizer.fingerprint, whole)).encode()).hexdigest()[
-        :32
-    ]
-    directory = cache_directory() / "tokens" / key
+    key = hashlib.sha256(repr((VERSION, source.fingerprint(split), tokenizer.fingerprint, form)).encode())
+    directory = cache_directory() / "tokens" / key.hexdigest()[:32]
     stored = _read(directory)
     if stored is None:
         report = Report()
-        stored = _encode(source.rows(split, report), tokenizer, whole), report
+        stored = _encode(source.rows(split, report, pairs=form == "pairs"), tokenizer, form), report
         with contextlib.suppress(OSError):  # a cache that cannot be written is no reason to stop
             _write(*stored, directory)
             stored = _read(directory) or stored
@@ -135,16 +135,17 @@ def _write(arrays: dict[str, Array], report: Report, directory: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _encode(rows: Iterator[Located], tokenizer: Tokenizer, whole: bool) -> dict[str, Array]:
+def _encode(rows: Iterator[Located], tokenizer: Tokenizer, form: Form) -> dict[str, Array]:
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
     tokens, flags, lengths, plain, places = [], [], [], [], []
     while block := list(islice(rows, ROWS_AT_A_TIME)):
-        ids, marks, counts = encode_rows([row_segments(located.value, whole) for located in block], tokenizer)
+        encoded = [(pieces, located) for located in block for pieces in stored_rows(located.value, form)]
+        ids, marks, counts = encode_rows([pieces for pieces, _ in encoded], tokenizer)
         tokens.append(ids.astype(dtype))
         flags.append(marks)
         lengths.append(counts)
-        plain += [isinstance(located.value, Text) for located in block]
-        places += [(located.file, located.line) for located in block]
+        plain += [isinstance(located.value, Text) for _, located in encoded]
+        places += [(located.file, located.line) for _, located in encoded]
     return {
         "tokens": np.concatenate(tokens),
         "flags": np.concatenate(flags),
@@ -157,13 +158,16 @@ def _encode(rows: Iterator[Located], tokenizer: Tokenizer, whole: bool) -> dict[
 Pieces = list[tuple[str, bool]]
 
 
-def row_segments(row: Row, whole: bool = False) -> Pieces:
-    """(text, carries loss) pieces of a row; of a preference the chosen dialogue."""
+def stored_rows(row: Row, form: Form = "dialogues") -> list[Pieces]:
+    """What is stored of a row, as (text, carries loss) pieces; of a preference as a dialogue, the chosen one."""
+    if form == "pairs":
+        assert isinstance(row, Preference)
+        *prompt, chosen = segments(row.chosen.messages)
+        return [prompt, [chosen], [segments(row.rejected.messages)[-1]]]
     dialogue = row.chosen if isinstance(row, Preference) else row
     if isinstance(dialogue, Text):
-        return [(dialogue.text, True)]
-    assert isinstance(dialogue, Dialogue)
-    return [(render(dialogue.messages), False)] if whole else segments(dialogue.messages)
+        return [[(dialogue.text, True)]]
+    return [[(render(dialogue.messages), False)] if form == "texts" else segments(dialogue.messages)]
 
 
 def encode_rows(rows: Sequence[Pieces], tokenizer: Tokenizer) -> tuple[Array, Array, Array]:

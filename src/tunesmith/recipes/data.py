@@ -29,7 +29,10 @@ def show_data(name: str, options: DataCommand) -> None:
     data = dataclasses.replace(options.data, name=name)
     tokenizer = load_tokenizer(options.tokenizer)
     source = open_dataset(data)
-    stores = [tokenise(source, split, tokenizer, whole=data.batching == "windows") for split in source.files]
+    stores = [
+        tokenise(source, split, tokenizer, form="texts" if data.batching == "windows" else "dialogues")
+        for split in source.files
+    ]
     loss_on = resolve_loss_on(data.loss_on, data.batching)
     console = Console(highlight=False, soft_wrap=True)
     table = Table(title=f"{name}, tokens of {options.tokenizer}", title_justify="left")

@@ -1,0 +1,313 @@
+"""Preference pairs to batches: a pair is one stretch `prompt | chosen | rejected`, and the prompt is computed once.
+
+Both answers continue the prompt (`documents.Documents`): each sees the prompt and itself, neither sees the other, and
+the positions of each follow on the prompt's. So a pair's log-probabilities and gradients are those of the two plain
+sequences prompt + chosen and prompt + rejected, for the price of one prompt. Many pairs share a row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tunesmith.batching import PAD_STEP, pack
+from tunesmith.documents import Documents
+from tunesmith.errors import UsageError, UserError
+from tunesmith.tokenstore import TokenStore
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class PairStore:
+    """The preference pairs of one split as tokens; made of a TokenStore of the form `pairs`."""
+
+    store: TokenStore
+
+    def __len__(self) -> int:
+        return len(self.store) // 3
+
+    def tokens(self, pair: int) -> tuple[Array, Array, Array]:
+        """Prompt, chosen and rejected answer of a pair; each (n,) int64. The end-of-text token is not among them."""
+        cuts = self.store.offsets[3 * pair : 3 * pair + 4]
+        prompt, chosen, rejected = (self.store.tokens[a:b].astype(np.int64) for a, b in pairwise(cuts))
+        return prompt, chosen, rejected
+
+    @property
+    def lengths(self) -> Array:
+        """(pairs, 3) int64: tokens of prompt, chosen and rejected."""
+        return self.store.lengths.reshape(-1, 3)
+
+    def place(self, pair: int) -> str:
+        """`file:line` of a pair."""
+        return self.store.place(3 * pair)
+
+
+@dataclass(frozen=True)
+class CutPair:
+    """What is used of a pair: the prompt from `start` on, and the beginnings of the answers up to `stops`.
+
+    Where a stop is the answer's length, its end is learned too: the end-of-text token is its last target.
+    """
+
+    pair: int
+    start: int
+    prompt: int  # tokens used
+    stops: tuple[int, int]
+    ends: tuple[bool, bool]
+
+    def __len__(self) -> int:
+        return self.prompt + sum(self.stops)
+
+
+@dataclass
+class PairCuts:
+    """What cutting the pairs to a block size did, by kind, with the first few places."""
+
+    block_size: int
+    counts: dict[str, int] = field(default_factory=dict)
+    places: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, kind: str, place: str) -> None:
+        """Count one pair."""
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        if len(places := self.places.setdefault(kind, [])) < 3:
+            places.append(place)
+
+    def lines(self) -> list[str]:
+        """One line a kind, for the user."""
+        return [
+            f"{n:,} pairs {kind} at block_size {self.block_size:,} "
+            f"({', '.join(self.places[kind])}{', ...' if n > 3 else ''})"
+            for kind, n in self.counts.items()
+        ]
+
+
+def cut_pairs(
+    store: PairStore, rows: Sequence[int], block_size: int, rule: str = "auto"
+) -> tuple[list[CutPair], PairCuts]:
+    """Pairs whose two sequences, prompt + answer, have at most `block_size` tokens, and what had to be done for it.
+
+    rule: keep_end (and auto): the prompt loses its beginning, the answers stay whole, and a pair with an answer that
+        is too long by itself is left out; keep_start: each sequence is cut at its end, as many courses do, and a pair
+        whose answers are then the same is left out; drop: long pairs are left out.
+    """
+    if rule == "split":
+        raise UsageError("--data.truncation split is for plain texts; for pairs use keep_end, keep_start or drop")
+    cuts, told = [], PairCuts(block_size)
+    lengths = store.lengths[list(rows)] if len(rows) else np.zeros((0, 3), np.int64)
+    for row, (prompt, chosen, rejected) in zip(rows, lengths.tolist(), strict=True):
+        answers = (chosen, rejected)
+        over = prompt + max(answers) - block_size
+        if over <= 0:
+            cuts.append(CutPair(row, 0, prompt, answers, (True, True)))
+        elif rule == "drop":
+            told.add("are too long and left out", store.place(row))
+        elif rule == "keep_start":
+            stops = (min(chosen, block_size - prompt), min(rejected, block_size - prompt))
+            ends = (stops[0] == chosen, stops[1] == rejected)
+            _, a, b = store.tokens(row)
+            if prompt >= block_size or (ends[0] == ends[1] and np.array_equal(a[: stops[0]], b[: stops[1]])):
+                told.add("become identical and are left out", store.place(row))
+                continue
+            told.add("lose the end of an answer", store.place(row))
+            cuts.append(CutPair(row, 0, prompt, stops, ends))
+        elif prompt - over < 1:
+            told.add("have an answer that leaves no room for a prompt and are left out", store.place(row))
+        else:
+            told.add("lose the beginning of their prompt", store.place(row))
+            cuts.append(CutPair(row, over, prompt - over, answers, (True, True)))
+    return cuts, told
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Pairs end to end, on their device; sequences are counted chosen, rejected, chosen, rejected, ...
+
+    input_ids: (1, N) int64. documents: three stretches a pair, the answers continuing the prompt.
+    rows: (n,) int64, the tokens that predict an answer's tokens, sequence by sequence; the last token of a prompt is
+        there twice. targets: (n,) int64, theirs. lengths: targets of each sequence; beyond their sum is filler.
+    last: (2 * pairs,) int64, the last token of each sequence.
+    pairs: numbers in the list of pairs that the batch was made from. sources: numbers in the data set.
+    tokens: through the model, filler not counted.
+    """
+
+    input_ids: Tensor
+    documents: Documents
+    rows: Tensor
+    targets: Tensor
+    lengths: tuple[int, ...]
+    last: Tensor
+    pairs: tuple[int, ...]
+    sources: tuple[int, ...]
+    tokens: int
+
+    @property
+    def count(self) -> int:
+        """Pairs: what a preference loss is a mean over."""
+        return len(self.pairs)
+
+    def to(self, device: torch.device) -> PairBatch:
+        """The batch on `device`."""
+        if device == self.input_ids.device:
+            return self
+
+        def move(t: Tensor) -> Tensor:
+            waits = device.type != "cuda" or t.device.type != "cpu"
+            return t.to(device) if waits else t.pin_memory().to(device, non_blocking=True)
+
+        tensors = {k: move(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return PairBatch(**{**vars(self), **tensors, "documents": self.documents.moved(move)})
+
+
+class PairBatches:
+    """Micro-batches of pairs by number: `batches[i]` is the same whenever it is asked for, so a run resumes anywhere.
+
+    `packed`: a micro-batch is `batch_size` groups of whole pairs, each filling up to block_size tokens (a longer pair is
+    a group of its own), so the number of pairs varies and the step's mean is over the pairs that it has. `padded`: it is
+    exactly `batch_size` pairs. Each epoch has its own order, drawn from (seed, epoch); nothing is dropped.
+    """
+
+    def __init__(
+        self,
+        store: PairStore,
+        rows: Sequence[int],
+        *,
+        batching: str,
+        block_size: int,
+        batch_size: int,
+        truncation: str = "auto",
+        seed: int = 0,
+        steady: bool = False,
+    ) -> None:
+        """Arguments as the options of the same names.
+
+        steady: fill the batches up to a few shapes, for kernels that are made for a shape (compiled ones, bf16 on a CPU).
+        Raises: UsageError for windows, which know no pairs; UserError if no pair is left to learn from.
+        """
+        if batching == "windows":
+            raise UsageError("--data.batching windows cuts through dialogues and knows no pairs; use packed or padded")
+        if block_size < 2 or batch_size < 1:
+            raise UsageError(
+                f"block_size is {block_size}, expected at least 2, and batch_size {batch_size}, at least 1"
+            )
+        self.store, self.batching, self.block_size, self.batch_size = store, batching, block_size, batch_size
+        self.seed, self.steady = seed, steady
+        self.pairs, self.cuts = cut_pairs(store, rows, block_size, truncation)
+        if not self.pairs:
+            raise UserError(
+                f"no pair of {store.store.source.name} ({store.store.split}) is left to learn from: {'; '.join(self.cuts.lines())}"
+            )
+        self.rows_per_epoch = len(self._plan(0))
+
+    def __len__(self) -> int:
+        """Pairs in an epoch."""
+        return len(self.pairs)
+
+    @lru_cache(maxsize=2)  # noqa: B019 (one PairBatches lives as long as its run)
+    def _plan(self, epoch: int) -> list[list[int]]:
+        """Groups of pair numbers, in the epoch's order."""
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(len(self.pairs)).tolist()
+        if self.batching == "padded":
+            return [[i] for i in order]
+        groups = self._grouped(order, self.block_size)
+        return [groups[i] for i in rng.permutation(len(groups))]
+
+    def _grouped(self, numbers: Sequence[int], size: int) -> list[list[int]]:
+        """Pairs packed into groups of at most `size` tokens."""
+        lengths = [min(len(self.pairs[i]), size) for i in numbers]
+        return [[numbers[i] for i in group] for group in pack(lengths, size)]
+
+    def __getitem__(self, index: int) -> PairBatch:
+        """Micro-batch number `index`, counted from 0 over the whole training."""
+        first = index * self.batch_size
+        places = [divmod(n, self.rows_per_epoch) for n in range(first, first + self.batch_size)]
+        return self.assemble([i for epoch, n in places for i in self._plan(epoch)[n]])
+
+    def fixed(self, limit: int | None = None) -> Iterator[PairBatch]:
+        """At most `limit` batches that are the same at every call; each pair once, and only here the last may be short."""
+        plan = self._plan(0)
+        for start in range(0, len(plan), self.batch_size)[:limit]:
+            yield self.assemble([i for group in plan[start : start + self.batch_size] for i in group])
+
+    def used(self, micro_batches: int) -> list[int]:
+        """Numbers of the pairs that the first `micro_batches` micro-batches hold."""
+        rows = min(micro_batches * self.batch_size, self.rows_per_epoch)  # an epoch holds every pair
+        return sorted(i for group in self._plan(0)[:rows] for i in group)
+
+    def of(self, numbers: Sequence[int], tokens: int) -> Iterator[PairBatch]:
+        """Batches of about `tokens` tokens that hold these pairs once, in whatever order packs best."""
+        for group in self._grouped(numbers, tokens):
+            yield self.assemble(group)
+
+    def key(self, number: int) -> bytes:
+        """SHA-256 of exactly what a model computes for a pair: its tokens as cut, and which ends are targets."""
+        cut = self.pairs[number]
+        digest = hashlib.sha256(repr((cut.prompt, cut.stops, cut.ends)).encode())
+        for part in self._parts(cut):
+            digest.update(part.astype("<i4").tobytes())
+        return digest.digest()
+
+    def _parts(self, cut: CutPair) -> tuple[Array, Array, Array]:
+        prompt, chosen, rejected = self.store.tokens(cut.pair)
+        return prompt[cut.start :], chosen[: cut.stops[0]], rejected[: cut.stops[1]]
+
+    def assemble(self, numbers: Sequence[int]) -> PairBatch:
+        """The pairs of these numbers as one batch."""
+        ids: list[Array] = []
+        rows: list[Array] = []
+        targets: list[Array] = []
+        stretches: list[int] = []
+        parents: list[int] = []
+        lengths: list[int] = []
+        last: list[int] = []
+        end = np.array([self.store.store.end_of_text])
+        at = 0
+        for number in numbers:
+            cut = self.pairs[number]
+            prompt, *answers = self._parts(cut)
+            ids += [prompt, *answers]
+            parents += [-1, len(stretches), len(stretches)]
+            stretches += [cut.prompt, *cut.stops]
+            before, start = at + cut.prompt - 1, at + cut.prompt
+            for answer, ended in zip(answers, cut.ends, strict=True):
+                predicted = np.concatenate([answer, end]) if ended else answer
+                rows.append(np.append(before, np.arange(start, start + len(predicted) - 1)))
+                targets.append(predicted)
+                lengths.append(len(predicted))
+                start += len(answer)
+                last.append(start - 1)
+            at = start
+        flat, wanted, expected = (np.concatenate(x) for x in (ids, rows, targets))
+        width, filler = self._steady_shape(at, len(wanted))
+        flat = np.pad(flat, (0, width - at), constant_values=int(end[0]))
+        for start in range(at, width, self.block_size):  # filler, in stretches that the model has positions for
+            stretches.append(min(self.block_size, width - start))
+            parents.append(-1)
+        return PairBatch(
+            input_ids=torch.from_numpy(flat)[None],
+            documents=Documents.from_rows([stretches], parents=parents),
+            rows=torch.from_numpy(np.pad(wanted, (0, filler))),
+            targets=torch.from_numpy(np.pad(expected, (0, filler))),
+            lengths=tuple(lengths),
+            last=torch.tensor(last),
+            pairs=tuple(numbers),
+            sources=tuple(self.pairs[i].pair for i in numbers),
+            tokens=at,
+        )
+
+    def _steady_shape(self, tokens: int, targets: int) -> tuple[int, int]:
+        """Width of the batch, and filler at the end of its targets."""
+        if not self.steady:
+            return tokens, 0
+        unit = self.batch_size * self.block_size if self.batching == "packed" else PAD_STEP
+        return -(-tokens // unit) * unit, -targets % 64

@@ -1,0 +1,130 @@
+"""Preference pairs judged by a policy (DPO) or a reward model: losses to train on, estimates to report.
+
+Sums and means are over pairs. A policy's log-probabilities are float32 sums over an answer's tokens, end included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tunesmith.device import Precision, autocast
+from tunesmith.evaluate import evaluation_mode, head_chunk
+from tunesmith.gpt import GPT
+from tunesmith.lora import head_parts
+from tunesmith.losses import bradley_terry_loss, dpo_loss, sequence_loss_sum, sum_sequences, token_nll
+from tunesmith.pairs import PairBatch
+from tunesmith.reward import RewardModel
+
+Reference = Callable[[PairBatch], Tensor]
+"""Log-probabilities of a batch's answers under the reference: (pairs, 2) float32, chosen and rejected, no gradient."""
+
+OBSERVED = ("accuracy", "margin", "chosen_reward", "rejected_reward")
+"""What `dpo_loss_sum` and `reward_loss_sum` give beside the loss. accuracy: share of pairs with chosen above rejected."""
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """Settings of `losses.dpo_loss`."""
+
+    beta: float = 0.1
+    loss: str = "sigmoid"
+    label_smoothing: float = 0.0
+
+    def __call__(self, policy: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses and rewards of the pairs; both arguments (pairs, 2), chosen and rejected."""
+        return dpo_loss(
+            *policy.unbind(1),
+            *reference.unbind(1),
+            beta=self.beta,
+            loss=self.loss,
+            label_smoothing=self.label_smoothing,
+        )
+
+
+@torch.no_grad()
+def answer_logps(model: GPT, batch: PairBatch, precision: Precision = "fp32") -> Tensor:
+    """Log-probabilities of the chosen and the rejected answers under `model`: (pairs, 2) float32, nats."""
+    with autocast(batch.input_ids.device, precision):
+        hidden = model(batch.input_ids, batch.documents, rows=batch.rows)
+        weight, low_rank = head_parts(model.lm_head, hidden)
+        nll = token_nll(hidden, weight, batch.targets, low_rank=low_rank, chunk=head_chunk(precision))
+    return -sum_sequences(nll, batch.lengths).view(-1, 2)
+
+
+def dpo_loss_sum(
+    model: GPT, batch: PairBatch, reference: Tensor, settings: PreferenceLoss, precision: Precision = "fp32"
+) -> Tensor:
+    """Algorithm 4 of the paper for one micro-batch: (5,) sums over its pairs of the loss and of OBSERVED.
+
+    reference: (pairs, 2), what the frozen model gives for the same answers. Only the loss carries a gradient.
+    """
+    with autocast(batch.input_ids.device, precision):
+        hidden = model(batch.input_ids, batch.documents, rows=batch.rows)
+        weight, low_rank = head_parts(model.lm_head, hidden)
+        loss, policy = sequence_loss_sum(
+            hidden, weight, batch.targets, batch.lengths, lambda logps, which: settings(logps, reference[which])[0],
+            low_rank=low_rank, chunk=head_chunk(precision),
+        )  # fmt: skip
+    _, chosen, rejected = settings(policy, reference)
+    return _sums(loss, chosen, rejected)
+
+
+def reward_loss_sum(model: RewardModel, batch: PairBatch, precision: Precision = "fp32") -> Tensor:
+    """Bradley-Terry for one micro-batch: (5,) sums over its pairs of the loss and of OBSERVED (rewards are the scores)."""
+    scores = pair_scores(model, batch, precision)
+    chosen, rejected = scores.unbind(1)
+    return _sums(bradley_terry_loss(chosen, rejected).sum(), chosen.detach(), rejected.detach())
+
+
+def pair_scores(model: RewardModel, batch: PairBatch, precision: Precision = "fp32") -> Tensor:
+    """Scores of the chosen and the rejected answers, each after its prompt: (pairs, 2) float32."""
+    with autocast(batch.input_ids.device, precision):
+        return model(batch.input_ids, batch.documents, rows=batch.last).view(-1, 2)  # type: ignore[no-any-return]
+
+
+def _sums(loss: Tensor, chosen: Tensor, rejected: Tensor) -> Tensor:
+    better = (chosen > rejected).to(chosen.dtype)
+    return torch.stack([loss, *(t.sum() for t in (better, chosen - rejected, chosen, rejected))])
+
+
+def estimate_dpo(
+    model: GPT,
+    batches: Iterable[PairBatch],
+    reference: Reference,
+    settings: PreferenceLoss,
+    precision: Precision = "fp32",
+) -> dict[str, float]:
+    """Means over pairs on fixed batches: `loss`, OBSERVED, and
+
+    drift_chosen, drift_rejected: log-ratio of policy to reference, nats an answer; how far the policy has moved.
+    sft_loss: the policy's loss on the chosen answers, nats a token.
+    """
+    device, rows, tokens = model.wte.weight.device, [], 0
+    with evaluation_mode(model):
+        for batch in (b.to(device) for b in batches):
+            policy, held = answer_logps(model, batch, precision), reference(batch)
+            losses, chosen, rejected = settings(policy, held)
+            better = (chosen > rejected).to(losses.dtype)
+            drift = policy - held
+            rows.append(torch.stack([losses, better, chosen - rejected, chosen, rejected, *drift.t(), -policy[:, 0]]))
+            tokens += sum(batch.lengths[::2])
+    found = torch.cat(rows, 1).double()  # (8, pairs)
+    *means, _ = found.mean(1).tolist()
+    names = ("loss", *OBSERVED, "drift_chosen", "drift_rejected")
+    return dict(zip(names, means, strict=True)) | {"sft_loss": found[-1].sum().item() / tokens}
+
+
+def estimate_reward(
+    model: RewardModel, batches: Iterable[PairBatch], precision: Precision = "fp32"
+) -> dict[str, float]:
+    """Means over pairs on fixed batches: `loss` and OBSERVED."""
+    device, total, count = model.score.weight.device, torch.zeros(5, dtype=torch.float64), 0
+    with evaluation_mode(model):
+        for batch in batches:
+            total += reward_loss_sum(model, batch.to(device), precision).double().cpu()
+            count += batch.count
+    return dict(zip(("loss", *OBSERVED), (total / count).tolist(), strict=True))

@@ -1,0 +1,160 @@
+"""Direct preference optimisation of a GPT-2 on pairs of answers: all weights, or LoRA adapters.
+
+    tunesmith dpo --model.name runs/sft --data.name hh-pairs --lora.rank 8
+
+Algorithm 4 of the paper, on one small card: the prompt of a pair is computed once, pairs share rows, logits exist for a
+few answers at a time, and the reference's log-probabilities are computed once and kept. What the usual recipes have and
+this one leaves out: padding, a second copy of the model in memory, answers that lost their end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from tunesmith.batching import Batches
+from tunesmith.device import resolve_device
+from tunesmith.evaluate import estimate_loss, evaluation_mode
+from tunesmith.losses import SMOOTHED
+from tunesmith.options import DPOConfig
+from tunesmith.pairs import PairBatch, PairBatches
+from tunesmith.preferences import OBSERVED, PreferenceLoss, Reference, answer_logps, dpo_loss_sum, estimate_dpo
+from tunesmith.reference import LogpStore, adapter_off, cached, second_model, store_path
+from tunesmith.runlog import Run
+from tunesmith.training import (
+    Trainee,
+    begin,
+    check_options,
+    check_resumable,
+    load_splits,
+    load_trainee,
+    pair_batches,
+    precision_of,
+    prepare_model,
+    resolve_length,
+    resolve_machine,
+    run_training,
+)
+
+ROBUST_SMOOTHING = 0.1  # of the robust loss where none is given: with 0 it is plain DPO
+
+
+def check(config: DPOConfig) -> list[str]:
+    """What is wrong with the options that only this command has."""
+    d, problems = config.dpo, []
+    if not d.beta > 0:
+        problems.append(f"--dpo.beta is {d.beta:g}, expected more than 0")
+    if d.label_smoothing is not None and not 0 <= d.label_smoothing < 0.5:
+        problems.append(f"--dpo.label_smoothing is {d.label_smoothing:g}, expected 0 or more and less than 0.5")
+    if d.label_smoothing and d.loss not in SMOOTHED:
+        problems.append(f"--dpo.label_smoothing has no meaning for --dpo.loss {d.loss}; use sigmoid or robust")
+    if d.reference == "adapter" and not config.lora.rank:
+        problems.append(
+            "--dpo.reference adapter needs adapters to switch off: give --lora.rank, or use cached or model"
+        )
+    if d.reference_device is not None and d.reference not in ("auto", "model"):
+        problems.append(
+            f"--dpo.reference_device is for a second model; with --dpo.reference {d.reference} there is none"
+        )
+    return problems
+
+
+def resolve_dpo(config: DPOConfig) -> DPOConfig:
+    """The configuration with the defaults of `dpo` decided."""
+    d = config.dpo
+    if d.label_smoothing is None:
+        d = dataclasses.replace(d, label_smoothing=ROBUST_SMOOTHING if d.loss == "robust" else 0.0)
+    if d.reference == "auto":
+        d = dataclasses.replace(d, reference="cached" if d.reference_device is None else "model")
+    return dataclasses.replace(config, dpo=d)
+
+
+def make_references(
+    trainee: Trainee, config: DPOConfig, sets: Sequence[tuple[PairBatches, Sequence[int]]]
+) -> tuple[list[Reference], dict[str, Any]]:
+    """One reference for each of some batches, and what to log of it. sets: batches, and the pairs of them that are needed.
+
+    Called before the first step, while the policy still is the reference.
+    """
+    model, precision = trainee.gpt, precision_of(config)
+    if config.dpo.reference == "adapter":
+        return [adapter_off(model, precision)] * len(sets), {"mode": "adapter"}
+    if config.dpo.reference == "model":
+        where = resolve_device(config.dpo.reference_device or config.train.device)
+        return [second_model(model, where, precision)] * len(sets), {"mode": "model", "device": str(where)}
+    store = LogpStore(store_path(trainee.fingerprint, precision))
+    device = model.wte.weight.device
+
+    def compute(batch: PairBatch) -> torch.Tensor:
+        with evaluation_mode(model):  # fresh adapters add nothing yet
+            return answer_logps(model, batch.to(device), precision)
+
+    filled = [cached(batches, needed, store, compute) for batches, needed in sets]
+    counts = {name: sum(getattr(fill, name) for _, fill in filled) for name in ("pairs", "computed")}
+    return [reference for reference, _ in filled], {"mode": "cached", **counts}
+
+
+def dpo(config: DPOConfig) -> Run:
+    """Train on preferences and return the finished run.
+
+    Raises: UserError for anything in the configuration, data or model that cannot work, before the first step.
+    """
+    check_options(config, check(config))
+    path = begin(config, "dpo")
+    config = resolve_dpo(config)
+    trainee = load_trainee(config, path, fingerprint=config.dpo.reference == "cached")
+    model = trainee.gpt
+    config = resolve_machine(config, model.config.n_embd, "dpo")
+    splits = load_splits(config.data, trainee.tokenizer, pairs=True)
+    train, validation, cut = pair_batches(splits, config)
+    config = resolve_length(config, train, validation)
+    if config.resume and (path / "config.yaml").exists():
+        check_resumable(Run(path).config, config)
+    sft_rows = load_sft_rows(config, trainee)
+    device, precision = prepare_model(trainee, config), precision_of(config)
+    d = config.dpo
+    settings = PreferenceLoss(d.beta, d.loss, d.label_smoothing or 0.0)
+    iters, steps = config.eval.iters, config.train.steps or 0
+    needed = [train.used(max(steps * config.train.accumulate, iters)), validation.used(iters)]
+    (on_train, on_validation), told = make_references(trainee, config, [(train, needed[0]), (validation, needed[1])])
+
+    def loss_sum(batch: PairBatch) -> torch.Tensor:
+        return dpo_loss_sum(model, batch, on_train(batch), settings, precision)
+
+    def evaluate() -> dict[str, float]:
+        estimate = partial(estimate_dpo, model, settings=settings, precision=precision)
+        seen, held = estimate(train.fixed(iters), on_train), estimate(validation.fixed(iters), on_validation)
+        found = {"train_loss": seen["loss"], "train_accuracy": seen["accuracy"]}
+        found |= {name if name == "sft_loss" else f"validation_{name}": value for name, value in held.items()}
+        if sft_rows is not None:
+            found["sft_loss"] = estimate_loss(model, sft_rows.fixed(iters), precision).loss
+        return found
+
+    return run_training(
+        config, path, trainee, device,
+        micro_batch=lambda i: train[i].to(device),
+        loss_sum=loss_sum,
+        evaluate=evaluate,
+        describe_rows=lambda batches: ", ".join(train.store.place(r) for b in batches for r in b.sources[:3]),
+        counted="pairs",
+        observed=OBSERVED,
+        opening=[("reference", told)],
+        about=f"{len(train):,} pairs, {train.rows_per_epoch:,} batch rows an epoch, reference {told['mode']}",
+        notes=[*splits.notes, *cut],
+    )  # fmt: skip
+
+
+def load_sft_rows(config: DPOConfig, trainee: Trainee) -> Batches | None:
+    """Validation rows of `dpo.sft_data`, on which the paper watches the policy's loss."""
+    if config.dpo.sft_data is None:
+        return None
+    data = dataclasses.replace(config.data, name=config.dpo.sft_data, batching="packed", truncation="auto")
+    splits = load_splits(data, trainee.tokenizer)
+    return Batches(
+        splits.validation, splits.validation_rows, batching="packed", block_size=data.block_size,
+        batch_size=config.train.batch_size, loss_on=data.loss_on, seed=data.seed,
+    )  # fmt: skip

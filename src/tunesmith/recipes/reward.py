@@ -1,0 +1,64 @@
+"""A reward model from preference pairs: GPT-2 with one score for an answer, the chosen above the rejected.
+
+    tunesmith reward --model.name runs/sft --data.name hh:harmless-base
+
+Bradley-Terry: the loss is -log sigmoid(score of chosen - score of rejected). As in DPO a pair's prompt is computed once
+and pairs share rows; both answers are scored at their last token.
+"""
+
+from __future__ import annotations
+
+from tunesmith.options import RewardConfig
+from tunesmith.preferences import OBSERVED, estimate_reward, reward_loss_sum
+from tunesmith.reward import RewardModel
+from tunesmith.runlog import Run
+from tunesmith.training import (
+    begin,
+    check_options,
+    check_resumable,
+    load_splits,
+    load_trainee,
+    pair_batches,
+    precision_of,
+    prepare_model,
+    resolve_length,
+    resolve_machine,
+    run_training,
+)
+
+
+def train_reward_model(config: RewardConfig) -> Run:
+    """Train a reward model and return the finished run; `models.load_reward` loads its best checkpoint.
+
+    Raises: UserError for anything in the configuration, data or model that cannot work, before the first step.
+    """
+    check_options(config)
+    path = begin(config, "reward")
+    trainee = load_trainee(config, path, reward=True)
+    model = trainee.model
+    assert isinstance(model, RewardModel)
+    config = resolve_machine(config, trainee.gpt.config.n_embd, "reward")
+    splits = load_splits(config.data, trainee.tokenizer, pairs=True)
+    train, validation, cut = pair_batches(splits, config)
+    config = resolve_length(config, train, validation)
+    if config.resume and (path / "config.yaml").exists():
+        check_resumable(Run(path).config, config)
+    device, precision = prepare_model(trainee, config), precision_of(config)
+
+    def evaluate() -> dict[str, float]:
+        seen = estimate_reward(model, train.fixed(config.eval.iters), precision)
+        held = estimate_reward(model, validation.fixed(config.eval.iters), precision)
+        found = {"train_loss": seen["loss"], "train_accuracy": seen["accuracy"]}
+        return found | {f"validation_{name}": value for name, value in held.items()}
+
+    return run_training(
+        config, path, trainee, device,
+        micro_batch=lambda i: train[i].to(device),
+        loss_sum=lambda batch: reward_loss_sum(model, batch, precision),
+        evaluate=evaluate,
+        describe_rows=lambda batches: ", ".join(train.store.place(r) for b in batches for r in b.sources[:3]),
+        counted="pairs",
+        observed=OBSERVED,
+        about=f"{len(train):,} pairs, {train.rows_per_epoch:,} batch rows an epoch",
+        notes=[*splits.notes, *cut],
+    )  # fmt: skip

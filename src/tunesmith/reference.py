@@ -1,0 +1,138 @@
+"""Where DPO's reference log-probabilities come from: computed once and kept, adapters off, or a second model.
+
+All three give the same numbers, so none changes the loss; they differ in time and memory. The kept ones are stored by
+content: the reference's weights and precision name a file, and exactly what is computed of a pair (its tokens as cut,
+which ends count) is the key in it. So every later beta, loss, rank and optimizer finds them, and a changed pair is
+computed anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tunesmith.device import Precision
+from tunesmith.evaluate import evaluation_mode
+from tunesmith.gpt import GPT
+from tunesmith.lora import disabled
+from tunesmith.pairs import PairBatch, PairBatches
+from tunesmith.preferences import Reference, answer_logps
+from tunesmith.progress import Progress
+from tunesmith.tokenstore import cache_directory
+
+RECORD = np.dtype([("key", "V32"), ("logps", "<f4", (2,))])
+SAVE_EVERY = 4096  # pairs computed between two writes, so that an interrupted pass is not lost
+
+
+class LogpStore:
+    """Log-probabilities of answer pairs under one reference, kept in a file; what cannot be written is kept in memory.
+
+    Two processes may use one file: each adds to what it finds, and nothing is ever half-written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known: dict[bytes, tuple[float, float]] = {}
+        self._read()
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError, ValueError, EOFError):  # not there yet, or damaged: then it is made anew
+            records = np.load(self.path, allow_pickle=False)
+            if records.dtype == RECORD:
+                for key, (chosen, rejected) in zip(records["key"], records["logps"].tolist(), strict=True):
+                    self.known.setdefault(key.tobytes(), (chosen, rejected))
+
+    def save(self) -> None:
+        """Write all that is known, and what others have added meanwhile."""
+        self._read()
+        records = np.zeros(len(self.known), RECORD)
+        records["key"] = np.frombuffer(b"".join(self.known), "V32")
+        records["logps"] = list(self.known.values())
+        with contextlib.suppress(OSError):  # a cache that cannot be written is no reason to stop
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle, aside = tempfile.mkstemp(dir=self.path.parent, prefix=".writing-")
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    np.save(file, records)
+                Path(aside).replace(self.path)
+            except BaseException:
+                Path(aside).unlink(missing_ok=True)
+                raise
+
+
+def store_path(fingerprint: str, precision: Precision) -> Path:
+    """The file for a reference with these weights (`weights.weights_fingerprint`), computed in this precision."""
+    return cache_directory() / "reference" / f"{fingerprint[:32]}-{precision}.npy"
+
+
+@dataclass(frozen=True)
+class Fill:
+    """What it took to know the reference for some pairs: pairs needed, and computed now instead of found."""
+
+    pairs: int
+    computed: int
+
+
+def cached(
+    batches: PairBatches,
+    numbers: Sequence[int],
+    store: LogpStore,
+    compute: Callable[[PairBatch], Tensor],
+) -> tuple[Reference, Fill]:
+    """The reference for these pairs of `batches`, computed now where `store` does not have it.
+
+    compute: what the untrained model gives for a batch on the CPU, (pairs, 2).
+    """
+    keys = {i: batches.key(i) for i in numbers}
+    missing = [i for i in numbers if keys[i] not in store.known]
+    if missing:
+        size = min(max(batches.batch_size * batches.block_size, 1024), 8192)
+        with Progress(len(missing), unit="reference pair") as bar:
+            done = saved = 0
+            for batch in batches.of(missing, size):
+                for i, (chosen, rejected) in zip(batch.pairs, compute(batch).tolist(), strict=True):
+                    store.known[keys[i]] = (chosen, rejected)
+                done += batch.count
+                bar.advance(done, None, batch.tokens)
+                if done - saved >= SAVE_EVERY:
+                    store.save()
+                    saved = done
+        store.save()
+    table = torch.full((len(batches), 2), float("nan"))
+    table[list(numbers)] = torch.tensor([store.known[keys[i]] for i in numbers])
+
+    def reference(batch: PairBatch) -> Tensor:
+        return table[list(batch.pairs)].to(batch.input_ids.device)
+
+    return reference, Fill(len(keys), len(missing))
+
+
+def adapter_off(model: GPT, precision: Precision) -> Reference:
+    """The policy without its adapters is the reference: no second model, a forward pass a batch."""
+
+    def reference(batch: PairBatch) -> Tensor:
+        with evaluation_mode(model), disabled(model):
+            return answer_logps(model, batch, precision)
+
+    return reference
+
+
+def second_model(model: GPT, device: torch.device, precision: Precision) -> Reference:
+    """A frozen copy of `model` as it is now, perhaps on another device."""
+    frozen: Any = copy.deepcopy(model).to(device).eval().requires_grad_(False)
+
+    def reference(batch: PairBatch) -> Tensor:
+        home = batch.input_ids.device
+        return answer_logps(frozen, batch.to(device) if device != home else batch, precision).to(home)
+
+    return reference

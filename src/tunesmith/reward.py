@@ -1,0 +1,118 @@
+"""A reward model: GPT-2 with one number for a text, read off its last token; trained here on preference pairs.
+
+On disk it is transformers' `GPT2ForSequenceClassification` with one label, which computes the same scores.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tunesmith.documents import Documents
+from tunesmith.errors import UserError
+from tunesmith.gpt import GPT
+from tunesmith.tokenizer import Tokenizer
+from tunesmith.weights import (
+    config_from_hf,
+    config_to_hf,
+    empty_model,
+    from_hf_state_dict,
+    read_json,
+    stored_weights,
+    to_hf_state_dict,
+    write_safetensors,
+)
+
+ARCHITECTURE = "GPT2ForSequenceClassification"
+
+
+class RewardModel(nn.Module):
+    """A GPT without its head, and `score`, a linear layer from the last token's state to one number.
+
+    >>> from tunesmith.gpt import GPTConfig
+    >>> model = RewardModel(GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=11, block_size=6)))
+    >>> model(torch.tensor([[1, 2, 3, 4]]), Documents.from_rows([[3, 1]]), rows=torch.tensor([2, 3])).shape
+    torch.Size([2])
+    """
+
+    def __init__(self, transformer: GPT) -> None:
+        """transformer: taken over, without its `lm_head`."""
+        super().__init__()
+        if hasattr(transformer, "lm_head"):
+            del transformer.lm_head
+        self.transformer = transformer
+        weight = transformer.wte.weight
+        self.score = nn.Linear(transformer.config.n_embd, 1, bias=False, device=weight.device, dtype=weight.dtype)
+
+    def init_score(self, seed: int) -> None:
+        """A new score layer: normal 0.02, as transformers draws it."""
+        nn.init.normal_(self.score.weight, std=0.02, generator=torch.Generator().manual_seed(seed))
+
+    def forward(self, tokens: Tensor, documents: Documents | None = None, *, rows: Tensor) -> Tensor:
+        """Scores of the texts that end at the tokens `rows`, (n,) int64 indices into B * T: (n,) float32.
+
+        Arguments as in `GPT.forward`. The score layer itself is never in half precision.
+        """
+        hidden = self.transformer(tokens, documents, rows=rows)  # (n, C)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.to(self.score.weight.dtype), self.score.weight)[:, 0]
+
+
+def is_reward_model(directory: Path) -> bool:
+    """Whether a model directory holds a sequence classifier."""
+    config = read_json(directory / "config.json")
+    return any("SequenceClassification" in str(name) for name in config.get("architectures") or [])
+
+
+def save_reward_model(model: RewardModel, tokenizer: Tokenizer, directory: Path) -> None:
+    """Write `model` and its tokenizer as transformers' GPT2ForSequenceClassification."""
+    directory.mkdir(parents=True, exist_ok=True)
+    state = to_hf_state_dict(model.transformer) | {"score.weight": model.score.weight}
+    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    write_safetensors(state, directory / "model.safetensors", {"format": "pt"})
+    config = config_to_hf(model.transformer.config, tokenizer.end_of_text, model.score.weight.dtype) | {
+        "architectures": [ARCHITECTURE],
+        "id2label": {"0": "reward"},
+        "label2id": {"reward": 0},
+        "problem_type": "regression",
+        "pad_token_id": tokenizer.end_of_text,  # transformers scores the last token that is no padding
+    }
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tokenizer.save(directory, model.transformer.config.block_size)
+
+
+def load_reward_model(directory: Path) -> RewardModel:
+    """The reward model in a directory, on the CPU in float32, in evaluation mode.
+
+    Raises: UserError if the directory holds no GPT-2 with one score, or is broken.
+    """
+    hf = read_json(directory / "config.json")
+    labels = len(hf.get("id2label") or {"0": ""})
+    if labels != 1:
+        raise UserError(f"{directory} gives {labels} numbers a text; a reward model gives one")
+    model = RewardModel(empty_model(config_from_hf(hf)))
+    load_reward_weights(model, directory)
+    return model.eval()
+
+
+def load_reward_weights(model: RewardModel, directory: Path) -> None:
+    """Copy the weights in a directory into `model`. Raises: UserError naming what is missing or does not fit."""
+    score: list[Tensor] = []
+
+    def trunk() -> Iterator[tuple[str, Tensor]]:
+        for name, value in stored_weights(directory):
+            if name == "score.weight":
+                score.append(value)
+            elif name != "lm_head.weight":
+                yield name, value
+
+    from_hf_state_dict(model.transformer, trunk(), str(directory))
+    if not score or score[0].shape != model.score.weight.shape:
+        raise UserError(f"{directory} holds no score.weight of the right shape; it is no reward model")
+    with torch.no_grad():
+        model.score.weight.copy_(score[0])

@@ -1,0 +1,382 @@
+"""What the training commands share around the loop: checked options, resolved defaults, the model, the run directory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+
+from tunesmith import adapters
+from tunesmith.adapters import load_adapter, read_adapter, save_adapter
+from tunesmith.datasets import holdout_rows, open_dataset
+from tunesmith.device import (
+    Precision,
+    describe,
+    keep_freed_memory,
+    resolve_device,
+    resolve_precision,
+    seed_everything,
+)
+from tunesmith.errors import UsageError, UserError
+from tunesmith.fit import MicroBatch, fit
+from tunesmith.gpt import GPT
+from tunesmith.lora import apply_lora
+from tunesmith.models import lasting_name, load_for_training
+from tunesmith.optim import DEFAULT_WEIGHT_DECAY, build_optimizer, schedule_factor
+from tunesmith.options import DataOptions, DPOConfig, RewardConfig, SFTConfig
+from tunesmith.pairs import PairBatches, PairStore
+from tunesmith.reward import RewardModel, load_reward_weights, save_reward_model
+from tunesmith.runlog import Run, new_run_directory, open_log
+from tunesmith.tokenizer import Tokenizer
+from tunesmith.tokenstore import Form, TokenStore, tokenise
+from tunesmith.weights import from_hf_state_dict, save_model, stored_weights, weights_fingerprint
+
+Config = TypeVar("Config", SFTConfig, DPOConfig, RewardConfig)
+AnyConfig = SFTConfig | DPOConfig | RewardConfig
+Command = Literal["sft", "dpo", "reward"]
+LEARNING_RATE: dict[Command, float] = {"sft": 1e-4, "reward": 1e-5, "dpo": 1e-6}
+LORA_FACTOR = 10  # adapters want a larger rate than all weights do
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def check_options(config: AnyConfig, more: Sequence[str] = ()) -> None:
+    """Raises: UsageError with every problem at once; `more` are those that the command found in its own options."""
+    t, o, e, d = config.train, config.optimizer, config.eval, config.data
+    at_least = {
+        "--data.block_size": (d.block_size, 2), "--data.max_rows": (d.max_rows, 1), "--data.seed": (d.seed, 0),
+        "--train.seed": (t.seed, 0), "--train.steps": (t.steps, 1), "--train.diverge_after": (t.diverge_after, 0),
+        "--train.batch_size": (t.batch_size, 1), "--train.accumulate": (t.accumulate, 1), "--train.grad_clip": (t.grad_clip, 0),
+        "--optimizer.lr": (o.lr, 0), "--optimizer.warmup_steps": (o.warmup_steps, 0),
+        "--optimizer.weight_decay": (o.weight_decay, 0), "--eval.every": (e.every, 1), "--eval.iters": (e.iters, 1),
+        "--checkpoint.every": (config.checkpoint.every, 1), "--checkpoint.keep": (config.checkpoint.keep, 0),
+        "--lora.rank": (config.lora.rank, 0),
+    }  # fmt: skip
+    problems = [
+        f"{name} is {value}, expected at least {low}"
+        for name, (value, low) in at_least.items()
+        if value is not None and value < low
+    ]
+    if t.steps is not None and t.epochs is not None:
+        problems.append("give --train.steps or --train.epochs, not both")
+    if t.epochs is not None and t.epochs <= 0:
+        problems.append(f"--train.epochs is {t.epochs}, expected more than 0")
+    shares = {
+        "--model.dropout": config.model.dropout,
+        "--lora.dropout": config.lora.dropout,
+        "--optimizer.momentum": o.momentum,
+    }
+    problems += [
+        f"{name} is {x}, expected 0 <= {name.split('.')[1]} < 1" for name, x in shares.items() if not 0 <= x < 1
+    ]
+    if o.name == "sgd-nesterov" and o.momentum == 0:
+        problems.append("--optimizer.momentum is 0, but sgd-nesterov needs some; use sgd")
+    if not 0 < d.holdout < 1:
+        problems.append(f"--data.holdout is {d.holdout}, expected a share between 0 and 1")
+    if config.lora.alpha is not None and not config.lora.alpha > 0:
+        problems.append(f"--lora.alpha is {config.lora.alpha:g}, expected more than 0")
+    if problems := [*problems, *more]:
+        raise UsageError("; ".join(problems))
+
+
+def resolve_machine(config: Config, n_embd: int, command: Command) -> Config:
+    """The configuration with every default decided that depends on the machine or on other options."""
+    t, o, lora = config.train, config.optimizer, config.lora
+    device = resolve_device(t.device)
+    train = dataclasses.replace(
+        t,
+        device=str(device),
+        precision=resolve_precision(t.precision, device, n_embd),
+        compile=device.type == "cuda" if t.compile == "auto" else t.compile,
+        activation_checkpointing=t.activation_checkpointing is True,
+    )
+    rate = LEARNING_RATE[command] * (LORA_FACTOR if lora.rank else 1)
+    optimizer = dataclasses.replace(
+        o,
+        lr=rate if o.lr is None else o.lr,
+        weight_decay=DEFAULT_WEIGHT_DECAY.get(o.name, 0.0) if o.weight_decay is None else o.weight_decay,
+    )
+    if lora.rank and lora.alpha is None:
+        lora = dataclasses.replace(lora, alpha=2.0 * lora.rank)
+    return dataclasses.replace(config, train=train, optimizer=optimizer, lora=lora)
+
+
+class Countable(Protocol):
+    """Batches by number, of which an epoch has a known number of rows."""
+
+    rows_per_epoch: int
+    batch_size: int
+
+
+def resolve_length(config: Config, train: Countable, validation: Countable) -> Config:
+    """The configuration with every default decided that depends on the data: steps and intervals.
+
+    Estimates come 40 times over the training, but on small data not so often that they take longer than the training
+    itself (a forward pass is a third of a step).
+    """
+    per_step = config.train.batch_size * config.train.accumulate
+    steps = config.train.steps or max(1, round((config.train.epochs or 1.0) * train.rows_per_epoch / per_step))
+    estimate = sum(min(config.eval.iters, -(-b.rows_per_epoch // b.batch_size)) for b in (train, validation))
+    every = config.eval.every or max(1, steps // 40, min(steps, estimate // (3 * config.train.accumulate)))
+    return dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, steps=steps, epochs=None),
+        eval=dataclasses.replace(config.eval, every=every),
+        checkpoint=dataclasses.replace(config.checkpoint, every=config.checkpoint.every or every),
+    )
+
+
+FIXED = (  # what a resumed run cannot change without becoming another run
+    "model.name", "model.dropout", "data.name", "data.block_size", "data.batching", "data.loss_on", "data.truncation",
+    "data.max_rows", "data.holdout", "data.seed", "train.batch_size", "train.accumulate", "train.precision",
+    "optimizer.name", "lora.rank", "lora.alpha", "lora.dropout", "lora.targets",
+    "dpo.beta", "dpo.loss", "dpo.label_smoothing",
+)  # fmt: skip
+
+
+def check_resumable(stored: dict[str, Any], config: AnyConfig) -> None:
+    """Raises: UserError naming every setting that differs from the run's and would change what it already did."""
+    asked = as_dict(config)
+    parts = [(key, *key.split(".")) for key in FIXED]
+    pairs = [(key, stored.get(group, {}).get(name), asked.get(group, {}).get(name)) for key, group, name in parts]
+    changed = [f"{key} was {before!r}, now {now!r}" for key, before, now in pairs if before != now]
+    if changed:
+        raise UserError(f"--resume: {'; '.join(changed)}. Keep these, or start a new run with another --out")
+
+
+def as_dict(config: AnyConfig) -> dict[str, Any]:
+    """What config.yaml holds: everything but where the run is written."""
+    whole = dataclasses.asdict(config)
+    return {key: value for key, value in whole.items() if key not in ("out", "resume")}
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Training and validation rows. When a data set has no test split, both are parts of one store."""
+
+    train: TokenStore
+    train_rows: Sequence[int]
+    validation: TokenStore
+    validation_rows: Sequence[int]
+    notes: list[str]
+
+
+def load_splits(data: DataOptions, tokenizer: Tokenizer, *, pairs: bool = False) -> Splits:
+    """Tokenised rows of a data set; with `pairs` the row numbers are those of preference pairs.
+
+    Raises: UserError for unusable data, or with `data.strict` for any bad row.
+    """
+    source = open_dataset(data)
+    form: Form = "pairs" if pairs else "texts" if data.batching == "windows" else "dialogues"
+    size = 3 if pairs else 1  # stored rows a row
+    train = tokenise(source, "train", tokenizer, form=form)
+    notes = [*source.notes, *train.report.notes, *(f"train: {line}" for line in train.report.lines())]
+    bad = dict(train.report.bad)
+    if "test" in source.files:
+        validation = tokenise(source, "test", tokenizer, form=form)
+        notes += [*validation.report.notes, *(f"test: {line}" for line in validation.report.lines())]
+        bad |= validation.report.bad
+        train_rows, validation_rows = np.arange(len(train) // size), np.arange(len(validation) // size)
+    else:
+        validation = train
+        train_rows, validation_rows = holdout_rows(len(train) // size, data.holdout, data.seed)
+        notes.append(
+            f"no test split: {len(validation_rows):,} of {len(train) // size:,} rows are held out for validation (--data.holdout)"
+        )
+    if data.strict and bad:
+        raise UserError(f"--data.strict: {'; '.join(n for n in notes if 'skipped' in n)}")
+    return Splits(train, train_rows.tolist(), validation, validation_rows.tolist(), notes)
+
+
+def pair_batches(splits: Splits, config: DPOConfig | RewardConfig) -> tuple[PairBatches, PairBatches, list[str]]:
+    """Training and validation pairs as batches, and what had to be cut. Raises: UserError with `data.strict` if anything was."""
+    data = config.data
+    shared: dict[str, Any] = {
+        "batching": data.batching, "block_size": data.block_size, "batch_size": config.train.batch_size,
+        "truncation": data.truncation, "seed": data.seed,
+        "steady": bool(config.train.compile) or config.train.precision != "fp32",
+    }  # fmt: skip
+    train = PairBatches(PairStore(splits.train), splits.train_rows, **shared)
+    validation = PairBatches(PairStore(splits.validation), splits.validation_rows, **shared)
+    named = (("train", train), ("validation", validation))
+    cut = [f"{name}: {line}" for name, batches in named for line in batches.cuts.lines()]
+    if data.strict and cut:
+        raise UserError(f"--data.strict: {'; '.join(cut)}")
+    return train, validation, cut
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """The model that a run trains. model: the GPT, or the reward model around it; gpt: the GPT in both cases.
+
+    base: a lasting name of what it started from; fingerprint: of the weights then, "" where nobody needs it.
+    """
+
+    model: nn.Module
+    gpt: GPT
+    tokenizer: Tokenizer
+    base: str
+    fingerprint: str
+    lora: bool
+
+    def write(self, directory: Path) -> None:
+        """The checkpoint of the model: Hugging Face layout, or with LoRA PEFT's."""
+        score = {adapters.SCORE: self.model.score.weight} if isinstance(self.model, RewardModel) else {}
+        if self.lora:
+            save_adapter(self.gpt, directory, base=self.base, fingerprint=self.fingerprint, extra=score)
+            self.tokenizer.save(directory, self.gpt.config.block_size)
+        elif isinstance(self.model, RewardModel):
+            save_reward_model(self.model, self.tokenizer, directory)
+        else:
+            save_model(self.gpt, self.tokenizer, directory)
+
+    def read(self, directory: Path) -> None:
+        """Put a checkpoint's weights back. Raises: UserError naming what is broken."""
+        if self.lora:
+            files = read_adapter(directory)
+            load_adapter(self.gpt, files, fingerprint=self.fingerprint)
+            if isinstance(self.model, RewardModel):
+                with torch.no_grad():
+                    self.model.score.weight.copy_(files.extra[adapters.SCORE])
+        elif isinstance(self.model, RewardModel):
+            load_reward_weights(self.model, directory)
+        else:
+            from_hf_state_dict(self.gpt, stored_weights(directory), str(directory))
+
+
+def load_trainee(config: AnyConfig, path: Path, *, reward: bool = False, fingerprint: bool = False) -> Trainee:
+    """Load the model, with fresh adapters and score layer where asked for.
+
+    path: the run's directory, where new random weights that an adapter stands on are kept too.
+    fingerprint: whether somebody needs it; an adapter always does.
+    Raises: UserError if the model cannot be had, or the block size or rank does not suit it.
+    """
+    m, lora, block_size = config.model, config.lora, config.data.block_size
+    gpt, tokenizer = load_for_training(m.name, init=m.init, dropout=m.dropout, seed=config.train.seed)
+    if block_size > gpt.config.block_size:
+        raise UserError(
+            f"--data.block_size {block_size:,} is more than {m.name} can hold: it has positions "
+            f"for {gpt.config.block_size:,} tokens, a part of its weights. Use {gpt.config.block_size} or less"
+        )
+    base, own = m.name, path / "base"
+    if lora.rank and m.init == "random":
+        if not own.exists():
+            save_model(gpt, tokenizer, own)
+        base = str(own.resolve())
+    elif lora.rank:
+        base = lasting_name(m.name)
+    mark = weights_fingerprint(gpt) if fingerprint or lora.rank else ""
+    if lora.rank:
+        alpha = lora.alpha or 2.0 * lora.rank
+        apply_lora(gpt, lora.targets, rank=lora.rank, alpha=alpha, dropout=lora.dropout, seed=config.train.seed)
+    model: nn.Module = gpt
+    if reward:
+        model = RewardModel(gpt)
+        model.init_score(config.train.seed)
+    return Trainee(model, gpt, tokenizer, base, mark, bool(lora.rank))
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+def begin(config: AnyConfig, command: Command) -> Path:
+    """Settle where the run goes, and make the process ready: allocator and seeds. Raises: UserError if `out` is taken."""
+    default = f"runs/{command}-{_short(config.model.name)}-{_short(config.data.name)}"
+    path = new_run_directory(config.out, default, config.resume)
+    keep_freed_memory()
+    seed_everything(config.train.seed)
+    return path
+
+
+def _short(name: str) -> str:
+    """A name as part of a directory's name."""
+    return name.rstrip("/").rsplit("/", 1)[-1].replace(":", "-").partition(".")[0] or "model"
+
+
+def precision_of(config: AnyConfig) -> Precision:
+    """The arithmetic of a resolved configuration."""
+    assert config.train.precision != "auto"
+    return config.train.precision
+
+
+def prepare_model(trainee: Trainee, config: AnyConfig) -> torch.device:
+    """Put the model on its device and into training mode, compiled where asked for."""
+    device = resolve_device(config.train.device)
+    trainee.model.to(device).train()
+    trainee.gpt.activation_checkpointing = config.train.activation_checkpointing is True
+    if config.train.compile:
+        for block in trainee.gpt.h:
+            block.compile()
+    return device
+
+
+B = TypeVar("B", bound=MicroBatch)
+
+
+def run_training(
+    config: AnyConfig,
+    path: Path,
+    trainee: Trainee,
+    device: torch.device,
+    *,
+    micro_batch: Callable[[int], B],
+    loss_sum: Callable[[B], Tensor],
+    evaluate: Callable[[], dict[str, float]],
+    describe_rows: Callable[[Sequence[B]], str],
+    counted: str,
+    about: str,
+    notes: Sequence[str],
+    observed: Sequence[str] = (),
+    opening: Sequence[tuple[str, dict[str, Any]]] = (),
+) -> Run:
+    """Say what will be done and do it; the run's status tells how it ended. Arguments as in `fit`.
+
+    about: the data in words. notes: what the user should know before the first step.
+    """
+    o, t, precision = config.optimizer, config.train, precision_of(config)
+    steps, every, save_every, peak = t.steps, config.eval.every, config.checkpoint.every, o.lr
+    assert steps is not None and every is not None and save_every is not None and peak is not None  # noqa: PT018
+    optimizer = build_optimizer(trainee.model, o.name, lr=peak, weight_decay=o.weight_decay, momentum=o.momentum)
+    trained = sum(p.numel() for p in trainee.model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in trainee.model.parameters())
+    size = f"{total:,} parameters" + (
+        f", {trained:,} of them trained (LoRA rank {config.lora.rank})" if trainee.lora else ""
+    )
+    with open_log(path) as log:
+        log.write_config(as_dict(config))
+        for line in notes:
+            print(f"note: {line}")
+        print(
+            f"{path}: {config.model.name}, {size}, {precision} on {describe(device)}; {about}, {steps:,} steps",
+            flush=True,
+        )
+        try:
+            fit(
+                log=log, model=trainee.model, device=device, write_weights=trainee.write, read_weights=trainee.read,
+                optimizer=optimizer, scaler=GradScaler(device.type) if precision == "fp16" else None,
+                micro_batch=micro_batch, loss_sum=loss_sum,
+                learning_rate=lambda step: peak * schedule_factor(o.schedule, step, steps=steps, warmup_steps=o.warmup_steps),
+                evaluate=evaluate, describe_rows=describe_rows, counted=counted, observed=observed, opening=opening,
+                steps=steps, accumulate=t.accumulate, max_norm=t.grad_clip,
+                eval_every=every, eval_at_start=config.eval.at_start, checkpoint_every=save_every,
+                keep=config.checkpoint.keep, diverge_after=t.diverge_after, resume=config.resume,
+            )  # fmt: skip
+        except BaseException as error:
+            step = log.run.status.get("step", 0) if (path / "status.json").exists() else 0
+            log.status("failed", step, f"{type(error).__name__}: {error}")
+            raise
+    return Run(path)
