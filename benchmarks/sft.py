@@ -21,8 +21,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+Run = Callable[[Path, int, int, bool], tuple[list[float], list[float]]]
+"""A contestant: (work, steps, warmup, tuned) -> seconds of each step after the warm-up, and the losses of all steps."""
 
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**40), "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)}
 TRAINER: dict[str, Any] = {  # what both of transformers' trainers are given
@@ -45,22 +49,32 @@ CONTESTANTS = {  # name: (function, tuned)
 # ---- the work that all share: weights and rows, made once -----------------------------------------------------------
 
 
-def prepare(work: Path, model: str, root: str | None, rows: int, block_size: int) -> dict[str, Any]:
-    """Save the weights and `rows` packed rows; returns what the data is."""
+def save_weights(work: Path, model: str) -> Any:
+    """Save random weights of this size with their tokenizer; returns the model."""
     import torch
 
-    from tunesmith.batching import Batches
-    from tunesmith.datasets import open_dataset
     from tunesmith.gpt import GPT, SIZES, GPTConfig
-    from tunesmith.options import DataOptions
     from tunesmith.tokenizer import Tokenizer
-    from tunesmith.tokenstore import tokenise
     from tunesmith.weights import save_model
 
     small = GPTConfig(n_layer=6, n_head=6, n_embd=384)
     gpt = GPT(small if model == "small" else SIZES[model])
     gpt.init_weights(torch.Generator().manual_seed(0))
     save_model(gpt, Tokenizer.gpt2(), work / "model")
+    return gpt
+
+
+def prepare(work: Path, model: str, root: str | None, rows: int, block_size: int) -> dict[str, Any]:
+    """Save the weights and `rows` packed rows; returns what the data is."""
+    import torch
+
+    from tunesmith.batching import Batches
+    from tunesmith.datasets import open_dataset
+    from tunesmith.options import DataOptions
+    from tunesmith.tokenizer import Tokenizer
+    from tunesmith.tokenstore import tokenise
+
+    gpt = save_weights(work, model)
     name = "hh:harmless-base" if root else "sample"
     store = tokenise(open_dataset(DataOptions(name=name, root=root)), "train", Tokenizer.gpt2())
     batches = Batches(
@@ -88,19 +102,22 @@ class Clock:
         return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)][self.warmup :]
 
 
-def run_ours(work: Path, steps: int, warmup: int, tuned: bool) -> tuple[list[float], list[float]]:
+def run_ours(work: Path, steps: int, warmup: int, tuned: bool, rank: int = 0) -> tuple[list[float], list[float]]:
     from tunesmith.device import keep_freed_memory
 
     keep_freed_memory()  # as `tunesmith sft` does by itself
     import torch
 
     from tunesmith.evaluate import nll_sum
+    from tunesmith.lora import apply_lora
     from tunesmith.optim import build_optimizer
     from tunesmith.step import optimizer_step
     from tunesmith.weights import load_model
 
     batches = torch.load(work / "rows.pt", weights_only=False)
     model = load_model(work / "model").train()
+    if rank:
+        apply_lora(model, rank=rank, alpha=2.0 * rank)
     optimizer = build_optimizer(model, "adamw", lr=1e-4)
     clock, losses = Clock(warmup), []
     for i in range(warmup + steps):
@@ -175,8 +192,8 @@ def run_trainer(work: Path, steps: int, warmup: int, tuned: bool) -> tuple[list[
     return drive(transformers.Trainer(rival_model(work, tuned), arguments, train_dataset=rows), warmup)
 
 
-def run_trl(work: Path, steps: int, warmup: int, tuned: bool) -> tuple[list[float], list[float]]:
-    """TRL packs the dialogues itself (best fit), loss on the completion tokens."""
+def run_trl(work: Path, steps: int, warmup: int, tuned: bool, **more: Any) -> tuple[list[float], list[float]]:
+    """TRL packs the dialogues itself (best fit), loss on the completion tokens. more: for the trainer."""
     import datasets
     import torch
     import trl
@@ -207,6 +224,7 @@ def run_trl(work: Path, steps: int, warmup: int, tuned: bool) -> tuple[list[floa
         arguments,
         train_dataset=datasets.Dataset.from_list(dialogues * 3),
         processing_class=AutoTokenizer.from_pretrained(work / "model"),
+        **more,
     )
     return drive(trainer, warmup)
 
@@ -229,55 +247,61 @@ def drive(trainer: Any, warmup: int) -> tuple[list[float], list[float]]:
 # ---- the comparison -------------------------------------------------------------------------------------------------
 
 
-def child(name: str, work: Path, steps: int, warmup: int) -> None:
+def child(run: Run, work: Path, steps: int, warmup: int, tuned: bool) -> None:
     """Run one contestant and print its figures as the last line."""
-    import resource
-
-    function, tuned = CONTESTANTS[name]
-    run: Callable[..., tuple[list[float], list[float]]] = globals()[function]
     seconds, losses = run(work, steps, warmup, tuned)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    print("RESULT " + json.dumps({"seconds": seconds, "losses": [float(x) for x in losses], "peak_gb": peak}))
+    print("RESULT " + json.dumps({"seconds": seconds, "losses": [float(x) for x in losses], "peak_gb": peak_gb()}))
 
 
-def measure(names: list[str], work: Path, rounds: int, steps: int, warmup: int) -> dict[str, list[dict[str, Any]]]:
-    """All contestants in turn, `rounds` times."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+def peak_gb() -> float:
+    """This process's peak resident set. Not getrusage's: a new process inherits there the peak of the one it came from."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
+
+
+Found = dict[str, list[dict[str, Any]]]
+"""The figures of each contestant, round by round."""
+Rates = Callable[[dict[str, Any]], list[float]]
+"""The figures of one contestant in one round -> its rates, tokens a second: one a step, or one for the whole round."""
+
+
+def measure(script: str, contestants: dict[str, bool], arguments: list[str], rounds: int, rates: Rates) -> Found:
+    """All contestants in turn, `rounds` times, each as a new process of `script`. contestants: name -> tuned."""
+    found: Found = {name: [] for name in contestants}
     for number in range(rounds):
-        for name in names:
-            tuned = CONTESTANTS[name][1]
-            command = [sys.executable, __file__, "--child", name, "--work", str(work), "--steps", str(steps)]
+        for name, tuned in contestants.items():
             environment = {**os.environ, **(ALLOCATOR if tuned else {}), "HF_HUB_OFFLINE": "1"}
             done = subprocess.run(
-                [*command, "--warmup", str(warmup)], env=environment, capture_output=True, text=True, check=False
-            )
+                [sys.executable, script, "--child", name, *arguments],
+                env=environment, capture_output=True, text=True, check=False,
+            )  # fmt: skip
             line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
             if line is None:
                 raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
-            found[name].append(json.loads(line.removeprefix("RESULT ")))
-            last = found[name][-1]
-            rate = 1024 / statistics.median(last["seconds"])
-            print(f"round {number + 1}: {name:28} {rate:7.1f} tokens/s  {last['peak_gb']:.2f} GB", flush=True)
+            last = json.loads(line.removeprefix("RESULT "))
+            found[name].append(last)
+            rate = statistics.median(rates(last))
+            print(f"round {number + 1}: {name:36} {rate:7.1f} tokens/s  {last['peak_gb']:.2f} GB", flush=True)
     return found
 
 
-def summary(found: dict[str, list[dict[str, Any]]], tokens: int) -> list[dict[str, Any]]:
-    """A row a contestant: median rate over all steps, peak memory, and ours against it, paired by round."""
-    ours = found["tunesmith"]
+def summary(found: Found, rates: Rates) -> list[dict[str, Any]]:
+    """A row a contestant: its median rate, its peak memory, and the first contestant's against it, paired by round."""
+    first = next(iter(found.values()))
     rows = []
     for name, runs in found.items():
-        rates = [tokens / s for run in runs for s in run["seconds"]]
+        all_rates = [rate for run in runs for rate in rates(run)]
         ratios = [
-            statistics.median(theirs["seconds"]) / statistics.median(own["seconds"])
-            for own, theirs in zip(ours, runs, strict=True)
+            statistics.median(rates(own)) / statistics.median(rates(theirs))
+            for own, theirs in zip(first, runs, strict=True)
         ]
-        memory = [own["peak_gb"] / theirs["peak_gb"] for own, theirs in zip(ours, runs, strict=True)]
+        memory = [own["peak_gb"] / theirs["peak_gb"] for own, theirs in zip(first, runs, strict=True)]
         rows.append(
             {
                 "name": name,
-                "tokens_per_s": round(statistics.median(rates), 1),
-                "slowest": round(min(rates), 1),
-                "fastest": round(max(rates), 1),
+                "tokens_per_s": round(statistics.median(all_rates), 1),
+                "slowest": round(min(all_rates), 1),
+                "fastest": round(max(all_rates), 1),
                 "peak_gb": round(statistics.median(r["peak_gb"] for r in runs), 3),
                 "our_speed_ratio": round(statistics.median(ratios), 3),
                 "our_memory_ratio": round(statistics.median(memory), 3),
@@ -286,44 +310,66 @@ def summary(found: dict[str, list[dict[str, Any]]], tokens: int) -> list[dict[st
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def show(rows: list[dict[str, Any]]) -> None:
+    """The summary in the terminal."""
+    print(f"\n{'':36} tokens/s (min-max)         GB   ours: speed x   memory x")
+    for r in rows:
+        spread = f"{r['tokens_per_s']:7.1f} ({r['slowest']:.0f}-{r['fastest']:.0f})"
+        print(
+            f"{r['name']:36} {spread:22} {r['peak_gb']:5.2f}  {r['our_speed_ratio']:10.2f}  {r['our_memory_ratio']:10.2f}"
+        )
+
+
+def write_result(path: Path, settings: dict[str, Any], rows: list[dict[str, Any]], found: Found, **more: Any) -> None:
+    """The JSON file: machine, versions, settings, summary, whatever else is given, and the runs."""
+    import torch
+
+    from tunesmith.device import describe
+
+    machine = {"device": describe(torch.device("cpu")), "processor": platform.processor() or platform.machine()}
+    tools = {name: version(name) for name in ("transformers", "trl", "peft")}
+    versions = {"torch": torch.__version__, "python": platform.python_version(), **tools}
+    result = {"machine": machine, "versions": versions, "settings": settings, "summary": rows, **more, "runs": found}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def options(about: str) -> argparse.ArgumentParser:
+    """The options that the comparisons share."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="gpt2", help="gpt2, gpt2-medium, ... or small (6 layers, width 384)")
     parser.add_argument("--root", help="HH-RLHF in the publisher's layout; default: the embedded sample")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, help="contestants; default all")
-    parser.add_argument("--out", help="JSON file for the result")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> None:
+    parser = options(__doc__ or "")
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, help="contestants; default all")
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
     args = parser.parse_args()
     if args.child:
-        child(args.child, Path(args.work), args.steps, args.warmup)
+        function, tuned = CONTESTANTS[args.child]
+        child(globals()[function], args.work, args.steps, args.warmup, tuned)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        about = prepare(work, args.model, args.root, args.warmup + args.steps, 1024)
-        names = [n for n in CONTESTANTS if not args.only or n in args.only or n == "tunesmith"]
-        found = measure(names, work, args.rounds, args.steps, args.warmup)
-    import torch
 
-    from tunesmith.device import describe
+    def rates(run: dict[str, Any]) -> list[float]:
+        return [1024 / s for s in run["seconds"]]
 
-    rows = summary(found, 1024)
-    print(f"\n{'':28} tokens/s (min-max)         GB   ours: speed x   memory x")
-    for r in rows:
-        spread = f"{r['tokens_per_s']:7.1f} ({r['slowest']:.0f}-{r['fastest']:.0f})"
-        print(
-            f"{r['name']:28} {spread:22} {r['peak_gb']:5.2f}  {r['our_speed_ratio']:10.2f}  {r['our_memory_ratio']:10.2f}"
-        )
+    with tempfile.TemporaryDirectory() as work:
+        about = prepare(Path(work), args.model, args.root, args.warmup + args.steps, 1024)
+        names = {n: CONTESTANTS[n][1] for n in CONTESTANTS if not args.only or n in args.only or n == "tunesmith"}
+        arguments = ["--work", work, "--steps", str(args.steps), "--warmup", str(args.warmup)]
+        found = measure(__file__, names, arguments, args.rounds, rates)
+    rows = summary(found, rates)
+    show(rows)
     if args.out:
-        machine = {"device": describe(torch.device("cpu")), "processor": platform.processor() or platform.machine()}
-        versions = {"torch": torch.__version__, "python": platform.python_version()}
         settings = {"model": args.model, "rounds": args.rounds, "steps": args.steps, "precision": "fp32", **about}
-        result = {"machine": machine, "versions": versions, "settings": settings, "summary": rows, "runs": found}
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+        write_result(args.out, settings, rows, found)
 
 
 if __name__ == "__main__":

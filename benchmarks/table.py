@@ -12,9 +12,10 @@ from typing import Any
 
 
 def table(result: dict[str, Any]) -> str:
-    """One row a contestant: tokens/s (lowest and highest step), peak memory, tunesmith's speed and memory against it."""
+    """One row a contestant: tokens/s (lowest and highest), peak memory, tunesmith's speed and memory against it."""
+    unit = result.get("rates_of", "step")
     lines = [
-        "| | tokens/s (slowest to fastest step) | peak GB | tunesmith is faster by | with this share of its memory |",
+        f"| | tokens/s (slowest to fastest {unit}) | peak GB | tunesmith is faster by | with this share of its memory |",
         "|---|---|---|---|---|",
     ]
     for row in result["summary"]:
