@@ -9,6 +9,7 @@ import random
 import resource
 import sys
 import time
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -105,6 +106,12 @@ def peak_memory_gb(device: torch.device) -> float:
     """Largest memory so far in 10^9 bytes: allocated tensors on a GPU, the whole process's resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    with contextlib.suppress(
+        OSError
+    ):  # Linux; getrusage's figure begins with the peak of the process that started this one
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 

@@ -24,6 +24,7 @@ from tunesmith.runlog import RunLog
 from tunesmith.step import StepStats, optimizer_step
 
 SMALLEST_SCALE = 2.0**-20  # fp16 gradients may overflow and are then scaled anew; below this they are simply infinite
+UNSPOKEN = ("train_accuracy", "_reward", "_drift_chosen", "_drift_rejected")  # metrics that go to the log only
 DIVERGED_BY = 1.05  # mean loss over the window, as a multiple of the loss at step 0
 
 
@@ -132,7 +133,8 @@ def fit(
     def estimate() -> None:
         metrics = evaluate()
         log.record("eval", state.step, **metrics)
-        bar.say(f"step {state.step:,}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in metrics.items()))
+        told = {k: v for k, v in metrics.items() if not k.endswith(UNSPOKEN)}
+        bar.say(f"step {state.step:,}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in told.items()))
         loss = metrics["validation_loss"]
         if state.step == 0:
             state.first_loss = metrics.get("train_loss", loss)

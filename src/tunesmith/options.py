@@ -300,6 +300,6 @@ class DemoCommand:
     out: str | None = None
     """Directory; default runs/demo, or the next free name."""
     steps: int = 120
-    """Optimizer steps of the fine-tuning."""
+    """Optimizer steps of each training."""
     open: Literal["auto"] | bool = "auto"
     """Show the report in a browser; auto: where there is a display."""

@@ -249,6 +249,12 @@ class PairBatches:
         for group in self._grouped(numbers, tokens):
             yield self.assemble(group)
 
+    def longer_chosen(self, numbers: Sequence[int]) -> float:
+        """Share of these pairs whose chosen answer has more tokens, equal ones counting half: what length alone would score."""
+        lengths = self.store.lengths[[self.pairs[i].pair for i in numbers]]
+        chosen, rejected = lengths[:, 1], lengths[:, 2]
+        return float(np.mean(np.where(chosen == rejected, 0.5, chosen > rejected)))
+
     def key(self, number: int) -> bytes:
         """SHA-256 of exactly what a model computes for a pair: its tokens as cut, and which ends are targets."""
         cut = self.pairs[number]

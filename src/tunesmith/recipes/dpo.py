@@ -30,6 +30,7 @@ from tunesmith.training import (
     begin,
     check_options,
     check_resumable,
+    describe_pairs,
     load_splits,
     load_trainee,
     pair_batches,
@@ -142,7 +143,7 @@ def dpo(config: DPOConfig) -> Run:
         describe_rows=lambda batches: ", ".join(train.store.place(r) for b in batches for r in b.sources[:3]),
         counted="pairs",
         observed=OBSERVED,
-        opening=[("reference", told)],
+        opening=[("pairs", describe_pairs(train, validation, iters)), ("reference", told)],
         about=f"{len(train):,} pairs, {train.rows_per_epoch:,} batch rows an epoch, reference {told['mode']}",
         notes=[*splits.notes, *cut],
     )  # fmt: skip

@@ -16,6 +16,7 @@ from tunesmith.training import (
     begin,
     check_options,
     check_resumable,
+    describe_pairs,
     load_splits,
     load_trainee,
     pair_batches,
@@ -59,6 +60,7 @@ def train_reward_model(config: RewardConfig) -> Run:
         describe_rows=lambda batches: ", ".join(train.store.place(r) for b in batches for r in b.sources[:3]),
         counted="pairs",
         observed=OBSERVED,
+        opening=[("pairs", describe_pairs(train, validation, config.eval.iters))],
         about=f"{len(train):,} pairs, {train.rows_per_epoch:,} batch rows an epoch",
         notes=[*splits.notes, *cut],
     )  # fmt: skip

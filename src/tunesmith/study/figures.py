@@ -6,6 +6,7 @@ import io
 from typing import Any
 
 from tunesmith.runlog import Run
+from tunesmith.study.stats import wilson_interval
 
 TRAIN, VALIDATION, MARK = "#0072B2", "#D55E00", "#009E73"  # Okabe & Ito's palette
 
@@ -34,10 +35,48 @@ def loss_curve(run: Run) -> str:
     if best is not None and len(estimates) > 1:
         axes.axvline(best, color=MARK, linestyle="--", linewidth=1, label=f"best checkpoint (step {best:,})")
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss, nats per target token")
+    axes.set_ylabel("loss, nats per target token" if "validation_perplexity" in estimates[0] else "loss, nats a pair")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    return to_svg(figure)
+
+
+def preference_curves(run: Run) -> str:
+    """Accuracy and reward margin of a preference run: every step, and estimates with 95 % intervals of the accuracy."""
+    from matplotlib.figure import Figure
+
+    train, estimates = run.metrics("train"), run.metrics("eval")
+    pairs = next((r for r in run.metrics("pairs")), {})
+    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps = [r["step"] for r in estimates]
+    for axes, name, label in (
+        (left, "accuracy", "pairs with the chosen answer ahead"),
+        (right, "margin", "reward margin"),
+    ):
+        axes.plot(
+            [r["step"] for r in train],
+            [r[name] for r in train],
+            color=TRAIN,
+            alpha=0.25,
+            linewidth=1,
+            label="each step",
+        )
+        values = [r[f"validation_{name}"] for r in estimates]
+        axes.plot(steps, values, color=VALIDATION, marker="s", markersize=4, label="validation pairs")
+        if name == "accuracy" and (n := pairs.get("validation_pairs")):
+            low, high = zip(*(wilson_interval(v * n, n) for v in values), strict=True)
+            axes.fill_between(steps, low, high, color=VALIDATION, alpha=0.15, linewidth=0, label="95 % interval")
+            axes.axhline(
+                pairs["validation_longer_chosen"], color=MARK, linestyle="--", linewidth=1, label="the longer answer"
+            )
+            axes.set_ylim(-0.02, 1.02)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize="small")
     return to_svg(figure)
 
 

@@ -13,7 +13,8 @@ import yaml
 
 from tunesmith.errors import UserError
 from tunesmith.runlog import STEP_NAME, Run, write_atomically
-from tunesmith.study.figures import loss_curve
+from tunesmith.study.figures import loss_curve, preference_curves
+from tunesmith.study.stats import wilson_interval
 
 STYLE = """
 :root { color-scheme: light dark; --edge: light-dark(#ddd, #444); --soft: light-dark(#f6f6f4, #222);
@@ -25,6 +26,7 @@ th, td { text-align: left; vertical-align: top; padding: .45rem .6rem; border-bo
 th { font-weight: 600; } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; background: #fff; border-radius: 6px; }
 figcaption, .dim { opacity: .7; font-size: .9rem; } .group { color: var(--accent); font-size: .85rem; }
+.wide { overflow-x: auto; }
 .cut::after { content: " … cut at the token limit"; opacity: .6; font-size: .85em; }
 pre { background: var(--soft); padding: .8rem; overflow-x: auto; border-radius: 6px; font-size: .85rem; }
 .facts { display: flex; flex-wrap: wrap; gap: 1rem; }
@@ -50,23 +52,42 @@ def render_report(runs: Sequence[Run]) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>
-{body}</body></html>
+{_overview(runs) if len(runs) > 1 else ""}{body}</body></html>
 """
+
+
+def kind_of(run: Run) -> str:
+    """`sft`, `dpo` or `reward`."""
+    if "dpo" in run.config:
+        return "dpo"
+    return "reward" if any("validation_accuracy" in r for r in run.metrics("eval")) else "sft"
+
+
+TITLES = {"sft": "Supervised fine-tuning", "dpo": "Direct preference optimisation", "reward": "Reward model"}
 
 
 def _run_section(run: Run) -> str:
     status, estimates, train = run.status, run.metrics("eval"), run.metrics("train")
     if not estimates and not train:
         raise UserError(f"{run.path} has no metrics yet (its state is {status['state']!r}); nothing to report")
-    name = html.escape(run.path.name)
-    parts = [f'<h2 id="{name}">{name}</h2>', _facts(status, estimates, train)]
+    name, kind = html.escape(run.path.name), kind_of(run)
+    parts = [f'<h2 id="{name}">{name}: {TITLES[kind]}{_lora(run)}</h2>', _facts(run)]
     if status.get("reason"):
         parts.append(f"<p>{html.escape(status['reason'])}</p>")
     if estimates:
+        weight = "token" if kind == "sft" else "pair"
         caption = (
-            "Loss over the training. Estimates are means over always the same rows, every token weighing the same."
+            f"Loss over the training. Estimates are means over always the same rows, every {weight} weighing the same."
         )
         parts.append(f"<figure>{loss_curve(run)}<figcaption>{caption}</figcaption></figure>")
+        if kind != "sft":
+            rewards = (
+                "The reward is beta times the log-ratio to the reference."
+                if kind == "dpo"
+                else "The reward is the score."
+            )
+            caption = f"How often and how far the chosen answer is preferred. {rewards}"
+            parts.append(f"<figure>{preference_curves(run)}<figcaption>{caption}</figcaption></figure>")
         parts.append(_estimates_table(estimates, status.get("best_step")))
     parts.append(_answers(run))
     parts.append(
@@ -75,37 +96,84 @@ def _run_section(run: Run) -> str:
     return "\n".join(parts)
 
 
-def _facts(status: dict[str, Any], estimates: Sequence[dict[str, Any]], train: Sequence[dict[str, Any]]) -> str:
-    facts = [("state", f"{status['state']} at step {status['step']:,}")]
+def _lora(run: Run) -> str:
+    rank = run.config.get("lora", {}).get("rank", 0)
+    return f", LoRA rank {rank}" if rank else ""
+
+
+FACTS = (
+    "state", "validation loss, first and best", "validation perplexity, first and best",
+    "validation accuracy at the best step", "tokens trained on", "time", "peak memory",
+)  # fmt: skip
+
+
+def facts_of(run: Run) -> dict[str, str]:
+    """What a run came to, in words: label -> value."""
+    status, estimates, train = run.status, run.metrics("eval"), run.metrics("train")
+    facts = {"state": f"{status['state']} at step {status['step']:,}"}
+    estimates = [e for e in estimates if e["validation_loss"] is not None]  # those that were finite
     if len(estimates) > 1:
-        first, best = estimates[0]["validation_loss"], min(e["validation_loss"] for e in estimates)
-        facts.append(("validation loss, first and best", f"{first:.3f} → {best:.3f}"))
-        facts.append(("validation perplexity, first and best", f"{math.exp(first):,.1f} → {math.exp(best):,.1f}"))
+        first, best = estimates[0], min(estimates, key=lambda e: e["validation_loss"])
+        facts["validation loss, first and best"] = f"{first['validation_loss']:.3f} → {best['validation_loss']:.3f}"
+        if "validation_perplexity" in best:
+            low, high = math.exp(best["validation_loss"]), math.exp(first["validation_loss"])
+            facts["validation perplexity, first and best"] = f"{high:,.1f} → {low:,.1f}"
+        if "validation_accuracy" in best:
+            facts["validation accuracy at the best step"] = accuracy_text(run, best["validation_accuracy"])
     if train:
         seconds = train[-1]["time"] - train[0]["time"]
-        facts.append(("tokens trained on", f"{train[-1]['tokens']:,}"))
-        facts.append(("time", f"{seconds / 60:.1f} min"))
-        facts.append(("peak memory", f"{train[-1]['peak_memory_gb']:.2f} GB"))
-    return (
-        '<div class="facts">'
-        + "".join(f"<div>{label}<b>{html.escape(value)}</b></div>" for label, value in facts)
-        + "</div>"
+        facts["tokens trained on"] = f"{train[-1]['tokens']:,}"
+        facts["time"] = f"{seconds / 60:.1f} min"
+        facts["peak memory"] = f"{train[-1]['peak_memory_gb']:.2f} GB"
+    return facts
+
+
+def accuracy_text(run: Run, accuracy: float) -> str:
+    """`97.5 % (87.1 to 99.6)`: a share of the validation pairs with its 95 % interval."""
+    n = next((r["validation_pairs"] for r in run.metrics("pairs")), 0)
+    if not n:
+        return f"{accuracy:.1%}"
+    low, high = wilson_interval(accuracy * n, n)
+    return f"{100 * accuracy:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def _facts(run: Run) -> str:
+    cells = (f"<div>{label}<b>{html.escape(value)}</b></div>" for label, value in facts_of(run).items())
+    return f'<div class="facts">{"".join(cells)}</div>'
+
+
+def _overview(runs: Sequence[Run]) -> str:
+    """One row a run."""
+    facts = [facts_of(run) for run in runs]
+    labels = sorted({label for row in facts for label in row}, key=FACTS.index)
+    head = "".join(f'<th class="number">{label}</th>' for label in labels)
+    rows = "".join(
+        f'<tr><td><a href="#{html.escape(run.path.name)}">{html.escape(run.path.name)}</a><br>'
+        f'<span class="group">{TITLES[kind_of(run)]}{_lora(run)}</span></td>'
+        + "".join(f'<td class="number">{html.escape(row.get(label, ""))}</td>' for label in labels)
+        + "</tr>"
+        for run, row in zip(runs, facts, strict=True)
     )
+    return f'<div class="wide"><table><tr><th>run</th>{head}</tr>{rows}</table></div>'
 
 
 def _estimates_table(estimates: Sequence[dict[str, Any]], best: int | None) -> str:
+    names = [name for name in estimates[0] if name not in ("event", "step", "time")]
     rows = "".join(
-        f'<tr><td class="number">{e["step"]:,}{" ★" if e["step"] == best else ""}</td><td class="number">{e["train_loss"]:.4f}</td>'
-        f'<td class="number">{e["validation_loss"]:.4f}</td><td class="number">{e["validation_perplexity"]:,.2f}</td></tr>'
+        f'<tr><td class="number">{e["step"]:,}{" ★" if e["step"] == best else ""}</td>'
+        + "".join(f'<td class="number">{_figure(e.get(name))}</td>' for name in names)
+        + "</tr>"
         for e in estimates
     )
-    head = "".join(
-        f'<th class="number">{h}</th>'
-        for h in ("step", "loss on training rows", "loss on validation rows", "validation perplexity")
-    )
+    head = "".join(f'<th class="number">{h.replace("_", " ")}</th>' for h in ("step", *names))
     return (
-        f"<details><summary>Every estimate (★ best checkpoint)</summary><table><tr>{head}</tr>{rows}</table></details>"
+        "<details><summary>Every estimate (★ best checkpoint)</summary>"
+        f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div></details>'
     )
+
+
+def _figure(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:,.4f}"
 
 
 def read_answers(run: Run) -> dict[int, list[dict[str, Any]]]:
