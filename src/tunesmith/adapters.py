@@ -20,6 +20,7 @@ from tunesmith.weights import read_json, read_safetensors, write_safetensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FINGERPRINT = "base_sha256"  # in the metadata of adapter_model.safetensors, which PEFT does not mind
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # PEFT's starts that put other weights into the base
 PREFIX = "base_model.model."
 SCORE = "score.weight"  # of a reward model: trained in full beside its adapters
 
@@ -76,7 +77,11 @@ def save_adapter(
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """An adapter as it lies on disk. layers: module name -> (A, B, alpha / rank); extra: other weights by name."""
+    """An adapter as it lies on disk.
+
+    layers: module name -> (A, B, alpha / rank). extra: other weights by name. copies: module name -> the base's weight,
+    which PEFT stores beside an adapter on the head.
+    """
 
     where: str
     base: str
@@ -84,6 +89,7 @@ class AdapterFiles:
     dropout: float
     layers: dict[str, tuple[Tensor, Tensor, float]]
     extra: dict[str, Tensor]
+    copies: dict[str, Tensor]
 
 
 def read_adapter(directory: Path) -> AdapterFiles:
@@ -95,17 +101,21 @@ def read_adapter(directory: Path) -> AdapterFiles:
     odd = [f"peft_type {config['peft_type']!r}"] if config.get("peft_type", "LORA") != "LORA" else []
     odd += [key for key in ("use_dora", "use_qalora", "lora_bias", "alora_invocation_tokens") if config.get(key)]
     odd += ["bias"] if config.get("bias", "none") != "none" else []
+    start = str(config.get("init_lora_weights"))
+    odd += [f"init_lora_weights {start!r} (it changes the base)"] if start.startswith(CHANGES_BASE) else []
     if odd:
         raise UserError(f"{directory / CONFIG} uses {', '.join(odd)}; tunesmith computes plain LoRA without biases")
     tensors, metadata = read_safetensors(directory / WEIGHTS)
     halves: dict[str, dict[str, Tensor]] = {}
-    extra = {}
+    extra, copies = {}, {}
     for key, value in tensors.items():
         name = key.removeprefix(PREFIX)
         if match := re.fullmatch(r"(.+)\.lora_([AB])\.weight", name):
             halves.setdefault(match[1], {})[match[2]] = value
         elif name == SCORE:
             extra[name] = value
+        elif match := re.fullmatch(r"(.+)\.base_layer\.weight", name):
+            copies[match[1]] = value
         else:
             raise UserError(f"{directory / WEIGHTS} holds {key}, which is no part of a LoRA adapter on a GPT-2")
     layers = {}
@@ -113,21 +123,20 @@ def read_adapter(directory: Path) -> AdapterFiles:
         if set(half) != {"A", "B"} or half["A"].shape[0] != half["B"].shape[-1]:
             raise UserError(f"{directory / WEIGHTS}: the two halves of {name} do not belong together; save it again")
         rank = half["A"].shape[0]
-        alpha = _by_pattern(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", rank))
+        alpha = _by_pattern(config.get("alpha_pattern") or {}, name, config.get("lora_alpha"))
+        if not isinstance(alpha, int | float):
+            raise UserError(f"{directory / CONFIG}: lora_alpha is {alpha!r}, expected a number")
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         layers[name] = (half["A"], half["B"], float(scaling))
     if not layers:
         raise UserError(f"{directory / WEIGHTS} holds no adapter")
     base, dropout = str(config.get("base_model_name_or_path") or ""), float(config.get("lora_dropout") or 0.0)
-    return AdapterFiles(str(directory), base, metadata.get(FINGERPRINT, ""), dropout, layers, extra)
+    return AdapterFiles(str(directory), base, metadata.get(FINGERPRINT, ""), dropout, layers, extra, copies)
 
 
-def _by_pattern(patterns: Mapping[str, Any], name: str, default: float) -> float:
+def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     """PEFT's rule: the first key that is the end of the name, or a pattern for it."""
-    for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return float(value)
-    return float(default)
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
 def load_adapter(model: GPT, files: AdapterFiles, *, fingerprint: str = "") -> None:
@@ -136,14 +145,18 @@ def load_adapter(model: GPT, files: AdapterFiles, *, fingerprint: str = "") -> N
     fingerprint: of `model`'s weights without adapters; "" checks shapes only.
     Raises: UserError if the adapter was trained on another base, or does not fit the layers.
     """
-    if fingerprint and files.fingerprint and fingerprint != files.fingerprint:
+    linear = {n.removesuffix(".base"): m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    ours = {their_name(name): name for name in linear}
+    same = all(
+        name not in ours or torch.equal(weight.to(linear[ours[name]].weight), linear[ours[name]].weight)
+        for name, weight in files.copies.items()
+    )
+    if not same or (fingerprint and files.fingerprint and fingerprint != files.fingerprint):
         raise UserError(
             f"{files.where} was trained on other weights than those that its base {files.base!r} has now; "
             "name the right base in its adapter_config.json (base_model_name_or_path)"
         )
     present, problems = lora_layers(model), []
-    linear = {n.removesuffix(".base"): m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    ours = {their_name(name): name for name in linear}
     for theirs, (a, b, scaling) in files.layers.items():
         name = ours.get(theirs)
         if name is None or (present and name not in present):

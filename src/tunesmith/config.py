@@ -50,7 +50,7 @@ def parse(
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     doc = (options.__doc__ or "").strip()
     parser = jsonargparse.ArgumentParser(
-        prog=prog, description=doc, exit_on_error=False, default_env=False, add_help=True
+        prog=prog, description=doc, exit_on_error=False, default_env=False, add_help=True, allow_abbrev=False
     )
     parser.usage = f"{prog} {' '.join(p.name.upper() + (' ...' if p.many else '') for p in positionals)} [--option value ...]".replace(
         "  ", " "

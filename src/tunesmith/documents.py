@@ -53,6 +53,14 @@ class Documents:
         width = sum(rows[0])
         if any(sum(row) != width for row in rows):
             raise ValueError(f"rows of a batch differ in length: {[sum(row) for row in rows]}")
+        row_of = [i for i, row in enumerate(rows) for _ in row]
+        if parents and len(parents) != len(lengths):
+            raise ValueError(f"{len(parents)} parents for {len(lengths)} stretches: one list is shorter than the other")
+        for i, p in enumerate(parents):
+            if p >= 0 and not (p < i and row_of[p] == row_of[i] and parents[p] < 0):
+                raise ValueError(
+                    f"stretch {i} cannot have the parent {p}: expected an earlier one of its row, without a parent"
+                )
         before = [lengths[p] if p >= 0 else 0 for p in parents] or [0] * len(lengths)
         offsets = [torch.arange(a, a + n) for a, n in zip(before, lengths, strict=True)]
         positions = torch.cat(offsets).view(len(rows), width)

@@ -60,8 +60,8 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if not self.active:
             return y  # type: ignore[no-any-return]
-        low = self.low(x).flatten(0, -2)
-        return torch.addmm(y.flatten(0, -2), low, self.lora_B.t()).view(y.shape)  # one pass over y, not two
+        low = self.low(x).reshape(-1, self.rank)
+        return torch.addmm(y.reshape(-1, y.shape[-1]), low, self.lora_B.t()).view(y.shape)  # one pass over y, not two
 
     def low(self, x: Tensor) -> Tensor:
         """scaling * A dropout(x): (..., in) -> (..., rank)."""
@@ -147,8 +147,10 @@ def apply_lora(
         alpha: the added product is scaled by alpha / rank.
         dropout: probability in [0, 1), before A, in training only.
         seed: of the A matrices; the global random state stays as it is.
-    Raises: UserError if no layer fits, or `rank` does not fit a layer.
+    Raises: UserError if no layer fits, `rank` does not fit a layer, or the model has adapters already.
     """
+    if lora_layers(model):
+        raise UserError("the model has adapters already; merge and strip them first, or start from its base")
     names = find_targets(model, targets)
     generator = torch.Generator().manual_seed(seed)
     for name in names:
@@ -181,14 +183,16 @@ def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside, `model` is its base: adapters add nothing. Afterwards each is as it was."""
     layers = list(lora_layers(model).values())
-    before = [layer.enabled for layer in layers]
+    before = [(layer.enabled, layer.base.weight) for layer in layers]
     try:
         for layer in layers:
             layer.enabled = False
+            if layer.unmerged is not None:
+                layer.base.weight = layer.unmerged
         yield
     finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.enabled = enabled
+        for layer, (enabled, weight) in zip(layers, before, strict=True):
+            layer.enabled, layer.base.weight = enabled, weight
 
 
 def merge(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from tunesmith.errors import UserError
 from tunesmith.gpt import GPT, SIZES, GPTConfig
 from tunesmith.hub import download_model
 from tunesmith.lora import merge, strip
-from tunesmith.reward import RewardModel, is_reward_model, load_reward_model
+from tunesmith.reward import RewardModel, is_reward_model, load_reward_model, set_score
 from tunesmith.runlog import Run
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.weights import config_from_hf, load_model, read_json, weights_fingerprint
@@ -95,8 +95,7 @@ def load_reward(name: str, *, device: str = "auto") -> tuple[RewardModel, Tokeni
         if not files.extra:
             raise UserError(f"{directory} is an adapter of a language model; it has no score")
         model = RewardModel(_merged(directory, files))
-        with torch.no_grad():
-            model.score.weight.copy_(files.extra[adapters.SCORE])
+        set_score(model, files.extra[adapters.SCORE], directory)
     elif not is_reward_model(directory):
         raise UserError(f"{directory} is a language model, no reward model; train one with tunesmith reward")
     else:

@@ -258,7 +258,8 @@ class PairBatches:
     def key(self, number: int) -> bytes:
         """SHA-256 of exactly what a model computes for a pair: its tokens as cut, and which ends are targets."""
         cut = self.pairs[number]
-        digest = hashlib.sha256(repr((cut.prompt, cut.stops, cut.ends)).encode())
+        end = self.store.store.end_of_text if any(cut.ends) else None
+        digest = hashlib.sha256(repr((cut.prompt, cut.stops, cut.ends, end)).encode())
         for part in self._parts(cut):
             digest.update(part.astype("<i4").tobytes())
         return digest.digest()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ from tunesmith.progress import Progress
 from tunesmith.tokenstore import cache_directory
 
 RECORD = np.dtype([("key", "V32"), ("logps", "<f4", (2,))])
+DIGEST = 32  # bytes of the SHA-256 of the records, with which the file begins
 SAVE_EVERY = 4096  # pairs computed between two writes, so that an interrupted pass is not lost
 
 
@@ -46,11 +48,16 @@ class LogpStore:
         self._read()
 
     def _read(self) -> None:
-        with contextlib.suppress(OSError, ValueError, EOFError):  # not there yet, or damaged: then it is made anew
-            records = np.load(self.path, allow_pickle=False)
-            if records.dtype == RECORD:
-                for key, (chosen, rejected) in zip(records["key"], records["logps"].tolist(), strict=True):
-                    self.known.setdefault(key.tobytes(), (chosen, rejected))
+        try:
+            content = self.path.read_bytes()
+        except OSError:
+            return
+        payload = content[DIGEST:]
+        if hashlib.sha256(payload).digest() != content[:DIGEST] or len(payload) % RECORD.itemsize:
+            return  # damaged: made anew
+        records = np.frombuffer(payload, RECORD)
+        for key, (chosen, rejected) in zip(records["key"], records["logps"].tolist(), strict=True):
+            self.known.setdefault(key.tobytes(), (chosen, rejected))
 
     def save(self) -> None:
         """Write all that is known, and what others have added meanwhile."""
@@ -58,12 +65,13 @@ class LogpStore:
         records = np.zeros(len(self.known), RECORD)
         records["key"] = np.frombuffer(b"".join(self.known), "V32")
         records["logps"] = list(self.known.values())
+        payload = records.tobytes()
         with contextlib.suppress(OSError):  # a cache that cannot be written is no reason to stop
             self.path.parent.mkdir(parents=True, exist_ok=True)
             handle, aside = tempfile.mkstemp(dir=self.path.parent, prefix=".writing-")
             try:
                 with os.fdopen(handle, "wb") as file:
-                    np.save(file, records)
+                    file.write(hashlib.sha256(payload).digest() + payload)
                 Path(aside).replace(self.path)
             except BaseException:
                 Path(aside).unlink(missing_ok=True)
@@ -72,7 +80,7 @@ class LogpStore:
 
 def store_path(fingerprint: str, precision: Precision) -> Path:
     """The file for a reference with these weights (`weights.weights_fingerprint`), computed in this precision."""
-    return cache_directory() / "reference" / f"{fingerprint[:32]}-{precision}.npy"
+    return cache_directory() / "reference" / f"{fingerprint[:32]}-{precision}.logps"
 
 
 @dataclass(frozen=True)

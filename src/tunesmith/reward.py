@@ -112,7 +112,14 @@ def load_reward_weights(model: RewardModel, directory: Path) -> None:
                 yield name, value
 
     from_hf_state_dict(model.transformer, trunk(), str(directory))
-    if not score or score[0].shape != model.score.weight.shape:
-        raise UserError(f"{directory} holds no score.weight of the right shape; it is no reward model")
+    set_score(model, score[0] if score else None, directory)
+
+
+def set_score(model: RewardModel, weight: Tensor | None, where: Path) -> None:
+    """Copy a score layer's weight into `model`. Raises: UserError if it is missing or has another shape."""
+    if weight is None or weight.shape != model.score.weight.shape:
+        found = "no score.weight" if weight is None else f"a score.weight of the shape {tuple(weight.shape)}"
+        expected = tuple(model.score.weight.shape)
+        raise UserError(f"{where} holds {found}, expected {expected}: a reward model gives one number a text")
     with torch.no_grad():
-        model.score.weight.copy_(score[0])
+        model.score.weight.copy_(weight)

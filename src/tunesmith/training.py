@@ -32,7 +32,7 @@ from tunesmith.models import lasting_name, load_for_training
 from tunesmith.optim import DEFAULT_WEIGHT_DECAY, build_optimizer, schedule_factor
 from tunesmith.options import DataOptions, DPOConfig, RewardConfig, SFTConfig
 from tunesmith.pairs import PairBatches, PairStore
-from tunesmith.reward import RewardModel, load_reward_weights, save_reward_model
+from tunesmith.reward import RewardModel, load_reward_weights, save_reward_model, set_score
 from tunesmith.runlog import Run, new_run_directory, open_log
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.tokenstore import Form, TokenStore, tokenise
@@ -258,8 +258,7 @@ class Trainee:
             files = read_adapter(directory)
             load_adapter(self.gpt, files, fingerprint=self.fingerprint)
             if isinstance(self.model, RewardModel):
-                with torch.no_grad():
-                    self.model.score.weight.copy_(files.extra[adapters.SCORE])
+                set_score(self.model, files.extra.get(adapters.SCORE), directory)
         elif isinstance(self.model, RewardModel):
             load_reward_weights(self.model, directory)
         else:
@@ -282,19 +281,19 @@ def load_trainee(config: AnyConfig, path: Path, *, reward: bool = False, fingerp
         )
     base, own = m.name, path / "base"
     if lora.rank and m.init == "random":
-        if not own.exists():
+        if not config.resume:
             save_model(gpt, tokenizer, own)
         base = str(own.resolve())
     elif lora.rank:
         base = lasting_name(m.name)
     mark = weights_fingerprint(gpt) if fingerprint or lora.rank else ""
-    if lora.rank:
-        alpha = lora.alpha or 2.0 * lora.rank
-        apply_lora(gpt, lora.targets, rank=lora.rank, alpha=alpha, dropout=lora.dropout, seed=config.train.seed)
     model: nn.Module = gpt
     if reward:
         model = RewardModel(gpt)
         model.init_score(config.train.seed)
+    if lora.rank:
+        alpha = lora.alpha or 2.0 * lora.rank
+        apply_lora(gpt, lora.targets, rank=lora.rank, alpha=alpha, dropout=lora.dropout, seed=config.train.seed)
     return Trainee(model, gpt, tokenizer, base, mark, bool(lora.rank))
 
 

@@ -105,7 +105,9 @@ def from_hf_state_dict(model: GPT, state: Iterable[tuple[str, Tensor]], where: s
             if value.shape != targets[name].shape:
                 found, asked = tuple(value.shape), tuple(targets[name].shape)
                 problems.append(f"{key} has shape {found}, config.json asks for {asked}")
-            elif name in TIED and model.config.tied_head and not waiting >= TIED:  # the other of the two came first
+            elif (
+                name in TIED <= set(targets) and model.config.tied_head and not waiting >= TIED
+            ):  # the other came first
                 if not torch.equal(value.to(targets[name].dtype), targets[name]):
                     problems.append("lm_head.weight differs from wte.weight, but config.json ties them")
             else:
@@ -231,7 +233,21 @@ def write_safetensors(state: dict[str, Tensor], path: Path, metadata: dict[str, 
     except SafetensorError as error:
         code = next((int(word.strip("(),. ")) for word in str(error).split() if word.strip("(),. ").isdigit()), 0)
         raise OSError(code, os.strerror(code) if code else str(error), str(path)) from None
+    if metadata and len(metadata) > 1:
+        _sort_metadata(path)
     path.chmod(0o666 & ~_umask())
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes its metadata in an order that changes from save to save; equal content shall be equal bytes."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, (len(text), size)
+        file.seek(8)
+        file.write(text.ljust(size))  # the format pads its header with spaces
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
