@@ -8,8 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tunesmith.options import SFTConfig
+from tunesmith.options import DPOConfig, RewardConfig, SFTConfig
 from tunesmith.runlog import Run
+
+COMMANDS = {SFTConfig: "sft", DPOConfig: "dpo", RewardConfig: "reward"}
 
 SMALL = {
     "data.name": "sample", "data.block_size": 128, "data.max_rows": 120,
@@ -18,9 +20,9 @@ SMALL = {
 }  # fmt: skip
 
 
-def tiny_config(model: Path | str, out: Path, **options: Any) -> SFTConfig:
+def tiny_config(model: Path | str, out: Path, kind: Any = SFTConfig, **options: Any) -> Any:
     """A run of seconds; options with `__` for the dot: `train__steps=3`."""
-    config = SFTConfig(out=str(out), resume=options.pop("resume", False))
+    config = kind(out=str(out), resume=options.pop("resume", False))
     named = {**SMALL, "model.name": str(model), **{k.replace("__", "."): v for k, v in options.items()}}
     for name, value in named.items():
         group, key = name.split(".")
@@ -28,9 +30,9 @@ def tiny_config(model: Path | str, out: Path, **options: Any) -> SFTConfig:
     return config
 
 
-def as_argv(config: SFTConfig) -> list[str]:
+def as_argv(config: Any) -> list[str]:
     """The same on the command line."""
-    argv = ["sft", "--out", str(config.out)]
+    argv = [COMMANDS[type(config)], "--out", str(config.out)]
     for group in dataclasses.fields(config):
         options = getattr(config, group.name)
         if dataclasses.is_dataclass(options):
@@ -44,8 +46,9 @@ def as_argv(config: SFTConfig) -> list[str]:
 
 
 def digest(directory: Path) -> str:
-    """SHA-256 of a checkpoint's weights."""
-    return hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
+    """SHA-256 of a checkpoint's weights: the model's, or the adapter's."""
+    (file,) = directory.glob("*model.safetensors")
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def last_digest(run: Run) -> str:

@@ -22,8 +22,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device called `name`; `auto` is the first GPU, else the CPU. Raises: UserError if it is not there."""
+def resolve_device(name: str, option: str = "--train.device") -> torch.device:
+    """The device called `name`; `auto` is the first GPU, else the CPU. Raises: UserError naming `option` if it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
     try:
@@ -31,7 +31,7 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--train.device {name} is not to be had here ({reason}); use auto or cpu") from None
+        raise UserError(f"{option} {name} is not to be had here ({reason}); use auto or cpu") from None
     return device
 
 

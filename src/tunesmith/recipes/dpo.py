@@ -85,7 +85,7 @@ def make_references(
     if config.dpo.reference == "adapter":
         return [adapter_off(model, precision)] * len(sets), {"mode": "adapter"}
     if config.dpo.reference == "model":
-        where = resolve_device(config.dpo.reference_device or config.train.device)
+        where = resolve_device(config.dpo.reference_device or config.train.device, "--dpo.reference_device")
         return [second_model(model, where, precision)] * len(sets), {"mode": "model", "device": str(where)}
     store = LogpStore(store_path(trainee.fingerprint, precision))
     device = model.wte.weight.device
@@ -115,7 +115,7 @@ def dpo(config: DPOConfig) -> Run:
     config = resolve_length(config, train, validation)
     if config.resume and (path / "config.yaml").exists():
         check_resumable(Run(path).config, config)
-    sft_rows = load_sft_rows(config, trainee)
+    sft_rows, more_notes = load_sft_rows(config, trainee)
     device, precision = prepare_model(trainee, config), precision_of(config)
     d = config.dpo
     settings = PreferenceLoss(d.beta, d.loss, d.label_smoothing or 0.0)
@@ -145,17 +145,19 @@ def dpo(config: DPOConfig) -> Run:
         observed=OBSERVED,
         opening=[("pairs", describe_pairs(train, validation, iters)), ("reference", told)],
         about=f"{len(train):,} pairs, {train.rows_per_epoch:,} batch rows an epoch, reference {told['mode']}",
-        notes=[*splits.notes, *cut],
+        notes=[*splits.notes, *cut, *more_notes],
     )  # fmt: skip
 
 
-def load_sft_rows(config: DPOConfig, trainee: Trainee) -> Batches | None:
-    """Validation rows of `dpo.sft_data`, on which the paper watches the policy's loss."""
+def load_sft_rows(config: DPOConfig, trainee: Trainee) -> tuple[Batches | None, list[str]]:
+    """Validation rows of `dpo.sft_data`, on which the paper watches the policy's loss, and what was skipped or cut of them."""
     if config.dpo.sft_data is None:
-        return None
+        return None, []
     data = dataclasses.replace(config.data, name=config.dpo.sft_data, batching="packed", truncation="auto")
     splits = load_splits(data, trainee.tokenizer)
-    return Batches(
+    rows = Batches(
         splits.validation, splits.validation_rows, batching="packed", block_size=data.block_size,
         batch_size=config.train.batch_size, loss_on=data.loss_on, seed=data.seed,
     )  # fmt: skip
+    cut = [f"validation: {line}" for t in rows.truncations for line in t.lines(data.block_size)]
+    return rows, [f"{data.name}: {line}" for line in (*splits.notes, *cut)]
