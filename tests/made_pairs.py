@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tunesmith.datasets import Report, Source
+from tunesmith.datasets import Source
 from tunesmith.pairs import PairBatches, PairStore
+from tunesmith.readers import Report
 from tunesmith.tokenstore import TokenStore
 
 END = 0

@@ -8,10 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tunesmith.datasets import HH_SUBSETS, Report, open_dataset
+from tunesmith.datasets import HH_SUBSETS, open_dataset
 from tunesmith.dialogue import Preference, render
 from tunesmith.errors import UserError
 from tunesmith.options import DataOptions
+from tunesmith.readers import Report
 from tunesmith.tokenstore import tokenise
 
 SIZES = {"train": 11, "test": 5}

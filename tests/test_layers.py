@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "tunesmith"
 
 LAYERS = [
     {"errors"},
-    {"options", "config", "hub", "runlog", "prompts", "progress", "tokenizer", "dialogue", "device", "study.stats"}
+    {"options", "config", "hub", "runlog", "prompts", "progress", "tokenizer", "dialogue", "device", "readers", "study.stats"}
     | {"documents", "losses", "lora", "optim", "step"},
     {"gpt", "datasets"},
     {"weights", "tokenstore"},
@@ -37,6 +37,7 @@ WITHOUT_TORCH = {
     "progress",
     "dialogue",
     "datasets",
+    "readers",
     "study.stats",
     "study.figures",
     "study.report",

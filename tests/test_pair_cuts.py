@@ -105,7 +105,8 @@ def test_a_key_changes_with_every_token_and_with_what_is_cut_and_with_which_ends
             changed = [list(p) for p in pair]
             changed[part][at] += 100
             keys.append(key_of(changed))
-    keys.append(key_of((prompt[:-1], prompt[-1:] + chosen, prompt[-1:] + rejected)))
+    keys.append(key_of((prompt + chosen[:1], chosen[1:], rejected)))  # the same tokens in a row, cut elsewhere
+    keys.append(key_of((prompt, chosen + rejected[:1], rejected[1:])))
     keys.append(key_of((prompt, chosen, rejected[:-1])))
     answers_cut = {"block_size": 22, "truncation": "keep_start"}
     keys.append(key_of(pair, **answers_cut))

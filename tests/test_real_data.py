@@ -7,10 +7,11 @@ from itertools import islice
 import pytest
 
 from tunesmith.batching import Batches
-from tunesmith.datasets import Report, open_dataset, parse_row
+from tunesmith.datasets import open_dataset, parse_row
 from tunesmith.dialogue import Dialogue, Preference, parse_transcript, render, segments
 from tunesmith.errors import UserError
 from tunesmith.options import DataOptions
+from tunesmith.readers import Report
 from tunesmith.tokenstore import tokenise
 
 HH_COUNTS = {"train": 1300, "test": 200}

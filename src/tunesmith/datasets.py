@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import os
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from tunesmith.dialogue import BadRow, Dialogue, Preference, Row, Text, check_te
 from tunesmith.errors import UsageError, UserError
 from tunesmith.hub import download_dataset
 from tunesmith.options import DataOptions
+from tunesmith.readers import Located, Report, read_file
 
 HH_REPO, RM_STATIC_REPO = "Anthropic/hh-rlhf", "Dahoas/rm-static"
 HH_SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
@@ -30,40 +28,6 @@ PUBLISHED_ROWS = {  # train, test: counts of the report that spec'd these recipe
     "hh:harmless-base": (42_537, 2_312), "hh:helpful-base": (43_835, 2_354), "hh:helpful-online": (22_007, 1_137),
     "hh:helpful-rejection-sampled": (52_421, 2_749),
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Located:
-    """A value and where it stands: file number within its split, and line (or row) counted from 1."""
-
-    value: Any
-    file: int
-    line: int
-
-
-@dataclass
-class Report:
-    """What happened to the rows of a split: read, used, and the bad ones by reason with the first few places."""
-
-    rows: int = 0
-    used: int = 0
-    bad: dict[str, int] = field(default_factory=dict)
-    places: dict[str, list[str]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def add_bad(self, reason: str, place: str) -> None:
-        """Count one bad row; the first three places of each reason are kept."""
-        self.bad[reason] = self.bad.get(reason, 0) + 1
-        places = self.places.setdefault(reason, [])
-        if len(places) < 3:
-            places.append(place)
-
-    def lines(self) -> list[str]:
-        """One line a reason: count, reason, first places."""
-        return [
-            f"{n:,} skipped: {why} ({', '.join(self.places[why])}{', ...' if n > 3 else ''})"
-            for why, n in self.bad.items()
-        ]
 
 
 @dataclass(frozen=True)
@@ -88,18 +52,15 @@ class Source:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
+    def raw_rows(self, split: str, report: Report) -> Iterator[Located]:
+        """The rows that the recipe selects, as they stand in the files; unreadable lines go to `report`."""
+        paths = self.files[split]
+        read = (r for i, path in enumerate(paths) for r in read_file(path, i, report, label(paths, i)))
+        return islice(RECIPES[self.recipe](self, split, read), self.max_rows)
+
     def rows(self, split: str, report: Report, *, pairs: bool = False) -> Iterator[Located]:
         """Located Dialogues, Texts and Preferences (`pairs`: only good Preferences) in order; bad rows go to `report`."""
-        paths = self.files[split]
-
-        def raw() -> Iterator[Located]:
-            for number, path in enumerate(paths):
-                yield from read_file(path, number, report, label(paths, number))
-
-        selected = RECIPES[self.recipe](self, split, raw())
-        for count, located in enumerate(selected):
-            if self.max_rows is not None and count >= self.max_rows:
-                break
+        for located in self.raw_rows(split, report):
             report.rows += 1
             try:
                 row = parse_pair(located.value) if pairs else parse_row(located.value)
@@ -109,7 +70,7 @@ class Source:
                 report.add_bad(str(reason), self.place(split, located.file, located.line))
         if not report.used:
             reasons = "; ".join(report.lines()) or f"it is empty; expected rows with {FORMATS}"
-            raise UserError(f"{self.name} ({split}) has no usable row in {_names(paths)}: {reasons}")
+            raise UserError(f"{self.name} ({split}) has no usable row in {_names(self.files[split])}: {reasons}")
         expected = PUBLISHED_ROWS.get(self.name)
         if expected and self.max_rows is None and report.rows != (want := expected[split != "train"]):
             report.notes.append(f"{self.name} {split}: {report.rows:,} rows, the published data set has {want:,}")
@@ -212,77 +173,6 @@ def _split_files(root: Path) -> dict[str, tuple[Path, ...]]:
 
 def _names(paths: Sequence[Path]) -> str:
     return ", ".join(str(p) for p in paths)
-
-
-# ---- files to raw rows ---------------------------------------------------------------------------------------------
-
-
-def read_file(path: Path, number: int, report: Report, name: str = "") -> Iterator[Located]:
-    """Rows of a JSONL, JSON or Parquet file (or gzip of the first two) as dicts; unreadable lines count as bad.
-
-    name: what messages call the file, if not by its own name.
-    Raises: UserError if the file as a whole is broken: missing, cut-off gzip, not Parquet.
-    """
-    if path.name.endswith(".parquet"):
-        yield from _read_parquet(path, number)
-        return
-    line, name = 0, name or path.name
-    try:
-        with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as file:
-            if path.name.endswith((".json", ".json.gz")) and (rows := _json_array(path, file.read())) is not None:
-                for line, row in enumerate(rows, 1):
-                    yield Located(row, number, line)
-                return
-            file.seek(0)
-            for line, data in enumerate(file, 1):
-                if not data.strip():
-                    continue
-                try:
-                    text = data.decode("utf-8-sig" if line == 1 else "utf-8")  # Windows' byte-order mark
-                    yield Located(json.loads(text), number, line)
-                except UnicodeDecodeError as error:
-                    report.rows += 1
-                    report.add_bad(f"invalid UTF-8 ({error.reason})", f"{name}:{line}")
-                except json.JSONDecodeError as error:
-                    report.rows += 1
-                    report.add_bad(f"invalid JSON ({error.msg})", f"{name}:{line}")
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path} is a broken gzip after line {line:,} ({error}); download it again") from None
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-
-
-def _json_array(path: Path, data: bytes) -> list[Any] | None:
-    """The rows of a JSON document; None if the file is JSON lines under the name .json."""
-    try:
-        value = json.loads(data)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start:,}); save it as UTF-8") from None
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
-            return None
-        if not data.strip():
-            return []
-        raise UserError(f"{path} is not valid JSON ({error.msg} in line {error.lineno})") from None
-    if isinstance(value, dict) and not value.keys() & {"text", "messages", "prompt", "chosen"}:  # a wrapper, no row
-        value = next((v for v in value.values() if isinstance(v, list)), [value])
-    return value if isinstance(value, list) else [value]
-
-
-def _read_parquet(path: Path, number: int) -> Iterator[Located]:
-    import pyarrow
-    from pyarrow import parquet
-
-    line = 0
-    try:
-        for batch in parquet.ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
-                line += 1
-                yield Located(row, number, line)
-    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise UserError(
-            f"{path} cannot be read as Parquet ({str(error).splitlines()[0]}); download or write it again"
-        ) from None
 
 
 # ---- raw rows to dialogues -----------------------------------------------------------------------------------------

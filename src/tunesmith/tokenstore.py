@@ -18,9 +18,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tunesmith.datasets import Located, Report, Source
+from tunesmith.datasets import Source
 from tunesmith.dialogue import END, NEXT, Preference, Row, Text, render, segments
 from tunesmith.losses import IGNORE_INDEX
+from tunesmith.readers import Located, Report
 from tunesmith.tokenizer import Tokenizer
 
 VERSION = 3  # raise it when the meaning of a stored byte changes

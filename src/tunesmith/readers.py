@@ -1,0 +1,115 @@
+"""Files to raw rows: JSONL, JSON and Parquet, gzipped or not, with what cannot be read counted by reason and place."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import UserError
+
+
+@dataclass(frozen=True)
+class Located:
+    """A value and where it stands: file number within its split, and line (or row) counted from 1."""
+
+    value: Any
+    file: int
+    line: int
+
+
+@dataclass
+class Report:
+    """What happened to the rows of a split: read, used, and the bad ones by reason with the first few places."""
+
+    rows: int = 0
+    used: int = 0
+    bad: dict[str, int] = field(default_factory=dict)
+    places: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def add_bad(self, reason: str, place: str) -> None:
+        """Count one bad row; the first three places of each reason are kept."""
+        self.bad[reason] = self.bad.get(reason, 0) + 1
+        places = self.places.setdefault(reason, [])
+        if len(places) < 3:
+            places.append(place)
+
+    def lines(self) -> list[str]:
+        """One line a reason: count, reason, first places."""
+        return [
+            f"{n:,} skipped: {why} ({', '.join(self.places[why])}{', ...' if n > 3 else ''})"
+            for why, n in self.bad.items()
+        ]
+
+
+def read_file(path: Path, number: int, report: Report, name: str = "") -> Iterator[Located]:
+    """Rows of a JSONL, JSON or Parquet file (or gzip of the first two) as dicts; unreadable lines count as bad.
+
+    name: what messages call the file, if not by its own name.
+    Raises: UserError if the file as a whole is broken: missing, cut-off gzip, not Parquet.
+    """
+    if path.name.endswith(".parquet"):
+        yield from _read_parquet(path, number)
+        return
+    line, name = 0, name or path.name
+    try:
+        with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as file:
+            if path.name.endswith((".json", ".json.gz")) and (rows := _json_array(path, file.read())) is not None:
+                for line, row in enumerate(rows, 1):
+                    yield Located(row, number, line)
+                return
+            file.seek(0)
+            for line, data in enumerate(file, 1):
+                if not data.strip():
+                    continue
+                try:
+                    text = data.decode("utf-8-sig" if line == 1 else "utf-8")  # Windows' byte-order mark
+                    yield Located(json.loads(text), number, line)
+                except UnicodeDecodeError as error:
+                    report.rows += 1
+                    report.add_bad(f"invalid UTF-8 ({error.reason})", f"{name}:{line}")
+                except json.JSONDecodeError as error:
+                    report.rows += 1
+                    report.add_bad(f"invalid JSON ({error.msg})", f"{name}:{line}")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path} is a broken gzip after line {line:,} ({error}); download it again") from None
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+
+
+def _json_array(path: Path, data: bytes) -> list[Any] | None:
+    """The rows of a JSON document; None if the file is JSON lines under the name .json."""
+    try:
+        value = json.loads(data)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start:,}); save it as UTF-8") from None
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            return None
+        if not data.strip():
+            return []
+        raise UserError(f"{path} is not valid JSON ({error.msg} in line {error.lineno})") from None
+    if isinstance(value, dict) and not value.keys() & {"text", "messages", "prompt", "chosen"}:  # a wrapper, no row
+        value = next((v for v in value.values() if isinstance(v, list)), [value])
+    return value if isinstance(value, list) else [value]
+
+
+def _read_parquet(path: Path, number: int) -> Iterator[Located]:
+    import pyarrow
+    from pyarrow import parquet
+
+    line = 0
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                line += 1
+                yield Located(row, number, line)
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        raise UserError(
+            f"{path} cannot be read as Parquet ({str(error).splitlines()[0]}); download or write it again"
+        ) from None
