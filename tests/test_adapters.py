@@ -171,7 +171,9 @@ def test_what_peft_saves_computes_the_same_here_and_after_saving_again(base, tmp
     close(in_peft(tmp_path / "again", base), theirs)
 
 
-def test_an_adapter_trained_in_half_precision_loads_as_float32(adapter):
+def test_an_adapter_trained_in_half_precision_loads_as_float32(base, tmp_path):
+    """Also one on the head, beside which PEFT stores the base's weight in the precision of its training."""
+    adapter, _ = made_by_peft(base, tmp_path / "adapter", **PEFTS["head"])
     change_weights(adapter, lambda s: s.update({name: value.bfloat16() for name, value in s.items()}))
     layers = lora_layers(load_adapted(adapter))
     assert {layer.lora_A.dtype for layer in layers.values()} == {torch.float32}
@@ -266,6 +268,12 @@ def test_an_adapter_of_a_base_that_has_changed_is_refused(moved):
     state["transformer.h.1.ln_2.bias"][3] += 1e-6
     save_file(state, base / "model.safetensors", {"format": "pt"})
     refused(checkpoint, str(base), "other weights", "base_model_name_or_path")
+
+
+def test_an_adapter_on_another_head_than_the_bases_is_refused(base, tmp_path):
+    adapter, _ = made_by_peft(base, tmp_path / "adapter", **PEFTS["head"])
+    change_weights(adapter, lambda s: s["base_model.model.lm_head.base_layer.weight"][3].add_(1e-3))
+    refused(adapter, str(base), "other weights", "base_model_name_or_path")
 
 
 @pytest.mark.parametrize(

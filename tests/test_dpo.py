@@ -30,18 +30,8 @@ HERE = Path(__file__).parent
 LN2 = 0.693147
 CURVE = 1e-4  # relative, between two float32 trainings of some steps that add up in another order
 TRAIN = {
-    "event",
-    "step",
-    "time",
-    "loss",
-    "lr",
-    "grad_norm",
-    "tokens",
-    "tokens_per_s",
-    "peak_memory_gb",
-    "pairs",
-    *OBSERVED,
-}
+    "event", "step", "time", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "peak_memory_gb", "pairs", *OBSERVED
+}  # fmt: skip
 EVAL = {"event", "step", "time", "train_loss", "train_accuracy", "sft_loss", "validation_loss"}
 EVAL |= {f"validation_{name}" for name in (*OBSERVED, "drift_chosen", "drift_rejected")}
 
@@ -122,9 +112,23 @@ def test_at_step_0_nothing_is_preferred_and_the_loss_is_the_known_number(
         assert (first["train_accuracy"], first["validation_accuracy"]) == (0.0, 0.0)
 
 
-def test_five_losses_are_those_of_a_plain_loop_over_transformers(tiny_directory, tmp_path):
+@pytest.mark.parametrize(
+    ("settings", "formula", "beta"),
+    [
+        ({}, lambda m: -F.logsigmoid(m), 0.1),
+        ({"dpo__beta": 0.5, "dpo__loss": "hinge"}, lambda m: (1 - m).relu(), 0.5),
+        (
+            {"dpo__beta": 0.2, "dpo__label_smoothing": 0.3},
+            lambda m: -0.7 * F.logsigmoid(m) - 0.3 * F.logsigmoid(-m),
+            0.2,
+        ),
+        ({"dpo__loss": "robust"}, lambda m: (-0.9 * F.logsigmoid(m) + 0.1 * F.logsigmoid(-m)) / 0.8, 0.1),
+    ],
+    ids=["sigmoid", "hinge", "smoothed", "robust, a tenth flipped"],
+)
+def test_five_losses_are_those_of_a_plain_loop_over_transformers(tiny_directory, tmp_path, settings, formula, beta):
     options = {"data__batching": "padded", "train__steps": 5, "train__accumulate": 2, "optimizer__weight_decay": 0.0}
-    ours = run(tiny_directory, tmp_path / "r", **options)
+    ours = run(tiny_directory, tmp_path / "r", **options, **settings)
     batches = sample_pairs("train")
     policy, held = in_transformers(load_model(tiny_directory)), in_transformers(load_model(tiny_directory))
     adamw = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0)
@@ -138,8 +142,8 @@ def test_five_losses_are_those_of_a_plain_loop_over_transformers(tiny_directory,
                 with torch.no_grad():
                     fixed = plain_logp(held, prompt, *answer)
                 ratios.append(plain_logp(policy, prompt, *answer) - fixed)
-        margin = 0.1 * torch.stack(ratios).view(-1, 2) @ torch.tensor([1.0, -1.0])
-        loss = -F.logsigmoid(margin).mean()
+        margin = beta * torch.stack(ratios).view(-1, 2) @ torch.tensor([1.0, -1.0])
+        loss = formula(margin).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         adamw.step()

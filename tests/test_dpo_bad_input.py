@@ -115,17 +115,17 @@ def test_a_pair_that_is_cut_is_told_and_an_error_when_strict(fails, with_rows, t
     rows = [{**GOOD, "prompt": f"{'word ' * n}?"} for n in (3, 4, 900, 5)]
     argv = [*with_rows(*rows), "--data.holdout", "0.25", "--data.seed", "1"]
     assert main([str(word) for word in argv]) == 0
-    assert "1 pairs lose the beginning of their prompt at block_size 128 (rows.jsonl:3)" in capfd.readouterr().out
-    told = ("--data.strict", "lose the beginning of their prompt", "rows.jsonl:3")
+    assert "1 pair: the beginning of the prompt lost at block_size 128 (rows.jsonl:3)" in capfd.readouterr().out
+    told = ("--data.strict", "the beginning of the prompt lost", "rows.jsonl:3")
     fails([*argv, "--out", tmp_path / "2", "--data.strict", "true"], 1, *told)
 
 
 @pytest.mark.parametrize(
     ("rule", "reason"),
     [
-        ("keep_end", "have an answer that leaves no room for a prompt and are left out"),
-        ("keep_start", "become identical and are left out"),
-        ("drop", "are too long and left out"),
+        ("keep_end", "an answer leaves no room for a prompt, left out"),
+        ("keep_start", "answers become identical, left out"),
+        ("drop", "too long, left out"),
     ],
 )
 def test_a_block_size_that_leaves_no_pair_says_why(fails, with_rows, rule, reason):

@@ -21,18 +21,18 @@ def cut_plainly(pair, rule):
     if over <= 0:
         return whole(pair), None
     if rule == "drop":
-        return None, "are too long and left out"
+        return None, "too long, left out"
     if rule in ("keep_end", "auto"):
         kept = prompt[over:]
         if not kept:
-            return None, "have an answer that leaves no room for a prompt and are left out"
-        return whole((kept, chosen, rejected)), "lose the beginning of their prompt"
+            return None, "an answer leaves no room for a prompt, left out"
+        return whole((kept, chosen, rejected)), "the beginning of the prompt lost"
     kept = [(prompt + answer)[:BLOCK][len(prompt) :] for answer in (chosen, rejected)]
     a, b = (
         (text, text if text != answer else [*answer, END])
         for text, answer in zip(kept, (chosen, rejected), strict=True)
     )
-    return (None, "become identical and are left out") if a == b else ((prompt, a, b), "lose the end of an answer")
+    return (None, "answers become identical, left out") if a == b else ((prompt, a, b), "the end of an answer lost")
 
 
 FITS = ([1, 2], [3], [4, 5])

@@ -58,7 +58,17 @@ def test_readme_commands_run_as_written(folder):
         assert done.stdout.strip()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/training.md", "docs/data.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md", "docs/data.md", "docs/preferences.md"])
+def test_commands_of_the_page_on_preferences_run_as_written(folder):
+    """They go on from the README's first run."""
+    assert (folder / "runs/first").is_dir()
+    for command in commands("docs/preferences.md"):
+        if not NEEDS_HUB.search(command):
+            named = command.replace("runs/judge", "runs/judge-2").replace("runs/aligned", "runs/aligned-2")
+            done = run(named, folder)
+            assert done.returncode == 0, f"{named}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
 def test_commands_for_the_hub_are_valid(page, folder):
     """What needs a download is checked up to the download: options, presets and names."""
     for command in commands(page):
@@ -75,7 +85,7 @@ def test_make_targets_exist():
 
 
 def test_python_in_the_docs_runs(folder):
-    for number, page in enumerate(("README.md", "docs/training.md")):
+    for number, page in enumerate(("README.md", "docs/training.md", "docs/preferences.md")):
         (folder / str(number)).mkdir()
         for body in blocks(page, "python"):
             done = subprocess.run(
@@ -98,6 +108,8 @@ def test_demo_in_its_shortest_form(folder):
     report = Path(done.stdout.strip().splitlines()[-1].removeprefix("Report: "))
     page = report.read_text()
     assert "<svg" in page
+    for name in ("sft", "lora", "reward", "dpo"):
+        assert f'<h2 id="{name}">' in page
     assert "How does blockchain technology work" in page
 
 

@@ -39,11 +39,11 @@ from tunesmith.study.report import accuracy_text, write_report
 
 SHOWN = 4
 PARTS = (  # what is done, and about how long it takes, as a share of the whole
-    ("supervised fine-tuning of the embedded base on 480 sample dialogues", 0.22),
-    ("the same with LoRA adapters: 3 % of the weights are trained", 0.20),
-    ("a reward model from pairs of a better and a worse answer", 0.20),
-    ("DPO: the fine-tuned model learns to prefer the better answers", 0.25),
-    ("answers of base, SFT and DPO to 40 prompts that are in no training row", 0.12),
+    ("SFT of the embedded base on 480 dialogues", 0.22),
+    ("the same with LoRA: 3 % of the weights", 0.20),
+    ("a reward model from 480 pairs of answers", 0.20),
+    ("DPO: to prefer the better answers", 0.25),
+    ("answers of all three to 40 new prompts", 0.12),
     ("report", 0.01),
 )
 

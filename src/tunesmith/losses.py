@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
@@ -268,8 +269,8 @@ def dpo_loss(
     logps = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     if len({t.shape for t in logps}) > 1:
         raise ValueError(f"log-probabilities differ in shape: {[tuple(t.shape) for t in logps]}")
-    if not beta > 0:
-        raise ValueError(f"beta is {beta}, expected more than 0")
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta is {beta}, expected more than 0 and finite")
     if loss not in DPO_LOSSES:
         raise ValueError(f"unknown loss {loss!r}; there are {', '.join(DPO_LOSSES)}")
     if not 0 <= label_smoothing < 0.5 or (label_smoothing and loss not in SMOOTHED):

@@ -85,7 +85,7 @@ class PairCuts:
     def lines(self) -> list[str]:
         """One line a kind, for the user."""
         return [
-            f"{n:,} pairs {kind} at block_size {self.block_size:,} "
+            f"{n:,} {'pair' if n == 1 else 'pairs'}: {kind} at block_size {self.block_size:,} "
             f"({', '.join(self.places[kind])}{', ...' if n > 3 else ''})"
             for kind, n in self.counts.items()
         ]
@@ -110,20 +110,20 @@ def cut_pairs(
         if over <= 0:
             cuts.append(CutPair(row, 0, prompt, answers, (True, True)))
         elif rule == "drop":
-            told.add("are too long and left out", store.place(row))
+            told.add("too long, left out", store.place(row))
         elif rule == "keep_start":
             stops = (min(chosen, block_size - prompt), min(rejected, block_size - prompt))
             ends = (stops[0] == chosen, stops[1] == rejected)
             _, a, b = store.tokens(row)
             if prompt >= block_size or (ends[0] == ends[1] and np.array_equal(a[: stops[0]], b[: stops[1]])):
-                told.add("become identical and are left out", store.place(row))
+                told.add("answers become identical, left out", store.place(row))
                 continue
-            told.add("lose the end of an answer", store.place(row))
+            told.add("the end of an answer lost", store.place(row))
             cuts.append(CutPair(row, 0, prompt, stops, ends))
         elif prompt - over < 1:
-            told.add("have an answer that leaves no room for a prompt and are left out", store.place(row))
+            told.add("an answer leaves no room for a prompt, left out", store.place(row))
         else:
-            told.add("lose the beginning of their prompt", store.place(row))
+            told.add("the beginning of the prompt lost", store.place(row))
             cuts.append(CutPair(row, over, prompt - over, answers, (True, True)))
     return cuts, told
 

@@ -107,15 +107,17 @@ def cached(
         size = min(max(batches.batch_size * batches.block_size, 1024), 8192)
         with Progress(len(missing), unit="reference pair") as bar:
             done = saved = 0
-            for batch in batches.of(missing, size):
-                for i, (chosen, rejected) in zip(batch.pairs, compute(batch).tolist(), strict=True):
-                    store.known[keys[i]] = (chosen, rejected)
-                done += batch.count
-                bar.advance(done, None, batch.tokens)
-                if done - saved >= SAVE_EVERY:
-                    store.save()
-                    saved = done
-        store.save()
+            try:
+                for batch in batches.of(missing, size):
+                    for i, (chosen, rejected) in zip(batch.pairs, compute(batch).tolist(), strict=True):
+                        store.known[keys[i]] = (chosen, rejected)
+                    done += batch.count
+                    bar.advance(done, None, batch.tokens)
+                    if done - saved >= SAVE_EVERY:
+                        store.save()
+                        saved = done
+            finally:
+                store.save()  # an interrupted pass keeps what it has
     table = torch.full((len(batches), 2), float("nan"))
     table[list(numbers)] = torch.tensor([store.known[keys[i]] for i in numbers])
 

@@ -30,7 +30,7 @@ from tunesmith.gpt import GPT
 from tunesmith.lora import apply_lora
 from tunesmith.models import lasting_name, load_for_training
 from tunesmith.optim import DEFAULT_WEIGHT_DECAY, build_optimizer, schedule_factor
-from tunesmith.options import DataOptions, DPOConfig, RewardConfig, SFTConfig
+from tunesmith.options import DataOptions, DPOConfig, PairDataOptions, RewardConfig, SFTConfig
 from tunesmith.pairs import PairBatches, PairStore
 from tunesmith.reward import RewardModel, load_reward_weights, save_reward_model, set_score
 from tunesmith.runlog import Run, new_run_directory, open_log
@@ -85,6 +85,16 @@ def check_options(config: AnyConfig, more: Sequence[str] = ()) -> None:
         problems.append(f"--lora.alpha is {config.lora.alpha:g}, expected more than 0")
     if problems := [*problems, *more]:
         raise UsageError("; ".join(problems))
+
+
+def check_pair_options(data: PairDataOptions) -> list[str]:
+    """What is wrong with the data options of a command that trains on pairs."""
+    problems = []
+    if data.batching == "windows":
+        problems.append("--data.batching windows cuts through dialogues and knows no pairs; use packed or padded")
+    if data.truncation == "split":
+        problems.append("--data.truncation split is for plain texts; for pairs use keep_end, keep_start or drop")
+    return problems
 
 
 def resolve_machine(config: Config, n_embd: int, command: Command) -> Config:

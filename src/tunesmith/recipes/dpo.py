@@ -10,6 +10,7 @@ this one leaves out: padding, a second copy of the model in memory, answers that
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -29,6 +30,7 @@ from tunesmith.training import (
     Trainee,
     begin,
     check_options,
+    check_pair_options,
     check_resumable,
     describe_pairs,
     load_splits,
@@ -46,9 +48,11 @@ ROBUST_SMOOTHING = 0.1  # of the robust loss where none is given: with 0 it is p
 
 def check(config: DPOConfig) -> list[str]:
     """What is wrong with the options that only this command has."""
-    d, problems = config.dpo, []
-    if not d.beta > 0:
+    d, problems = config.dpo, check_pair_options(config.data)
+    if not 0 < d.beta < math.inf:
         problems.append(f"--dpo.beta is {d.beta:g}, expected more than 0")
+    if config.data.loss_on != "auto" and d.sft_data is None:
+        problems.append("--data.loss_on is for --dpo.sft_data here; a preference loss is always on the answers")
     if d.label_smoothing is not None and not 0 <= d.label_smoothing < 0.5:
         problems.append(f"--dpo.label_smoothing is {d.label_smoothing:g}, expected 0 or more and less than 0.5")
     if d.label_smoothing and d.loss not in SMOOTHED:

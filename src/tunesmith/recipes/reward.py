@@ -15,6 +15,7 @@ from tunesmith.runlog import Run
 from tunesmith.training import (
     begin,
     check_options,
+    check_pair_options,
     check_resumable,
     describe_pairs,
     load_splits,
@@ -33,7 +34,10 @@ def train_reward_model(config: RewardConfig) -> Run:
 
     Raises: UserError for anything in the configuration, data or model that cannot work, before the first step.
     """
-    check_options(config)
+    problems = check_pair_options(config.data)
+    if config.data.loss_on != "auto":
+        problems.append("--data.loss_on has no meaning for a reward model, which scores the last token")
+    check_options(config, problems)
     path = begin(config, "reward")
     trainee = load_trainee(config, path, reward=True)
     model = trainee.model
