@@ -390,3 +390,11 @@ def test_plain_models_and_adapters_are_told_apart(base, adapter, tmp_path):
     assert torch.equal(loaded(both), logits(load_plain(base)))
     (tmp_path / "neither").mkdir()
     refused(tmp_path / "neither", "config.json", CONFIG, "status.json")
+
+
+def test_a_run_on_a_random_base_can_be_moved_with_its_base(tiny_directory, tmp_path):
+    run = ts.sft(tiny_config(tiny_directory, tmp_path / "run", model__init="random", lora__rank=2, train__steps=1))
+    before, _ = ts.load(str(run.path), device="cpu")
+    moved = (tmp_path / "run").rename(tmp_path / "elsewhere")
+    after, _ = ts.load(str(moved), device="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))

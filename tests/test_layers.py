@@ -18,7 +18,7 @@ LAYERS = [
     {"weights", "tokenstore"},
     {"adapters", "reward", "checkpoint", "batching"},
     {"models", "pairs", "evaluate"},
-    {"generation", "fit", "preferences"},
+    {"generation", "fit", "preferences", "trainee"},
     {"training", "reference"},
     {"recipes.sft", "recipes.dpo", "recipes.reward", "recipes.data", "recipes.evaluate", "recipes.compare", "recipes.chat"}
     | {"study.figures"},

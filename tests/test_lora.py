@@ -19,7 +19,7 @@ from tunesmith.gpt import GPT, SIZES, GPTConfig
 from tunesmith.lora import LoRALinear, apply_lora, disabled, find_targets, lora_layers, merge, strip, unmerge
 from tunesmith.optim import build_optimizer
 from tunesmith.step import optimizer_step
-from tunesmith.training import load_trainee
+from tunesmith.trainee import load_trainee
 from tunesmith.weights import load_model
 
 FLOAT64, FLOAT32, BF16 = 1e-12, 1e-5, 2e-2  # relative to the largest number compared

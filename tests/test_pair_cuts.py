@@ -60,7 +60,7 @@ def assert_cut_as_plainly(pairs, rule):
     for what, n in batches.cuts.counts.items():
         places = [f"made.jsonl:{i + 1}" for i, (_, done) in enumerate(wanted) if done == what]
         told = f"{', '.join(places[:3])}{', ...' if n > 3 else ''}"
-        assert f"{n:,} pairs {what} at block_size 12 ({told})" in batches.cuts.lines()
+        assert f"{n:,} {'pair' if n == 1 else 'pairs'}: {what} at block_size 12 ({told})" in batches.cuts.lines()
     assert all(max(batch.documents.positions[0]) < BLOCK for batch in batches.fixed())
     return batches.cuts.counts
 

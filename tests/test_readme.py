@@ -58,7 +58,6 @@ def test_readme_commands_run_as_written(folder):
         assert done.stdout.strip()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/training.md", "docs/data.md", "docs/preferences.md"])
 def test_commands_of_the_page_on_preferences_run_as_written(folder):
     """They go on from the README's first run."""
     assert (folder / "runs/first").is_dir()
@@ -69,6 +68,7 @@ def test_commands_of_the_page_on_preferences_run_as_written(folder):
             assert done.returncode == 0, f"{named}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md", "docs/data.md", "docs/preferences.md"])
 def test_commands_for_the_hub_are_valid(page, folder):
     """What needs a download is checked up to the download: options, presets and names."""
     for command in commands(page):

@@ -148,7 +148,7 @@ def load_adapter(model: GPT, files: AdapterFiles, *, fingerprint: str = "") -> N
     linear = {n.removesuffix(".base"): m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     ours = {their_name(name): name for name in linear}
     same = all(
-        name not in ours or torch.equal(weight.to(linear[ours[name]].weight), linear[ours[name]].weight)
+        name not in ours or torch.equal(weight, linear[ours[name]].weight.to(weight.dtype))
         for name, weight in files.copies.items()
     )
     if not same or (fingerprint and files.fingerprint and fingerprint != files.fingerprint):

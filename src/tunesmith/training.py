@@ -10,11 +10,9 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.amp import GradScaler
 
-from tunesmith import adapters
-from tunesmith.adapters import load_adapter, read_adapter, save_adapter
 from tunesmith.datasets import holdout_rows, open_dataset
 from tunesmith.device import (
     Precision,
@@ -26,20 +24,15 @@ from tunesmith.device import (
 )
 from tunesmith.errors import UsageError, UserError
 from tunesmith.fit import MicroBatch, fit
-from tunesmith.gpt import GPT
-from tunesmith.lora import apply_lora
-from tunesmith.models import lasting_name, load_for_training
 from tunesmith.optim import DEFAULT_WEIGHT_DECAY, build_optimizer, schedule_factor
-from tunesmith.options import DataOptions, DPOConfig, PairDataOptions, RewardConfig, SFTConfig
+from tunesmith.options import DataOptions, DPOConfig, LoRAOptions, PairDataOptions, RewardConfig, SFTConfig
 from tunesmith.pairs import PairBatches, PairStore
-from tunesmith.reward import RewardModel, load_reward_weights, save_reward_model, set_score
 from tunesmith.runlog import Run, new_run_directory, open_log
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.tokenstore import Form, TokenStore, tokenise
-from tunesmith.weights import from_hf_state_dict, save_model, stored_weights, weights_fingerprint
+from tunesmith.trainee import AnyConfig, Trainee, alpha_of
 
 Config = TypeVar("Config", SFTConfig, DPOConfig, RewardConfig)
-AnyConfig = SFTConfig | DPOConfig | RewardConfig
 Command = Literal["sft", "dpo", "reward"]
 LEARNING_RATE: dict[Command, float] = {"sft": 1e-4, "reward": 1e-5, "dpo": 1e-6}
 LORA_FACTOR = 10  # adapters want a larger rate than all weights do
@@ -114,8 +107,8 @@ def resolve_machine(config: Config, n_embd: int, command: Command) -> Config:
         lr=rate if o.lr is None else o.lr,
         weight_decay=DEFAULT_WEIGHT_DECAY.get(o.name, 0.0) if o.weight_decay is None else o.weight_decay,
     )
-    if lora.rank and lora.alpha is None:
-        lora = dataclasses.replace(lora, alpha=2.0 * lora.rank)
+    if lora.rank:
+        lora = dataclasses.replace(lora, alpha=alpha_of(lora))
     return dataclasses.replace(config, train=train, optimizer=optimizer, lora=lora)
 
 
@@ -234,79 +227,6 @@ def describe_pairs(train: PairBatches, validation: PairBatches, iters: int) -> d
     return {"train_pairs": len(train), "validation_pairs": len(held), "validation_longer_chosen": share}
 
 
-# ---- the model -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Trainee:
-    """The model that a run trains. model: the GPT, or the reward model around it; gpt: the GPT in both cases.
-
-    base: a lasting name of what it started from; fingerprint: of the weights then, "" where nobody needs it.
-    """
-
-    model: nn.Module
-    gpt: GPT
-    tokenizer: Tokenizer
-    base: str
-    fingerprint: str
-    lora: bool
-
-    def write(self, directory: Path) -> None:
-        """The checkpoint of the model: Hugging Face layout, or with LoRA PEFT's."""
-        score = {adapters.SCORE: self.model.score.weight} if isinstance(self.model, RewardModel) else {}
-        if self.lora:
-            save_adapter(self.gpt, directory, base=self.base, fingerprint=self.fingerprint, extra=score)
-            self.tokenizer.save(directory, self.gpt.config.block_size)
-        elif isinstance(self.model, RewardModel):
-            save_reward_model(self.model, self.tokenizer, directory)
-        else:
-            save_model(self.gpt, self.tokenizer, directory)
-
-    def read(self, directory: Path) -> None:
-        """Put a checkpoint's weights back. Raises: UserError naming what is broken."""
-        if self.lora:
-            files = read_adapter(directory)
-            load_adapter(self.gpt, files, fingerprint=self.fingerprint)
-            if isinstance(self.model, RewardModel):
-                set_score(self.model, files.extra.get(adapters.SCORE), directory)
-        elif isinstance(self.model, RewardModel):
-            load_reward_weights(self.model, directory)
-        else:
-            from_hf_state_dict(self.gpt, stored_weights(directory), str(directory))
-
-
-def load_trainee(config: AnyConfig, path: Path, *, reward: bool = False, fingerprint: bool = False) -> Trainee:
-    """Load the model, with fresh adapters and score layer where asked for.
-
-    path: the run's directory, where new random weights that an adapter stands on are kept too.
-    fingerprint: whether somebody needs it; an adapter always does.
-    Raises: UserError if the model cannot be had, or the block size or rank does not suit it.
-    """
-    m, lora, block_size = config.model, config.lora, config.data.block_size
-    gpt, tokenizer = load_for_training(m.name, init=m.init, dropout=m.dropout, seed=config.train.seed)
-    if block_size > gpt.config.block_size:
-        raise UserError(
-            f"--data.block_size {block_size:,} is more than {m.name} can hold: it has positions "
-            f"for {gpt.config.block_size:,} tokens, a part of its weights. Use {gpt.config.block_size} or less"
-        )
-    base, own = m.name, path / "base"
-    if lora.rank and m.init == "random":
-        if not config.resume:
-            save_model(gpt, tokenizer, own)
-        base = str(own.resolve())
-    elif lora.rank:
-        base = lasting_name(m.name)
-    mark = weights_fingerprint(gpt) if fingerprint or lora.rank else ""
-    model: nn.Module = gpt
-    if reward:
-        model = RewardModel(gpt)
-        model.init_score(config.train.seed)
-    if lora.rank:
-        alpha = lora.alpha or 2.0 * lora.rank
-        apply_lora(gpt, lora.targets, rank=lora.rank, alpha=alpha, dropout=lora.dropout, seed=config.train.seed)
-    return Trainee(model, gpt, tokenizer, base, mark, bool(lora.rank))
-
-
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
@@ -328,17 +248,6 @@ def precision_of(config: AnyConfig) -> Precision:
     """The arithmetic of a resolved configuration."""
     assert config.train.precision != "auto"
     return config.train.precision
-
-
-def prepare_model(trainee: Trainee, config: AnyConfig) -> torch.device:
-    """Put the model on its device and into training mode, compiled where asked for."""
-    device = resolve_device(config.train.device)
-    trainee.model.to(device).train()
-    trainee.gpt.activation_checkpointing = config.train.activation_checkpointing is True
-    if config.train.compile:
-        for block in trainee.gpt.h:
-            block.compile()
-    return device
 
 
 B = TypeVar("B", bound=MicroBatch)
@@ -375,7 +284,11 @@ def run_training(
     )
     with open_log(path) as log:
         log.write_config(as_dict(config))
-        for line in notes:
+        without_rank = not config.lora.rank and config.lora != LoRAOptions()
+        for line in [
+            *notes,
+            *(["--lora.rank is 0: all weights are trained, other lora options have no effect"] * without_rank),
+        ]:
             print(f"note: {line}")
         print(
             f"{path}: {config.model.name}, {size}, {precision} on {describe(device)}; {about}, {steps:,} steps",

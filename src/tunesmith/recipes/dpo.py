@@ -26,18 +26,16 @@ from tunesmith.pairs import PairBatch, PairBatches
 from tunesmith.preferences import OBSERVED, PreferenceLoss, Reference, answer_logps, dpo_loss_sum, estimate_dpo
 from tunesmith.reference import LogpStore, adapter_off, cached, second_model, store_path
 from tunesmith.runlog import Run
+from tunesmith.trainee import Trainee, load_trainee, prepare_model
 from tunesmith.training import (
-    Trainee,
     begin,
     check_options,
     check_pair_options,
     check_resumable,
     describe_pairs,
     load_splits,
-    load_trainee,
     pair_batches,
     precision_of,
-    prepare_model,
     resolve_length,
     resolve_machine,
     run_training,

@@ -12,6 +12,7 @@ from tunesmith.options import RewardConfig
 from tunesmith.preferences import OBSERVED, estimate_reward, reward_loss_sum
 from tunesmith.reward import RewardModel
 from tunesmith.runlog import Run
+from tunesmith.trainee import load_trainee, prepare_model
 from tunesmith.training import (
     begin,
     check_options,
@@ -19,10 +20,8 @@ from tunesmith.training import (
     check_resumable,
     describe_pairs,
     load_splits,
-    load_trainee,
     pair_batches,
     precision_of,
-    prepare_model,
     resolve_length,
     resolve_machine,
     run_training,

@@ -17,15 +17,14 @@ from tunesmith.errors import UserError
 from tunesmith.evaluate import estimate_loss, nll_sum
 from tunesmith.options import SFTConfig
 from tunesmith.runlog import Run
+from tunesmith.trainee import load_trainee, prepare_model
 from tunesmith.training import (
     Splits,
     begin,
     check_options,
     check_resumable,
     load_splits,
-    load_trainee,
     precision_of,
-    prepare_model,
     resolve_length,
     resolve_machine,
     run_training,

@@ -1,0 +1,109 @@
+"""The model that a run trains: loaded, with adapters and score layer where asked for, and its checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tunesmith import adapters
+from tunesmith.adapters import load_adapter, read_adapter, save_adapter
+from tunesmith.device import resolve_device
+from tunesmith.errors import UserError
+from tunesmith.gpt import GPT
+from tunesmith.lora import apply_lora
+from tunesmith.models import lasting_name, load_for_training
+from tunesmith.options import DPOConfig, LoRAOptions, RewardConfig, SFTConfig
+from tunesmith.reward import RewardModel, load_reward_weights, save_reward_model, set_score
+from tunesmith.tokenizer import Tokenizer
+from tunesmith.weights import from_hf_state_dict, save_model, stored_weights, weights_fingerprint
+
+AnyConfig = SFTConfig | DPOConfig | RewardConfig
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """The model that a run trains. model: the GPT, or the reward model around it; gpt: the GPT in both cases.
+
+    base: a lasting name of what it started from; fingerprint: of the weights then, "" where nobody needs it.
+    """
+
+    model: nn.Module
+    gpt: GPT
+    tokenizer: Tokenizer
+    base: str
+    fingerprint: str
+    lora: bool
+
+    def write(self, directory: Path) -> None:
+        """The checkpoint of the model: Hugging Face layout, or with LoRA PEFT's."""
+        score = {adapters.SCORE: self.model.score.weight} if isinstance(self.model, RewardModel) else {}
+        if self.lora:
+            save_adapter(self.gpt, directory, base=self.base, fingerprint=self.fingerprint, extra=score)
+            self.tokenizer.save(directory, self.gpt.config.block_size)
+        elif isinstance(self.model, RewardModel):
+            save_reward_model(self.model, self.tokenizer, directory)
+        else:
+            save_model(self.gpt, self.tokenizer, directory)
+
+    def read(self, directory: Path) -> None:
+        """Put a checkpoint's weights back. Raises: UserError naming what is broken."""
+        if self.lora:
+            files = read_adapter(directory)
+            load_adapter(self.gpt, files, fingerprint=self.fingerprint)
+            if isinstance(self.model, RewardModel):
+                set_score(self.model, files.extra.get(adapters.SCORE), directory)
+        elif isinstance(self.model, RewardModel):
+            load_reward_weights(self.model, directory)
+        else:
+            from_hf_state_dict(self.gpt, stored_weights(directory), str(directory))
+
+
+def load_trainee(config: AnyConfig, path: Path, *, reward: bool = False, fingerprint: bool = False) -> Trainee:
+    """Load the model, with fresh adapters and score layer where asked for.
+
+    path: the run's directory, where new random weights that an adapter stands on are kept too.
+    fingerprint: whether somebody needs it; an adapter always does.
+    Raises: UserError if the model cannot be had, or the block size or rank does not suit it.
+    """
+    m, lora, block_size = config.model, config.lora, config.data.block_size
+    gpt, tokenizer = load_for_training(m.name, init=m.init, dropout=m.dropout, seed=config.train.seed)
+    if block_size > gpt.config.block_size:
+        raise UserError(
+            f"--data.block_size {block_size:,} is more than {m.name} can hold: it has positions "
+            f"for {gpt.config.block_size:,} tokens, a part of its weights. Use {gpt.config.block_size} or less"
+        )
+    base, own = m.name, path / "base"
+    if lora.rank and m.init == "random":
+        if not config.resume:
+            save_model(gpt, tokenizer, own)
+        base = str(own.resolve())
+    elif lora.rank:
+        base = lasting_name(m.name)
+    mark = weights_fingerprint(gpt) if fingerprint or lora.rank else ""
+    model: nn.Module = gpt
+    if reward:
+        model = RewardModel(gpt)
+        model.init_score(config.train.seed)
+    if lora.rank:
+        alpha, seed = alpha_of(lora), config.train.seed
+        apply_lora(gpt, lora.targets, rank=lora.rank, alpha=alpha, dropout=lora.dropout, seed=seed)
+    return Trainee(model, gpt, tokenizer, base, mark, bool(lora.rank))
+
+
+def prepare_model(trainee: Trainee, config: AnyConfig) -> torch.device:
+    """Put the model on its device and into training mode, compiled where asked for."""
+    device = resolve_device(config.train.device)
+    trainee.model.to(device).train()
+    trainee.gpt.activation_checkpointing = config.train.activation_checkpointing is True
+    if config.train.compile:
+        for block in trainee.gpt.h:
+            block.compile()
+    return device
+
+
+def alpha_of(lora: LoRAOptions) -> float:
+    """The alpha that was asked for, or twice the rank."""
+    return 2.0 * lora.rank if lora.alpha is None else lora.alpha
