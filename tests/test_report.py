@@ -71,6 +71,56 @@ def test_page_asks_the_network_for_nothing(frozen_run):
     assert "<script" not in page
 
 
+@pytest.fixture
+def frozen_dpo_run(tmp_path):
+    """Four steps of DPO with LoRA, three estimates on 40 pairs."""
+    path = tmp_path / "aligned"
+    path.mkdir()
+    lines = [
+        {"event": "pairs", "step": 0, "train_pairs": 99, "validation_pairs": 40, "validation_longer_chosen": 0.7125}
+    ]
+    for step in range(5):
+        seen = {"accuracy": step / 4, "margin": step / 10, "chosen_reward": step / 20, "rejected_reward": -step / 20}
+        at = {"step": step, "time": 60.0 * step}
+        if step:
+            counts = {"tokens": 900 * step, "pairs": 4 * step, "tokens_per_s": 9.0, "peak_memory_gb": 0.5}
+            lines.append({"event": "train", **at, "loss": 0.69 - step / 10, **seen, **counts})
+        if step % 2 == 0:
+            held = {f"validation_{name}": value for name, value in seen.items()}
+            lines.append({"event": "eval", **at, "train_loss": 0.69, "validation_loss": 0.6931 - step / 20, **held})
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (path / "status.json").write_text(json.dumps({"state": "finished", "step": 4, "reason": "", "best_step": 4}))
+    (path / "config.yaml").write_text(yaml.safe_dump({"dpo": {"beta": 0.1}, "lora": {"rank": 8}}))
+    return path
+
+
+def test_a_preference_run_shows_accuracy_with_its_interval_and_the_margin(frozen_dpo_run):
+    page = render_report([Run(frozen_dpo_run)])
+    assert "aligned: Direct preference optimisation, LoRA rank 8" in page
+    assert "100.0 % (91.2 to 100.0)" in page
+    assert page.count("<svg") == 2
+    for words in ("pairs with the chosen answer ahead", "reward margin", "the longer answer", "95 % interval"):
+        assert words in page
+    assert "perplexity" not in page
+
+
+def test_several_runs_begin_with_a_table_of_all(frozen_run, frozen_dpo_run):
+    page = render_report([Run(frozen_run), Run(frozen_dpo_run)])
+    table = page[page.index("<table>") : page.index("</table>")]
+    for words in ('href="#frozen"', 'href="#aligned"', "4.000 → 3.100", "0.693 → 0.493", "Supervised fine-tuning"):
+        assert words in table
+
+
+def test_a_loss_that_was_not_finite_is_told_and_no_reason_to_fail(frozen_dpo_run):
+    with (frozen_dpo_run / "metrics.jsonl").open("a") as file:
+        file.write(
+            json.dumps({"event": "eval", "step": 6, "time": 0.0, "train_loss": None, "validation_loss": None}) + "\n"
+        )
+    page = render_report([Run(frozen_dpo_run)])
+    assert "not finite" in page
+    assert "0.693 → 0.493" in page
+
+
 def test_directory_without_a_run_is_told(tmp_path):
     with pytest.raises(UserError, match=r"no status\.json"):
         write_report([str(tmp_path)])

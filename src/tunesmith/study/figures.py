@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
 from tunesmith.runlog import Run
@@ -47,30 +48,19 @@ def preference_curves(run: Run) -> str:
     from matplotlib.figure import Figure
 
     train, estimates = run.metrics("train"), run.metrics("eval")
-    pairs = next((r for r in run.metrics("pairs")), {})
+    pairs = next(iter(run.metrics("pairs")), {})
     figure = Figure(figsize=(7.2, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    steps = [r["step"] for r in estimates]
-    for axes, name, label in (
-        (left, "accuracy", "pairs with the chosen answer ahead"),
-        (right, "margin", "reward margin"),
-    ):
-        axes.plot(
-            [r["step"] for r in train],
-            [r[name] for r in train],
-            color=TRAIN,
-            alpha=0.25,
-            linewidth=1,
-            label="each step",
-        )
-        values = [r[f"validation_{name}"] for r in estimates]
+    panels = {"accuracy": "pairs with the chosen answer ahead", "margin": "reward margin"}
+    for axes, (name, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        steps, values = _series(train, name)
+        axes.plot(steps, values, color=TRAIN, alpha=0.25, linewidth=1, label="each step")
+        steps, values = _series(estimates, f"validation_{name}")
         axes.plot(steps, values, color=VALIDATION, marker="s", markersize=4, label="validation pairs")
         if name == "accuracy" and (n := pairs.get("validation_pairs")):
             low, high = zip(*(wilson_interval(v * n, n) for v in values), strict=True)
             axes.fill_between(steps, low, high, color=VALIDATION, alpha=0.15, linewidth=0, label="95 % interval")
-            axes.axhline(
-                pairs["validation_longer_chosen"], color=MARK, linestyle="--", linewidth=1, label="the longer answer"
-            )
+            by_length = pairs["validation_longer_chosen"]
+            axes.axhline(by_length, color=MARK, linestyle="--", linewidth=1, label="the longer answer")
             axes.set_ylim(-0.02, 1.02)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(label)
@@ -78,6 +68,12 @@ def preference_curves(run: Run) -> str:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize="small")
     return to_svg(figure)
+
+
+def _series(records: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one figure, where it was finite."""
+    found = [(r["step"], r[name]) for r in records if r.get(name) is not None]
+    return [step for step, _ in found], [value for _, value in found]
 
 
 def to_svg(figure: Any) -> str:
