@@ -143,7 +143,7 @@ Turns a GPT-2-class base model into a dialogue model and measures how good it be
 {commands}
 
 Options are --group.name value; --config FILE.yaml sets the same names (presets: paper/e1, ...); --print_config prints them.
-MODEL is a hub name (gpt2-medium), a directory, a run directory, RUN@STEP, or `sample` (embedded).
+MODEL is a hub name (gpt2-medium), a directory (whole model or LoRA adapter), a run directory, RUN@STEP, or `sample` (embedded).
 `tunesmith COMMAND --help` lists a command's options; --debug shows the traceback of an error."""
 
 
