@@ -398,3 +398,11 @@ def test_a_run_on_a_random_base_can_be_moved_with_its_base(tiny_directory, tmp_p
     moved = (tmp_path / "run").rename(tmp_path / "elsewhere")
     after, _ = ts.load(str(moved), device="cpu")
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+
+
+def test_a_base_folder_that_happens_to_lie_there_is_not_taken_for_a_missing_base(base, tmp_path):
+    """Only for an adapter that says by its fingerprint which weights it needs."""
+    adapter = made_by_peft(base, tmp_path / "run" / "checkpoints" / "adapter")[0]
+    shutil.copytree(base, tmp_path / "run" / "base")
+    change_config(adapter, base_model_name_or_path="/no/where")
+    refused(adapter, "'/no/where'", "no such directory")

@@ -13,6 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load as load_safetensors
 
+from tunesmith.adapters import save_adapter
+from tunesmith.lora import apply_lora, lora_layers, merge
+from tunesmith.models import load_tokenizer
+from tunesmith.weights import load_model, weights_fingerprint
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ROWS = [
     {"messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"It is {i}."}]}
@@ -91,6 +96,17 @@ def digest(data):
     return hashlib.sha256(data).hexdigest()
 
 
+def write_adapter(base, directory):
+    """An adapter with weights that matter, on the hub's someone/tiny."""
+    model = load_model(base)
+    mark = weights_fingerprint(model)
+    apply_lora(model, rank=2, alpha=4.0)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, generator=torch.Generator().manual_seed(1))
+    save_adapter(model, directory, base="someone/tiny", fingerprint=mark)
+    return model
+
+
 @pytest.fixture(scope="module")
 def hub(tiny_directory, tmp_path_factory):
     hub = Hub()
@@ -99,9 +115,12 @@ def hub(tiny_directory, tmp_path_factory):
     torch.save(load_safetensors(tiny["model.safetensors"]), weights)
     bare = {name: data for name, data in tiny.items() if name != "model.safetensors"}
     clutter = {"README.md": b"# tiny", "flax_model.msgpack": b"\0" * 1000}
+    adapter = tmp_path_factory.mktemp("adapter")
+    write_adapter(tiny_directory, adapter)
     hub.repos = {
         ("models", "someone/tiny"): tiny | clutter,
         ("models", "someone/old"): bare | clutter | {"pytorch_model.bin": weights.read_bytes()},
+        ("models", "someone/adapter"): clutter | {p.name: p.read_bytes() for p in adapter.iterdir()},
         ("models", "someone/broken"): tiny,
         ("models", "someone/bare"): bare,
         ("datasets", "someone/dialogues"): {
@@ -226,3 +245,13 @@ def test_a_second_start_needs_no_hub_and_a_first_one_says_so_in_one_line(answers
     assert len(err.splitlines()) == 1, err
     assert "cannot be downloaded" in err
     assert "DIR" in err
+
+
+def test_an_adapter_by_name_finds_its_base_by_name(ask, tiny_directory, tmp_path):
+    model = write_adapter(tiny_directory, tmp_path)
+    merge(model)
+    with torch.no_grad():
+        hidden = model(torch.tensor([load_tokenizer(tiny_directory).encode("Hello there")])).flatten()[:5].tolist()
+    ((code, told, _),) = ask([["load", "someone/adapter"]])
+    assert code == 0
+    assert json.loads(told[told.index("[") :]) == pytest.approx(hidden, abs=2e-5)

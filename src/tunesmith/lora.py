@@ -113,7 +113,7 @@ def find_targets(model: nn.Module, targets: str) -> list[str]:
             fitting = {name for name in layers if fnmatch.fnmatchcase(name, part)}
         else:
             fitting = {name for name in layers if f".{name}".endswith(f".{part}")}
-        if not part or not fitting:
+        if not fitting:
             unknown.append(part)
         found |= fitting
     if unknown:

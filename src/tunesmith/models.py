@@ -135,9 +135,9 @@ def _merged(directory: Path, files: AdapterFiles, dropout: float | None = None) 
 def _base_directory(directory: Path, files: AdapterFiles) -> Path:
     if not files.base:
         raise UserError(f"{directory / adapters.CONFIG} names no base model (base_model_name_or_path); add it")
-    moved = directory.absolute().parents[1] / "base"  # a random base that its run keeps, wherever the run lies now
-    if not Path(files.base).exists() and (moved / "config.json").exists():
-        return moved
+    stored, beside = Path(files.base), directory.absolute().parent.parent / "base"
+    if files.fingerprint and stored.is_absolute() and not stored.exists() and (beside / "config.json").exists():
+        return beside  # a random base that its run keeps, wherever the run lies now; the fingerprint tells whether it is that
     try:
         return find_model(files.base)
     except UserError as error:

@@ -2,7 +2,7 @@
 
     tunesmith dpo --model.name runs/sft --data.name hh-pairs --lora.rank 8
 
-Algorithm 4 of the paper, on one small card: the prompt of a pair is computed once, pairs share rows, logits exist for a
+Algorithm 4 of the paper, in about the memory of SFT: the prompt of a pair is computed once, pairs share rows, logits exist for a
 few answers at a time, and the reference's log-probabilities are computed once and kept. What the usual recipes have and
 this one leaves out: padding, a second copy of the model in memory, answers that lost their end.
 """
