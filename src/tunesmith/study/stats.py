@@ -1,11 +1,141 @@
-"""Intervals for what was measured on a few examples. Numbers only."""
+"""Intervals for what was measured on a few examples. Numbers only: no torch, no files, no drawing.
+
+Every interval is a 95 % one and comes with its mean and the number of examples it rests on.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from statistics import NormalDist
 
+import numpy as np
+
 Z95 = NormalDist().inv_cdf(0.975)
+RESAMPLES = 10_000
+AT_ONCE = 4_000_000  # numbers drawn in one go, to bound the memory of the bootstrap
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean, or a share, of n examples and its 95 % interval; `low` and `high` are NaN where n is too small to tell."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        return (
+            f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+            if self.low == self.low
+            else f"{self.mean:.3f} (n = {self.n})"
+        )
+
+
+def bootstrap_interval(values: Sequence[float], *, seed: int = 0) -> Interval:
+    """Mean of independent values with its bootstrap interval.
+
+    The quantiles of the resampled means are widened by what a t interval has over a normal one, without which the plain
+    percentile interval is too short on few values (40 values: 93 to 94 % instead of 95 %).
+
+    Returns: NaN bounds for a single value.
+    Raises: ValueError if there is no value or one is not finite.
+    Source: Hesterberg 2015, "What Teachers Should Know About the Bootstrap", expanded percentile interval.
+    Held by tests: holds the true mean in 95 +- 2 % of simulated sets of 40 (as skewed as a gamma of shape 2; an exponential: 93.5 %).
+    """
+    x = np.asarray(values, np.float64)
+    n = len(x)
+    if not n or not np.isfinite(x).all():
+        raise ValueError(f"{n} values, {np.isfinite(x).sum()} of them finite: no mean to be had")
+    mean = float(x.mean())
+    if n == 1:
+        return Interval(mean, math.nan, math.nan, 1)
+    rng = np.random.default_rng(seed)
+    chunk = max(1, AT_ONCE // n)
+    means = np.concatenate(
+        [x[rng.integers(0, n, (min(chunk, RESAMPLES - done), n))].mean(1) for done in range(0, RESAMPLES, chunk)]
+    )
+    tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * t_quantile(n - 1))
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Interval(mean, min(float(low), mean), max(float(high), mean), n)
+
+
+def t_interval(values: Sequence[float]) -> Interval:
+    """Mean of a handful of like values (a figure over seeds) with Student's interval; NaN bounds below two values."""
+    x = np.asarray(values, np.float64)
+    if not len(x):
+        raise ValueError("no values: no mean to be had")
+    mean = float(x.mean())
+    if len(x) == 1:
+        return Interval(mean, math.nan, math.nan, 1)
+    half = t_quantile(len(x) - 1) * float(x.std(ddof=1)) / math.sqrt(len(x))
+    return Interval(mean, mean - half, mean + half, len(x))
+
+
+def paired_difference(a: Sequence[float], b: Sequence[float]) -> Interval:
+    """Mean of a - b where both were measured on the same examples, with its bootstrap interval.
+
+    Raises: ValueError if there are not as many a as b.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} values against {len(b)}: pairs have two sides")
+    return bootstrap_interval([x - y for x, y in zip(a, b, strict=True)])
+
+
+@dataclass(frozen=True)
+class Wins:
+    """How often the first of two was better, neither, and the second."""
+
+    wins: int
+    ties: int
+    losses: int
+
+    @property
+    def n(self) -> int:
+        return self.wins + self.ties + self.losses
+
+    @property
+    def mirrored(self) -> Wins:
+        """The same comparison told from the other side."""
+        return Wins(self.losses, self.ties, self.wins)
+
+
+def count_wins(a: Sequence[float], b: Sequence[float], tie: float = 0.0) -> Wins:
+    """Wins of a over b, pair by pair; a difference of at most `tie` is a tie."""
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} values against {len(b)}: pairs have two sides")
+    signs = [0 if abs(x - y) <= tie else (1 if x > y else -1) for x, y in zip(a, b, strict=True)]
+    return Wins(signs.count(1), signs.count(0), signs.count(-1))
+
+
+def win_rate(wins: Wins) -> Interval:
+    """Share of wins, a tie counting one half, with Wilson's interval for the number of examples that the ties are worth.
+
+    A tie is known to be one half, so it carries less spread than a win or a loss: with variance v per example and rate p
+    the shares behave like those of n p (1 - p) / v examples. Only ties: no spread was seen, the interval is that of n
+    decided pairs. Mirrored wins give the mirrored interval.
+
+    Raises: ValueError if nothing was compared.
+    """
+    n = wins.n
+    if not n:
+        raise ValueError("nothing was compared")
+    rate = (wins.wins + wins.ties / 2) / n
+    variance = (wins.wins * (1 - rate) ** 2 + wins.ties * (0.5 - rate) ** 2 + wins.losses * rate**2) / n
+    worth = n * rate * (1 - rate) / variance if variance > 0 else n
+    low, high = _wilson(rate, worth, Z95)
+    return Interval(rate, low, high, n)
+
+
+def share_interval(successes: float, n: int) -> Interval:
+    """A share with its Wilson interval, as `wilson_interval`."""
+    return Interval(successes / n if n else math.nan, *wilson_interval(successes, n), n)
 
 
 def wilson_interval(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
@@ -18,7 +148,35 @@ def wilson_interval(successes: float, n: int, z: float = Z95) -> tuple[float, fl
     """
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"{successes} of {n} is no share")
-    share, spread = successes / n, z * z / n
+    return _wilson(successes / n, n, z)
+
+
+def _wilson(share: float, n: float, z: float) -> tuple[float, float]:
+    spread = z * z / n
     middle = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+@cache
+def t_quantile(df: int) -> float:
+    """The 97.5 % quantile of Student's t with `df` >= 1 degrees of freedom.
+
+    >>> [round(t_quantile(df), 3) for df in (1, 2, 4, 39)]
+    [12.706, 4.303, 2.776, 2.023]
+    """
+    if df > 1000:
+        return Z95 + (Z95**3 + Z95) / (4 * df)  # Cornish-Fisher's first term, good to 1e-6 here
+    scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
+
+    def mass(x: float) -> float:  # of (0, x), by t = sqrt(df) tan(angle): a smooth integrand on a bounded range
+        angle = np.linspace(0, math.atan(x / math.sqrt(df)), 513)
+        y = np.cos(angle) ** (df - 1)
+        simpson = y[0] + y[-1] + 4 * y[1:-1:2].sum() + 2 * y[2:-1:2].sum()
+        return float(scale * math.sqrt(df) * simpson * (angle[1] - angle[0]) / 3)
+
+    low, high = 0.0, 16.0
+    while high - low > 1e-10:
+        middle = (low + high) / 2
+        low, high = (middle, high) if mass(middle) < 0.475 else (low, middle)
+    return (low + high) / 2
