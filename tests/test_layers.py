@@ -13,13 +13,14 @@ PACKAGE = Path(__file__).parents[1] / "src" / "tunesmith"
 LAYERS = [
     {"errors"},
     {"options", "config", "hub", "runlog", "prompts", "progress", "tokenizer", "dialogue", "device", "readers", "study.stats"}
-    | {"documents", "losses", "lora", "optim", "step"},
+    | {"documents", "losses", "lora", "optim", "step", "answers"},
     {"gpt", "datasets"},
     {"weights", "tokenstore"},
     {"adapters", "reward", "checkpoint", "batching"},
     {"models", "pairs", "evaluate"},
-    {"generation", "fit", "preferences", "trainee"},
-    {"training", "reference"},
+    {"generation", "fit", "preferences", "trainee", "scoring"},
+    {"judging", "reference"},
+    {"training"},
     {"recipes.sft", "recipes.dpo", "recipes.reward", "recipes.data", "recipes.evaluate", "recipes.compare", "recipes.chat"}
     | {"study.figures"},
     {"study.report"},
@@ -38,6 +39,7 @@ WITHOUT_TORCH = {
     "dialogue",
     "datasets",
     "readers",
+    "answers",
     "study.stats",
     "study.figures",
     "study.report",

@@ -1,0 +1,181 @@
+"""Answers to a set of prompts as records: their file, what can be said of them without a judge, and pairs of them. No torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tunesmith.dialogue import ROLE_NAMES
+from tunesmith.errors import UserError
+from tunesmith.runlog import write_atomically
+from tunesmith.study.stats import Interval, Wins, bootstrap_interval, count_wins, paired_difference, win_rate
+
+REPEATED = 4  # words of the sequences whose repetition is counted
+LIKE_LENGTH = 0.2  # answers are of like length where the shorter has at least 80 % of the longer one's tokens
+_LEAK = re.compile(rf"^\s*({'|'.join(ROLE_NAMES)})\s*:", re.IGNORECASE | re.MULTILINE)
+_WORD = re.compile(r"\w+(?:['\u2019]\w+)*|[^\w\s]")
+
+
+@dataclass(frozen=True)
+class ScoredAnswer:
+    """One answer. tokens: its length, the end included. reward: what a reward model gave it, None where none was asked."""
+
+    prompt: str
+    group: str
+    answer: str
+    finish_reason: Literal["stop", "length"]
+    tokens: int
+    reward: float | None = None
+
+    @property
+    def leaks(self) -> bool:
+        """Whether a line of it begins like a turn of the dialogue (`Human:`), which a reader should never see."""
+        return bool(_LEAK.search(self.answer))
+
+
+def write_answers(path: Path, answers: Sequence[ScoredAnswer]) -> None:
+    """One JSON object a line; the directory is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(json.dumps(asdict(a), ensure_ascii=False) + "\n" for a in answers))
+
+
+def read_answers(path: Path) -> list[ScoredAnswer]:
+    """What `write_answers` wrote. Raises: UserError naming file and line."""
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                known = {k: row[k] for k in ScoredAnswer.__dataclass_fields__ if k in row}
+                found.append(ScoredAnswer(**known))
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{path}:{number}: no answer ({error}); delete the file and score again") from None
+    return found
+
+
+def words(text: str) -> list[str]:
+    """Words and punctuation marks, in lower case."""
+    return _WORD.findall(text.lower())
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """Different n-word sequences as a share of all in all texts; 0 where there is none.
+
+    Source: Li et al. 2016, arXiv 1510.03055, distinct-1 and distinct-2.
+    """
+    grams = [gram for text in texts for gram in _grams(words(text), n)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def repetition(text: str) -> float:
+    """Share of a text's four-word sequences that stood in it before; 0 for a short one.
+
+    Source: Welleck et al. 2019, arXiv 1908.04319, seq-rep-4.
+    """
+    grams = _grams(words(text), REPEATED)
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _grams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+
+
+MEASURES = ("length", "distinct_1", "distinct_2", "repetition", "role_leaks", "self_stopped")
+
+
+def measures(answers: Sequence[ScoredAnswer]) -> dict[str, float]:
+    """What needs no judge: mean tokens; distinct-1 and -2; mean repetition; share with a role marker; share that stopped."""
+    if not answers:
+        raise ValueError("no answers to measure")
+    texts = [a.answer for a in answers]
+    n = len(answers)
+    values = (
+        sum(a.tokens for a in answers) / n,
+        distinct(texts, 1),
+        distinct(texts, 2),
+        sum(map(repetition, texts)) / n,
+        sum(a.leaks for a in answers) / n,
+        sum(a.finish_reason == "stop" for a in answers) / n,
+    )
+    return dict(zip(MEASURES, values, strict=True))
+
+
+def rewards(answers: Sequence[ScoredAnswer], samples: int = 1) -> list[float]:
+    """The reward of every prompt, the mean over its `samples` answers, which stand one after the other.
+
+    Raises: ValueError if an answer has none.
+    """
+    found = [a.reward for a in answers]
+    if any(r is None for r in found) or len(found) % samples:
+        raise ValueError("not every answer has a reward")
+    return [sum(found[i : i + samples]) / samples for i in range(0, len(found), samples)]  # type: ignore[arg-type]
+
+
+def best_rewards(answers: Sequence[ScoredAnswer], samples: int) -> list[float]:
+    """The highest reward of every prompt's `samples` answers: best-of-n."""
+    each = rewards(answers)
+    return [max(each[i : i + samples]) for i in range(0, len(each), samples)]
+
+
+def reward_summary(answers: Sequence[ScoredAnswer], samples: int = 1) -> dict[str, Any]:
+    """`{"mean", "low", "high", "n", "groups": {group: the same four}}` over prompts, with 95 % bootstrap intervals."""
+    values, prompts = rewards(answers, samples), answers[::samples]
+    groups = sorted({p.group for p in prompts if p.group})
+    by_group = {g: [v for v, p in zip(values, prompts, strict=True) if p.group == g] for g in groups}
+    return interval_record(bootstrap_interval(values)) | {
+        "groups": {g: interval_record(bootstrap_interval(v)) for g, v in by_group.items()}
+    }
+
+
+def interval_record(interval: Interval) -> dict[str, Any]:
+    """`{"mean", "low", "high", "n"}`, with null for bounds that nobody can tell."""
+    bounds = {
+        name: value if value == value else None for name, value in (("low", interval.low), ("high", interval.high))
+    }
+    return {"mean": interval.mean, **bounds, "n": interval.n}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rewards of A and B on the same prompts. difference: A - B. matched: only prompts with answers of like length."""
+
+    difference: Interval
+    wins: Wins
+    rate: Interval
+    matched: Wins
+    matched_rate: Interval | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        record = {
+            "difference": interval_record(self.difference),
+            "wins": asdict(self.wins),
+            "win_rate": interval_record(self.rate),
+        }
+        matched = self.matched_rate and interval_record(self.matched_rate)
+        return record | {"matched_length": {"wins": asdict(self.matched), "win_rate": matched}}
+
+
+def compare_rewards(a: Sequence[ScoredAnswer], b: Sequence[ScoredAnswer], samples: int = 1) -> Comparison:
+    """A against B, prompt by prompt. Raises: ValueError if they do not answer the same prompts."""
+    if [x.prompt for x in a] != [x.prompt for x in b]:
+        raise ValueError("answers to different prompts cannot be compared")
+    of_a, of_b = rewards(a, samples), rewards(b, samples)
+    wins = count_wins(of_a, of_b)
+    like = [i for i, (x, y) in enumerate(zip(_lengths(a, samples), _lengths(b, samples), strict=True)) if alike(x, y)]
+    matched = count_wins([of_a[i] for i in like], [of_b[i] for i in like])
+    rate = win_rate(matched) if matched.n else None
+    return Comparison(paired_difference(of_a, of_b), wins, win_rate(wins), matched, rate)
+
+
+def alike(a: float, b: float) -> bool:
+    """Whether two lengths are about the same."""
+    return min(a, b) >= (1 - LIKE_LENGTH) * max(a, b)
+
+
+def _lengths(answers: Sequence[ScoredAnswer], samples: int) -> list[float]:
+    return [sum(a.tokens for a in answers[i : i + samples]) / samples for i in range(0, len(answers), samples)]

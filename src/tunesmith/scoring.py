@@ -1,0 +1,195 @@
+"""Outside judgement of answers: any reward model, ours or a Hugging Face sequence classifier, from texts to one number each."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from tunesmith.device import resolve_device
+from tunesmith.dialogue import Message, parse_messages, segments
+from tunesmith.documents import Documents
+from tunesmith.errors import UserError
+from tunesmith.evaluate import evaluation_mode
+from tunesmith.models import find_model, is_adapter, load_reward
+from tunesmith.reward import RewardModel, is_reward_model
+from tunesmith.runlog import Run
+from tunesmith.study.stats import share_interval
+from tunesmith.tokenizer import Tokenizer
+from tunesmith.weights import read_json
+
+PACKED_TOKENS = 4096  # in one forward pass of our own reward models
+PADDED_TOKENS = 4096  # the same for a classifier of transformers, padding included
+Prompt = str | Sequence[Message] | Sequence[Mapping[str, str]]
+
+
+class Scorer(Protocol):
+    """Gives an answer one number, higher for better; only differences between its numbers mean something.
+
+    description: what it was trained for and how often it is right, for the reader of its scores.
+    """
+
+    name: str
+    description: str
+
+    def score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+        """One number an answer. prompts: the conversation before each, or its only question as text."""
+        ...
+
+
+def load_scorer(name: str, *, device: str = "auto") -> Scorer:
+    """The reward model of that name: a run of `tunesmith reward`, or a sequence classifier, local or on the hub.
+
+    Raises: UserError if there is none, it gives several numbers, or it needs the transformers package and that is missing.
+    """
+    directory = find_model(name)
+    kind = {} if is_adapter(directory) else read_json(directory / "config.json")
+    if is_adapter(directory) or kind.get("model_type") == "gpt2":
+        return OwnScorer(name, device)
+    if not is_reward_model(directory):
+        found = ", ".join(kind.get("architectures") or ["no architecture"])
+        raise UserError(
+            f"{name} is no reward model: its config.json names {found}, expected a ...ForSequenceClassification"
+        )
+    return ClassifierScorer(name, directory, device)
+
+
+class OwnScorer:
+    """A reward model of this project. The answer is read in the form that it was trained on; texts are packed."""
+
+    def __init__(self, name: str, device: str = "auto") -> None:
+        self.name = name
+        self.description = describe_run(name)
+        self.model, self.tokenizer = load_reward(name, device=device)
+
+    def score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+        """As `Scorer.score`; a text longer than the model can read loses its beginning."""
+        limit = self.model.transformer.config.block_size
+        ids = [encode_answer(self.tokenizer, p, a)[-limit:] for p, a in zip(prompts, answers, strict=True)]
+        return score_texts(self.model, ids)
+
+
+def encode_answer(tokenizer: Tokenizer, prompt: Prompt, answer: str) -> list[int]:
+    """Ids of prompt and answer, cut into pieces as in training, without an end-of-text token."""
+    pieces = segments([*conversation(prompt), Message("assistant", answer)])
+    return list(chain.from_iterable(tokenizer.encode_batch([text for text, _ in pieces])))
+
+
+def conversation(prompt: Prompt) -> list[Message]:
+    """The turns of a prompt; a text is the only one. Raises: BadRow if it is none."""
+    if isinstance(prompt, str):
+        return [Message("user", prompt)]
+    return [m if isinstance(m, Message) else parse_messages([m]).messages[0] for m in prompt]
+
+
+def score_texts(model: RewardModel, texts: Sequence[Sequence[int]]) -> list[float]:
+    """Scores of texts of tokens, each at its last one; packed without padding, longest first."""
+    device = model.score.weight.device
+    scores = [0.0] * len(texts)
+    with evaluation_mode(model):
+        for group in _groups([len(t) for t in texts], PACKED_TOKENS, padded=False):
+            documents = Documents.from_rows([[len(texts[i]) for i in group]], device)
+            tokens = torch.tensor([list(chain.from_iterable(texts[i] for i in group))], device=device)
+            last = documents.cu_seqlens[1 : len(group) + 1].long() - 1
+            for i, value in zip(group, model(tokens, documents, rows=last).tolist(), strict=True):
+                scores[i] = value
+    return scores
+
+
+class ClassifierScorer:
+    """A sequence classifier of transformers with one output, such as OpenAssistant's DeBERTa.
+
+    Read as its tokenizer's pair (question, answer); where the tokenizer has a chat template, in that form. A prompt of
+    several turns is joined by empty lines.
+    """
+
+    def __init__(self, name: str, directory: Path, device: str = "auto") -> None:
+        if importlib.util.find_spec("transformers") is None:
+            raise UserError(
+                f"{name} is a model of the transformers package, which is not installed: pip install 'tunesmith[judge]', "
+                "or name a reward model trained with tunesmith reward"
+            )
+        transformers: Any = importlib.import_module("transformers")
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        self.name = name
+        self.description = f"{name}: trained elsewhere; tunesmith evaluate {name} PAIRS measures how often it is right"
+        self.device = resolve_device(device)
+        try:
+            model: Any = transformers.AutoModelForSequenceClassification.from_pretrained(
+                directory, local_files_only=True
+            )
+            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        except (OSError, ValueError, ImportError, RuntimeError) as error:
+            raise UserError(f"{name} cannot be loaded by transformers: {str(error).strip().splitlines()[0]}") from None
+        if model.config.num_labels != 1:
+            raise UserError(f"{name} gives {model.config.num_labels} numbers a text; a reward model gives one")
+        self.model = model.eval().to(self.device)
+        positions = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+        self.limit = int(min(positions, self.tokenizer.model_max_length))
+
+    def score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+        """As `Scorer.score`; a text longer than the model can read loses the end of its longer part."""
+        encoded = [self._encode(p, a) for p, a in zip(prompts, answers, strict=True)]
+        scores = [0.0] * len(encoded)
+        with torch.inference_mode():
+            for group in _groups([len(e["input_ids"]) for e in encoded], PADDED_TOKENS, padded=True):
+                batch = self.tokenizer.pad([encoded[i] for i in group], return_tensors="pt").to(self.device)
+                for i, value in zip(group, self.model(**batch).logits.float()[:, 0].tolist(), strict=True):
+                    scores[i] = value
+        return scores
+
+    def _encode(self, prompt: Prompt, answer: str) -> dict[str, Any]:
+        turns, cut = conversation(prompt), {"truncation": True, "max_length": self.limit}
+        if getattr(self.tokenizer, "chat_template", None):
+            messages = [{"role": m.role, "content": m.content} for m in [*turns, Message("assistant", answer)]]
+            encoded = self.tokenizer.apply_chat_template(messages, return_dict=True, **cut)
+        else:
+            encoded = self.tokenizer("\n\n".join(m.content for m in turns), answer, **cut)
+        return dict(encoded)
+
+
+def _groups(lengths: Sequence[int], budget: int, *, padded: bool) -> Iterator[list[int]]:
+    """Numbers of texts, longest first, in groups of at most `budget` tokens (padded: as wide as the first)."""
+    group: list[int] = []
+    used = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        cost = lengths[group[0]] * (len(group) + 1) if padded and group else used + lengths[i]
+        if group and cost > budget:
+            yield group
+            group, used = [], 0
+        group.append(i)
+        used += lengths[i]
+    if group:
+        yield group
+
+
+def describe_run(name: str) -> str:
+    """What a reward model of ours was trained for and how often it is right, from its run; short where there is none."""
+    path = Path(name.rpartition("@")[0] or name).expanduser()
+    if not (path / "status.json").exists():
+        return f"{name}: trained elsewhere; tunesmith evaluate {name} PAIRS measures how often it is right"
+    run = Run(path)
+    step = run.status.get("best_step")
+    if "@" in name and name.rpartition("@")[2].isdigit():
+        step = int(name.rpartition("@")[2])
+    held = next((e for e in run.metrics("eval") if e["step"] == step), None)
+    pairs = next(iter(run.metrics("pairs")), None)
+    words = f"{name}: trained on {run.config['data']['name']}"
+    if held and pairs and held.get("validation_accuracy") is not None:
+        n = pairs["validation_pairs"]
+        right = share_interval(held["validation_accuracy"] * n, n)
+        words += (
+            f"; right on {_percent(right.mean)} ({_percent(right.low)} to {_percent(right.high)}) of {n:,} held-out pairs, "
+            f'where "the longer answer is better" is right on {_percent(pairs["validation_longer_chosen"])}'
+        )
+    return words
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"

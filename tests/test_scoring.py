@@ -1,0 +1,148 @@
+"""Scores of answers: our own reward models and DeBERTa against plain loops with transformers, and what cannot be a scorer."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers, processors
+
+from tiny_runs import tiny_config
+from tunesmith.errors import UserError
+from tunesmith.models import load_reward
+from tunesmith.options import RewardConfig
+from tunesmith.recipes.reward import train_reward_model
+from tunesmith.scoring import load_scorer
+
+PROMPTS = ["What is love?", "Hi", "Why is the sky blue, and what would it take to make it green?", "Hi", "Tell me more"]
+ANSWERS = ["Baby, don't hurt me.", "Hello! " * 30, "", "Hello", "The sky. " * 3]
+
+
+@pytest.fixture(scope="module")
+def deberta(tmp_path_factory):
+    """A DeBERTa v2 with random weights and a tokenizer of words, saved by transformers."""
+    words = sorted(
+        {w for t in [*PROMPTS, *ANSWERS] for w in pre_tokenizers.Whitespace().pre_tokenize_str(t) for w in w[:1]}
+    )
+    vocab = {w: i for i, w in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *words])}
+    backend = Backend(models.WordLevel(vocab, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 1), ("[SEP]", 2)]
+    )
+    path = tmp_path_factory.mktemp("deberta")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        unk_token="[UNK]",
+        model_max_length=64,
+    )
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(0)
+    config = transformers.DebertaV2Config(
+        vocab_size=len(vocab), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, num_labels=1,
+        max_position_embeddings=64, relative_attention=True, pos_att_type=["c2p", "p2c"], position_biased_input=False,
+        initializer_range=0.5,
+    )  # fmt: skip
+    transformers.DebertaV2ForSequenceClassification(config).save_pretrained(path)
+    return path
+
+
+def test_deberta_scores_as_a_plain_loop_of_transformers_does(deberta):
+    found = load_scorer(str(deberta), device="cpu").score(PROMPTS, ANSWERS)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(deberta)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(deberta).eval()
+    with torch.no_grad():
+        plain = [
+            model(**tokenizer(p, a, return_tensors="pt", truncation=True)).logits[0, 0].item()
+            for p, a in zip(PROMPTS, ANSWERS, strict=True)
+        ]
+    assert found == pytest.approx(plain, abs=1e-5)
+    assert len({round(x, 4) for x in plain}) == len(plain), "the scores must differ, or the order proves nothing"
+
+
+def test_scores_do_not_depend_on_what_else_is_scored(deberta, monkeypatch):
+    scorer = load_scorer(str(deberta), device="cpu")
+    whole = scorer.score(PROMPTS, ANSWERS)
+    monkeypatch.setattr("tunesmith.scoring.PADDED_TOKENS", 1)
+    assert scorer.score(PROMPTS, ANSWERS) == pytest.approx(whole, abs=1e-5)
+    assert scorer.score([], []) == []
+
+
+def test_a_chat_template_is_used_where_the_tokenizer_has_one(deberta, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(deberta)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} [SEP] {% endfor %}"
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(deberta).eval()
+    for part in (tokenizer, model):
+        part.save_pretrained(tmp_path / "chat")
+    found = load_scorer(str(tmp_path / "chat"), device="cpu").score(["Hi"], ["Hello"])
+    with torch.no_grad():
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}],
+            return_tensors="pt", return_dict=True,
+        )  # fmt: skip
+        assert found == pytest.approx([model(**ids).logits[0, 0].item()], abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def reward_run(tiny_directory, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "reward"
+    return train_reward_model(tiny_config(tiny_directory, out, RewardConfig, data__name="sample", train__steps=4))
+
+
+def test_our_own_reward_model_scores_as_transformers_reads_its_checkpoint(reward_run):
+    found = load_scorer(str(reward_run.path), device="cpu").score(PROMPTS, ANSWERS)
+    _, tokenizer = load_reward(str(reward_run.path), device="cpu")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(reward_run.best_checkpoint()).eval()
+    plain = []
+    for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
+        ids = [*tokenizer.encode(f"\n\nHuman: {prompt}\n\nAssistant:"), *tokenizer.encode(f" {answer}")]
+        with torch.no_grad():
+            plain.append(model(input_ids=torch.tensor([ids])).logits[0, 0].item())
+    assert found == pytest.approx(plain, abs=1e-5)
+
+
+def test_conversations_and_texts_longer_than_the_model_can_read(reward_run, monkeypatch):
+    scorer = load_scorer(str(reward_run.path), device="cpu")
+    turns = [{"role": "user", "content": "Hi"}]
+    assert scorer.score([turns], ["Hello"]) == pytest.approx(scorer.score(["Hi"], ["Hello"]), abs=1e-6)
+    long = "The sky is blue. " * 200
+    whole = scorer.score([long, "Hi"], ["Yes", "Hello"])
+    assert whole == pytest.approx([scorer.score([long], ["Yes"])[0], scorer.score(["Hi"], ["Hello"])[0]], abs=1e-5)
+    monkeypatch.setattr("tunesmith.scoring.PACKED_TOKENS", 1)
+    assert scorer.score([long, "Hi"], ["Yes", "Hello"]) == pytest.approx(whole, abs=1e-5)
+
+
+def test_a_scorer_says_what_it_was_trained_for_and_how_often_it_is_right(reward_run):
+    words = load_scorer(str(reward_run.path), device="cpu").description
+    best = reward_run.status["best_step"]
+    accuracy = next(e for e in reward_run.metrics("eval") if e["step"] == best)["validation_accuracy"]
+    pairs = reward_run.metrics("pairs")[0]
+    assert "trained on sample" in words
+    assert f"right on {100 * accuracy:.0f} % (" in words
+    assert f"of {pairs['validation_pairs']} held-out pairs" in words
+    assert f"right on {100 * pairs['validation_longer_chosen']:.0f} %" in words
+
+
+def test_language_models_and_classifiers_with_several_outputs_are_refused(tiny_directory, deberta, tmp_path):
+    with pytest.raises(UserError, match="is a language model, no reward model"):
+        load_scorer(str(tiny_directory), device="cpu")
+    config = transformers.AutoConfig.from_pretrained(deberta)
+    config.num_labels = 3
+    transformers.DebertaV2ForSequenceClassification(config).save_pretrained(tmp_path / "three")
+    transformers.AutoTokenizer.from_pretrained(deberta).save_pretrained(tmp_path / "three")
+    with pytest.raises(UserError, match="gives 3 numbers a text"):
+        load_scorer(str(tmp_path / "three"), device="cpu")
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
+    with pytest.raises(UserError, match=r"names BertModel, expected a \.\.\.ForSequenceClassification"):
+        load_scorer(str(tmp_path / "bert"), device="cpu")
+
+
+def test_without_transformers_the_way_out_is_told(deberta, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'tunesmith\[judge\]'"):
+        load_scorer(str(deberta), device="cpu")
