@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "tunesmith"
 LAYERS = [
     {"errors"},
     {"options", "config", "hub", "runlog", "prompts", "progress", "tokenizer", "dialogue", "device", "readers", "study.stats"}
-    | {"documents", "losses", "lora", "optim", "step", "answers"},
+    | {"documents", "losses", "lora", "optim", "step", "answers", "choice"},
     {"gpt", "datasets"},
     {"weights", "tokenstore"},
     {"adapters", "reward", "checkpoint", "batching"},
@@ -40,6 +40,7 @@ WITHOUT_TORCH = {
     "datasets",
     "readers",
     "answers",
+    "choice",
     "study.stats",
     "study.figures",
     "study.report",

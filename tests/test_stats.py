@@ -56,6 +56,17 @@ def test_t_quantiles(df, expected):
     assert t_quantile(df) == pytest.approx(expected, abs=1e-5 if df > 1 else 6e-5)
 
 
+@pytest.mark.parametrize(("df", "level", "expected"), [(5, 0.99, 4.03214), (30, 0.998, 3.38518), (10, 0.8, 1.37218)])
+def test_t_quantiles_of_other_levels(df, level, expected):
+    assert t_quantile(df, level) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_higher_level_gives_a_wider_interval():
+    values = np.random.default_rng(5).normal(0, 1, 40)
+    wide, plain = bootstrap_interval(values, level=0.999), bootstrap_interval(values)
+    assert wide.low < plain.low < plain.high < wide.high
+
+
 @pytest.mark.parametrize("kind", DRAWS)
 def test_the_bootstrap_interval_of_40_values_holds_the_true_mean_in_95_of_100_cases(kind, monkeypatch):
     monkeypatch.setattr("tunesmith.study.stats.RESAMPLES", 1000)

@@ -1,6 +1,6 @@
 """Intervals for what was measured on a few examples. Numbers only: no torch, no files, no drawing.
 
-Every interval is a 95 % one and comes with its mean and the number of examples it rests on.
+Every interval is a 95 % one where nothing else is said, and comes with its mean and the number of examples it rests on.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Interval:
         )
 
 
-def bootstrap_interval(values: Sequence[float], *, seed: int = 0) -> Interval:
+def bootstrap_interval(values: Sequence[float], *, level: float = 0.95, seed: int = 0) -> Interval:
     """Mean of independent values with its bootstrap interval.
 
     The quantiles of the resampled means are widened by what a t interval has over a normal one, without which the plain
@@ -61,7 +61,7 @@ def bootstrap_interval(values: Sequence[float], *, seed: int = 0) -> Interval:
     means = np.concatenate(
         [x[rng.integers(0, n, (min(chunk, RESAMPLES - done), n))].mean(1) for done in range(0, RESAMPLES, chunk)]
     )
-    tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * t_quantile(n - 1))
+    tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * t_quantile(n - 1, level))
     low, high = np.quantile(means, [tail, 1 - tail])
     return Interval(mean, min(float(low), mean), max(float(high), mean), n)
 
@@ -78,14 +78,14 @@ def t_interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half, len(x))
 
 
-def paired_difference(a: Sequence[float], b: Sequence[float]) -> Interval:
+def paired_difference(a: Sequence[float], b: Sequence[float], *, level: float = 0.95) -> Interval:
     """Mean of a - b where both were measured on the same examples, with its bootstrap interval.
 
     Raises: ValueError if there are not as many a as b.
     """
     if len(a) != len(b):
         raise ValueError(f"{len(a)} values against {len(b)}: pairs have two sides")
-    return bootstrap_interval([x - y for x, y in zip(a, b, strict=True)])
+    return bootstrap_interval([x - y for x, y in zip(a, b, strict=True)], level=level)
 
 
 @dataclass(frozen=True)
@@ -159,24 +159,25 @@ def _wilson(share: float, n: float, z: float) -> tuple[float, float]:
 
 
 @cache
-def t_quantile(df: int) -> float:
-    """The 97.5 % quantile of Student's t with `df` >= 1 degrees of freedom.
+def t_quantile(df: int, level: float = 0.95) -> float:
+    """How many standard errors a two-sided Student interval of that level reaches, with `df` >= 1 degrees of freedom.
 
     >>> [round(t_quantile(df), 3) for df in (1, 2, 4, 39)]
     [12.706, 4.303, 2.776, 2.023]
     """
     if df > 1000:
-        return Z95 + (Z95**3 + Z95) / (4 * df)  # Cornish-Fisher's first term, good to 1e-6 here
-    scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
+        z = NormalDist().inv_cdf((1 + level) / 2)
+        return z + (z**3 + z) / (4 * df)  # Cornish-Fisher's first term, good to 1e-5 here
+    scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi)
 
-    def mass(x: float) -> float:  # of (0, x), by t = sqrt(df) tan(angle): a smooth integrand on a bounded range
-        angle = np.linspace(0, math.atan(x / math.sqrt(df)), 513)
-        y = np.cos(angle) ** (df - 1)
+    def mass(angle: float) -> float:  # of (-x, x), by x = sqrt(df) tan(angle): a smooth integrand on a bounded range
+        steps = np.linspace(0, angle, 513)
+        y = np.cos(steps) ** (df - 1)
         simpson = y[0] + y[-1] + 4 * y[1:-1:2].sum() + 2 * y[2:-1:2].sum()
-        return float(scale * math.sqrt(df) * simpson * (angle[1] - angle[0]) / 3)
+        return float(2 * scale * simpson * steps[1] / 3)
 
-    low, high = 0.0, 16.0
-    while high - low > 1e-10:
+    low, high = 0.0, math.pi / 2
+    while high - low > 1e-13:
         middle = (low + high) / 2
-        low, high = (middle, high) if mass(middle) < 0.475 else (low, middle)
-    return (low + high) / 2
+        low, high = (middle, high) if mass(middle) < level else (low, middle)
+    return math.sqrt(df) * math.tan((low + high) / 2)
