@@ -182,7 +182,7 @@ def test_metrics_of_a_step_are_means_over_all_its_pairs():
 def test_estimates_are_means_over_pairs_without_dropout_and_drift_is_in_nats_an_answer():
     model, kind = model_of(shape=replace(SHAPE, dropout=0.3)).train(), SETTINGS[0]
     batches = packed(batching="padded")
-    found = estimate_dpo(model, batches.fixed(), lambda batch: HELD[list(batch.pairs)], kind)
+    found, parts = estimate_dpo(model, batches.fixed(), lambda batch: HELD[list(batch.pairs)], kind)
     assert model.training
     with torch.no_grad():
         policy = plain_logps(model_of(), PAIRS)
@@ -196,6 +196,9 @@ def test_estimates_are_means_over_pairs_without_dropout_and_drift_is_in_nats_an_
         "sft_loss": -policy[:, 0].sum() / sum(len(chosen) + 1 for _, chosen, _ in PAIRS),
     }  # fmt: skip
     assert found == pytest.approx({name: value.item() for name, value in expected.items()}, rel=FLOAT64)
+    order = [pair for batch in batches.fixed() for pair in batch.pairs]
+    assert [loss for loss, _ in parts] == pytest.approx(plain_loss(policy, HELD, kind)[order].tolist(), rel=FLOAT64)
+    assert {count for _, count in parts} == {1}
 
 
 def test_the_full_logits_never_exist_forward_or_backward(monkeypatch):

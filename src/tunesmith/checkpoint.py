@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +115,12 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def prune(run: Run, keep: int, best: int | None) -> None:
-    """Remove all but the last `keep` checkpoints and the best one, and what a killed process left unfinished."""
+def prune(run: Run, keep: int, best: Collection[int | None]) -> None:
+    """Remove all but the last `keep` checkpoints and the best ones, and what a killed process left unfinished."""
     checkpoints = run.checkpoints()
     last = {step for step, _ in checkpoints[-keep:]} if keep > 0 else set()
     for step, path in checkpoints:
-        if step not in last and step != best:
+        if step not in last and step not in best:
             _remove(path)
     for unfinished in (run.path / "checkpoints").glob(".*-step-*"):
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Which checkpoint of a run to use, which ones cannot be told from it, and whether the run overfits. No torch, no files.
+"""Which checkpoint of a run to use, which ones cannot be told from it, and whether the run overfits. No torch.
 
 Everything is paired: two checkpoints answered the same prompts with the same luck, and were estimated on the same rows,
 so what is compared is the difference example by example and not two means with the spread of the examples in both.
@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from tunesmith.answers import read_answers, rewards
+from tunesmith.runlog import Run, step_name
 from tunesmith.study.stats import Interval, bootstrap_interval, paired_difference
 
 Sums = Sequence[tuple[float, int]]
@@ -61,7 +63,7 @@ def loss_difference(a: Sums, b: Sums, *, level: float = 0.95) -> Interval:
 
 
 def choose(
-    estimates: Sequence[Estimate], rewards: Mapping[int, Sequence[float]], available: Collection[int] | None = None
+    estimates: Sequence[Estimate], by_prompt: Mapping[int, Sequence[float]], available: Collection[int] | None = None
 ) -> Choice | None:
     """The checkpoint to use; None where nothing was estimated.
 
@@ -69,17 +71,19 @@ def choose(
     validation loss; the highest of forty noisy means is mostly luck. Without: the one with the lowest validation loss.
 
     Args:
-        rewards: step -> rewards of the same prompts in the same order.
+        by_prompt: step -> rewards of the same prompts in the same order.
         available: steps that can be chosen, those with a checkpoint; None: all.
     """
     loss = {e.step: e.validation_loss for e in estimates}
     since = overfitting_since(estimates)
-    if rewards:
-        top = max(rewards, key=lambda s: (np.mean(rewards[s]), -s))
-        level = 1 - 0.05 / max(1, len(rewards) - 1)
-        alike = [s for s in rewards if s == top or not apart(paired_difference(rewards[top], rewards[s], level=level))]
+    if by_prompt:
+        top = max(by_prompt, key=lambda s: (np.mean(by_prompt[s]), -s))
+        level = 1 - 0.05 / max(1, len(by_prompt) - 1)
+        alike = [
+            s for s, r in by_prompt.items() if s == top or not apart(paired_difference(by_prompt[top], r, level=level))
+        ]
         there = [s for s in alike if available is None or s in available]
-        there = there or [s for s in rewards if available is not None and s in available] or [top]
+        there = there or [s for s in by_prompt if available is not None and s in available] or [top]
         best = min(there, key=lambda s: (loss.get(s, np.inf), s))
         return Choice(best, "reward", tuple(sorted(set(alike) - {best})), since)
     if not estimates:
@@ -119,3 +123,47 @@ def overfitting_since(estimates: Sequence[Estimate]) -> int | None:
     else:
         rose = last.validation_loss > 1.01 * lowest.validation_loss
     return lowest.step if rose and last.train_loss is not None and last.train_loss < lowest.train_loss else None
+
+
+# ---- from a run's directory ------------------------------------------------------------------------------------------
+
+
+def read_estimates(run: Run) -> list[Estimate]:
+    """The loss estimates of a run that were finite, in order."""
+    return [
+        Estimate(e["step"], e.get("train_loss"), e["validation_loss"], run.losses(e["step"]))
+        for e in run.metrics("eval")
+        if e["validation_loss"] is not None
+    ]
+
+
+def read_rewards(run: Run) -> dict[int, list[float]]:
+    """Step -> the reward of every prompt, of the steps whose answers were scored during the training."""
+    found = {}
+    for event in run.metrics("reward"):
+        answers = read_answers(run.path / "answers" / f"{step_name(event['step'])}.jsonl")
+        found[int(event["step"])] = rewards(answers, event["samples"])
+    return found
+
+
+def choose_checkpoint(run: Run, available: Collection[int]) -> Choice | None:
+    """`choose` on what a run has logged."""
+    return choose(read_estimates(run), read_rewards(run), available)
+
+
+def choice_lines(choice: Choice, estimates: Sequence[Estimate]) -> list[str]:
+    """The choice in words."""
+    by = "reward, then validation loss" if choice.by == "reward" else "validation loss"
+    line = f"best checkpoint: step {choice.best_step:,} (by {by})"
+    if choice.not_distinguishable:
+        line += f"; not distinguishable from it: {', '.join(f'{s:,}' for s in choice.not_distinguishable)}"
+    if choice.overfitting_since is None:
+        return [line]
+    first = next(e for e in estimates if e.step == choice.overfitting_since)
+    last = max(estimates, key=lambda e: e.step)
+    return [
+        line,
+        f"overfitting since step {first.step:,}: validation loss rose from {first.validation_loss:.3f} to "
+        f"{last.validation_loss:.3f} while training loss fell from {first.train_loss:.3f} to {last.train_loss:.3f}; "
+        "--eval.patience 3 would stop there",
+    ]

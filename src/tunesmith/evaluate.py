@@ -19,10 +19,14 @@ from tunesmith.losses import head_nll_sum
 
 @dataclass(frozen=True)
 class LossEstimate:
-    """loss: nats per supervised token, every token weighing the same; tokens: how many; perplexity: exp(loss)."""
+    """loss: nats per supervised token, every token weighing the same; tokens: how many; perplexity: exp(loss).
+
+    parts: the same batch by batch, (summed loss, tokens), for comparisons on the same batches.
+    """
 
     loss: float
     tokens: int
+    parts: tuple[tuple[float, int], ...] = ()
 
     @property
     def perplexity(self) -> float:
@@ -64,11 +68,9 @@ def estimate_loss(model: GPT, batches: Iterable[Batch], precision: Precision = "
     Raises: ValueError if the batches hold no target.
     """
     device = model.wte.weight.device
-    total, count = torch.zeros((), dtype=torch.float64), 0
     with evaluation_mode(model):
-        for batch in batches:
-            total += nll_sum(model, batch.to(device), precision).double().cpu()
-            count += batch.count
+        parts = [(nll_sum(model, batch.to(device), precision).item(), batch.count) for batch in batches]
+    count = sum(n for _, n in parts)
     if not count:
         raise ValueError("no target in any batch")
-    return LossEstimate(total.item() / count, count)
+    return LossEstimate(sum(nats for nats, _ in parts) / count, count, tuple(parts))

@@ -18,6 +18,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from tunesmith.checkpoint import load_state, prune, save_checkpoint
+from tunesmith.choice import Sums, choice_lines, choose_checkpoint, read_estimates
 from tunesmith.device import peak_memory_gb
 from tunesmith.progress import Progress
 from tunesmith.runlog import RunLog
@@ -49,7 +50,9 @@ class TrainingState:
     examples: int = 0  # what the loss is a mean over: target tokens, or pairs
     first_loss: float | None = None
     best_loss: float | None = None
-    best_step: int | None = None
+    lowest_step: int | None = None  # where the validation loss was lowest
+    since_lowest: int = 0  # estimates since then
+    best_step: int | None = None  # the checkpoint to use
     recent: list[float] = field(default_factory=list)  # training losses of the divergence window
 
 
@@ -88,16 +91,18 @@ def fit(
     micro_batch: Callable[[int], B],
     loss_sum: Callable[[B], Tensor],
     learning_rate: Callable[[int], float],
-    evaluate: Callable[[], dict[str, float]],
+    evaluate: Callable[[], tuple[dict[str, float], Sums]],
     describe_rows: Callable[[Sequence[B]], str],
     counted: str,
     observed: Sequence[str] = (),
     opening: Sequence[tuple[str, dict[str, Any]]] = (),
+    judge: Callable[[int], dict[str, Any]] | None = None,
     steps: int,
     accumulate: int,
     max_norm: float,
     eval_every: int,
     eval_at_start: bool,
+    patience: int | None = None,
     checkpoint_every: int,
     keep: int,
     diverge_after: int,
@@ -107,12 +112,15 @@ def fit(
 
     Args:
         micro_batch: number from 0 -> batch on the device; the same number always gives the same batch.
-        evaluate: -> metrics, `validation_loss` among them (the lowest marks the best checkpoint).
+        evaluate: -> metrics, `validation_loss` among them, and that loss batch by batch.
         describe_rows: says where the rows of the given batches come from, for the message about a divergence.
         write_weights, read_weights: put the model into a checkpoint's directory, and back.
         counted: what the log calls the number of examples that the loss is a mean over.
         observed: names of what `loss_sum` gives beside the loss.
         opening: (event, values) to log at the very start of a run.
+        judge: step -> what to log of the rewards of its answers, which then choose the best checkpoint; without, the
+            validation loss does.
+        patience: estimates without a lower validation loss after which the training is over.
     """
     state = TrainingState()
     saved = log.run.checkpoints() if resume else []
@@ -128,23 +136,43 @@ def fit(
     def save() -> None:
         progress = {"progress": vars(state), "log_size": log.size()}
         save_checkpoint(log.run, state.step, write_weights, optimizer, progress, scaler)
-        prune(log.run, keep, state.best_step)
+        prune(log.run, keep, (state.best_step, state.lowest_step))
 
     def estimate() -> None:
-        metrics = evaluate()
+        metrics, parts = evaluate()
         log.record("eval", state.step, **metrics)
+        log.keep_losses(state.step, parts)
         told = {k: v for k, v in metrics.items() if not k.endswith(UNSPOKEN)}
         bar.say(f"step {state.step:,}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in told.items()))
         loss = metrics["validation_loss"]
         if state.step == 0:
             state.first_loss = metrics.get("train_loss", loss)
         if state.best_loss is None or loss < state.best_loss:
-            state.best_loss, state.best_step = loss, state.step
+            state.best_loss, state.lowest_step, state.since_lowest = loss, state.step, 0
+        else:
+            state.since_lowest += 1
+        state.best_step = state.lowest_step
+        if judge:
+            found = judge(state.step)
+            log.record("reward", state.step, **found)
+            bar.say(f"step {state.step:,}: reward {found['mean']:.3f} ({_bounds(found)}, {found['n']} prompts)")
+            chosen = choose_checkpoint(log.run, {state.step, *(step for step, _ in log.run.checkpoints())})
+            state.best_step = chosen.best_step if chosen else state.lowest_step
 
     def end(kind: str, reason: str = "") -> None:
+        choice = choose_checkpoint(log.run, [step for step, _ in log.run.checkpoints()])
+        more = {"choice": choice.as_dict()} if choice else {}
         log.status(
-            kind, state.step, reason, best_step=state.best_step, best_validation_loss=state.best_loss, steps=steps
+            kind,
+            state.step,
+            reason,
+            best_step=state.best_step,
+            best_validation_loss=state.best_loss,
+            steps=steps,
+            **more,
         )
+        for line in choice_lines(choice, read_estimates(log.run)) if choice else ():
+            bar.say(line)
         bar.say(f"{kind} at step {state.step:,}{': ' + reason if reason else ''}")
 
     losses = deque(state.recent, maxlen=diverge_after or 1)
@@ -188,13 +216,24 @@ def fit(
             stopping = bool(signals.received)
             if state.step % eval_every == 0 or last:
                 estimate()
-            if state.step % checkpoint_every == 0 or last or stopping or state.best_step == state.step:
+            enough = bool(patience) and state.since_lowest >= (patience or 0) and not last
+            if state.step % checkpoint_every == 0 or last or stopping or enough or state.best_step == state.step:
                 save()
                 log.status("running", state.step, steps=steps, best_step=state.best_step)
             if stopping and not last:
                 end("stopped", f"{signals.received} received; go on with --resume")
                 return
+            if enough:
+                end(
+                    "finished",
+                    f"the validation loss has not fallen for {patience} estimates, since step {state.lowest_step:,}",
+                )
+                return
         end("finished")
+
+
+def _bounds(found: dict[str, Any]) -> str:
+    return "no interval" if found["low"] is None else f"{found['low']:.3f} to {found['high']:.3f}"
 
 
 def _divergence(

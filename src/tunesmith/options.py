@@ -137,6 +137,16 @@ class EvalOptions:
     """Batches in one estimate, for train and validation each; always the same rows."""
     at_start: bool = True
     """Estimate at step 0 too: the untouched base."""
+    patience: int | None = None
+    """Stop when the validation loss has not fallen for this many estimates; default never."""
+    reward: str | None = None
+    """Reward model that scores answers at every estimate, ours or a sequence classifier; the best checkpoint is then chosen by it."""
+    prompts: str | None = None
+    """With eval.reward: file of prompts, one a line or JSONL with `prompt` and perhaps `group`; default the embedded 40."""
+    samples: int = 1
+    """With eval.reward: answers a prompt."""
+    max_new_tokens: int = 128
+    """With eval.reward: longest answer, in tokens."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tunesmith.choice import Sums
 from tunesmith.device import Precision, autocast
 from tunesmith.evaluate import evaluation_mode, head_chunk
 from tunesmith.gpt import GPT
@@ -97,8 +98,8 @@ def estimate_dpo(
     reference: Reference,
     settings: PreferenceLoss,
     precision: Precision = "fp32",
-) -> dict[str, float]:
-    """Means over pairs on fixed batches: `loss`, OBSERVED, and
+) -> tuple[dict[str, float], Sums]:
+    """Means over pairs on fixed batches, and the loss pair by pair. The means: `loss`, OBSERVED, and
 
     drift_chosen, drift_rejected: log-ratio of policy to reference, nats an answer; how far the policy has moved.
     sft_loss: the policy's loss on the chosen answers, nats a token.
@@ -115,16 +116,18 @@ def estimate_dpo(
     found = torch.cat(rows, 1).double()  # (8, pairs)
     *means, _ = found.mean(1).tolist()
     names = ("loss", *OBSERVED, "drift_chosen", "drift_rejected")
-    return dict(zip(names, means, strict=True)) | {"sft_loss": found[-1].sum().item() / tokens}
+    named = dict(zip(names, means, strict=True)) | {"sft_loss": found[-1].sum().item() / tokens}
+    return named, [(loss, 1) for loss in found[0].tolist()]
 
 
 def estimate_reward(
     model: RewardModel, batches: Iterable[PairBatch], precision: Precision = "fp32"
-) -> dict[str, float]:
-    """Means over pairs on fixed batches: `loss` and OBSERVED."""
-    device, total, count = model.score.weight.device, torch.zeros(5, dtype=torch.float64), 0
+) -> tuple[dict[str, float], Sums]:
+    """Means over pairs on fixed batches, `loss` and OBSERVED, and the loss pair by pair."""
+    device = model.score.weight.device
     with evaluation_mode(model):
-        for batch in batches:
-            total += reward_loss_sum(model, batch.to(device), precision).double().cpu()
-            count += batch.count
-    return dict(zip(("loss", *OBSERVED), (total / count).tolist(), strict=True))
+        scores = torch.cat([pair_scores(model, batch.to(device), precision) for batch in batches])
+    chosen, rejected = scores.double().unbind(1)
+    losses = bradley_terry_loss(chosen, rejected)
+    means = (_sums(losses.sum(), chosen, rejected) / len(losses)).tolist()
+    return dict(zip(("loss", *OBSERVED), means, strict=True)), [(loss, 1) for loss in losses.tolist()]

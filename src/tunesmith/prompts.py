@@ -19,7 +19,7 @@ class Prompt:
     group: str = ""
 
 
-def load_prompts(file: str | None = None, limit: int | None = None) -> list[Prompt]:
+def load_prompts(file: str | None = None, limit: int | None = None, option: str = "--prompts") -> list[Prompt]:
     """The embedded prompts, or those of a file: JSONL with `prompt` (and perhaps `group`), else one prompt a line.
 
     Raises: UserError naming file and line.
@@ -31,20 +31,20 @@ def load_prompts(file: str | None = None, limit: int | None = None) -> list[Prom
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also cut at U+2028 and its like
     except FileNotFoundError:
         raise UserError(
-            f"--prompts {path}: no such file; give one prompt a line, or JSONL with `prompt` and `group`"
+            f"{option} {path}: no such file; give one prompt a line, or JSONL with `prompt` and `group`"
         ) from None
     except UnicodeDecodeError as error:
         raise UserError(
-            f"--prompts {path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+            f"{option} {path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
         ) from None
     jsonl = path.suffix == ".jsonl"
     prompts = [
-        _prompt(line, f"{path}:{number}") if jsonl else Prompt(line.strip())
+        _prompt(line, f"{option} {path}:{number}") if jsonl else Prompt(line.strip())
         for number, line in enumerate(lines, 1)
         if line.strip()
     ]
     if not prompts:
-        raise UserError(f"--prompts {path}: no prompt in it; give one a line, or JSONL with `prompt` and `group`")
+        raise UserError(f"{option} {path}: no prompt in it; give one a line, or JSONL with `prompt` and `group`")
     return prompts[:limit]
 
 
@@ -53,8 +53,8 @@ def _prompt(line: str, place: str) -> Prompt:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"--prompts {place}: not JSON ({error.msg}); expected an object with `prompt`") from None
+        raise UserError(f"{place}: not JSON ({error.msg}); expected an object with `prompt`") from None
     row = {"prompt": row} if isinstance(row, str) else row
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise UserError(f"--prompts {place}: expected an object with a text `prompt` (and perhaps `group`)")
+        raise UserError(f"{place}: expected an object with a text `prompt` (and perhaps `group`)")
     return Prompt(row["prompt"], str(row.get("group", "")))

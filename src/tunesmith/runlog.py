@@ -8,7 +8,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,14 @@ class Run:
                         found.append(record)
         return found
 
+    def losses(self, step: int) -> list[tuple[float, int]]:
+        """The validation loss at a step batch by batch, (summed loss, count); empty where it was not kept or is damaged."""
+        try:
+            stored = json.loads((self.path / "losses" / f"{step_name(step)}.json").read_text(encoding="utf-8"))
+            return [(float(nats), int(count)) for nats, count in stored]
+        except (OSError, ValueError, TypeError):
+            return []
+
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, directory) of the complete checkpoints, oldest first."""
         found = (self.path / "checkpoints").glob("step-*")
@@ -136,6 +144,12 @@ class RunLog:
         from tensorboardX.proto.event_pb2 import Event
 
         self._board.write(Event(wall_time=time.time(), **fields).SerializeToString())
+
+    def keep_losses(self, step: int, parts: Sequence[tuple[float, int]]) -> None:
+        """Store an estimate's validation loss batch by batch, so that two steps can be compared on the same batches."""
+        if parts:
+            (self.path / "losses").mkdir(exist_ok=True)
+            write_atomically(self.path / "losses" / f"{step_name(step)}.json", json.dumps(parts) + "\n")
 
     def size(self) -> int:
         """Bytes in metrics.jsonl, stored with each checkpoint so that a resumed run can drop what came after it."""

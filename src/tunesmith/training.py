@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
+from tunesmith.answers import measures, reward_summary, write_answers
+from tunesmith.choice import Sums
 from tunesmith.datasets import holdout_rows, open_dataset
 from tunesmith.device import (
     Precision,
@@ -24,10 +26,22 @@ from tunesmith.device import (
 )
 from tunesmith.errors import UsageError, UserError
 from tunesmith.fit import MicroBatch, fit
+from tunesmith.judging import answer_prompts
 from tunesmith.optim import DEFAULT_WEIGHT_DECAY, build_optimizer, schedule_factor
-from tunesmith.options import DataOptions, DPOConfig, LoRAOptions, PairDataOptions, RewardConfig, SFTConfig
+from tunesmith.options import (
+    DataOptions,
+    DPOConfig,
+    EvalOptions,
+    GenerateOptions,
+    LoRAOptions,
+    PairDataOptions,
+    RewardConfig,
+    SFTConfig,
+)
 from tunesmith.pairs import PairBatches, PairStore
-from tunesmith.runlog import Run, new_run_directory, open_log
+from tunesmith.prompts import load_prompts
+from tunesmith.runlog import Run, new_run_directory, open_log, step_name
+from tunesmith.scoring import load_scorer
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.tokenstore import Form, TokenStore, tokenise
 from tunesmith.trainee import AnyConfig, Trainee, alpha_of
@@ -51,7 +65,8 @@ def check_options(config: AnyConfig, more: Sequence[str] = ()) -> None:
         "--optimizer.lr": (o.lr, 0), "--optimizer.warmup_steps": (o.warmup_steps, 0),
         "--optimizer.weight_decay": (o.weight_decay, 0), "--eval.every": (e.every, 1), "--eval.iters": (e.iters, 1),
         "--checkpoint.every": (config.checkpoint.every, 1), "--checkpoint.keep": (config.checkpoint.keep, 0),
-        "--lora.rank": (config.lora.rank, 0),
+        "--lora.rank": (config.lora.rank, 0), "--eval.patience": (e.patience, 1), "--eval.samples": (e.samples, 1),
+        "--eval.max_new_tokens": (e.max_new_tokens, 1),
     }  # fmt: skip
     problems = [
         f"{name} is {value}, expected at least {low}"
@@ -74,6 +89,10 @@ def check_options(config: AnyConfig, more: Sequence[str] = ()) -> None:
         problems.append("--optimizer.momentum is 0, but sgd-nesterov needs some; use sgd")
     if not 0 < d.holdout < 1:
         problems.append(f"--data.holdout is {d.holdout}, expected a share between 0 and 1")
+    if e.reward is None and (e.prompts, e.samples, e.max_new_tokens) != (None, 1, 128):
+        problems.append(
+            "--eval.prompts, --eval.samples and --eval.max_new_tokens are for --eval.reward, which is not given"
+        )
     if config.lora.alpha is not None and not config.lora.alpha > 0:
         problems.append(f"--lora.alpha is {config.lora.alpha:g}, expected more than 0")
     if problems := [*problems, *more]:
@@ -261,7 +280,7 @@ def run_training(
     *,
     micro_batch: Callable[[int], B],
     loss_sum: Callable[[B], Tensor],
-    evaluate: Callable[[], dict[str, float]],
+    evaluate: Callable[[], tuple[dict[str, float], Sums]],
     describe_rows: Callable[[Sequence[B]], str],
     counted: str,
     about: str,
@@ -276,6 +295,7 @@ def run_training(
     o, t, precision = config.optimizer, config.train, precision_of(config)
     steps, every, save_every, peak = t.steps, config.eval.every, config.checkpoint.every, o.lr
     assert steps is not None and every is not None and save_every is not None and peak is not None  # noqa: PT018
+    judge = make_judge(config.eval, trainee, path, device) if config.eval.reward else None
     optimizer = build_optimizer(trainee.model, o.name, lr=peak, weight_decay=o.weight_decay, momentum=o.momentum)
     trained = sum(p.numel() for p in trainee.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in trainee.model.parameters())
@@ -301,8 +321,8 @@ def run_training(
                 micro_batch=micro_batch, loss_sum=loss_sum,
                 learning_rate=lambda step: peak * schedule_factor(o.schedule, step, steps=steps, warmup_steps=o.warmup_steps),
                 evaluate=evaluate, describe_rows=describe_rows, counted=counted, observed=observed, opening=opening,
-                steps=steps, accumulate=t.accumulate, max_norm=t.grad_clip,
-                eval_every=every, eval_at_start=config.eval.at_start, checkpoint_every=save_every,
+                judge=judge, steps=steps, accumulate=t.accumulate, max_norm=t.grad_clip,
+                eval_every=every, eval_at_start=config.eval.at_start, patience=config.eval.patience, checkpoint_every=save_every,
                 keep=config.checkpoint.keep, diverge_after=t.diverge_after, resume=config.resume,
             )  # fmt: skip
         except BaseException as error:
@@ -310,3 +330,30 @@ def run_training(
             log.status("failed", step, f"{type(error).__name__}: {error}")
             raise
     return Run(path)
+
+
+def make_judge(
+    options: EvalOptions, trainee: Trainee, path: Path, device: torch.device
+) -> Callable[[int], dict[str, Any]]:
+    """step -> what the `reward` event of that step holds; the answers go to `answers/`.
+
+    Raises: UserError if there is no such reward model or no prompt.
+    """
+    assert options.reward is not None
+    scorer, prompts = (
+        load_scorer(options.reward, device=str(device)),
+        load_prompts(options.prompts, option="--eval.prompts"),
+    )
+    print(f"note: scored by {scorer.description}")
+
+    def judge(step: int) -> dict[str, Any]:
+        with torch.compiler.set_stance("force_eager"):  # answers grow token by token: no shape comes twice
+            answers = answer_prompts(
+                trainee.gpt, trainee.tokenizer, prompts, GenerateOptions(max_new_tokens=options.max_new_tokens),
+                scorer=scorer, samples=options.samples,
+            )  # fmt: skip
+        write_answers(path / "answers" / f"{step_name(step)}.jsonl", answers)
+        told = {"scorer": scorer.name, "samples": options.samples}
+        return reward_summary(answers, options.samples) | measures(answers) | told
+
+    return judge

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from tunesmith.batching import Batches
+from tunesmith.choice import Sums
 from tunesmith.device import resolve_device
 from tunesmith.evaluate import estimate_loss, evaluation_mode
 from tunesmith.losses import SMOOTHED
@@ -128,14 +129,15 @@ def dpo(config: DPOConfig) -> Run:
     def loss_sum(batch: PairBatch) -> torch.Tensor:
         return dpo_loss_sum(model, batch, on_train(batch), settings, precision)
 
-    def evaluate() -> dict[str, float]:
+    def evaluate() -> tuple[dict[str, float], Sums]:
         estimate = partial(estimate_dpo, model, settings=settings, precision=precision)
-        seen, held = estimate(train.fixed(iters), on_train), estimate(validation.fixed(iters), on_validation)
+        seen, _ = estimate(train.fixed(iters), on_train)
+        held, parts = estimate(validation.fixed(iters), on_validation)
         found = {"train_loss": seen["loss"], "train_accuracy": seen["accuracy"]}
         found |= {name if name == "sft_loss" else f"validation_{name}": value for name, value in held.items()}
         if sft_rows is not None:
             found["sft_loss"] = estimate_loss(model, sft_rows.fixed(iters), precision).loss
-        return found
+        return found, parts
 
     return run_training(
         config, path, trainee, device,

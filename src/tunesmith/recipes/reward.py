@@ -8,6 +8,7 @@ and pairs share rows; both answers are scored at their last token.
 
 from __future__ import annotations
 
+from tunesmith.choice import Sums
 from tunesmith.options import RewardConfig
 from tunesmith.preferences import OBSERVED, estimate_reward, reward_loss_sum
 from tunesmith.reward import RewardModel
@@ -36,6 +37,8 @@ def train_reward_model(config: RewardConfig) -> Run:
     problems = check_pair_options(config.data)
     if config.data.loss_on != "auto":
         problems.append("--data.loss_on has no meaning for a reward model, which scores the last token")
+    if config.eval.reward is not None:
+        problems.append("--eval.reward has no meaning for a reward model, which writes no answers")
     check_options(config, problems)
     path = begin(config, "reward")
     trainee = load_trainee(config, path, reward=True)
@@ -49,11 +52,11 @@ def train_reward_model(config: RewardConfig) -> Run:
         check_resumable(Run(path).config, config)
     device, precision = prepare_model(trainee, config), precision_of(config)
 
-    def evaluate() -> dict[str, float]:
-        seen = estimate_reward(model, train.fixed(config.eval.iters), precision)
-        held = estimate_reward(model, validation.fixed(config.eval.iters), precision)
+    def evaluate() -> tuple[dict[str, float], Sums]:
+        seen, _ = estimate_reward(model, train.fixed(config.eval.iters), precision)
+        held, parts = estimate_reward(model, validation.fixed(config.eval.iters), precision)
         found = {"train_loss": seen["loss"], "train_accuracy": seen["accuracy"]}
-        return found | {f"validation_{name}": value for name, value in held.items()}
+        return found | {f"validation_{name}": value for name, value in held.items()}, parts
 
     return run_training(
         config, path, trainee, device,

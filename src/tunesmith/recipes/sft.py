@@ -13,6 +13,7 @@ import dataclasses
 from typing import Any
 
 from tunesmith.batching import Batches
+from tunesmith.choice import Sums
 from tunesmith.errors import UserError
 from tunesmith.evaluate import estimate_loss, nll_sum
 from tunesmith.options import SFTConfig
@@ -70,13 +71,14 @@ def sft(config: SFTConfig) -> Run:
         check_resumable(Run(path).config, config)
     device, precision = prepare_model(trainee, config), precision_of(config)
 
-    def evaluate() -> dict[str, float]:
+    def evaluate() -> tuple[dict[str, float], Sums]:
         on_train = estimate_loss(model, train.fixed(config.eval.iters), precision)
         on_validation = estimate_loss(model, validation.fixed(config.eval.iters), precision)
-        return {
+        found = {
             "train_loss": on_train.loss, "validation_loss": on_validation.loss,
             "validation_perplexity": on_validation.perplexity,
         }  # fmt: skip
+        return found, on_validation.parts
 
     return run_training(
         config, path, trainee, device,
