@@ -7,6 +7,7 @@ import torch
 
 import tunesmith as ts
 from tiny_runs import comparable, last_digest, tiny_config
+from tunesmith import training
 from tunesmith.answers import MEASURES, read_answers, rewards
 from tunesmith.choice import choose_checkpoint, read_rewards
 from tunesmith.errors import UsageError, UserError
