@@ -21,7 +21,7 @@ LAYERS = [
     {"generation", "fit", "preferences", "trainee", "scoring"},
     {"judging", "reference"},
     {"training"},
-    {"recipes.sft", "recipes.dpo", "recipes.reward", "recipes.data", "recipes.evaluate", "recipes.compare", "recipes.chat"}
+    {"recipes.sft", "recipes.dpo", "recipes.reward", "recipes.data", "recipes.evaluate", "recipes.score", "recipes.compare", "recipes.chat"}
     | {"study.figures"},
     {"study.report"},
     {"demo"},

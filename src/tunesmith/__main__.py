@@ -82,6 +82,17 @@ def _evaluate(argv: Argv) -> None:
     evaluate(named["model"], named["dataset"], options)
 
 
+def _score(argv: Argv) -> None:
+    from tunesmith.config import Positional, parse
+    from tunesmith.options import ScoreCommand
+
+    wanted = [Positional("models", "MODELs; RUN@all is every checkpoint of a run", many=True)]
+    options, named = parse(ScoreCommand, argv, prog="tunesmith score", positionals=wanted)
+    from tunesmith.recipes.score import score
+
+    score(named["models"], options)
+
+
 def _compare(argv: Argv) -> None:
     from tunesmith.config import Positional, parse
     from tunesmith.options import CompareCommand
@@ -131,6 +142,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Argv], None]]] = {
     "reward": ("train a reward model on preference pairs (Bradley-Terry)", _reward),
     "dpo": ("direct preference optimisation: full or LoRA", _dpo),
     "evaluate": ("loss and perplexity of a model on a data set", _evaluate),
+    "score": ("answers to a set of prompts, scored by a reward model, with intervals", _score),
     "compare": ("the same prompts to two models, side by side", _compare),
     "chat": ("talk to a model in the terminal", _chat),
     "report": ("one HTML page with curves and answers of finished runs", _report),

@@ -15,7 +15,7 @@ from tunesmith.gpt import GPT, SIZES, GPTConfig
 from tunesmith.hub import download_model
 from tunesmith.lora import merge, strip
 from tunesmith.reward import RewardModel, is_reward_model, load_reward_model, set_score
-from tunesmith.runlog import Run
+from tunesmith.runlog import STEP_NAME, Run
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.weights import config_from_hf, load_model, read_json, weights_fingerprint
 
@@ -48,6 +48,25 @@ def find_model(name: str) -> Path:
 def _some_step(run: str) -> int:
     steps = [step for step, _ in Run(run).checkpoints()]
     return steps[-1] if steps else 1000
+
+
+def checkpoints_of(name: str) -> list[str]:
+    """`RUN@all` as `RUN@STEP` for every checkpoint that is there; any other MODEL as it is. Raises: UserError if there is none."""
+    run, at, step = name.rpartition("@")
+    if not at or step != "all":
+        return [name]
+    found = [f"{run}@{number}" for number, _ in Run(run).checkpoints()]
+    if not found:
+        raise UserError(f"{name}: {run} has no checkpoint")
+    return found
+
+
+def run_and_step(name: str) -> tuple[Run, int] | None:
+    """The run and the step that a MODEL is a checkpoint of; None where it is no run's."""
+    directory = find_model(name)
+    match = STEP_NAME.fullmatch(directory.name)
+    path = directory.parent.parent
+    return (Run(path), int(match[1])) if match and (path / "status.json").exists() else None
 
 
 def lasting_name(name: str) -> str:

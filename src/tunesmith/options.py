@@ -270,6 +270,27 @@ class EvaluateCommand:
 
 
 @dataclass(frozen=True)
+class ScoreCommand:
+    """Answers to a set of prompts, scored by a reward model; every mean with its 95 % interval."""
+
+    reward: str = "OpenAssistant/reward-model-deberta-v3-large-v2"
+    """The reward model: a run of `tunesmith reward`, or any sequence classifier of the Hugging Face ecosystem."""
+    prompts: str | None = None
+    """File of prompts: one a line, or JSONL with `prompt` and perhaps `group`; default the embedded 40."""
+    samples: int = 1
+    """Answers a prompt; with more than one, best-of-n stands beside the mean."""
+    generate: GenerateOptions = field(default_factory=GenerateOptions)
+    limit: int | None = None
+    """Use only the first N prompts."""
+    shown: int = 2
+    """How many of the best and of the worst prompts to print with their answers."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    out: str | None = None
+    """Directory for scores.json and the answers of each model; a run's answers go to its own answers/ without it."""
+
+
+@dataclass(frozen=True)
 class CompareCommand:
     """The same prompts to two models, side by side."""
 

@@ -1,0 +1,210 @@
+"""`tunesmith score MODEL...`: answers to the prompt set, scored by a reward model.
+
+    tunesmith score runs/sft runs/dpo --reward runs/reward
+    tunesmith score runs/sft@all --reward runs/reward
+
+Every mean has its 95 % bootstrap interval over the prompts; several models are compared prompt by prompt with the first.
+What can be counted without a judge stands in columns of its own and is never blended into the reward.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tunesmith.answers import (
+    ScoredAnswer,
+    best_rewards,
+    compare_rewards,
+    interval_record,
+    measures,
+    reward_summary,
+    rewards,
+    write_answers,
+)
+from tunesmith.choice import choice_lines, choose, read_estimates
+from tunesmith.device import keep_freed_memory
+from tunesmith.errors import UsageError
+from tunesmith.judging import answer_prompts
+from tunesmith.models import checkpoints_of, load, run_and_step
+from tunesmith.options import ScoreCommand
+from tunesmith.prompts import load_prompts
+from tunesmith.runlog import step_name, write_atomically
+from tunesmith.scoring import load_scorer
+from tunesmith.study.stats import bootstrap_interval
+
+Answers = Mapping[str, Sequence[ScoredAnswer]]
+SHOWN_WORDS = 60
+
+
+def score(names: Sequence[str], options: ScoreCommand) -> dict[str, Any]:
+    """Print the tables; return `{"scorer", "models": {name: reward, measures, best_of_n}, "against_first": {name: ...}}`.
+
+    Raises: UserError if a model, the reward model or the prompts cannot be had; UsageError for options out of range.
+    """
+    if options.samples < 1 or options.shown < 0:
+        raise UsageError(
+            f"--samples is {options.samples}, expected at least 1; --shown is {options.shown}, expected 0 or more"
+        )
+    keep_freed_memory()
+    models = list(dict.fromkeys(found for name in names for found in checkpoints_of(name)))
+    prompts = load_prompts(options.prompts, options.limit)
+    scorer = load_scorer(options.reward, device=options.device)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"scored by {scorer.description}", markup=False)
+    answers: dict[str, list[ScoredAnswer]] = {}
+    for name in models:
+        model, tokenizer = load(name, device=options.device)
+        answers[name] = answer_prompts(
+            model, tokenizer, prompts, options.generate, scorer=scorer, samples=options.samples
+        )
+        if file := answers_file(name, options.out):
+            write_answers(file, answers[name])
+    result = {"scorer": scorer.name, "description": scorer.description, "samples": options.samples}
+    result |= summarise(answers, options.samples)
+    label = labels(models)
+    print_scores(console, result, label)
+    print_groups(console, result, label)
+    print_extremes(console, answers, label, options.samples, options.shown)
+    for line in choice_of_run(answers, options.samples):
+        console.print(line, markup=False)
+    if options.out:
+        write_atomically(Path(options.out) / "scores.json", json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def answers_file(name: str, out: str | None) -> Path | None:
+    """Where a model's answers go: into `out`, else into its run; None where there is none, or that run judged itself."""
+    if out is not None:
+        return Path(out) / "answers" / f"{re.sub('[^A-Za-z0-9._@-]+', '-', name).strip('-')}.jsonl"
+    found = run_and_step(name)
+    if found is None or found[0].metrics("reward"):
+        return None
+    return found[0].path / "answers" / f"{step_name(found[1])}.jsonl"
+
+
+def summarise(answers: Answers, samples: int) -> dict[str, Any]:
+    """The figures of all tables, JSON-able."""
+    models = {}
+    for name, given in answers.items():
+        models[name] = {"reward": reward_summary(given, samples), **measures(given)}
+        if samples > 1:
+            models[name]["best_of_n"] = interval_record(bootstrap_interval(best_rewards(given, samples)))
+    first, *others = answers
+    against = {name: compare_rewards(answers[name], answers[first], samples) for name in others}
+    return {"models": models, "against_first": {name: found.as_dict() for name, found in against.items()}}
+
+
+def print_scores(console: Console, result: dict[str, Any], label: Mapping[str, str]) -> None:
+    """Rewards, each model with its best-of-n below it; what needs no judge; every further model against the first."""
+    samples, models = result["samples"], result["models"]
+    n = next(iter(models.values()))["reward"]["n"]
+    drawn = f", {samples} answers each" if samples > 1 else ""
+    table = new_table(f"mean reward of {n} prompts{drawn}, 95 % interval", "model", "reward")
+    for name, found in models.items():
+        table.add_row(label[name], interval_text(found["reward"]))
+        if samples > 1:
+            nats = math.log(samples) - (samples - 1) / samples
+            table.add_row(f"  best of {samples} (KL at most {nats:.2f} nats)", interval_text(found["best_of_n"]))
+    console.print(table)
+    headings = ("tokens", "distinct-1", "distinct-2", "repeated", "leaks role", "stops")
+    table = new_table("without a judge", "model", *headings)
+    for name, found in models.items():
+        numbers = (f"{found['length']:.0f}", f"{found['distinct_1']:.2f}", f"{found['distinct_2']:.2f}")
+        shares = (f"{found[key]:.0%}" for key in ("repetition", "role_leaks", "self_stopped"))
+        table.add_row(label[name], *numbers, *shares)
+    console.print(table)
+    if result["against_first"]:
+        first = label[next(iter(models))]
+        table = new_table(
+            f"against {first}, prompt by prompt", "model", "win/tie/loss", "win rate", "reward difference"
+        )
+        for name, found in result["against_first"].items():
+            table.add_row(label[name], *win_texts(found), interval_text(found["difference"]))
+            table.add_row("  where both are about as long", *win_texts(found["matched_length"]))
+        console.print(table)
+
+
+def print_groups(console: Console, result: dict[str, Any], label: Mapping[str, str]) -> None:
+    """Mean reward by group of prompts, a row a group."""
+    models = result["models"]
+    groups = list(next(iter(models.values()))["reward"]["groups"])
+    if len(groups) < 2:
+        return
+    table = new_table("mean reward by group", "group", "prompts", *(label[name] for name in models))
+    for group in groups:
+        found = [m["reward"]["groups"][group] for m in models.values()]
+        table.add_row(escape(group), str(found[0]["n"]), *map(interval_text, found))
+    console.print(table)
+
+
+def new_table(title: str, first: str, *others: str) -> Table:
+    """A table whose first column is text and whose others are figures that are not broken over lines."""
+    table = Table(title=title, title_justify="left")
+    table.add_column(first, overflow="fold")
+    for heading in others:
+        table.add_column(heading, justify="right", no_wrap=len(others) < 6)
+    return table
+
+
+def labels(names: Sequence[str]) -> dict[str, str]:
+    """Model -> its name without the directories before it, where that still tells them apart."""
+    short = {name: escape(name.rstrip("/").rpartition("/")[2]) for name in names}
+    return short if len(set(short.values())) == len(short) else {name: escape(name) for name in names}
+
+
+def win_texts(record: dict[str, Any]) -> tuple[str, str]:
+    """`3/1/2` and the rate with its interval."""
+    return "/".join(str(x) for x in record["wins"].values()), interval_text(record["win_rate"], share=True)
+
+
+def interval_text(record: dict[str, Any] | None, *, share: bool = False) -> str:
+    """`-0.31 (-0.52 to -0.10)`, as a share in percent; the mean alone where nobody can tell the bounds."""
+    if record is None:
+        return ""
+    factor, digits, unit = (100, 0, " %") if share else (1, 2, "")
+    text = f"{factor * record['mean']:.{digits}f}{unit}"
+    if record["low"] is None:
+        return text
+    return f"{text} ({factor * record['low']:.{digits}f} to {factor * record['high']:.{digits}f})"
+
+
+def print_extremes(console: Console, answers: Answers, label: Mapping[str, str], samples: int, shown: int) -> None:
+    """The prompts with the highest and the lowest reward of every model, each with its first answer."""
+    for name, given in answers.items():
+        values = rewards(given, samples)
+        order = sorted(range(len(values)), key=lambda i: -values[i])
+        shown = min(shown, len(order) // 2)
+        for title, chosen in (("best", order[:shown]), ("worst", order[len(order) - shown :][::-1])):
+            for i in chosen:
+                answer = given[i * samples]
+                console.print(
+                    f"[dim]{title} of[/dim] {label[name]}  [bold]{values[i]:.2f}[/bold]  {escape(answer.prompt)}"
+                )
+                console.print(f"    {escape(shortened(answer.answer))}")
+
+
+def shortened(text: str) -> str:
+    """The text on one line, cut after SHOWN_WORDS words."""
+    words = text.split()
+    return " ".join(words[:SHOWN_WORDS]) + (" ..." if len(words) > SHOWN_WORDS else "")
+
+
+def choice_of_run(answers: Answers, samples: int) -> list[str]:
+    """Which checkpoint to use, in words, where all models are checkpoints of one run."""
+    found = [run_and_step(name) for name in answers]
+    if len(found) < 2 or None in found or len({f[0].path for f in found if f}) > 1:
+        return []
+    run = next(f[0] for f in found if f)
+    by_step = {f[1]: rewards(given, samples) for f, given in zip(found, answers.values(), strict=True) if f}
+    estimates = read_estimates(run)
+    choice = choose(estimates, by_step)
+    return choice_lines(choice, estimates) if choice else []
