@@ -265,6 +265,11 @@ class Batches:
                 else self._assemble([self._plan(0)[n] for n in numbers])
             )
 
+    def fixed_pieces(self) -> Iterator[list[Piece]]:
+        """The pieces of each batch of `fixed`, in the order in which they stand there."""
+        for start in range(0, self.rows_per_epoch, self.batch_size):
+            yield [piece for row in self._plan(0)[start : start + self.batch_size] for piece in row]
+
     def _windows(self, numbers: Sequence[int]) -> Batch:
         starts = [
             int(np.random.default_rng((self.seed, n)).integers(len(self.stream) - self.block_size)) for n in numbers

@@ -16,7 +16,7 @@ import numpy as np
 
 from tunesmith.answers import read_answers, rewards
 from tunesmith.runlog import Run, step_name
-from tunesmith.study.stats import Interval, bootstrap_interval, paired_difference
+from tunesmith.study.stats import Interval, paired_difference, ratio_interval
 
 Sums = Sequence[tuple[float, int]]
 """A loss estimate batch by batch: (summed loss, how many it is a sum of)."""
@@ -49,17 +49,12 @@ class Choice:
 def loss_difference(a: Sums, b: Sums, *, level: float = 0.95) -> Interval:
     """Loss of a minus loss of b, estimated on the same batches, with its bootstrap interval over the batches.
 
-    A loss is a ratio, summed loss over summed counts; its spread is that of the residuals (d - r c) / mean(c) of the
-    batches, with d the difference of the sums, c the count and r the difference of the losses.
-
     Raises: ValueError if the batches differ.
     """
-    counts = np.array([n for _, n in a], np.float64)
-    if not len(counts) or [n for _, n in a] != [n for _, n in b]:
+    counts = [n for _, n in a]
+    if not counts or counts != [n for _, n in b]:
         raise ValueError("losses on different batches cannot be compared")
-    difference = np.array([x - y for (x, _), (y, _) in zip(a, b, strict=True)])
-    ratio = difference.sum() / counts.sum()
-    return bootstrap_interval(ratio + (difference - ratio * counts) / counts.mean(), level=level)
+    return ratio_interval([x - y for (x, _), (y, _) in zip(a, b, strict=True)], counts, level=level)
 
 
 def choose(

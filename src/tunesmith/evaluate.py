@@ -7,14 +7,16 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
-from tunesmith.batching import Batch
+from tunesmith.batching import Batch, Batches
 from tunesmith.device import Precision, autocast
+from tunesmith.dialogue import END
 from tunesmith.gpt import GPT
 from tunesmith.lora import head_parts
-from tunesmith.losses import head_nll_sum
+from tunesmith.losses import IGNORE_INDEX, head_nll_sum, token_nll
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,19 @@ class LossEstimate:
     def perplexity(self) -> float:
         """exp(loss); infinite where that overflows."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@dataclass(frozen=True)
+class AnswerLoss:
+    """One answer of a dialogue. turn: 1 for the dialogue's first; tokens: targets, the end included; nats: their summed loss.
+
+    row: of the data set, so that the answers of a dialogue can be told to belong together.
+    """
+
+    row: int
+    turn: int
+    tokens: int
+    nats: float
 
 
 @contextlib.contextmanager
@@ -55,6 +70,39 @@ def nll_sum(model: GPT, batch: Batch, precision: Precision = "fp32") -> torch.Te
         weight, low_rank = head_parts(model.lm_head, hidden)
         chunk = head_chunk(precision)
         return head_nll_sum(hidden, weight, batch.targets, low_rank=low_rank, chunk=chunk, count=batch.count)
+
+
+def target_nll(model: GPT, batch: Batch, precision: Precision = "fp32") -> torch.Tensor:
+    """-log p of each of a batch's targets: (count,) float32, nats. Without gradients."""
+    with evaluation_mode(model), autocast(batch.input_ids.device, precision):
+        hidden = model(batch.input_ids, batch.documents, rows=batch.rows)
+        weight, low_rank = head_parts(model.lm_head, hidden)
+        return token_nll(hidden, weight, batch.targets, low_rank=low_rank, chunk=head_chunk(precision))[: batch.count]
+
+
+def answer_losses(model: GPT, batches: Batches, precision: Precision = "fp32") -> list[AnswerLoss]:
+    """The loss of every answer in packed `batches` whose loss is on the assistant's turns, in the order of the batches.
+
+    An answer that was cut counts with what is left of it; turns are those of the whole dialogue.
+    """
+    device, store = model.wte.weight.device, batches.store
+    found = []
+    for batch, pieces in zip(batches.fixed(), batches.fixed_pieces(), strict=True):
+        nll = target_nll(model, batch.to(device), precision).double().cpu().numpy()
+        at = 0
+        for piece in pieces:
+            flags = store.flags[int(store.offsets[piece.row]) :][: piece.stop]
+            turn = 1 + int(np.count_nonzero(flags[: piece.start] & END))
+            _, targets = store.row(piece.row, batches.loss_on, piece.start, piece.stop)
+            targets = targets[targets != IGNORE_INDEX]
+            ends = np.flatnonzero(targets == store.end_of_text) + 1
+            for answer in np.split(nll[at : at + len(targets)], ends):
+                if len(answer):
+                    found.append(AnswerLoss(piece.row, turn, len(answer), float(answer.sum())))
+                    turn += 1
+            at += len(targets)
+        assert at == batch.count
+    return found
 
 
 def head_chunk(precision: Precision) -> int:

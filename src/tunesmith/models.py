@@ -83,6 +83,12 @@ def is_adapter(directory: Path) -> bool:
     return (directory / adapters.CONFIG).exists() and not any(whole)
 
 
+def gives_scores(name: str) -> bool:
+    """Whether a MODEL is a reward model. Raises: as `find_model`."""
+    directory = find_model(name)
+    return bool(read_adapter(directory).extra) if is_adapter(directory) else is_reward_model(directory)
+
+
 def load(name: str, *, device: str = "auto", dtype: torch.dtype = torch.float32) -> tuple[GPT, Tokenizer]:
     """Model and tokenizer of a MODEL, ready for evaluation and generation. An adapter comes merged into its base.
 

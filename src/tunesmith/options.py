@@ -254,13 +254,15 @@ class DataCommand:
 
 @dataclass(frozen=True)
 class EvaluateCommand:
-    """Loss and perplexity of a model on the test rows of a data set."""
+    """Loss and perplexity of a model on the test rows of a data set; on pairs, how often it prefers the chosen answer."""
 
     data: DataOptions = field(default_factory=DataOptions)
     batch_size: int = 1
     """Rows of block_size tokens in one forward pass."""
     split: Literal["test", "train"] = "test"
     """Which rows; without a test split, all of them."""
+    reference: str | None = None
+    """On pairs: MODEL against which the log-probabilities of answers are held; default what a DPO run started from."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the forward pass."""
     device: str = "auto"

@@ -120,14 +120,18 @@ def estimate_dpo(
     return named, [(loss, 1) for loss in found[0].tolist()]
 
 
+def all_pair_scores(model: RewardModel, batches: Iterable[PairBatch], precision: Precision = "fp32") -> Tensor:
+    """`pair_scores` of all batches one after the other, without gradients: (pairs, 2)."""
+    device = model.score.weight.device
+    with evaluation_mode(model):
+        return torch.cat([pair_scores(model, batch.to(device), precision) for batch in batches])
+
+
 def estimate_reward(
     model: RewardModel, batches: Iterable[PairBatch], precision: Precision = "fp32"
 ) -> tuple[dict[str, float], Sums]:
     """Means over pairs on fixed batches, `loss` and OBSERVED, and the loss pair by pair."""
-    device = model.score.weight.device
-    with evaluation_mode(model):
-        scores = torch.cat([pair_scores(model, batch.to(device), precision) for batch in batches])
-    chosen, rejected = scores.double().unbind(1)
+    chosen, rejected = all_pair_scores(model, batches, precision).double().unbind(1)
     losses = bradley_terry_loss(chosen, rejected)
     means = (_sums(losses.sum(), chosen, rejected) / len(losses)).tolist()
     return dict(zip(("loss", *OBSERVED), means, strict=True)), [(loss, 1) for loss in losses.tolist()]

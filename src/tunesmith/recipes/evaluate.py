@@ -1,54 +1,282 @@
-"""`tunesmith evaluate`: loss and perplexity of a model on a data set, over the answers and over all tokens."""
+"""`tunesmith evaluate MODEL DATASET`: loss and perplexity of a model, by turn and by length; on pairs, what it prefers.
+
+A reward model, ours or any sequence classifier, is measured on pairs by its scores; a language model by the
+log-probabilities of the two answers, held against a reference where there is one. Everything has its 95 % interval.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from tunesmith.answers import alike, interval_record
 from tunesmith.batching import Batches
-from tunesmith.datasets import open_dataset
-from tunesmith.device import keep_freed_memory, resolve_precision
+from tunesmith.datasets import Source, open_dataset
+from tunesmith.device import Precision, keep_freed_memory, resolve_precision
+from tunesmith.dialogue import Preference
 from tunesmith.errors import UserError
-from tunesmith.evaluate import estimate_loss
-from tunesmith.models import load
-from tunesmith.options import EvaluateCommand
+from tunesmith.evaluate import AnswerLoss, answer_losses, evaluation_mode
+from tunesmith.gpt import GPT
+from tunesmith.models import gives_scores, load, run_and_step
+from tunesmith.options import DataOptions, EvaluateCommand
+from tunesmith.pairs import PairBatches, PairStore
+from tunesmith.preferences import all_pair_scores, answer_logps
+from tunesmith.readers import Report
+from tunesmith.scoring import OwnScorer, load_scorer
+from tunesmith.study.stats import bootstrap_interval, ratio_interval, share_interval
+from tunesmith.tokenizer import Tokenizer
 from tunesmith.tokenstore import tokenise
+
+Array = np.ndarray[Any, Any]
+TURNS = ((1, 1), (2, 2), (3, 3), (4, None))
+LENGTHS = ((1, 16), (17, 64), (65, 256), (257, None))
+
+
+@dataclass(frozen=True)
+class Held:
+    """The rows to measure on, and how."""
+
+    source: Source
+    split: str
+    data: DataOptions
+    options: EvaluateCommand
+
+    def precision(self, device: torch.device, width: int) -> Precision:
+        return resolve_precision(self.options.precision, device, width)
+
+    def dialogues(self, tokenizer: Tokenizer, loss_on: str, positions: int) -> Batches:
+        """All rows, packed."""
+        store = tokenise(self.source, self.split, tokenizer)
+        return Batches(
+            store, range(len(store)), batching="packed", block_size=min(self.data.block_size, positions),
+            batch_size=self.options.batch_size, loss_on=loss_on, truncation=self.data.truncation, shuffle=False,
+        )  # fmt: skip
+
+    def pairs(self, tokenizer: Tokenizer, positions: int) -> PairBatches:
+        """All pairs, packed."""
+        store = PairStore(tokenise(self.source, self.split, tokenizer, form="pairs"))
+        return PairBatches(
+            store, range(len(store)), batching="packed", block_size=min(self.data.block_size, positions),
+            batch_size=self.options.batch_size, truncation=self.data.truncation,
+        )  # fmt: skip
 
 
 def evaluate(model_name: str, dataset: str, options: EvaluateCommand) -> dict[str, Any]:
-    """Print and return `{"response": {...}, "all": {...}}`: loss in nats a token, perplexity and token count of each."""
+    """Print the tables and return their figures: `response`, `all`, `by_turn`, `by_length`, `preference`, where they apply.
+
+    Raises: UserError if model or data cannot be had or do not go together, or with `data.strict` for any bad row.
+    """
     keep_freed_memory()
-    model, tokenizer = load(model_name, device=options.device)
     data = dataclasses.replace(options.data, name=dataset)
     source = open_dataset(data)
     split = options.split if options.split in source.files else "train"
-    store = tokenise(source, split, tokenizer)
-    precision = resolve_precision(options.precision, model.wte.weight.device, model.config.n_embd)
-    result: dict[str, Any] = {"model": model_name, "dataset": dataset, "split": split, "rows": len(store)}
+    held = Held(source, split, data, options)
+    has_pairs = isinstance(next(source.rows(split, Report())).value, Preference)
+    result: dict[str, Any] = {"model": model_name, "dataset": dataset, "split": split}
+    if gives_scores(model_name):
+        if not has_pairs:
+            raise UserError(
+                f"{model_name} gives scores, and {dataset} holds no pairs (chosen and rejected) to compare them on"
+            )
+        result["preference"], notes = reward_preference(model_name, held)
+    else:
+        model, tokenizer = load(model_name, device=options.device)
+        losses, notes = text_losses(model, tokenizer, held)
+        result |= losses
+        if has_pairs:
+            result["preference"], more = policy_preference(model_name, model, tokenizer, held)
+            notes += more
     console = Console(highlight=False, soft_wrap=True)
-    table = Table(title=f"{model_name} on {dataset} ({split}, {len(store):,} rows)", title_justify="left")
-    for heading in ("tokens counted", "tokens", "loss (nats)", "perplexity"):
-        table.add_column(heading, justify="left" if heading == "tokens counted" else "right")
-    for label, loss_on in (("response", "assistant"), ("all", "all")):
-        batches = Batches(
-            store, range(len(store)), batching="packed", block_size=min(data.block_size, model.config.block_size),
-            batch_size=options.batch_size, loss_on=loss_on, truncation=data.truncation, shuffle=False,
-        )  # fmt: skip
-        found = estimate_loss(model, batches.fixed(), precision)
-        result[label] = {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
-        table.add_row(label, f"{found.tokens:,}", f"{found.loss:.4f}", f"{found.perplexity:,.2f}")
-    console.print(table)
-    cut = [line for t in batches.truncations for line in t.lines(batches.block_size)]
-    problems = [*store.report.lines(), *cut]
-    for line in [*source.notes, *store.report.notes, *problems]:
+    where = f"{model_name} on {dataset} ({split}"
+    if "response" in result:
+        print_losses(console, f"{where}, {result['rows']:,} rows)", result)
+    if "preference" in result:
+        print_preference(console, f"{where}, {result['preference']['pairs']:,} pairs)", result["preference"])
+    for line in dict.fromkeys([*source.notes, *notes]):
         console.print(f"note: {line}", markup=False)
-    if data.strict and problems:
-        raise UserError(f"--data.strict: {'; '.join(problems)}")
+    if data.strict and notes:
+        raise UserError(f"--data.strict: {'; '.join(notes)}")
     if options.out:
         Path(options.out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
+
+
+# ---- loss and perplexity ---------------------------------------------------------------------------------------------
+
+
+def text_losses(model: GPT, tokenizer: Tokenizer, held: Held) -> tuple[dict[str, Any], list[str]]:
+    """Loss over the answers, in all and by turn and length, and over all tokens; what was skipped or cut."""
+    precision = held.precision(model.wte.weight.device, model.config.n_embd)
+    of_answers = held.dialogues(tokenizer, "assistant", model.config.block_size)
+    answers = answer_losses(model, of_answers, precision)
+    everything = answer_losses(model, held.dialogues(tokenizer, "all", model.config.block_size), precision)
+    report = of_answers.store.report
+    found = {
+        "rows": len(of_answers.store),
+        "response": loss_record(answers),
+        "all": loss_record(everything),
+        "by_turn": by_bucket(answers, TURNS, lambda a: a.turn),
+        "by_length": by_bucket(answers, LENGTHS, lambda a: a.tokens),
+    }
+    cut = [line for t in of_answers.truncations for line in t.lines(of_answers.block_size)]
+    return found, [*report.notes, *report.lines(), *cut]
+
+
+def loss_record(answers: Sequence[AnswerLoss]) -> dict[str, Any]:
+    """`{"loss", "low", "high", "perplexity", "tokens", "answers"}`; the interval is over rows, which are independent."""
+    rows: dict[int, tuple[float, int]] = {}
+    for a in answers:
+        nats, tokens = rows.get(a.row, (0.0, 0))
+        rows[a.row] = (nats + a.nats, tokens + a.tokens)
+    found = interval_record(ratio_interval([nats for nats, _ in rows.values()], [n for _, n in rows.values()]))
+    loss = found.pop("mean")
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return {
+        "loss": loss, "low": found["low"], "high": found["high"], "perplexity": perplexity,
+        "tokens": sum(a.tokens for a in answers), "answers": len(answers),
+    }  # fmt: skip
+
+
+def by_bucket(
+    answers: Sequence[AnswerLoss], buckets: Sequence[tuple[int, int | None]], value: Callable[[AnswerLoss], int]
+) -> dict[str, Any]:
+    """`loss_record` of the answers in each bucket that has any; the keys are `1`, `17-64`, `257 or more`."""
+    found = {}
+    for low, high in buckets:
+        inside = [a for a in answers if low <= value(a) and (high is None or value(a) <= high)]
+        name = f"{low} or more" if high is None else str(low) if low == high else f"{low}-{high}"
+        if inside:
+            found[name] = loss_record(inside)
+    return found
+
+
+def print_losses(console: Console, title: str, found: dict[str, Any]) -> None:
+    """One table: over answers, over all tokens, then the parts."""
+    table = Table(title=escape(title), title_justify="left")
+    for heading in ("tokens counted", "answers", "tokens", "loss, nats (95 % interval)", "perplexity"):
+        table.add_column(heading, justify="left" if heading == "tokens counted" else "right")
+    rows = [("response", found["response"]), *((f"  turn {k}", v) for k, v in found["by_turn"].items())]
+    rows += [(f"  {k} tokens", v) for k, v in found["by_length"].items()]
+    for label, x in [*rows, ("all", found["all"])]:
+        bounds = "" if x["low"] is None else f" ({x['low']:.4f} to {x['high']:.4f})"
+        table.add_row(
+            label,
+            "" if label == "all" else f"{x['answers']:,}",
+            f"{x['tokens']:,}",
+            f"{x['loss']:.4f}{bounds}",
+            f"{x['perplexity']:,.2f}",
+        )
+    console.print(table)
+
+
+# ---- preferences -----------------------------------------------------------------------------------------------------
+
+
+def policy_preference(name: str, model: GPT, tokenizer: Tokenizer, held: Held) -> tuple[dict[str, Any], list[str]]:
+    """How often a language model gives the chosen answer more, by its log-ratio to a reference, else by log-probability."""
+    batches = held.pairs(tokenizer, model.config.block_size)
+    precision = held.precision(model.wte.weight.device, model.config.n_embd)
+    values = all_logps(model, batches, precision)
+    reference = held.options.reference or starting_point(name)
+    by = "log-probability, for want of a --reference"
+    if reference is not None:
+        other, its_tokenizer = load(reference, device=held.options.device)
+        if its_tokenizer.fingerprint != tokenizer.fingerprint:
+            raise UserError(
+                f"--reference {reference} has another tokenizer than {name}: their log-probabilities cannot be compared"
+            )
+        values = values - all_logps(other, batches, precision)
+        by = f"log-ratio to {reference}"
+    return preference_record(values, ordered_lengths(batches), by), problems_of(batches)
+
+
+def problems_of(batches: PairBatches) -> list[str]:
+    """What was skipped or cut, in words."""
+    return [*batches.store.store.report.lines(), *batches.cuts.lines()]
+
+
+def ordered_lengths(batches: PairBatches) -> Array:
+    """(pairs, 3) tokens of prompt, chosen and rejected answer, in the order of the batches."""
+    return batches.store.lengths[[source for batch in batches.fixed() for source in batch.sources]]
+
+
+def all_logps(model: GPT, batches: PairBatches, precision: Precision) -> Array:
+    """(pairs, 2) float64, nats: log-probabilities of the chosen and rejected answers, in the order of the batches."""
+    device = model.wte.weight.device
+    with evaluation_mode(model):
+        found = [answer_logps(model, batch.to(device), precision) for batch in batches.fixed()]
+    return torch.cat(found).double().cpu().numpy()
+
+
+def starting_point(name: str) -> str | None:
+    """What a DPO run started from, where the MODEL is one's checkpoint."""
+    found = run_and_step(name)
+    config = found[0].config if found else {}
+    return config["model"]["name"] if "dpo" in config and config["model"].get("init") != "random" else None
+
+
+def reward_preference(name: str, held: Held) -> tuple[dict[str, Any], list[str]]:
+    """How often a reward model scores the chosen answer higher."""
+    scorer = load_scorer(name, device=held.options.device)
+    if isinstance(scorer, OwnScorer):
+        shape = scorer.model.transformer.config
+        batches = held.pairs(scorer.tokenizer, shape.block_size)
+        precision = held.precision(scorer.model.score.weight.device, shape.n_embd)
+        scores = all_pair_scores(scorer.model, batches.fixed(), precision)
+        return preference_record(scores.double().cpu().numpy(), ordered_lengths(batches), "score"), problems_of(batches)
+    report = Report()
+    pairs = [located.value for located in held.source.rows(held.split, report, pairs=True)]
+    prompts = [pair.chosen.messages[:-1] for pair in pairs]
+    chosen = scorer.score(prompts, [pair.chosen.messages[-1].content for pair in pairs])
+    rejected = scorer.score(prompts, [pair.rejected.messages[-1].content for pair in pairs])
+    lengths = PairStore(tokenise(held.source, held.split, Tokenizer.gpt2(), form="pairs")).lengths
+    return preference_record(np.array([chosen, rejected]).T, lengths, "score"), report.lines()
+
+
+def preference_record(values: Array, lengths: Array, by: str) -> dict[str, Any]:
+    """Accuracy and margin of (pairs, 2) values, beside what length alone would reach; lengths: (pairs, 3) tokens."""
+    better = values[:, 0] > values[:, 1]
+    chosen, rejected = lengths[:, 1], lengths[:, 2]
+    like = np.array([alike(a, b) for a, b in zip(chosen, rejected, strict=True)])
+    longer = float(np.where(chosen == rejected, 0.5, chosen > rejected).sum())
+    record = {
+        "pairs": len(values), "by": by, "accuracy": interval_record(share_interval(int(better.sum()), len(better))),
+        "margin": interval_record(bootstrap_interval((values[:, 0] - values[:, 1]).tolist())),
+        "longer_chosen": interval_record(share_interval(longer, len(better))),
+    }  # fmt: skip
+    alike_only = share_interval(int(better[like].sum()), int(like.sum())) if like.any() else None
+    return record | {"accuracy_at_like_length": alike_only and interval_record(alike_only)}
+
+
+def print_preference(console: Console, title: str, found: dict[str, Any]) -> None:
+    """How often right, beside the rule that the longer answer is better."""
+    table = Table(title=escape(f"{title}, by {found['by']}"), title_justify="left")
+    table.add_column("")
+    table.add_column("pairs", justify="right")
+    table.add_column("95 % interval", justify="right")
+    rows = [
+        ("prefers the chosen answer", found["accuracy"], True), ("  where both are about as long", found["accuracy_at_like_length"], True),
+        ("the rule: the longer is better", found["longer_chosen"], True), ("mean margin", found["margin"], False),
+    ]  # fmt: skip
+    for label, x, share in rows:
+        if x is not None:
+            table.add_row(label, f"{x['n']:,}", figure(x, share))
+    console.print(table)
+
+
+def figure(x: dict[str, Any], share: bool) -> str:
+    """A mean with its interval, as a share in percent."""
+    factor, digits, unit = (100, 1, " %") if share else (1, 3, "")
+    bounds = "" if x["low"] is None else f" ({factor * x['low']:.{digits}f} to {factor * x['high']:.{digits}f})"
+    return f"{factor * x['mean']:.{digits}f}{unit}{bounds}"

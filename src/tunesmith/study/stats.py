@@ -15,6 +15,7 @@ import numpy as np
 
 Z95 = NormalDist().inv_cdf(0.975)
 RESAMPLES = 10_000
+LARGE = 2000  # from here on the mean is normal and the bootstrap gives Student's interval, only slower
 AT_ONCE = 4_000_000  # numbers drawn in one go, to bound the memory of the bootstrap
 
 
@@ -56,6 +57,8 @@ def bootstrap_interval(values: Sequence[float], *, level: float = 0.95, seed: in
     mean = float(x.mean())
     if n == 1:
         return Interval(mean, math.nan, math.nan, 1)
+    if n > LARGE:
+        return t_interval(x.tolist(), level=level)
     rng = np.random.default_rng(seed)
     chunk = max(1, AT_ONCE // n)
     means = np.concatenate(
@@ -66,7 +69,21 @@ def bootstrap_interval(values: Sequence[float], *, level: float = 0.95, seed: in
     return Interval(mean, min(float(low), mean), max(float(high), mean), n)
 
 
-def t_interval(values: Sequence[float]) -> Interval:
+def ratio_interval(sums: Sequence[float], counts: Sequence[float], *, level: float = 0.95) -> Interval:
+    """Sum of `sums` over sum of `counts`, as a loss per token is, with its bootstrap interval over the units counted.
+
+    The spread of the ratio r is that of the residuals (sum - r count) / mean(count) of the units.
+
+    Raises: ValueError if there is nothing to count.
+    """
+    s, c = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
+    if not c.sum() > 0:
+        raise ValueError("nothing was counted: no ratio to be had")
+    ratio = s.sum() / c.sum()
+    return bootstrap_interval(ratio + (s - ratio * c) / c.mean(), level=level)
+
+
+def t_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
     """Mean of a handful of like values (a figure over seeds) with Student's interval; NaN bounds below two values."""
     x = np.asarray(values, np.float64)
     if not len(x):
@@ -74,7 +91,7 @@ def t_interval(values: Sequence[float]) -> Interval:
     mean = float(x.mean())
     if len(x) == 1:
         return Interval(mean, math.nan, math.nan, 1)
-    half = t_quantile(len(x) - 1) * float(x.std(ddof=1)) / math.sqrt(len(x))
+    half = t_quantile(len(x) - 1, level) * float(x.std(ddof=1)) / math.sqrt(len(x))
     return Interval(mean, mean - half, mean + half, len(x))
 
 
