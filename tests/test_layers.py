@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "src" / "tunesmith"
 LAYERS = [
     {"errors"},
     {"options", "config", "hub", "runlog", "prompts", "progress", "tokenizer", "dialogue", "device", "readers", "study.stats"}
-    | {"documents", "losses", "lora", "optim", "step", "answers", "choice"},
-    {"gpt", "datasets"},
+    | {"documents", "losses", "lora", "optim", "step", "answers", "choice", "endpoint"},
+    {"gpt", "datasets", "judge"},
     {"weights", "tokenstore"},
     {"adapters", "reward", "checkpoint", "batching"},
     {"models", "pairs", "evaluate"},
@@ -30,6 +30,8 @@ LAYERS = [
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 WITHOUT_TORCH = {
     "errors",
+    "endpoint",
+    "judge",
     "options",
     "config",
     "hub",
