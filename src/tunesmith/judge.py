@@ -151,8 +151,11 @@ class Judge:
         return None, reply
 
     def _read_kept(self) -> Iterator[tuple[str, str]]:
+        self._cut = False  # whether the file ends in the middle of a line
         if self.kept and self.kept.exists():
-            for line in self.kept.read_text(encoding="utf-8", errors="replace").split("\n"):
+            text = self.kept.read_text(encoding="utf-8", errors="replace")
+            self._cut = bool(text) and not text.endswith("\n")
+            for line in text.split("\n"):
                 try:
                     record = json.loads(line)
                     yield str(record["question"]), str(record["reply"])
@@ -165,4 +168,5 @@ class Judge:
             if self.kept:
                 record = json.dumps({"question": name, "model": self.endpoint.model, "reply": reply})
                 with self.kept.open("a", encoding="utf-8") as file:
-                    file.write(f"\n{record}\n")  # the first newline ends a line that was cut
+                    file.write(f"\n{record}\n" if self._cut else f"{record}\n")
+                self._cut = False

@@ -27,12 +27,12 @@ from tunesmith.prompts import Prompt, load_prompts
 from tunesmith.runlog import write_atomically
 from tunesmith.scoring import Scorer, load_scorer
 from tunesmith.study.comparison import (
-    LEVELS,
     VERSUS,
     Comparison,
     Row,
     TokenLogps,
     judge_text,
+    legend,
     level,
     model_rows,
     notes,
@@ -188,7 +188,7 @@ def tell(comparison: Comparison, options: CompareCommand) -> None:
     for line in notes(summary):
         console.print(line, markup=False, soft_wrap=True)
     if "logprobs" in summary:
-        console.print(legend(), soft_wrap=True)
+        console.print(colour_key(), soft_wrap=True)
     if options.out:
         lines = (json.dumps(row.record(), ensure_ascii=False) for row in comparison.rows)
         Path(options.out).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -203,7 +203,7 @@ def side_by_side(comparison: Comparison) -> Table:
     for heading in ("prompt", *(f"{side} {name}" for side, name in zip("AB", comparison.names, strict=True))):
         table.add_column(Text(heading), ratio=1, overflow="fold")
     for row in comparison.rows:
-        told = [f"reward B \u2212 A {number(row.difference, signed=True)}"] if row.difference is not None else []
+        told = [f"reward B - A {number(row.difference, signed=True)}"] if row.difference is not None else []
         told += [judge_text(row.judgement)] if row.judgement else []
         group = [row.a.group] if row.a.group else []
         prompt = Text(row.a.prompt).append("".join(f"\n{line}" for line in (*group, *told)), "dim")
@@ -231,13 +231,11 @@ def coloured(answer: ScoredAnswer, logps: TokenLogps) -> Text:
     return text.append(rest_of(answer, logps))
 
 
-def legend() -> Text:
+def colour_key() -> Text:
     """What the colours mean."""
-    text = Text("log p_B \u2212 log p_A of a token, nats: ")
-    for step, colour in COLOURS.items():
-        limit = LEVELS[abs(step) - 1]
-        words = f"from +{limit}" if step > 0 else f"\u2212{limit} and below" if step == -3 else f"to \u2212{limit}"
-        text.append(f" {words} ", colour).append(" ")
+    text = Text("log p_B - log p_A of a token, nats: ")
+    for step, words in legend():
+        text.append(f" {words} ", COLOURS.get(step)).append(" ")
     return text
 
 

@@ -25,6 +25,18 @@ TokenLogps = Sequence[tuple[str, float, float]]
 LEVELS = (0.1, 0.5, 1.5)  # nats; from each of these on a change has a stronger colour
 
 
+def legend() -> list[tuple[int, str]]:
+    """Every level from -3 to 3 and the changes that it stands for."""
+    weak, middle, strong = LEVELS
+    words = [f"{strong} and more", f"{middle} to {strong}", f"{weak} to {middle}"]
+    more = list(zip((3, 2, 1), words, strict=True))
+    return (
+        [(-n, f"-({text})") for n, text in more]
+        + [(0, f"less than {weak}")]
+        + [(n, f"+({text})") for n, text in more[::-1]]
+    )
+
+
 def level(change: float) -> int:
     """How strongly a change of log-probability is shown: -3 to 3, 0 for nearly none."""
     strength = sum(abs(change) >= limit for limit in LEVELS)
@@ -155,14 +167,14 @@ def _changes(rows: Sequence[Row], side: int) -> dict[str, Any]:
 
 
 def number(value: float, signed: bool = False) -> str:
-    """Three decimals and a true minus sign."""
-    return f"{value:{'+' if signed else ''}.3f}".replace("-", "\u2212")
+    """Three decimals."""
+    return f"{value:{'+' if signed else ''}.3f}"
 
 
 def interval_text(record: dict[str, Any] | None, *, signed: bool = False, percent: bool = False) -> str:
     """`0.53 (0.41 to 0.65)`; without the bounds where they are unknown."""
     if record is None:
-        return "\u2013"
+        return "n/a"
 
     def told(value: float) -> str:
         return f"{100 * value:.1f}" if percent else number(value, signed)
@@ -199,10 +211,10 @@ class Versus:
     def cells(self) -> tuple[str, ...]:
         """As a line of a table."""
         w = self.wins
-        return self.label, str(w.n), self.difference, str(w.wins), str(w.ties), str(w.losses), self.rate
+        return self.label, self.rate, self.difference, str(w.wins), str(w.ties), str(w.losses), str(w.n)
 
 
-VERSUS = ("B against A", "prompts", "reward B \u2212 A", "B wins", "ties", "A wins", "win rate of B")
+VERSUS = ("B against A", "win rate of B", "reward B - A", "B wins", "ties", "A wins", "prompts")
 
 
 def versus_rows(summary: dict[str, Any]) -> list[Versus]:
@@ -222,13 +234,15 @@ def versus_rows(summary: dict[str, Any]) -> list[Versus]:
 
 def notes(summary: dict[str, Any]) -> list[str]:
     """What a reader of the figures must know."""
-    told = ["In parentheses: 95 % intervals. A win rate counts a tie as half a win."]
+    told = []
+    if summary.keys() & {"reward", "judge", "logprobs"}:
+        told.append("In parentheses: 95 % intervals. A win rate counts a tie as half a win.")
     if "reward" in summary or "judge" in summary:
         told.append(
             f"Of like length: the shorter answer has at least {100 * (1 - LIKE_LENGTH):.0f} % of the longer one's tokens."
         )
     if "reward" in summary:
-        told.append(f"Rewards: {summary['reward']['scorer']}.")
+        told.append(f"Rewards by {summary['reward']['scorer']}.")
     if judge := summary.get("judge"):
         told.append(
             f"Judge: {judge['model']}, asked in both orders; where they disagree the prompt is a tie. The two orders "
@@ -245,7 +259,7 @@ def notes(summary: dict[str, Any]) -> list[str]:
             )
     if changes := summary.get("logprobs"):
         a, b = (interval_text(changes[side]["change"], signed=True) for side in "ab")
-        told.append(f"log p_B \u2212 log p_A of a whole answer, in nats: of A's answers {a}, of B's answers {b}.")
+        told.append(f"log p_B - log p_A of a whole answer, in nats: of A's answers {a}, of B's answers {b}.")
     return told
 
 

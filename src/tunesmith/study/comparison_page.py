@@ -8,7 +8,6 @@ from typing import Any
 from tunesmith.answers import ScoredAnswer
 from tunesmith.judge import Judgement
 from tunesmith.study.comparison import (
-    LEVELS,
     VERSUS,
     Comparison,
     Row,
@@ -17,6 +16,7 @@ from tunesmith.study.comparison import (
     groups,
     interval_text,
     judge_text,
+    legend,
     level,
     model_rows,
     notes,
@@ -39,12 +39,13 @@ article h3 { margin: 0 0 .6rem; font-size: 1rem; overflow-wrap: anywhere; }
 .side h4 { margin: 0; font-size: .85rem; overflow-wrap: anywhere; } .a h4, .name.a { color: var(--a); } .b h4, .name.b { color: var(--b); }
 .answer { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0; }
 .verdict { margin: .6rem 0 0; font-size: .9rem; } .verdict b { font-variant-numeric: tabular-nums; }
-.bar { display: flex; height: .8rem; min-width: 7rem; border-radius: 3px; overflow: hidden; }
+.whole { white-space: nowrap; }
+.bar { display: flex; height: .5rem; margin-top: .2rem; min-width: 7rem; border-radius: 3px; overflow: hidden; }
 .bar i { display: block; } .bar .b { background: var(--b); } .bar .t { background: var(--none); } .bar .a { background: var(--a); }
 .token { border-radius: 2px; } .end { font-size: .75em; opacity: .8; }
 .u1 { background: var(--b1); } .u2 { background: var(--b2); } .u3 { background: var(--b3); }
 .d1 { background: var(--a1); } .d2 { background: var(--a2); } .d3 { background: var(--a3); }
-.u2, .u3 { text-decoration: underline; } .d2, .d3 { text-decoration: underline dotted; }
+.u3 { text-decoration: underline; } .d3 { text-decoration: underline dotted; }
 .legend { display: flex; flex-wrap: wrap; gap: .3rem .8rem; align-items: baseline; font-size: .9rem; }
 details.replies { font-size: .85rem; } details.replies pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 @media (max-width: 40rem) { .sides { grid-template-columns: 1fr; } }
@@ -53,6 +54,7 @@ details.replies { font-size: .85rem; } details.replies pre { white-space: pre-wr
 
 
 DOT = " \u00b7 "
+KINDS = {-3: "d3", -2: "d2", -1: "d1", 0: "", 1: "u1", 2: "u2", 3: "u3"}
 
 
 def render_comparison(found: Comparison) -> str:
@@ -63,9 +65,9 @@ def render_comparison(found: Comparison) -> str:
     if versus:
         head = "".join(f"<th{_right(i)}>{_e(h)}</th>" for i, h in enumerate(VERSUS))
         rows = "".join(_versus(row) for row in versus)
-        parts.append(f'<div class="wide"><table><tr>{head}<th>B, ties, A</th></tr>{rows}</table></div>')
+        parts.append(f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div>')
     rows = "".join(
-        f'<tr><td>{_e(label)}</td><td class="number">{_e(a)}</td><td class="number">{_e(b)}</td></tr>'
+        f'<tr><td>{_e(label)}</td><td class="number">{_interval(a)}</td><td class="number">{_interval(b)}</td></tr>'
         for label, a, b in model_rows(summary)
     )
     head = '<th>answers</th><th class="number name a">A</th><th class="number name b">B</th>'
@@ -100,7 +102,7 @@ def _facts(summary: dict[str, Any]) -> str:
     for measure, words in (("reward", "by reward"), ("judge", "by the judge")):
         told = summary.get(measure, {})
         if "difference" in told:
-            facts["reward B \u2212 A"] = interval_text(told["difference"], signed=True)
+            facts["reward B - A"] = interval_text(told["difference"], signed=True)
         if "win_rate" in told:
             facts[f"win rate of B {words}"] = interval_text(told["win_rate"], percent=True)
         if told.get("agreement"):
@@ -110,14 +112,20 @@ def _facts(summary: dict[str, Any]) -> str:
 
 
 def _versus(row: Versus) -> str:
-    cells = "".join(f"<td{_right(i)}>{_e(cell)}</td>" for i, cell in enumerate(row.cells))
+    label, rate, *rest = row.cells
+    cells = "".join(f'<td class="number">{_interval(cell)}</td>' for cell in rest)
     w = row.wins
-    parts = "".join(
-        f'<i class="{c}" style="width: {100 * k / w.n:.2f}%"></i>'
-        for c, k in zip("bta", (w.wins, w.ties, w.losses), strict=True)
-    )
-    label = f"B wins {w.wins}, ties {w.ties}, A wins {w.losses}"
-    return f'<tr>{cells}<td><div class="bar" role="img" aria-label="{label}">{parts}</div></td></tr>'
+    widths = {"b": w.wins / w.n, "t": w.ties / w.n, "a": w.losses / w.n}
+    parts = "".join(f'<i class="{kind}" style="width: {100 * share:.2f}%"></i>' for kind, share in widths.items())
+    words = f"B wins {w.wins}, ties {w.ties}, A wins {w.losses}"
+    bar = f'<div class="bar" role="img" aria-label="{words}">{parts}</div>'
+    return f'<tr><td>{_e(label)}</td><td class="number">{_interval(rate)}{bar}</td>{cells}</tr>'
+
+
+def _interval(text: str) -> str:
+    """A mean and its bounds, each of which stays on one line."""
+    mean, opened, bounds = _e(text).partition(" (")
+    return f'<span class="whole">{mean}</span> <span class="whole dim">({bounds}</span>' if opened else mean
 
 
 def _article(row: Row, count: int, found: Comparison) -> str:
@@ -127,7 +135,7 @@ def _article(row: Row, count: int, found: Comparison) -> str:
     )
     told = []
     if row.difference is not None:
-        told.append(f"reward B \u2212 A <b>{number(row.difference, signed=True)}</b>")
+        told.append(f"reward B - A <b>{number(row.difference, signed=True)}</b>")
     if row.judgement:
         told.append(_e(judge_text(row.judgement)))
     verdict = f'<p class="verdict">{DOT.join(told)}</p>' if told else ""
@@ -143,7 +151,7 @@ def _side(side: str, name: str, answer: ScoredAnswer, logps: TokenLogps | None) 
     told = [ended, f"{answer.tokens} tokens"] + ([] if answer.reward is None else [f"reward {number(answer.reward)}"])
     if logps:
         change = sum(b for _, _, b in logps) - sum(a for _, a, _ in logps)
-        told.append(f"log p_B \u2212 log p_A {number(change, signed=True)}")
+        told.append(f"change in log p {number(change, signed=True)}")
     return (
         f'<div class="side {side}"><h4>{side.upper()} {_e(name)}</h4><div class="answer">{text or "<i>nothing</i>"}</div>'
         f'<div class="dim">{DOT.join(told)}</div></div>'
@@ -161,20 +169,15 @@ def _tokens(logps: TokenLogps) -> str:
             continue
         waiting, change = (0.0, 0.0), b - a
         title = f"{number(change, signed=True)} nats: log p {number(a)} under A, {number(b)} under B"
-        kind = ("", "u1", "u2", "u3", "d3", "d2", "d1")[level(change)]
+        kind = KINDS[level(change)]
         shown = '<span class="end">[end]</span>' if text == END_OF_TEXT else _e(text if cells else text.lstrip())
         cells.append(f'<span class="token {kind}" title="{title}">{shown}</span>')
     return "".join(cells)
 
 
 def _legend() -> str:
-    weak, middle, strong = LEVELS
-    steps = (
-        ("d3", f"\u2212{strong} and below"), ("d2", f"to \u2212{middle}"), ("d1", f"to \u2212{weak}"), ("", "about 0"),
-        ("u1", f"from +{weak}"), ("u2", f"from +{middle}"), ("u3", f"+{strong} and above"),
-    )  # fmt: skip
-    cells = "".join(f'<span class="token {kind}">{words}</span>' for kind, words in steps)
-    words = "log p_B \u2212 log p_A of a token, nats (orange, dotted: likelier under A; blue, underlined: under B):"
+    cells = "".join(f'<span class="token {KINDS[step]}">{words}</span>' for step, words in legend())
+    words = "log p_B - log p_A of a token, nats (orange, dotted: likelier under A; blue, underlined: under B):"
     return f'<p class="legend">{words} {cells}</p>'
 
 
