@@ -2,7 +2,9 @@
 
 import json
 import re
+import shlex
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -325,6 +327,28 @@ def test_what_users_get_wrong(compare, models, options, code, told):
     *_, printed = compare(*models[:2], *options, code=code)
     missing = [part for part in told if part not in printed.err]
     assert not missing, printed.err
+
+
+def test_a_switch_may_stand_before_the_models(capfd, models):
+    """And hyphens are as good as underscores."""
+    argv = ["compare", "--logprobs", *map(str, models[:2]), "--judge-model=m-1", "--limit", "1", "--print_config"]
+    with pytest.raises(SystemExit):
+        main(argv)
+    printed = capfd.readouterr().out
+    assert "logprobs: true" in printed
+    assert "judge_model: m-1" in printed
+
+
+def test_commands_of_the_page_on_judging_are_valid(capfd):
+    """Those on comparing; what they do is tested above."""
+    page = (Path(__file__).parents[1] / "docs" / "judging.md").read_text()
+    lines = [line.partition("  #")[0] for line in page.replace("\\\n", "").splitlines()]
+    shown = [shlex.split(line)[1:] for line in lines if line.startswith("tunesmith compare")]
+    assert len(shown) >= 4
+    for argv in shown:
+        with pytest.raises(SystemExit) as ended:
+            main([*argv, "--print_config"])
+        assert ended.value.code == 0
 
 
 def test_help_names_the_variable_of_the_key(capfd):

@@ -230,6 +230,8 @@ def test_page_asks_the_network_for_nothing(full):
     links = re.findall(r'(?:src|href|url|@import)\s*[=(]\s*["\']?([^"\')\s>]+)', page)
     assert [x for x in links if not x.startswith("#")] == []
     assert "<script" not in page
+    assert "@media print" in page
+    assert "light-dark(" in page
 
 
 def test_a_line_of_the_output_can_be_read_back(full):

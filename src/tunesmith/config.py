@@ -110,10 +110,10 @@ def _underscored(options: type[Any], argv: Sequence[str]) -> list[str]:
 
 
 def _bare_switches(options: type[Any], argv: Sequence[str]) -> list[str]:
-    """`--resume` means `--resume true`."""
+    """`--resume` means `--resume true`, also before another argument: `compare --logprobs A B`."""
     switches = {f"--{name}" for name, kind in option_types(options).items() if kind is bool}
     return [
-        f"{word}=true" if word in switches and after.startswith("--") else word
+        f"{word}=true" if word in switches and after.lower() not in ("true", "false") else word
         for word, after in pairwise([*argv, "--"])
     ]
 

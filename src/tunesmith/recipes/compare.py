@@ -72,7 +72,7 @@ def compare(a: str, b: str, options: CompareCommand) -> Comparison:
     if judge:
         try:
             comparison = judged(comparison, judge)
-        except UserError:
+        except (UserError, KeyboardInterrupt):
             tell(comparison, options)
             raise
     tell(comparison, options)

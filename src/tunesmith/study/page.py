@@ -17,6 +17,7 @@ figcaption, .dim { opacity: .7; font-size: .9rem; } .group { color: var(--accent
 .wide { overflow-x: auto; }
 .cut::after { content: " … cut at the token limit"; opacity: .6; font-size: .85em; }
 pre { background: var(--soft); padding: .8rem; overflow-x: auto; border-radius: 6px; font-size: .85rem; }
+@media print { :root { color-scheme: light; } }
 .facts { display: flex; flex-wrap: wrap; gap: 1rem; }
 .facts div { background: var(--soft); border-radius: 6px; padding: .6rem 1rem; } .facts b { display: block; font-size: 1.3rem; }
 """
