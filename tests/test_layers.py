@@ -12,15 +12,15 @@ PACKAGE = Path(__file__).parents[1] / "src" / "tunesmith"
 
 LAYERS = [
     {"errors"},
-    {"options", "config", "hub", "runlog", "prompts", "progress", "tokenizer", "dialogue", "device", "readers", "study.stats"}
-    | {"documents", "losses", "lora", "optim", "step", "answers", "choice"},
-    {"gpt", "datasets"},
+    {"options", "config", "hub", "runlog", "prompts", "progress", "tokenizer", "dialogue", "device", "readers", "study.stats", "study.page"}
+    | {"documents", "losses", "lora", "optim", "step", "answers", "choice", "endpoint"},
+    {"gpt", "datasets", "judge"},
     {"weights", "tokenstore"},
     {"adapters", "reward", "checkpoint", "batching"},
     {"models", "pairs", "evaluate"},
     {"generation", "fit", "preferences", "trainee", "scoring"},
-    {"judging", "reference"},
-    {"training"},
+    {"judging", "reference", "logprobs", "study.comparison"},
+    {"training", "study.comparison_page"},
     {"recipes.sft", "recipes.dpo", "recipes.reward", "recipes.data", "recipes.evaluate", "recipes.score", "recipes.compare", "recipes.chat"}
     | {"study.figures"},
     {"study.report"},
@@ -30,6 +30,8 @@ LAYERS = [
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 WITHOUT_TORCH = {
     "errors",
+    "endpoint",
+    "judge",
     "options",
     "config",
     "hub",
@@ -42,6 +44,9 @@ WITHOUT_TORCH = {
     "answers",
     "choice",
     "study.stats",
+    "study.page",
+    "study.comparison",
+    "study.comparison_page",
     "study.figures",
     "study.report",
 }

@@ -71,7 +71,7 @@ def parse(
     ]
     for file in files:
         _check_file(file, options)
-    argv = _bare_switches(options, argv)
+    argv = _bare_switches(options, _underscored(options, argv))
     show = "--print_config" in argv
     try:
         parsed = parser.parse_args([word for word in argv if word != "--print_config"])
@@ -98,11 +98,22 @@ def preset_path(name: str) -> str:
     )
 
 
+def _underscored(options: type[Any], argv: Sequence[str]) -> list[str]:
+    """`--judge-model` means `--judge_model`, as people from other command lines write it."""
+    known = {f"--{name}" for name in option_types(options)}
+    found = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        plain = f"--{name[2:].replace('-', '_')}"
+        found.append(f"{plain}{equals}{value}" if word.startswith("--") and plain in known else word)
+    return found
+
+
 def _bare_switches(options: type[Any], argv: Sequence[str]) -> list[str]:
-    """`--resume` means `--resume true`."""
+    """`--resume` means `--resume true`, also before another argument: `compare --logprobs A B`."""
     switches = {f"--{name}" for name, kind in option_types(options).items() if kind is bool}
     return [
-        f"{word}=true" if word in switches and after.startswith("--") else word
+        f"{word}=true" if word in switches and after.lower() not in ("true", "false") else word
         for word, after in pairwise([*argv, "--"])
     ]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -13,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from tunesmith.answers import ScoredAnswer
+from tunesmith.answers import write_answers as store_answers
 from tunesmith.errors import UserError
 from tunesmith.options import (
     CheckpointOptions,
@@ -30,11 +31,11 @@ from tunesmith.options import (
     TrainOptions,
 )
 from tunesmith.prompts import load_prompts
-from tunesmith.recipes.compare import answer_prompts
+from tunesmith.recipes.compare import answers_of
 from tunesmith.recipes.dpo import dpo
 from tunesmith.recipes.reward import train_reward_model
 from tunesmith.recipes.sft import sft
-from tunesmith.runlog import Run, step_name, write_atomically
+from tunesmith.runlog import Run, step_name
 from tunesmith.study.report import accuracy_text, write_report
 
 SHOWN = 4
@@ -166,24 +167,18 @@ def tell_accuracy(console: Console, run: Run) -> None:
     )
 
 
-def write_answers(run: Run, step: int, model: str) -> list[dict[str, Any]]:
+def write_answers(run: Run, step: int, model: str) -> list[ScoredAnswer]:
     """Answers of a model to the embedded prompts, also written as `answers/step-XXXXXXXX.jsonl` of the run."""
     prompts = load_prompts()
-    answers = answer_prompts(model, prompts, GenerateOptions(max_new_tokens=96), device="cpu")
-    records = [
-        {"prompt": p.text, "group": p.group, "answer": a.text, "finish_reason": a.finish_reason, "tokens": a.tokens}
-        for p, a in zip(prompts, answers, strict=True)
-    ]
-    folder = run.path / "answers"
-    folder.mkdir(exist_ok=True)
-    write_atomically(folder / f"{step_name(step)}.jsonl", "".join(json.dumps(r) + "\n" for r in records))
-    return records
+    answers = answers_of(model, prompts, GenerateOptions(max_new_tokens=96), device="cpu")
+    store_answers(run.path / "answers" / f"{step_name(step)}.jsonl", answers)
+    return answers
 
 
-def show_answers(console: Console, answers: dict[str, list[dict[str, Any]]]) -> None:
+def show_answers(console: Console, answers: dict[str, list[ScoredAnswer]]) -> None:
     """A few prompts with the answer of every model."""
     rows = list(zip(*answers.values(), strict=True))
     for row in rows[:: len(rows) // SHOWN][:SHOWN]:
-        console.print(f"[bold]{escape(row[0]['prompt'])}[/bold]")
+        console.print(f"[bold]{escape(row[0].prompt)}[/bold]")
         for name, record in zip(answers, row, strict=True):
-            console.print(f"  [dim]{name:4}[/dim] {escape(' '.join(record['answer'].split()))}")
+            console.print(f"  [dim]{name:4}[/dim] {escape(' '.join(record.answer.split()))}")

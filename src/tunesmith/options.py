@@ -294,17 +294,32 @@ class ScoreCommand:
 
 @dataclass(frozen=True)
 class CompareCommand:
-    """The same prompts to two models, side by side."""
+    """The same prompts to two models, side by side; differences and win rates are those of B against A."""
 
     prompts: str | None = None
     """File of prompts: one a line, or JSONL with `prompt` and perhaps `group`; default the embedded 40."""
     generate: GenerateOptions = field(default_factory=GenerateOptions)
     limit: int | None = None
     """Use only the first N prompts."""
+    reward: str | None = None
+    """Reward model that scores the answers: a run of tunesmith reward, or a sequence classifier, local or on the hub."""
+    logprobs: bool = False
+    """Show every answer's tokens in the colour of their change in log-probability between the models."""
+    judge: str | None = None
+    """Base URL of an OpenAI-compatible API (http://localhost:8000/v1) whose model says which answer is better, asked in both
+    orders. The key, where it wants one, is read from the environment variable OPENAI_API_KEY."""
+    judge_model: str | None = None
+    """Name of the judge's model."""
+    judge_parallel: int = 4
+    """Questions to the judge at one time."""
+    judge_timeout: float = 60.0
+    """Seconds to wait for the judge before a question is sent again."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     out: str | None = None
-    """Also write prompts and answers to this JSONL file."""
+    """Also write prompts, answers and what was found of each to this JSONL file, and the summary to FILE.summary.json."""
+    html: str | None = None
+    """Also write one self-contained HTML page to this file."""
 
 
 @dataclass(frozen=True)

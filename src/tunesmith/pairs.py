@@ -8,8 +8,8 @@ sequences prompt + chosen and prompt + rejected, for the price of one prompt. Ma
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -270,47 +270,10 @@ class PairBatches:
 
     def assemble(self, numbers: Sequence[int]) -> PairBatch:
         """The pairs of these numbers as one batch."""
-        ids: list[Array] = []
-        rows: list[Array] = []
-        targets: list[Array] = []
-        stretches: list[int] = []
-        parents: list[int] = []
-        lengths: list[int] = []
-        last: list[int] = []
-        end = np.array([self.store.store.end_of_text])
-        at = 0
-        for number in numbers:
-            cut = self.pairs[number]
-            prompt, *answers = self._parts(cut)
-            ids += [prompt, *answers]
-            parents += [-1, len(stretches), len(stretches)]
-            stretches += [cut.prompt, *cut.stops]
-            before, start = at + cut.prompt - 1, at + cut.prompt
-            for answer, ended in zip(answers, cut.ends, strict=True):
-                predicted = np.concatenate([answer, end]) if ended else answer
-                rows.append(np.append(before, np.arange(start, start + len(predicted) - 1)))
-                targets.append(predicted)
-                lengths.append(len(predicted))
-                start += len(answer)
-                last.append(start - 1)
-            at = start
-        flat, wanted, expected = (np.concatenate(x) for x in (ids, rows, targets))
-        width, filler = self._steady_shape(at, len(wanted))
-        flat = np.pad(flat, (0, width - at), constant_values=int(end[0]))
-        for start in range(at, width, self.block_size):  # filler, in stretches that the model has positions for
-            stretches.append(min(self.block_size, width - start))
-            parents.append(-1)
-        return PairBatch(
-            input_ids=torch.from_numpy(flat)[None],
-            documents=Documents.from_rows([stretches], parents=parents),
-            rows=torch.from_numpy(np.pad(wanted, (0, filler))),
-            targets=torch.from_numpy(np.pad(expected, (0, filler))),
-            lengths=tuple(lengths),
-            last=torch.tensor(last),
-            pairs=tuple(numbers),
-            sources=tuple(self.pairs[i].pair for i in numbers),
-            tokens=at,
-        )
+        cuts = [self.pairs[i] for i in numbers]
+        parts, ends = [self._parts(cut) for cut in cuts], [cut.ends for cut in cuts]
+        batch = join_pairs(parts, ends, self.store.store.end_of_text, self.block_size, self._steady_shape)
+        return replace(batch, pairs=tuple(numbers), sources=tuple(cut.pair for cut in cuts))
 
     def _steady_shape(self, tokens: int, targets: int) -> tuple[int, int]:
         """Width of the batch, and filler at the end of its targets."""
@@ -318,3 +281,59 @@ class PairBatches:
             return tokens, 0
         unit = self.batch_size * self.block_size if self.batching == "packed" else PAD_STEP
         return -(-tokens // unit) * unit, -targets % 64
+
+
+def join_pairs(
+    parts: Sequence[tuple[Array, Array, Array]],
+    ends: Sequence[tuple[bool, bool]],
+    end_of_text: int,
+    block_size: int,
+    shape: Callable[[int, int], tuple[int, int]] = lambda tokens, targets: (tokens, 0),
+) -> PairBatch:
+    """Pairs end to end as one batch; `pairs` and `sources` count them from 0.
+
+    Args:
+        parts: prompt and the two answers of every pair, each (n,) int64; an answer may be empty.
+        ends: whether the end-of-text token is the last target of each answer.
+        block_size: longest stretch of filler.
+        shape: (tokens, targets) -> width of the batch, filler at the end of its targets.
+    """
+    ids: list[Array] = []
+    rows: list[Array] = []
+    targets: list[Array] = []
+    stretches: list[int] = []
+    parents: list[int] = []
+    lengths: list[int] = []
+    last: list[int] = []
+    end = np.array([end_of_text])
+    at = 0
+    for (prompt, *answers), ended in zip(parts, ends, strict=True):
+        ids += [prompt, *answers]
+        parents += [-1, len(stretches), len(stretches)]
+        stretches += [len(prompt), *map(len, answers)]
+        before, start = at + len(prompt) - 1, at + len(prompt)
+        for answer, with_end in zip(answers, ended, strict=True):
+            predicted = np.concatenate([answer, end]) if with_end else answer
+            rows.append(np.append(before, np.arange(start, start + len(answer)))[: len(predicted)])
+            targets.append(predicted)
+            lengths.append(len(predicted))
+            start += len(answer)
+            last.append(start - 1 if len(answer) else before)
+        at = start
+    flat, wanted, expected = (np.concatenate(x) for x in (ids, rows, targets))
+    width, filler = shape(at, len(wanted))
+    flat = np.pad(flat, (0, width - at), constant_values=end_of_text)
+    for start in range(at, width, block_size):  # filler, in stretches that the model has positions for
+        stretches.append(min(block_size, width - start))
+        parents.append(-1)
+    return PairBatch(
+        input_ids=torch.from_numpy(flat)[None],
+        documents=Documents.from_rows([stretches], parents=parents),
+        rows=torch.from_numpy(np.pad(wanted, (0, filler))),
+        targets=torch.from_numpy(np.pad(expected, (0, filler))),
+        lengths=tuple(lengths),
+        last=torch.tensor(last),
+        pairs=tuple(range(len(parts))),
+        sources=tuple(range(len(parts))),
+        tokens=at,
+    )

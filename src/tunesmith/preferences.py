@@ -49,11 +49,16 @@ class PreferenceLoss:
 @torch.no_grad()
 def answer_logps(model: GPT, batch: PairBatch, precision: Precision = "fp32") -> Tensor:
     """Log-probabilities of the chosen and the rejected answers under `model`: (pairs, 2) float32, nats."""
+    return sum_sequences(target_logps(model, batch, precision), batch.lengths).view(-1, 2)
+
+
+@torch.no_grad()
+def target_logps(model: GPT, batch: PairBatch, precision: Precision = "fp32") -> Tensor:
+    """Log-probability of every target of a batch, in the order of `batch.targets`: (n,) float32, nats."""
     with autocast(batch.input_ids.device, precision):
         hidden = model(batch.input_ids, batch.documents, rows=batch.rows)
         weight, low_rank = head_parts(model.lm_head, hidden)
-        nll = token_nll(hidden, weight, batch.targets, low_rank=low_rank, chunk=head_chunk(precision))
-    return -sum_sequences(nll, batch.lengths).view(-1, 2)
+        return -token_nll(hidden, weight, batch.targets, low_rank=low_rank, chunk=head_chunk(precision))
 
 
 def dpo_loss_sum(

@@ -51,7 +51,8 @@ class Progress:
             self.smooth = loss if self.smooth is None else 0.9 * self.smooth + 0.1 * loss
         now = time.monotonic()
         rate = self.tokens / max(1e-9, now - self.began)
-        note = f"{'' if self.smooth is None else f'loss {self.smooth:.3f}  '}{rate:,.0f} tokens/s"
+        speed = f"{rate:,.0f} tokens/s" if self.tokens else ""
+        note = f"{'' if self.smooth is None else f'loss {self.smooth:.3f}  '}{speed}"
         if self.bar:
             self.bar.update(self.task, completed=step, note=note)
         elif now - self.told >= 10:

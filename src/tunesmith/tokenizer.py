@@ -93,6 +93,13 @@ class Tokenizer:
         """SHA-256 of the tokenizer's definition: equal fingerprints encode equally."""
         return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
+    def same_tokens(self, other: Tokenizer) -> bool:
+        """Whether every id stands for the same text in both, and the end of text is the same."""
+        ours, theirs = self._backend, other._backend
+        return self.end_of_text == other.end_of_text and (
+            self.fingerprint == other.fingerprint or ours.get_vocab() == theirs.get_vocab()
+        )
+
     def save(self, directory: Path, block_size: int) -> None:
         """Write `tokenizer.json` and the `tokenizer_config.json` that transformers reads beside it."""
         # not `backend.save`: that tells of a full disk as a bare Exception
@@ -106,6 +113,28 @@ class Tokenizer:
             "add_prefix_space": False,
         }
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+class ByteRuns:
+    """Decodes one token after the other; bytes of a character that is not complete yet wait for the rest."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer, self.waiting = tokenizer, list[int]()
+
+    def __call__(self, token: int) -> str:
+        self.waiting.append(token)
+        text = self.tokenizer.decode(self.waiting)
+        if text.endswith("\ufffd") and len(self.waiting) < 4:
+            return ""
+        self.waiting = []
+        return text
+
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """The text of each token, "" where a character goes on in the next; joined they are the text of all."""
+        found = [self(token) for token in tokens]
+        if self.waiting:
+            found[-1], self.waiting = self.tokenizer.decode(self.waiting), []
+        return found
 
 
 def gpt2_byte_symbols() -> list[str]:

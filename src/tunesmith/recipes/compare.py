@@ -1,60 +1,248 @@
-"""`tunesmith compare A B`: the same prompts to two models, side by side."""
+"""`tunesmith compare A B`: the same prompts to two models, side by side, with rewards, verdicts and token changes on request."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from tunesmith.answers import ScoredAnswer
 from tunesmith.device import keep_freed_memory
-from tunesmith.generation import Answer, Sampling, generate_answers
-from tunesmith.models import load
+from tunesmith.endpoint import KEY_VARIABLE, Endpoint
+from tunesmith.errors import UsageError, UserError
+from tunesmith.judge import Judge
+from tunesmith.judging import answer_prompts
+from tunesmith.logprobs import TwoAnswers, answer_logps, encode_answers, token_texts
+from tunesmith.models import find_model, load, load_tokenizer
 from tunesmith.options import CompareCommand, GenerateOptions
+from tunesmith.progress import Progress
 from tunesmith.prompts import Prompt, load_prompts
+from tunesmith.runlog import write_atomically
+from tunesmith.scoring import Scorer, load_scorer
+from tunesmith.study.comparison import (
+    VERSUS,
+    Comparison,
+    Row,
+    TokenLogps,
+    judge_text,
+    legend,
+    level,
+    model_rows,
+    notes,
+    number,
+    rest_of,
+    versus_rows,
+)
+from tunesmith.study.comparison_page import render_comparison
+from tunesmith.tokenizer import END_OF_TEXT, Tokenizer
+
+# by level of change, -3 to 3: orange where A finds the token likelier, blue where B does
+COLOURS = {
+    -3: "white on #b34700", -2: "black on #f5a86a", -1: "black on #fde0c5",
+    1: "black on #cfe8fa", 2: "black on #7fc0ee", 3: "white on #0068a8",
+}  # fmt: skip
 
 
-def answer_prompts(
-    model_name: str, prompts: Sequence[Prompt], options: GenerateOptions, device: str = "auto"
-) -> list[Answer]:
-    """One answer a prompt. The streams of chance depend on prompt and seed only, so two models meet the same luck."""
-    model, tokenizer = load(model_name, device=device)
-    sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
-    conversations = [[{"role": "user", "content": p.text}] for p in prompts]
-    return generate_answers(model, tokenizer, conversations, sampling, options.max_new_tokens)
+def compare(a: str, b: str, options: CompareCommand) -> Comparison:
+    """Print prompts, answers and the summary, and write what `out` and `html` ask for.
 
-
-def compare(a: str, b: str, options: CompareCommand) -> list[dict[str, Any]]:
-    """Print the table; return (and with `out` write) one record a prompt."""
+    Raises: UserError, among others where --logprobs meets two tokenizers; if the judge fails, what there is without it
+        is printed and written before.
+    """
     keep_freed_memory()
     prompts = load_prompts(options.prompts, options.limit)
-    answers = {name: answer_prompts(name, prompts, options.generate, options.device) for name in (a, b)}
-    table = Table(show_lines=True)
-    for heading in ("prompt", a, b):
-        table.add_column(escape(heading), ratio=1, overflow="fold")
-    records = []
-    for i, prompt in enumerate(prompts):
-        pair = {name: answers[name][i] for name in (a, b)}
-        table.add_row(
-            escape(prompt.text),
-            *(escape(re.sub(r"\n\s*\n", "\n", pair[name].text.strip())) + _ending(pair[name]) for name in (a, b)),
+    judge = make_judge(options)
+    tokenizer = shared_tokenizer(a, b) if options.logprobs else None
+    for file in filter(None, (options.out, options.html)):  # told now, not after minutes
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+    scorer = load_scorer(options.reward, device=options.device) if options.reward else None
+    of_a, of_b = (answers_of(name, prompts, options.generate, options.device, scorer) for name in (a, b))
+    rows = [Row(x, y) for x, y in zip(of_a, of_b, strict=True)]
+    if tokenizer:
+        found = token_logps((a, b), tokenizer, rows, options.device)
+        rows = [replace(row, logps=logps) for row, logps in zip(rows, found, strict=True)]
+    comparison = Comparison((a, b), rows, scorer.description if scorer else "", settings=in_words(options.generate))
+    if judge:
+        try:
+            comparison = judged(comparison, judge)
+        except (UserError, KeyboardInterrupt):
+            tell(comparison, options)
+            raise
+    tell(comparison, options)
+    return comparison
+
+
+def answers_of(
+    model_name: str,
+    prompts: Sequence[Prompt],
+    options: GenerateOptions,
+    device: str = "auto",
+    scorer: Scorer | None = None,
+) -> list[ScoredAnswer]:
+    """One answer a prompt. The streams of chance depend on prompt and seed only, so two models meet the same luck."""
+    model, tokenizer = load(model_name, device=device)
+    return answer_prompts(model, tokenizer, prompts, options, scorer=scorer)
+
+
+def in_words(options: GenerateOptions) -> str:
+    """How answers were drawn."""
+    if options.temperature == 0:
+        return f"Greedy answers of at most {options.max_new_tokens} tokens."
+    top_k = f", top_k {options.top_k}" if options.top_k else ""
+    drawn = f"temperature {options.temperature:g}, top_p {options.top_p:g}{top_k}, seed {options.seed}"
+    return f"Answers of at most {options.max_new_tokens} tokens; {drawn}."
+
+
+# ---- log-probabilities -----------------------------------------------------------------------------------------------
+
+
+def shared_tokenizer(a: str, b: str) -> Tokenizer:
+    """The tokenizer of both models. Raises: UserError if they have different ones."""
+    of_a, of_b = (load_tokenizer(find_model(name)) for name in (a, b))
+    if not of_a.same_tokens(of_b):
+        raise UserError(
+            f"--logprobs compares the same tokens under both models, but {a} ({of_a.vocab_size:,} tokens) and "
+            f"{b} ({of_b.vocab_size:,}) have different tokenizers; leave --logprobs out, or name models of one family"
         )
-        record = {
-            name: {"answer": x.text, "finish_reason": x.finish_reason, "tokens": x.tokens} for name, x in pair.items()
-        }
-        records.append({"prompt": prompt.text, "group": prompt.group, "answers": record})
-    Console(highlight=False).print(table)
+    return of_a
+
+
+def token_logps(
+    names: tuple[str, str], tokenizer: Tokenizer, rows: Sequence[Row], device: str = "auto"
+) -> list[tuple[TokenLogps, TokenLogps]]:
+    """For each prompt the tokens of A's and of B's answer with their log-probabilities under both; one model in memory."""
+    pairs = [encode_answers(tokenizer, row.a, row.b) for row in rows]
+    under_a, under_b = (_under(name, pairs, tokenizer.end_of_text, device) for name in names)
+    found: list[tuple[TokenLogps, TokenLogps]] = []
+    for two, by_a, by_b in zip(pairs, under_a, under_b, strict=True):
+        first, second = (list(zip(*x, strict=False)) for x in zip(token_texts(tokenizer, two), by_a, by_b, strict=True))
+        found.append((first, second))
+    return found
+
+
+def _under(
+    name: str, pairs: Sequence[TwoAnswers], end_of_text: int, device: str
+) -> list[tuple[list[float], list[float]]]:
+    return answer_logps(load(name, device=device)[0], pairs, end_of_text)
+
+
+# ---- the judge -------------------------------------------------------------------------------------------------------
+
+
+def make_judge(options: CompareCommand) -> Judge | None:
+    """The judge that the options name, or None. Raises: UsageError if they do not fit together."""
+    if not options.judge:
+        defaults = CompareCommand()
+        for name in ("judge_model", "judge_parallel", "judge_timeout"):
+            if getattr(options, name) != getattr(defaults, name):
+                raise UsageError(f"--{name} says how to ask a judge, and none is named; add --judge URL")
+        return None
+    if not options.judge_model:
+        raise UsageError(f"--judge {options.judge} needs the name of a model there; add --judge_model NAME")
+    for name in ("judge_parallel", "judge_timeout"):
+        if getattr(options, name) <= 0:
+            raise UsageError(f"--{name} is {getattr(options, name)}, expected more than 0")
+    beside = options.out or options.html
+    return Judge(
+        Endpoint(options.judge, options.judge_model, os.environ.get(KEY_VARIABLE), options.judge_timeout),
+        parallel=options.judge_parallel,
+        kept=Path(f"{beside}.judge.jsonl") if beside else None,
+    )
+
+
+def judged(comparison: Comparison, judge: Judge) -> Comparison:
+    """The same with a judgement of every prompt."""
+    pairs = [(row.a.prompt, row.a.answer, row.b.answer) for row in comparison.rows]
+    with Progress(2 * len(pairs), unit="question to the judge") as bar:
+        spent = 0
+
+        def told(done: int, total: int) -> None:
+            nonlocal spent
+            now = judge.endpoint.tokens
+            bar.advance(done + 2 * len(pairs) - total, None, now - spent)
+            spent = now
+
+        verdicts = judge.compare(pairs, told)
+    rows = [replace(row, judgement=verdict) for row, verdict in zip(comparison.rows, verdicts, strict=True)]
+    return replace(comparison, rows=rows, judge=judge.endpoint.model)
+
+
+# ---- what comes out --------------------------------------------------------------------------------------------------
+
+
+def tell(comparison: Comparison, options: CompareCommand) -> None:
+    """Print it, and write the files that were asked for."""
+    console = Console(highlight=False, emoji=False)
+    console.print(side_by_side(comparison))
+    summary = comparison.summary()
+    if versus := versus_rows(summary):
+        console.print(_table(VERSUS, [row.cells for row in versus]))
+    console.print(_table(("answers", "A", "B"), model_rows(summary)))
+    for line in notes(summary):
+        console.print(line, markup=False, soft_wrap=True)
+    if "logprobs" in summary:
+        console.print(colour_key(), soft_wrap=True)
     if options.out:
-        Path(options.out).write_text(
-            "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8"
-        )
-    return records
+        lines = (json.dumps(row.record(), ensure_ascii=False) for row in comparison.rows)
+        Path(options.out).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        write_atomically(Path(f"{options.out}.summary.json"), json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    if options.html:
+        Path(options.html).write_text(render_comparison(comparison), encoding="utf-8")
 
 
-def _ending(answer: Answer) -> str:
-    return "" if answer.finish_reason == "stop" else " [dim](cut at the token limit)[/dim]"
+def side_by_side(comparison: Comparison) -> Table:
+    """A line a prompt."""
+    table = Table(show_lines=True)
+    for heading in ("prompt", *(f"{side} {name}" for side, name in zip("AB", comparison.names, strict=True))):
+        table.add_column(Text(heading), ratio=1, overflow="fold")
+    for row in comparison.rows:
+        told = [f"reward B - A {number(row.difference, signed=True)}"] if row.difference is not None else []
+        told += [judge_text(row.judgement)] if row.judgement else []
+        group = [row.a.group] if row.a.group else []
+        prompt = Text(row.a.prompt).append("".join(f"\n{line}" for line in (*group, *told)), "dim")
+        logps = row.logps or (None, None)
+        table.add_row(prompt, *(_cell(x, tokens) for x, tokens in zip((row.a, row.b), logps, strict=True)))
+    return table
+
+
+def _cell(answer: ScoredAnswer, logps: TokenLogps | None) -> Text:
+    told = [] if answer.finish_reason == "stop" else ["cut at the token limit"]
+    told += [] if answer.reward is None else [f"reward {number(answer.reward)}"]
+    text = coloured(answer, logps) if logps else Text(re.sub(r"\n\s*\n", "\n", answer.answer.strip()))
+    return text.append(f"\n({', '.join(told)})" if told else "", "dim")
+
+
+def coloured(answer: ScoredAnswer, logps: TokenLogps) -> Text:
+    """An answer, each token in the colour of its change."""
+    text, waiting = Text(), 0.0
+    for shown, a, b in logps:
+        waiting += b - a
+        if shown:  # "": a character that goes on in the next token
+            shown = "[end]" if shown == END_OF_TEXT else shown if text else shown.lstrip()
+            text.append(shown, COLOURS.get(level(waiting)))
+            waiting = 0.0
+    return text.append(rest_of(answer, logps))
+
+
+def colour_key() -> Text:
+    """What the colours mean."""
+    text = Text("log p_B - log p_A of a token, nats: ")
+    for step, words in legend():
+        text.append(f" {words} ", COLOURS.get(step)).append(" ")
+    return text
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table()
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table

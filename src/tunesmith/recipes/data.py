@@ -15,7 +15,7 @@ from tunesmith.errors import UserError
 from tunesmith.losses import IGNORE_INDEX
 from tunesmith.models import find_model
 from tunesmith.options import DataCommand
-from tunesmith.tokenizer import END_OF_TEXT, Tokenizer
+from tunesmith.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
 from tunesmith.tokenstore import TokenStore, tokenise
 
 
@@ -105,18 +105,3 @@ def coloured(store: TokenStore, index: int, loss_on: str, tokenizer: Tokenizer) 
             text.append(END_OF_TEXT, style="white on red")
         previous = target
     return text
-
-
-class ByteRuns:
-    """Decodes one token after the other; bytes of a character that is not complete yet wait for the rest."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer, self.waiting = tokenizer, list[int]()
-
-    def __call__(self, token: int) -> str:
-        self.waiting.append(token)
-        text = self.tokenizer.decode(self.waiting)
-        if text.endswith("\ufffd") and len(self.waiting) < 4:
-            return ""
-        self.waiting = []
-        return text

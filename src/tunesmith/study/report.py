@@ -14,24 +14,8 @@ import yaml
 from tunesmith.errors import UserError
 from tunesmith.runlog import STEP_NAME, Run, write_atomically
 from tunesmith.study.figures import loss_curve, preference_curves
+from tunesmith.study.page import render_page
 from tunesmith.study.stats import wilson_interval
-
-STYLE = """
-:root { color-scheme: light dark; --edge: light-dark(#ddd, #444); --soft: light-dark(#f6f6f4, #222);
-  --accent: light-dark(#0072b2, #56b4e9); }
-body { font: 16px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--edge); padding-bottom: .3rem; }
-table { border-collapse: collapse; width: 100%; margin: 1rem 0; }
-th, td { text-align: left; vertical-align: top; padding: .45rem .6rem; border-bottom: 1px solid var(--edge); }
-th { font-weight: 600; } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; background: #fff; border-radius: 6px; }
-figcaption, .dim { opacity: .7; font-size: .9rem; } .group { color: var(--accent); font-size: .85rem; }
-.wide { overflow-x: auto; }
-.cut::after { content: " … cut at the token limit"; opacity: .6; font-size: .85em; }
-pre { background: var(--soft); padding: .8rem; overflow-x: auto; border-radius: 6px; font-size: .85rem; }
-.facts { display: flex; flex-wrap: wrap; gap: 1rem; }
-.facts div { background: var(--soft); border-radius: 6px; padding: .6rem 1rem; } .facts b { display: block; font-size: 1.3rem; }
-"""
 
 
 def write_report(directories: Sequence[str], out: str | None = None) -> Path:
@@ -48,12 +32,7 @@ def render_report(runs: Sequence[Run]) -> str:
     """The page as text; the same run directories give the same bytes."""
     body = "".join(_run_section(run) for run in runs)
     title = f"tunesmith: {', '.join(run.path.name for run in runs)}"
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
-<h1>{html.escape(title)}</h1>
-{_overview(runs) if len(runs) > 1 else ""}{body}</body></html>
-"""
+    return render_page(title, f"{_overview(runs) if len(runs) > 1 else ''}{body}")
 
 
 def kind_of(run: Run) -> str:

@@ -1,0 +1,274 @@
+"""Two models on the same prompts: what is known of each prompt, and what it comes to. B is always told against A. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tunesmith.answers import (
+    LIKE_LENGTH,
+    ScoredAnswer,
+    alike,
+    compare_rewards,
+    interval_record,
+    measures,
+    reward_summary,
+)
+from tunesmith.judge import Judgement
+from tunesmith.study.stats import Wins, bootstrap_interval, share_interval, win_rate
+from tunesmith.tokenizer import END_OF_TEXT
+
+TokenLogps = Sequence[tuple[str, float, float]]
+"""Every token of an answer: its text, its log-probability under A, and under B, in nats."""
+
+LEVELS = (0.1, 0.5, 1.5)  # nats; from each of these on a change has a stronger colour
+
+
+def legend() -> list[tuple[int, str]]:
+    """Every level from -3 to 3 and the changes that it stands for."""
+    weak, middle, strong = LEVELS
+    words = [f"{strong} and more", f"{middle} to {strong}", f"{weak} to {middle}"]
+    more = list(zip((3, 2, 1), words, strict=True))
+    return (
+        [(-n, f"-({text})") for n, text in more]
+        + [(0, f"less than {weak}")]
+        + [(n, f"+({text})") for n, text in more[::-1]]
+    )
+
+
+def level(change: float) -> int:
+    """How strongly a change of log-probability is shown: -3 to 3, 0 for nearly none."""
+    strength = sum(abs(change) >= limit for limit in LEVELS)
+    return strength if change > 0 else -strength
+
+
+def rest_of(answer: ScoredAnswer, logps: TokenLogps) -> str:
+    """What of an answer's text has no log-probabilities, because a model has no positions for it; else ""."""
+    shown = "".join(text for text, _, _ in logps if text != END_OF_TEXT)
+    return f" {answer.answer}"[len(shown) :] if answer.answer else ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt. judgement: where a judge was asked. logps: of A's answer and of B's, where asked for."""
+
+    a: ScoredAnswer
+    b: ScoredAnswer
+    judgement: Judgement | None = None
+    logps: tuple[TokenLogps, TokenLogps] | None = None
+
+    @property
+    def difference(self) -> float | None:
+        """Reward of B's answer less that of A's."""
+        return None if self.a.reward is None or self.b.reward is None else self.b.reward - self.a.reward
+
+    @property
+    def alike(self) -> bool:
+        """Whether the answers are of like length."""
+        return alike(self.a.tokens, self.b.tokens)
+
+    def record(self) -> dict[str, Any]:
+        """JSON-able: a line of the output."""
+        sides: dict[str, Any] = {}
+        for i, (side, answer) in enumerate((("a", self.a), ("b", self.b))):
+            sides[side] = {k: v for k, v in asdict(answer).items() if k not in ("prompt", "group")}
+            if self.logps:
+                sides[side]["logps"] = [list(token) for token in self.logps[i]]
+        record = {"prompt": self.a.prompt, "group": self.a.group, **sides, "reward_difference": self.difference}
+        if self.judgement:
+            j = self.judgement
+            record["judge"] = {"verdict": j.verdict, "orders": j.orders, "replies": j.replies, "asked": j.asked}
+        return record
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """names: of A and B. scorer, judge: who gave rewards and verdicts. settings: how the answers were drawn, in words."""
+
+    names: tuple[str, str]
+    rows: Sequence[Row]
+    scorer: str = ""
+    judge: str = ""
+    settings: str = ""
+
+    def summary(self) -> dict[str, Any]:
+        """JSON-able. Differences, wins and win rates are those of B against A; bounds are of 95 % intervals."""
+        found: dict[str, Any] = {"prompts": len(self.rows), "settings": self.settings}
+        for side, name in zip(("a", "b"), self.names, strict=True):
+            answers: list[ScoredAnswer] = [getattr(row, side) for row in self.rows]
+            found[side] = {"model": name, **measures(answers)}
+            if self.scorer:
+                found[side]["reward"] = reward_summary(answers)
+        if self.scorer:
+            found["reward"] = {"scorer": self.scorer, **_by_rewards(self.rows)}
+        if self.judge:
+            found["judge"] = {"model": self.judge, **_by_judge(self.rows)}
+        if any(row.logps for row in self.rows):
+            found["logprobs"] = {side: _changes(self.rows, i) for i, side in enumerate("ab")}
+        return found
+
+
+def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each group, in the order in which the groups come."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.a.group, []).append(row)
+    return found
+
+
+def _by_rewards(rows: Sequence[Row]) -> dict[str, Any]:
+    def compared(some: Sequence[Row]) -> dict[str, Any] | None:
+        if not some:
+            return None
+        record = compare_rewards([r.b for r in some], [r.a for r in some]).as_dict()
+        del record["matched_length"]
+        return record
+
+    named = groups(rows)
+    parts = {name: compared(some) for name, some in named.items() if len(named) > 1}
+    return {**(compared(rows) or {}), "matched_length": compared([r for r in rows if r.alike]), "groups": parts}
+
+
+def _by_judge(rows: Sequence[Row]) -> dict[str, Any]:
+    def compared(some: Sequence[Row]) -> dict[str, Any] | None:
+        verdicts = [r.judgement.verdict for r in some if r.judgement and r.judgement.verdict]
+        wins = Wins(verdicts.count("b"), verdicts.count("tie"), verdicts.count("a"))
+        return {"wins": asdict(wins), "win_rate": interval_record(win_rate(wins))} if wins.n else None
+
+    judged = [r.judgement for r in rows if r.judgement and r.judgement.asked]
+    both = [j.orders for j in judged if None not in j.orders]
+    first = [seen == side for j in judged for seen, side in zip(j.orders, "ab", strict=True) if seen in ("a", "b")]
+    named = groups(rows)
+    return {
+        **(compared(rows) or {}),
+        "matched_length": compared([r for r in rows if r.alike]),
+        "groups": {name: compared(some) for name, some in named.items() if len(named) > 1},
+        "agreement": _share(sum(x == y for x, y in both), len(both)),
+        "first_position": _share(sum(first), len(first)),
+        "no_verdict": len(judged) - len(both),
+        "same_answers": len(rows) - len(judged),
+    }
+
+
+def _share(k: int, n: int) -> dict[str, Any] | None:
+    return interval_record(share_interval(k, n)) if n else None
+
+
+def _changes(rows: Sequence[Row], side: int) -> dict[str, Any]:
+    """Tokens, and log p_B - log p_A of whole answers, of one side's answers."""
+    found = [row.logps[side] for row in rows if row.logps]
+    whole = [([b for _, _, b in tokens], [a for _, a, _ in tokens]) for tokens in found]
+    sums = [sum(b) - sum(a) for b, a in whole]
+    return {"tokens": sum(map(len, found)), "change": interval_record(bootstrap_interval(sums))}
+
+
+# ---- the summary in words, for the terminal and for the page ---------------------------------------------------------
+
+
+def number(value: float, signed: bool = False) -> str:
+    """Three decimals."""
+    return f"{value:{'+' if signed else ''}.3f}"
+
+
+def interval_text(record: dict[str, Any] | None, *, signed: bool = False, percent: bool = False) -> str:
+    """`0.53 (0.41 to 0.65)`; without the bounds where they are unknown."""
+    if record is None:
+        return "n/a"
+
+    def told(value: float) -> str:
+        return f"{100 * value:.1f}" if percent else number(value, signed)
+
+    text = told(record["mean"]) + (" %" if percent else "")
+    return text if record["low"] is None else f"{text} ({told(record['low'])} to {told(record['high'])})"
+
+
+def model_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(what, A's, B's) of everything that is measured on one model's answers alone."""
+
+    def both(label: str, told: Any) -> tuple[str, str, str]:
+        return label, told(summary["a"]), told(summary["b"])
+
+    rows = [both("mean reward", lambda s: interval_text(s["reward"]))] if "reward" in summary else []
+    rows.append(both("mean length, tokens", lambda s: f"{s['length']:.1f}"))
+    shares = {
+        "self_stopped": "stopped by themselves", "repetition": "repeated four-word sequences", "distinct_1": "different words (distinct-1)",
+        "distinct_2": "different pairs of words (distinct-2)", "role_leaks": "answers with a role marker",
+    }  # fmt: skip
+    return rows + [both(label, lambda s, name=name: f"{100 * s[name]:.1f} %") for name, label in shares.items()]
+
+
+@dataclass(frozen=True)
+class Versus:
+    """B against A by one measure on some of the prompts."""
+
+    label: str
+    difference: str
+    wins: Wins
+    rate: str
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """As a line of a table."""
+        w = self.wins
+        return self.label, self.rate, self.difference, str(w.wins), str(w.ties), str(w.losses), str(w.n)
+
+
+VERSUS = ("B against A", "win rate of B", "reward B - A", "B wins", "ties", "A wins", "prompts")
+
+
+def versus_rows(summary: dict[str, Any]) -> list[Versus]:
+    """Rewards and verdicts, over all prompts, those of like length, and each group."""
+    rows = []
+    for measure in ("reward", "judge"):
+        if measure not in summary:
+            continue
+        parts = {"all prompts": summary[measure], "answers of like length": summary[measure]["matched_length"]}
+        for label, found in (parts | summary[measure]["groups"]).items():
+            if found and "wins" in found:
+                difference = interval_text(found["difference"], signed=True) if "difference" in found else ""
+                rate = interval_text(found["win_rate"], percent=True)
+                rows.append(Versus(f"{measure}: {label or 'no group'}", difference, Wins(**found["wins"]), rate))
+    return rows
+
+
+def notes(summary: dict[str, Any]) -> list[str]:
+    """What a reader of the figures must know."""
+    told = []
+    if summary.keys() & {"reward", "judge", "logprobs"}:
+        told.append("In parentheses: 95 % intervals. A win rate counts a tie as half a win.")
+    if "reward" in summary or "judge" in summary:
+        told.append(
+            f"Of like length: the shorter answer has at least {100 * (1 - LIKE_LENGTH):.0f} % of the longer one's tokens."
+        )
+    if "reward" in summary:
+        told.append(f"Rewards by {summary['reward']['scorer']}.")
+    if judge := summary.get("judge"):
+        told.append(
+            f"Judge: {judge['model']}, asked in both orders; where they disagree the prompt is a tie. The two orders "
+            f"agree on {interval_text(judge['agreement'], percent=True)} of the prompts; of the verdicts that are no tie, "
+            f"{interval_text(judge['first_position'], percent=True)} are for the answer that stood first."
+        )
+        if judge["same_answers"]:
+            told.append(
+                f"{judge['same_answers']} prompts had the same answer twice: ties, for which the judge was not asked."
+            )
+        if judge["no_verdict"]:
+            told.append(
+                f"The judge gave no verdict on {judge['no_verdict']} prompts; they are left out of its win rate."
+            )
+    if changes := summary.get("logprobs"):
+        a, b = (interval_text(changes[side]["change"], signed=True) for side in "ab")
+        told.append(f"log p_B - log p_A of a whole answer, in nats: of A's answers {a}, of B's answers {b}.")
+    return told
+
+
+def judge_text(judgement: Judgement) -> str:
+    """`judge: B`, and why a tie is one."""
+    words = {"a": "A", "b": "B", "tie": "tie", None: "no verdict"}
+    first, second = judgement.orders
+    if not judgement.asked:
+        return "judge: tie, not asked (the answers are the same)"
+    if first == second or judgement.verdict is None:
+        return f"judge: {words[judgement.verdict]}"
+    return f"judge: tie (with A first {words[first]}, with B first {words[second]})"
