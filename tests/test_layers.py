@@ -14,12 +14,12 @@ LAYERS = [
     {"errors"},
     {"options", "config", "hub", "runlog", "prompts", "progress", "tokenizer", "dialogue", "device", "readers", "study.stats"}
     | {"documents", "losses", "lora", "optim", "step", "answers", "choice"},
-    {"gpt", "datasets"},
-    {"weights", "tokenstore"},
+    {"gpt", "datasets", "rowchecks"},
+    {"weights", "tokenstore", "overlap"},
     {"adapters", "reward", "checkpoint", "batching"},
     {"models", "pairs", "evaluate"},
-    {"generation", "fit", "preferences", "trainee", "scoring"},
-    {"judging", "reference"},
+    {"generation", "fit", "preferences", "trainee", "scoring", "cutchecks"},
+    {"judging", "reference", "audit"},
     {"training"},
     {"recipes.sft", "recipes.dpo", "recipes.reward", "recipes.data", "recipes.evaluate", "recipes.score", "recipes.compare", "recipes.chat"}
     | {"study.figures"},
