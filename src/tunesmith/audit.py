@@ -39,7 +39,10 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Finding:
-    """How many rows have one defect, and the first three places. kind: a key of CHECKS, or `unreadable`."""
+    """How many rows have one defect, and where: all places, of unreadable rows the first three of each reason.
+
+    kind: a key of CHECKS, or `unreadable`, of which `what` is the reason.
+    """
 
     kind: str
     what: str
@@ -119,8 +122,7 @@ class Audit:
                 f"{o.unread:,} rows of {o.other} cannot be read and were not compared" for o in s.overlaps if o.unread
             ]
             lines += [
-                f"{s.split}: {c.no_signal:,} of {c.rows:,} {c.form} teach nothing and {c.end_lost:,} lose their answer's end in tools that "
-                f"cut the end off at {self.block_size:,}: keep the end there, or give them {c.longest:,} tokens"
+                f"{s.split}: {_told_end_cut(c, self.block_size)}"
                 for c in s.cuts
                 if c.rule == END_CUT and c.form != TEXTS and (c.no_signal or c.end_lost)
             ]
@@ -179,9 +181,9 @@ class Texts:
     forms: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FORMS, 0))
     usable: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FORMS, 0))
     unreadable: Report = field(default_factory=Report)
-    defects: Report = field(default_factory=Report)
+    defects: dict[str, list[str]] = field(default_factory=lambda: {kind: [] for kind in CHECKS})
     prints: list[Print] = field(default_factory=list)
-    skipped: list[Preference] = field(default_factory=list)
+    skipped: list[tuple[Preference, str]] = field(default_factory=list)
     pair_places: set[tuple[int, int]] = field(default_factory=set)
     repeated_prompts: int = 0
 
@@ -203,14 +205,14 @@ def _read(source: Source, split: str) -> Texts:
         if isinstance(row, Preference):
             found.pair_places.add((located.file, located.line))
             if not usable:
-                found.skipped.append(row)
+                found.skipped.append((row, place))
         printed = fingerprint(row, place, usable)
         found.prints.append(printed)
         defects = row_defects(located.value, row)
         if printed.texts in seen:
-            found.defects.add_bad("duplicate", f"{place} = {seen[printed.texts]}")
+            found.defects["duplicate"].append(f"{place} = {seen[printed.texts]}")
         elif len(printed.texts) == 2 and printed.texts[::-1] in seen and "same_answers" not in defects:
-            found.defects.add_bad("contradiction", f"{place} = {seen[printed.texts[::-1]]}")
+            found.defects["contradiction"].append(f"{place} = {seen[printed.texts[::-1]]}")
         elif printed.prompt in prompts:
             found.repeated_prompts += 1
         if printed.texts:
@@ -218,7 +220,7 @@ def _read(source: Source, split: str) -> Texts:
         if printed.prompt:
             prompts.add(printed.prompt)
         for kind in defects:
-            found.defects.add_bad(kind, place)
+            found.defects[kind].append(place)
     found.rows += found.unreadable.rows
     if not found.rows:
         raise UserError(
@@ -236,12 +238,12 @@ def _is_usable(row: Row) -> bool:
 
 
 def _findings(read: Texts, forms: Mapping[str, int]) -> Iterator[Finding]:
-    bad, found = read.unreadable, read.defects
-    for reason, n in bad.bad.items():
-        yield Finding("unreadable", reason, n, tuple(bad.places[reason]), UNREADABLE)
+    for reason, n in read.unreadable.bad.items():
+        yield Finding("unreadable", reason, n, tuple(read.unreadable.places[reason]), UNREADABLE)
     for kind, check in CHECKS.items():
         if any(form in forms for form in check.forms):
-            yield Finding(kind, check.label, found.bad.get(kind, 0), tuple(found.places.get(kind, ())), check.remedy)
+            places = tuple(read.defects[kind])
+            yield Finding(kind, check.label, len(places), places, check.remedy)
 
 
 # ---- overlap -------------------------------------------------------------------------------------------------------
@@ -333,7 +335,10 @@ def _told_cut(cut: Cut, block_size: int) -> str:
         if cut.longest <= most
         else f"the longest has {cut.longest:,} tokens and GPT-2 {most:,} positions: shorten or split such rows"
     )
-    return f"{cut.cut:,} of {cut.rows:,} {cut.form} are longer than block_size {block_size:,} ({cost}): {way}"
+    return (
+        f"{cut.cut:,} of {cut.rows:,} {cut.form} are longer than block_size {block_size:,} ({cost}; "
+        f"{_places(cut.places, cut.cut)}): {way}"
+    )
 
 
 def _told_overlap(found: Overlap) -> str:
@@ -345,7 +350,15 @@ def _told_overlap(found: Overlap) -> str:
 
 
 def _places(places: Sequence[str], n: int) -> str:
-    return f"{', '.join(places)}{', ...' if n > len(places) else ''}"
+    return f"{', '.join(places[:3])}{', ...' if n > 3 else ''}"
+
+
+def _told_end_cut(cut: Cut, block_size: int) -> str:
+    where = f" ({_places(cut.no_signal_places, cut.no_signal)})" if cut.no_signal else ""
+    return (
+        f"{cut.no_signal:,} of {cut.rows:,} {cut.form} teach nothing{where} and {cut.end_lost:,} lose their answer's end in tools "
+        f"that cut the end off at {block_size:,}: make those keep the end, or give them {cut.longest:,} tokens"
+    )
 
 
 def _plural(n: int) -> str:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.batching import cut_rows
-from tunesmith.dialogue import END, NEXT, Preference, render, segments
+from tunesmith.batching import Piece, cut_rows
+from tunesmith.dialogue import END, NEXT, Message, Preference, render, segments
 from tunesmith.pairs import PairStore, cut_pairs
-from tunesmith.rowchecks import PAIRS
+from tunesmith.rowchecks import PAIRS, prompt_of
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.tokenstore import TokenStore
 
@@ -31,6 +31,7 @@ class Cut:
     end_lost: the (chosen, or last) answer is used without its end, so that stopping is not learned from it.
     prompt_start_lost, prompt_end_lost: of what stands before the (last) answer.
     longest: tokens that the longest row takes: no block size from there on cuts anything.
+    places, no_signal_places: `file:line` of the first three rows of `cut` and of `no_signal`.
     """
 
     rule: str
@@ -43,65 +44,57 @@ class Cut:
     prompt_start_lost: int = 0
     prompt_end_lost: int = 0
     longest: int = 0
+    places: tuple[str, ...] = ()
+    no_signal_places: tuple[str, ...] = ()
 
 
-def cut_pairs_end(store: PairStore, skipped: Sequence[Preference], tokenizer: Tokenizer, block_size: int) -> Cut:
-    """END_CUT on the pairs of `store` and on those that training here skips although they have two texts."""
+def cut_pairs_end(
+    store: PairStore, skipped: Sequence[tuple[Preference, str]], tokenizer: Tokenizer, block_size: int
+) -> Cut:
+    """END_CUT on the pairs of `store`, and on those (with their places) that training skips although they have two texts."""
     prompt, chosen, rejected = store.lengths.T
     longest = prompt + np.maximum(chosen, rejected) + 1
-    same = 0
-    for pair in np.flatnonzero(longest > block_size).tolist():
-        room = block_size - int(prompt[pair])
-        if room <= 0:
-            same += 1
-            continue
-        _, a, b = (np.append(part, store.store.end_of_text)[:room] for part in store.tokens(pair))
-        same += np.array_equal(a, b)
-    counts = np.array([
-        (longest > block_size).sum(), same, (prompt + chosen + 1 > block_size).sum(), (prompt > block_size).sum(),
-    ])  # fmt: skip
-    top = int(longest.max(initial=0))
-    for row in skipped:
-        left, right = (
-            [*tokenizer.encode(render(d.messages)), store.store.end_of_text] for d in (row.chosen, row.rejected)
-        )
-        before = len(tokenizer.encode("".join(text for text, _ in _prompt_segments(row))))
-        counts += [
-            max(len(left), len(right)) > block_size, left[:block_size] == right[:block_size], len(left) > block_size, before > block_size,
-        ]  # fmt: skip
-        top = max(top, len(left), len(right))
-    cut, no_signal, end_lost, prompt_end_lost = counts.tolist()
+    over = np.flatnonzero(longest > block_size).tolist()
+    cut, same = list(map(store.place, over)), [store.place(i) for i in over if _alike(store, i, block_size - prompt[i])]
+    end_lost, prompt_end_lost = int((prompt + chosen + 1 > block_size).sum()), int((prompt > block_size).sum())
+    most = int(longest.max(initial=0))
+    for row, place in skipped:
+        texts = [render(dialogue.messages) for dialogue in (row.chosen, row.rejected)]
+        left, right = ([*tokenizer.encode(text), store.store.end_of_text] for text in texts)
+        before = segments((*prompt_of(row.chosen.messages), Message("assistant", "", "")))
+        end_lost += len(left) > block_size
+        prompt_end_lost += sum(len(tokenizer.encode(text)) for text, _ in before) > block_size
+        most = max(most, len(left), len(right))
+        cut += [place] if max(len(left), len(right)) > block_size else []
+        same += [place] if left[:block_size] == right[:block_size] else []
     return Cut(
-        END_CUT, PAIRS, len(store) + len(skipped), cut, 0, no_signal, end_lost, 0, prompt_end_lost, top
+        END_CUT, PAIRS, len(store) + len(skipped), len(cut), no_signal=len(same), end_lost=end_lost,
+        prompt_end_lost=prompt_end_lost, longest=most, places=tuple(cut[:3]), no_signal_places=tuple(same[:3]),
     )  # fmt: skip
 
 
-def _prompt_segments(pair: Preference) -> list[tuple[str, bool]]:
-    pieces = segments(pair.chosen.messages)
-    return pieces[:-1] if pieces[-1][1] else pieces
+def _alike(store: PairStore, pair: int, room: int) -> bool:
+    """Whether the two answers, each with its end, begin with the same `room` tokens."""
+    if room <= 0:
+        return True
+    _, a, b = (np.append(part, store.store.end_of_text)[:room] for part in store.tokens(pair))
+    return np.array_equal(a, b)
 
 
 def cut_pairs_shared(store: PairStore, block_size: int) -> Cut:
     """SHARED: whichever of prompt and longer answer takes under half of the block stays whole, else both shrink alike."""
     prompt, chosen, rejected = store.lengths.T
     answer = np.maximum(chosen, rejected) + 1
-    room = np.where(
-        answer * 2 < block_size,
-        block_size,
-        np.where(
-            prompt * 2 < block_size, block_size - prompt, (block_size * (answer / (prompt + answer))).astype(np.int64)
-        ),
-    )
+    both = (block_size * (answer / (prompt + answer))).astype(np.int64)
+    room = np.where(answer * 2 < block_size, block_size, np.where(prompt * 2 < block_size, block_size - prompt, both))
     kept = np.minimum(room, answer)
     kept_prompt = np.minimum(np.maximum(block_size - kept, 0), prompt)
-    same = 0
-    for pair in np.flatnonzero(kept < answer).tolist():
-        _, a, b = (np.append(part, store.store.end_of_text)[: kept[pair]] for part in store.tokens(pair))
-        same += np.array_equal(a, b)
+    over = np.flatnonzero((kept < answer) | (kept_prompt < prompt)).tolist()
+    same = [store.place(i) for i in np.flatnonzero(kept < answer).tolist() if _alike(store, i, kept[i])]
     return Cut(
-        SHARED, PAIRS, len(store), cut=int(((kept < answer) | (kept_prompt < prompt)).sum()), no_signal=same,
-        end_lost=int((chosen + 1 > kept).sum()), prompt_end_lost=int((kept_prompt < prompt).sum()),
-        longest=int((prompt + answer).max(initial=0)),
+        SHARED, PAIRS, len(store), len(over), no_signal=len(same), end_lost=int((chosen + 1 > kept).sum()),
+        prompt_end_lost=int((kept_prompt < prompt).sum()), longest=int((prompt + answer).max(initial=0)),
+        places=tuple(map(store.place, over[:3])), no_signal_places=tuple(same[:3]),
     )  # fmt: skip
 
 
@@ -109,55 +102,62 @@ def cut_pairs_here(store: PairStore, block_size: int, rule: str) -> Cut:
     """OWN on pairs. Raises: UsageError for a rule that pairs do not know."""
     lengths = store.lengths
     cuts, told = cut_pairs(store, range(len(store)), block_size, rule)
-    left_out = len(store) - len(cuts)
+    longest = lengths[:, 0] + lengths[:, 1:].max(1)
+    left_out = np.setdiff1d(np.arange(len(store)), [c.pair for c in cuts]).tolist()
+    same = left_out if rule == "keep_start" else []  # only that rule cuts answers; it leaves out what became equal
     return Cut(
-        OWN, PAIRS, len(store), cut=sum(told.counts.values()), left_out=left_out,
-        no_signal=left_out if rule == "keep_start" else 0,  # only that rule cuts answers, and leaves out what became equal
+        OWN, PAIRS, len(store), sum(told.counts.values()), len(left_out), len(same),
         end_lost=sum(not c.ends[0] for c in cuts), prompt_start_lost=sum(c.start > 0 for c in cuts),
-        prompt_end_lost=sum(c.start + c.prompt < int(lengths[c.pair, 0]) for c in cuts),
-        longest=int((lengths[:, 0] + lengths[:, 1:].max(1)).max(initial=0)),
+        prompt_end_lost=sum(c.start + c.prompt < int(lengths[c.pair, 0]) for c in cuts), longest=int(longest.max(initial=0)),
+        places=tuple(map(store.place, np.flatnonzero(longest > block_size)[:3].tolist())),
+        no_signal_places=tuple(map(store.place, same[:3])),
     )  # fmt: skip
 
 
 def cut_rows_end(store: TokenStore, rows: Array, form: str, block_size: int, loss_on: str) -> Cut:
     """END_CUT on dialogues or plain texts, the rows of these numbers."""
     lengths = store.lengths[rows]
-    no_signal = prompt_end_lost = 0
-    for row in rows[lengths + 1 > block_size].tolist():
+    over = rows[lengths + 1 > block_size].tolist()
+    no_signal, prompt_end_lost = [], 0
+    for row in over:
         flags = _flags(store, row)
         prompt_end_lost += _last_answer(flags)[0] > block_size
         # a token that carries NEXT teaches the one after it, which must still be there
-        no_signal += loss_on != "all" and not np.any(flags[: block_size - 1] & NEXT)
-    cut = int((lengths + 1 > block_size).sum())
+        if loss_on != "all" and not np.any(flags[: block_size - 1] & NEXT):
+            no_signal.append(store.place(row))
     return Cut(
-        END_CUT, form, len(rows), cut, no_signal=no_signal, end_lost=cut, prompt_end_lost=prompt_end_lost,
-        longest=int(lengths.max(initial=-1)) + 1,
+        END_CUT, form, len(rows), len(over), no_signal=len(no_signal), end_lost=len(over), prompt_end_lost=prompt_end_lost,
+        longest=int(lengths.max(initial=-1)) + 1, places=tuple(map(store.place, over[:3])), no_signal_places=tuple(no_signal[:3]),
     )  # fmt: skip
 
 
 def cut_rows_here(store: TokenStore, rows: Array, form: str, block_size: int, rule: str, loss_on: str) -> Cut:
     """OWN on dialogues or plain texts, the rows of these numbers."""
-    pieces, told = cut_rows(store, rows.tolist(), block_size, rule)
+    pieces, _ = cut_rows(store, rows.tolist(), block_size, rule)
     lengths = store.lengths
-    kept: dict[int, list[tuple[int, int]]] = {}
+    kept: dict[int, list[Piece]] = {row: [] for row in rows[lengths[rows] > block_size].tolist()}
     for piece in pieces:
-        if len(piece) < lengths[piece.row]:
-            kept.setdefault(piece.row, []).append((piece.start, piece.stop))
-    left_out = len(rows) - len({piece.row for piece in pieces})
-    counts = np.zeros(4, np.int64)
+        if piece.row in kept:
+            kept[piece.row].append(piece)
+    no_signal = []
+    counts = dict.fromkeys(("left_out", "end_lost", "prompt_start_lost", "prompt_end_lost"), 0)
     for row, stretches in kept.items():
+        if not stretches:
+            counts["left_out"] += 1
+            continue
         flags = _flags(store, row)
         answer, end = _last_answer(flags)
         there = np.zeros(len(flags), np.bool_)
-        for start, stop in stretches:
-            there[start:stop] = True
-        counts += [
-            loss_on != "all" and not np.any(flags[there]), not there[end], not there[0], answer > 0 and not there[answer - 1],
-        ]  # fmt: skip
-    no_signal, end_lost, prompt_start_lost, prompt_end_lost = counts.tolist()
+        for piece in stretches:
+            there[piece.start : piece.stop] = True
+        if loss_on != "all" and not np.any(flags[there]):
+            no_signal.append(store.place(row))
+        counts["end_lost"] += not there[end]
+        counts["prompt_start_lost"] += not there[0]
+        counts["prompt_end_lost"] += answer > 0 and not there[answer - 1]
     return Cut(
-        OWN, form, len(rows), sum(t.cut for t in told), left_out, no_signal, end_lost, prompt_start_lost, prompt_end_lost,
-        int(lengths[rows].max(initial=0)),
+        OWN, form, len(rows), len(kept), no_signal=len(no_signal), longest=int(lengths[rows].max(initial=0)),
+        places=tuple(map(store.place, list(kept)[:3])), no_signal_places=tuple(no_signal[:3]), **counts,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from tunesmith.rowchecks import prompt_of
 
 @dataclass(frozen=True)
 class Overlap:
-    """Rows whose prompt, or one of whose whole texts, also stands in `other`; places: `here = there`.
+    """Rows whose prompt, or one of whose whole texts, also stands in `other`; places: `here = there`, all of them.
 
     rows: compared. unread: rows of `other` that could not be, because they cannot be read.
     whose: which rows were compared, if not all of a split.
@@ -75,5 +75,5 @@ def overlap(rows: Sequence[Print], others: Sequence[Print], name: str, *, unread
     whole = {text: p.place for p in reversed(others) for text in p.texts}
     by_prompt = [(p.place, prompts[p.prompt]) for p in rows if p.prompt in prompts]
     by_text = [(p.place, whole[text]) for p in rows for text in [t for t in p.texts if t in whole][:1]]
-    places = {here: f"{here} = {there}" for here, there in [*by_text[:3], *by_prompt[:3]]}
-    return Overlap(name, len(rows), len(by_prompt), len(by_text), tuple(places.values())[:3], unread, whose)
+    places = {here: f"{here} = {there}" for here, there in [*by_prompt, *by_text]}
+    return Overlap(name, len(rows), len(by_prompt), len(by_text), tuple(places.values()), unread, whose)

@@ -52,7 +52,7 @@ CHECKS = {
 UNREADABLE = "they are skipped: mend or delete them; the forms of a row are in docs/data.md"
 
 _ROLE_MARKER = re.compile(r"(?:^|\n)[ \t]*(?:Human|Assistant):|\n\nSystem:|\bAssistant:\s*\Z")
-_TEMPLATE = re.compile(r"<\|[a-z_]+\|>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>")
+_TEMPLATE = re.compile(r"<\|[a-z_]+\|>|\A<s>|</s>\s*\Z|\[/?INST\]|<(?:start|end)_of_turn>")
 
 
 def form_of(row: Row) -> str:
