@@ -119,7 +119,9 @@ class Audit:
         lines = [note for s in self.splits for note in s.notes]
         for s in self.splits:
             lines += [
-                f"{o.unread:,} rows of {o.other} cannot be read and were not compared" for o in s.overlaps if o.unread
+                f"{o.other}: {o.unread:,} {_plural(o.unread)} cannot be read, so not compared"
+                for o in s.overlaps
+                if o.unread
             ]
             lines += [
                 f"{s.split}: {_told_end_cut(c, self.block_size)}"
@@ -342,7 +344,7 @@ def _told_cut(cut: Cut, block_size: int) -> str:
 
 
 def _told_overlap(found: Overlap) -> str:
-    where = _places(found.places, max(found.prompts, found.texts))
+    where = _places(found.places, len(found.places))
     return (
         f"{found.prompts:,} prompts and {found.texts:,} whole texts of {found.rows:,} {found.whose or _plural(found.rows)} "
         f"also in {found.other} ({where}): take them out of one of the two, or scores there measure memory"
