@@ -106,8 +106,9 @@ def _turn_defects(turns: tuple[Message, ...], empty: str) -> set[str]:
 def _text_defects(texts: Iterable[str]) -> set[str]:
     found = set()
     for text in texts:
-        if _ROLE_MARKER.search(text):
+        # plain `in` first: it costs a tenth of a search, and most texts have none of these
+        if ("Human:" in text or "Assistant:" in text or "System:" in text) and _ROLE_MARKER.search(text):
             found.add("role_marker")
-        if _TEMPLATE.search(text):
+        if ("<" in text or "[" in text) and _TEMPLATE.search(text):
             found.add("template_text")
     return found
