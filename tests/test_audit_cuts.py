@@ -6,11 +6,13 @@ import math
 import random
 import re
 from itertools import pairwise
+from pathlib import Path
 from statistics import mean, median
 
 import pytest
 
 from test_audit import audited, found, transcript, turns, write
+from tunesmith.__main__ import main
 from tunesmith.audit import audit
 from tunesmith.cutchecks import END_CUT, OWN, SHARED
 from tunesmith.datasets import open_dataset
@@ -343,3 +345,17 @@ def test_a_bias_of_length_is_remarked_only_where_the_interval_leaves_one_half(to
     assert bool(remarks) == bool(told)
     assert not told or told in remarks[0]
     assert result.problems() == [], "length is no defect of the data"
+
+
+def test_the_table_in_the_docs_is_the_one_that_the_command_prints(shared_data, monkeypatch, capfd):
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    command = re.search(r"^tunesmith data .* --audit .*$", page, re.M)[0]
+    table = re.search(r"```text\n(.*?)\n```", page, re.S)[1]
+    monkeypatch.setenv("COLUMNS", "100")
+    argv = command.replace("DIR", str(shared_data / "hh-rlhf")).split()[1:]
+    assert main(argv) == 0
+    out = capfd.readouterr().out
+    assert out.startswith(table + "\n")
+    shown = [line for line in page.splitlines() if line.startswith("note: ")]
+    assert shown
+    assert set(shown) <= set(out.splitlines())
