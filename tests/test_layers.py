@@ -12,14 +12,14 @@ PACKAGE = Path(__file__).parents[1] / "src" / "tunesmith"
 
 LAYERS = [
     {"errors"},
-    {"options", "config", "hub", "runlog", "prompts", "progress", "tokenizer", "dialogue", "device", "readers", "study.stats", "study.page"}
-    | {"documents", "losses", "lora", "optim", "step", "answers", "choice", "endpoint"},
-    {"gpt", "datasets", "judge"},
-    {"weights", "tokenstore"},
+    {"options", "config", "hub", "runlog", "prompts", "progress", "tokenizer", "dialogue", "device", "readers", "study.stats"}
+    | {"study.page", "documents", "losses", "lora", "optim", "step", "answers", "choice", "endpoint"},
+    {"gpt", "datasets", "judge", "rowchecks"},
+    {"weights", "tokenstore", "overlap"},
     {"adapters", "reward", "checkpoint", "batching"},
     {"models", "pairs", "evaluate"},
-    {"generation", "fit", "preferences", "trainee", "scoring"},
-    {"judging", "reference", "logprobs", "study.comparison"},
+    {"generation", "fit", "preferences", "trainee", "scoring", "cutchecks"},
+    {"judging", "reference", "logprobs", "study.comparison", "audit"},
     {"training", "study.comparison_page"},
     {"recipes.sft", "recipes.dpo", "recipes.reward", "recipes.data", "recipes.evaluate", "recipes.score", "recipes.compare", "recipes.chat"}
     | {"study.figures"},

@@ -71,7 +71,7 @@ def parse(
     ]
     for file in files:
         _check_file(file, options)
-    argv = _bare_switches(options, _underscored(options, argv))
+    argv = _bare_switches(options, _repeated(options, _underscored(options, argv)))
     show = "--print_config" in argv
     try:
         parsed = parser.parse_args([word for word in argv if word != "--print_config"])
@@ -116,6 +116,13 @@ def _bare_switches(options: type[Any], argv: Sequence[str]) -> list[str]:
         f"{word}=true" if word in switches and after.lower() not in ("true", "false") else word
         for word, after in pairwise([*argv, "--"])
     ]
+
+
+def _repeated(options: type[Any], argv: Sequence[str]) -> list[str]:
+    """`--against A --against B` means both: jsonargparse's `--against+=A`."""
+    lists = {f"--{name}" for name, kind in option_types(options).items() if typing.get_origin(kind) is list}
+    words = [word.replace("=", "+=", 1) if word.split("=")[0] in lists and "=" in word else word for word in argv]
+    return [f"{word}+" if word in lists else word for word in words]
 
 
 def _check_file(file: str, options: type[Any]) -> None:
@@ -184,6 +191,7 @@ def describe_type(kind: Any) -> str:
                 bool: ["true", "false"],
                 str: ["text"],
                 type(None): ["null"],
+                list[str]: ["a list of texts"],
             }
             words += plain.get(part, [str(part)])
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

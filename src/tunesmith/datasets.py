@@ -184,23 +184,30 @@ def parse_row(row: Any) -> Row:
     Strings in the HH form are taken apart; any other prompt is one user turn and any other answer one assistant turn.
     Raises: BadRow with the reason.
     """
+    read = read_row(row)
+    if isinstance(read, Text):
+        return read.check()
+    (read.chosen if isinstance(read, Preference) else read).check()
+    return read
+
+
+def read_row(row: Any) -> Row:
+    """As `parse_row`, also where there is nothing to learn from: an empty answer, none at all, two prompts that differ."""
     if not isinstance(row, dict):
         raise BadRow("not an object with columns")
     columns = {key for key, value in row.items() if value is not None}
     if {"chosen", "rejected"} <= columns:
         chosen, rejected = (_dialogue(row.get("prompt"), row[name]) for name in ("chosen", "rejected"))
-        return Preference(chosen.check(), rejected)
+        return Preference(chosen, rejected)
     if "messages" in columns:
-        return parse_messages(row["messages"]).check()
+        return parse_messages(row["messages"])
     if {"prompt", "completion"} <= columns:
-        return _dialogue(row["prompt"], row["completion"]).check()
+        return _dialogue(row["prompt"], row["completion"])
     if "text" in columns:
         if not isinstance(row["text"], str):
             raise BadRow("`text` is not a string")
-        if not row["text"].strip():
-            raise BadRow("empty text")
         if row["text"].startswith("\n\nHuman:"):
-            return parse_transcript(row["text"]).check()
+            return parse_transcript(row["text"])
         return Text(check_text(row["text"]))
     raise BadRow(f"no known columns (found {', '.join(sorted(columns)) or 'none'}; expected {FORMATS})")
 

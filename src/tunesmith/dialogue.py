@@ -70,6 +70,12 @@ class Text:
 
     text: str
 
+    def check(self) -> Text:
+        """Itself, if there is something to learn from. Raises: BadRow with the reason otherwise."""
+        if not self.text.strip():
+            raise BadRow("empty text")
+        return self
+
 
 @dataclass(frozen=True)
 class Preference:

@@ -250,6 +250,12 @@ class DataCommand:
     """MODEL whose tokenizer counts; `gpt2` comes with the package."""
     show: int = 0
     """Print the first N rows with the tokens that carry loss in colour."""
+    audit: bool = False
+    """Look for defects, lost ends, leaks and length bias, with file and line and the way out of each."""
+    against: list[str] = field(default_factory=list)
+    """With audit: another data set in which none of these rows should be; repeatable."""
+    out: str | None = None
+    """With audit: also write what was found to this JSON file."""
 
 
 @dataclass(frozen=True)

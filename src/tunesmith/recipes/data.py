@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text as RichText
 
+from tunesmith.audit import Audit, SplitAudit, audit
 from tunesmith.batching import cut_rows, resolve_loss_on
-from tunesmith.datasets import open_dataset
-from tunesmith.errors import UserError
+from tunesmith.cutchecks import END_CUT, OWN, SHARED, Cut
+from tunesmith.datasets import Source, open_dataset
+from tunesmith.errors import UsageError, UserError
 from tunesmith.losses import IGNORE_INDEX
 from tunesmith.models import find_model
-from tunesmith.options import DataCommand
+from tunesmith.options import DataCommand, DataOptions
+from tunesmith.rowchecks import DIALOGUES, PAIRS, TEXTS
+from tunesmith.study.stats import Interval
 from tunesmith.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
 from tunesmith.tokenstore import TokenStore, tokenise
 
@@ -27,15 +34,24 @@ def load_tokenizer(name: str) -> Tokenizer:
 def show_data(name: str, options: DataCommand) -> None:
     """Print the table, the notes and the first rows. Raises: UserError with `data.strict` if any row is bad or cut."""
     data = dataclasses.replace(options.data, name=name)
+    if not options.audit and (options.against or options.out):
+        raise UsageError(f"--{'against' if options.against else 'out'} belongs to an audit; add --audit true")
     tokenizer = load_tokenizer(options.tokenizer)
     source = open_dataset(data)
-    stores = [
-        tokenise(source, split, tokenizer, form="texts" if data.batching == "windows" else "dialogues")
-        for split in source.files
-    ]
-    loss_on = resolve_loss_on(data.loss_on, data.batching)
     console = Console(highlight=False, soft_wrap=True)
-    table = Table(title=f"{name}, tokens of {options.tokenizer}", title_justify="left")
+    problems = (_show_audit if options.audit else _show_figures)(source, data, tokenizer, options, console)
+    if options.show:
+        _show_rows(source, data, tokenizer, options.show, console)
+    if data.strict and problems:
+        raise UserError(f"--data.strict: {'; '.join(problems)}")
+
+
+def _show_figures(
+    source: Source, data: DataOptions, tokenizer: Tokenizer, options: DataCommand, console: Console
+) -> list[str]:
+    stores = [_stored(source, split, data, tokenizer) for split in source.files]
+    loss_on = resolve_loss_on(data.loss_on, data.batching)
+    table = Table(title=f"{source.name}, tokens of {options.tokenizer}", title_justify="left")
     table.add_column("")
     figures: dict[str, list[str]] = {}
     problems = []
@@ -52,17 +68,28 @@ def show_data(name: str, options: DataCommand) -> None:
     for label, values in figures.items():
         table.add_row(label, *values)
     console.print(table)
-    for line in [*source.notes, *(note for store in stores for note in store.report.notes), *problems]:
+    _show_notes(console, [*source.notes, *(note for store in stores for note in store.report.notes), *problems])
+    return problems
+
+
+def _stored(source: Source, split: str, data: DataOptions, tokenizer: Tokenizer) -> TokenStore:
+    return tokenise(source, split, tokenizer, form="texts" if data.batching == "windows" else "dialogues")
+
+
+def _show_notes(console: Console, lines: Sequence[str]) -> None:
+    for line in lines:
         console.print(f"note: {line}", markup=False)
-    for index in range(min(options.show, len(stores[0]))):
-        console.print(f"\n[bold]{stores[0].place(index)}[/bold]")
-        console.print(coloured(stores[0], index, loss_on, tokenizer))
-    if options.show:
-        console.print(
-            "\n[dim]context[/dim]  [black on green]carries loss[/black on green]  [white on red]end of answer, also a target[/white on red]"
-        )
-    if data.strict and problems:
-        raise UserError(f"--data.strict: {'; '.join(problems)}")
+
+
+def _show_rows(source: Source, data: DataOptions, tokenizer: Tokenizer, count: int, console: Console) -> None:
+    store = _stored(source, next(iter(source.files)), data, tokenizer)
+    loss_on = resolve_loss_on(data.loss_on, data.batching)
+    for index in range(min(count, len(store))):
+        console.print(f"\n[bold]{store.place(index)}[/bold]")
+        console.print(coloured(store, index, loss_on, tokenizer))
+    console.print(
+        "\n[dim]context[/dim]  [black on green]carries loss[/black on green]  [white on red]end of answer, also a target[/white on red]"
+    )
 
 
 def _figures(store: TokenStore, loss_on: str, block_size: int) -> dict[str, str]:
@@ -88,6 +115,120 @@ def supervised_tokens(store: TokenStore, loss_on: str) -> int:
     if loss_on == "all":
         return len(store.tokens)
     return int(np.count_nonzero(store.flags & 1) + np.count_nonzero(store.flags & 2))
+
+
+# ---- audit ---------------------------------------------------------------------------------------------------------
+
+
+def _show_audit(
+    source: Source, data: DataOptions, tokenizer: Tokenizer, options: DataCommand, console: Console
+) -> list[str]:
+    others = [_other(name, data) for name in dict.fromkeys(options.against)]
+    found = audit(
+        source, tokenizer, block_size=data.block_size, truncation=None if data.batching == "windows" else data.truncation,
+        loss_on=resolve_loss_on(data.loss_on, data.batching), holdout=data.holdout, seed=data.seed, against=others,
+    )  # fmt: skip
+    console.print(audit_table(found, options.tokenizer))
+    problems = found.problems()
+    _show_notes(console, [*source.notes, *problems, *found.remarks()])
+    if options.out:
+        record = {"tokenizer": options.tokenizer, **dataclasses.asdict(found), "problems": problems}
+        text = json.dumps(record, indent=2, ensure_ascii=False)
+        Path(options.out).write_text(text + "\n", encoding="utf-8")
+    return problems
+
+
+def _other(name: str, data: DataOptions) -> Source:
+    """A set to compare with, whole: `data.max_rows` is for the audited one."""
+    try:
+        return open_dataset(dataclasses.replace(data, name=name, max_rows=None))
+    except UserError as error:
+        raise type(error)(f"--against {name}: {error}") from None
+
+
+def audit_table(found: Audit, tokenizer: str) -> Table:
+    """What was found, a column a split; counts with their share. Checks and losses of which there are none are counted."""
+    title = (
+        f"{found.name}, audited at {found.block_size:,} tokens of {tokenizer} (--data.truncation {found.truncation})"
+    )
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    sections: dict[str, dict[str, dict[str, str]]] = {}
+    for split in found.splits:
+        table.add_column(split.split, justify="right")
+        for section, lines in _audit_lines(split, found).items():
+            labels = sections.setdefault(section, {})
+            for label, text in lines.items():
+                labels.setdefault(label, {})[split.split] = text
+    for section, labels in ((k, v) for k, v in sections.items() if v):
+        table.add_row(RichText(section, style="bold"))
+        told = {k: v for k, v in labels.items() if section in ALWAYS or k == LONGER or set(v.values()) != {"0"}}
+        if section == DEFECTS:
+            told["of the kinds not named here" if told else "of any kind"] = {s.split: "0" for s in found.splits}
+        for label, texts in told.items():
+            table.add_row(RichText(f"  {label}"), *(texts.get(s.split, "") for s in found.splits))
+    return table
+
+
+ROWS, DEFECTS, OVERLAP, TOKENS, LENGTH = ("rows", "defects", "overlap", "tokens, mean (most)", "chosen by length")
+ALWAYS, LONGER = (ROWS, OVERLAP, TOKENS, LENGTH), "longer than that"
+
+
+def _audit_lines(split: SplitAudit, found: Audit) -> dict[str, dict[str, str]]:
+    """Section -> label -> figure; sections are in the same order for every split."""
+    rows = {"all": f"{split.rows:,}", **{form: f"{n:,}" for form, n in split.forms.items()}}
+    rows["usable"] = _count(split.usable, split.rows)
+    if set(split.forms) - {TEXTS}:
+        rows["prompt as in an earlier row"] = _count(split.repeated_prompts, split.rows)
+    sections = {ROWS: rows, DEFECTS: {f.what: _count(f.rows, split.rows) for f in split.findings}}
+    for cut in split.cuts:
+        sections[_rule_name(cut, found)] = _cut_lines(cut)
+    sections |= {OVERLAP: {}, TOKENS: {k: f"{v.mean:,.1f} ({v.longest:,})" for k, v in split.lengths.items()}}
+    for o in split.overlaps:
+        whose = f" of {o.rows:,} held out" if o.whose else ""
+        sections[OVERLAP][f"prompts{whose} in {o.other}"] = _count(o.prompts, o.rows)
+        sections[OVERLAP][f"whole texts{whose} in {o.other}"] = _count(o.texts, o.rows)
+    if split.bias:
+        sections[LENGTH] = {
+            "longer than rejected": _share(split.bias.longer),
+            "as long": _share(split.bias.equal),
+            "`longer is better` is right": _share(split.bias.rule),
+        }
+    return sections
+
+
+def _rule_name(cut: Cut, found: Audit) -> str:
+    here = found.truncation if found.truncation != "auto" else "split" if cut.form == TEXTS else "keep_end"
+    rule = {END_CUT: "end cut off", SHARED: "in proportion", OWN: f"here: {here}"}[cut.rule]
+    return f"{cut.form} at {found.block_size:,}, {rule}"
+
+
+def _cut_lines(cut: Cut) -> dict[str, str]:
+    """What can happen under the rule, also where it did not."""
+    kinds = {LONGER: cut.cut}
+    if cut.rule == OWN:
+        kinds |= {"left out": cut.left_out}
+    if cut.form != TEXTS:
+        kinds |= {"became identical" if cut.form == PAIRS else "nothing left to learn": cut.no_signal}
+    kinds |= {
+        {PAIRS: "chosen answer", DIALOGUES: "last answer", TEXTS: "text"}[cut.form] + " without its end": cut.end_lost
+    }
+    if cut.form != TEXTS:
+        kinds |= {"end of the prompt lost": cut.prompt_end_lost}
+        if cut.rule == OWN:
+            kinds |= {"beginning of the prompt lost": cut.prompt_start_lost}
+    return {label: _count(n, cut.rows) for label, n in kinds.items()}
+
+
+def _count(n: int, of: int) -> str:
+    return f"{n:,} ({n / of:.1%})" if n and n != of else f"{n:,}"
+
+
+def _share(share: Interval) -> str:
+    return f"{share.mean:.1%} [{share.low:.1%}, {share.high:.1%}]"
+
+
+# ---- rows in colour ------------------------------------------------------------------------------------------------
 
 
 def coloured(store: TokenStore, index: int, loss_on: str, tokenizer: Tokenizer) -> RichText:

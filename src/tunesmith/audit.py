@@ -1,0 +1,367 @@
+"""A data set looked over before any training: what its rows lack, what cutting costs, what leaks, what length gives away.
+
+Two passes, each linear: one over the texts (defects, duplicates, fingerprints for overlap), one over the stored tokens
+(cuts, lengths), which training then finds in the cache. Returns records; prints and writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tunesmith.cutchecks import (
+    END_CUT,
+    OWN,
+    Cut,
+    cut_pairs_end,
+    cut_pairs_here,
+    cut_pairs_shared,
+    cut_rows_end,
+    cut_rows_here,
+)
+from tunesmith.datasets import Source, holdout_rows, label, read_row
+from tunesmith.dialogue import BadRow, Preference, Row
+from tunesmith.errors import UsageError, UserError
+from tunesmith.gpt import GPTConfig
+from tunesmith.overlap import Overlap, Print, fingerprint, overlap
+from tunesmith.pairs import PairStore
+from tunesmith.readers import Report
+from tunesmith.rowchecks import CHECKS, DIALOGUES, FORMS, PAIRS, TEXTS, UNREADABLE, form_of, row_defects
+from tunesmith.study.stats import Interval, share_interval
+from tunesmith.tokenizer import Tokenizer
+from tunesmith.tokenstore import tokenise
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How many rows have one defect, and where: all places, of unreadable rows the first three of each reason.
+
+    kind: a key of CHECKS, or `unreadable`, of which `what` is the reason.
+    """
+
+    kind: str
+    what: str
+    rows: int
+    places: tuple[str, ...]
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens: of a pair's prompt, chosen or rejected answer, or of a whole row; end-of-text tokens are not counted."""
+
+    mean: float
+    median: float
+    p95: float
+    longest: int
+
+
+@dataclass(frozen=True)
+class LengthBias:
+    """What length alone says about the preferred answer, in tokens, over usable pairs.
+
+    longer, equal: shares of the pairs whose chosen answer is longer than the rejected one, or as long.
+    rule: how often `the longer answer wins` is right, an equal pair counting one half.
+    """
+
+    longer: Interval
+    equal: Interval
+    rule: Interval
+
+
+@dataclass(frozen=True)
+class SplitAudit:
+    """What was found in one split.
+
+    usable: rows that training takes before any cutting: for pairs, as `reward` and `dpo` do.
+    repeated_prompts: rows, no duplicates, whose prompt an earlier row has too: no defect, several answers to one prompt.
+    findings: every check that applies to the forms found, also those that found nothing.
+    """
+
+    split: str
+    rows: int
+    usable: int
+    forms: dict[str, int]
+    repeated_prompts: int
+    findings: tuple[Finding, ...]
+    cuts: tuple[Cut, ...]
+    lengths: dict[str, Lengths]
+    bias: LengthBias | None
+    overlaps: tuple[Overlap, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was found in a data set, at one block size and truncation rule."""
+
+    name: str
+    block_size: int
+    truncation: str
+    splits: tuple[SplitAudit, ...]
+
+    def problems(self) -> list[str]:
+        """One line for each thing that is wrong or would be lost in training, with the way out."""
+        lines = []
+        for s in self.splits:
+            lines += [f"{s.split}: {_told(f)}: {f.remedy}" for f in s.findings if f.rows]
+            lines += [f"{s.split}: {_told_cut(c, self.block_size)}" for c in s.cuts if c.rule == OWN and c.cut]
+            lines += [f"{s.split}: {_told_overlap(o)}" for o in s.overlaps if o.prompts or o.texts]
+        return lines
+
+    def remarks(self) -> list[str]:
+        """One line for each thing to know that is no defect of the data."""
+        lines = [note for s in self.splits for note in s.notes]
+        for s in self.splits:
+            lines += [
+                f"{o.other}: {o.unread:,} {_plural(o.unread)} cannot be read, so not compared"
+                for o in s.overlaps
+                if o.unread
+            ]
+            lines += [
+                f"{s.split}: {_told_end_cut(c, self.block_size)}"
+                for c in s.cuts
+                if c.rule == END_CUT and c.form != TEXTS and (c.no_signal or c.end_lost)
+            ]
+            if s.bias and 0.5 not in s.bias.rule:
+                which = "longer" if s.bias.rule.mean > 0.5 else "shorter"
+                right = max(s.bias.rule.mean, 1 - s.bias.rule.mean)
+                lines.append(
+                    f"{s.split}: `the {which} answer is better` is right for {right:.1%} of the pairs: hold a reward model's accuracy "
+                    "against that, and compare answers of like length"
+                )
+        return list(dict.fromkeys(lines))
+
+
+def audit(
+    source: Source,
+    tokenizer: Tokenizer,
+    *,
+    block_size: int,
+    truncation: str | None = "auto",
+    loss_on: str = "assistant",
+    holdout: float = 0.05,
+    seed: int = 0,
+    against: Sequence[Source] = (),
+) -> Audit:
+    """Look over every split of `source`.
+
+    truncation: None where rows are not cut one by one (windows). holdout, seed: as in training, for a data set without
+        a test split. against: other data sets, in which the rows of this one should not be.
+    Raises: UserError for a file that cannot be read or has no row at all; UsageError for settings out of range.
+    """
+    if block_size < 1:
+        raise UsageError(f"--data.block_size is {block_size}, expected at least 1")
+    if not 0 < holdout < 1:
+        raise UsageError(f"--data.holdout is {holdout}, expected a share between 0 and 1")
+    texts = {split: _read(source, split) for split in source.files}
+    overlaps = _overlaps(texts, holdout, seed, against)
+    splits = []
+    for split, read in texts.items():
+        cuts, lengths, bias, notes = _read_tokens(source, split, read, tokenizer, block_size, truncation, loss_on)
+        forms = {form: n for form, n in read.forms.items() if n}
+        splits.append(SplitAudit(
+            split, read.rows, sum(read.usable.values()), forms, read.repeated_prompts, tuple(_findings(read, forms)), cuts, lengths,
+            bias, tuple(overlaps[split]), notes,
+        ))  # fmt: skip
+    return Audit(source.name, block_size, truncation or "windows", tuple(splits))
+
+
+# ---- texts ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Texts:
+    """What one pass over the rows of a split gives. skipped: unusable pairs that have two texts all the same."""
+
+    rows: int = 0
+    forms: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FORMS, 0))
+    usable: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FORMS, 0))
+    unreadable: Report = field(default_factory=Report)
+    defects: dict[str, list[str]] = field(default_factory=lambda: {kind: [] for kind in CHECKS})
+    prints: list[Print] = field(default_factory=list)
+    skipped: list[tuple[Preference, str]] = field(default_factory=list)
+    pair_places: set[tuple[int, int]] = field(default_factory=set)
+    repeated_prompts: int = 0
+
+
+def _read(source: Source, split: str) -> Texts:
+    found, seen = Texts(), dict[tuple[bytes, ...], str]()
+    prompts, files = set[bytes](), [label(source.files[split], i) for i in range(len(source.files[split]))]
+    for located in source.raw_rows(split, found.unreadable):
+        found.rows += 1
+        place = f"{files[located.file]}:{located.line}"
+        try:
+            row = read_row(located.value)
+        except BadRow as reason:
+            found.unreadable.add_bad(str(reason), place)
+            continue
+        form, usable = form_of(row), _is_usable(row)
+        found.forms[form] += 1
+        found.usable[form] += usable
+        if isinstance(row, Preference):
+            found.pair_places.add((located.file, located.line))
+            if not usable:
+                found.skipped.append((row, place))
+        printed = fingerprint(row, place, usable)
+        found.prints.append(printed)
+        defects = row_defects(located.value, row)
+        if printed.texts in seen:
+            found.defects["duplicate"].append(f"{place} = {seen[printed.texts]}")
+        elif len(printed.texts) == 2 and printed.texts[::-1] in seen and "same_answers" not in defects:
+            found.defects["contradiction"].append(f"{place} = {seen[printed.texts[::-1]]}")
+        elif printed.prompt in prompts:
+            found.repeated_prompts += 1
+        if printed.texts:
+            seen.setdefault(printed.texts, place)
+        if printed.prompt:
+            prompts.add(printed.prompt)
+        for kind in defects:
+            found.defects[kind].append(place)
+    found.rows += found.unreadable.rows
+    if not found.rows:
+        raise UserError(
+            f"{source.name} ({split}) has no row in {', '.join(map(str, source.files[split]))}; give it some, or take the file away"
+        )
+    return found
+
+
+def _is_usable(row: Row) -> bool:
+    try:
+        row.check()
+    except BadRow:
+        return False
+    return True
+
+
+def _findings(read: Texts, forms: Mapping[str, int]) -> Iterator[Finding]:
+    for reason, n in read.unreadable.bad.items():
+        yield Finding("unreadable", reason, n, tuple(read.unreadable.places[reason]), UNREADABLE)
+    for kind, check in CHECKS.items():
+        if any(form in forms for form in check.forms):
+            places = tuple(read.defects[kind])
+            yield Finding(kind, check.label, len(places), places, check.remedy)
+
+
+# ---- overlap -------------------------------------------------------------------------------------------------------
+
+
+def _overlaps(
+    texts: Mapping[str, Texts], holdout: float, seed: int, against: Sequence[Source]
+) -> dict[str, list[Overlap]]:
+    found: dict[str, list[Overlap]] = {split: [] for split in texts}
+    train = texts["train"].prints
+    if "test" in texts:
+        found["test"].append(overlap(texts["test"].prints, train, "train"))
+    elif len(usable := [p for p in train if p.usable]) > 1:
+        rest, held = holdout_rows(len(usable), holdout, seed)
+        ours = [usable[i] for i in held]
+        whose = "rows held out for validation (--data.holdout)"
+        found["train"].append(overlap(ours, [usable[i] for i in rest], "the rest of train", whose=whose))
+    for other in against:
+        for other_split in other.files:
+            there = _read(other, other_split)
+            unread = sum(there.unreadable.bad.values())
+            for split, read in texts.items():
+                found[split].append(overlap(read.prints, there.prints, f"{other.name} ({other_split})", unread=unread))
+    return found
+
+
+# ---- tokens --------------------------------------------------------------------------------------------------------
+
+
+def _read_tokens(
+    source: Source, split: str, read: Texts, tokenizer: Tokenizer, block_size: int, truncation: str | None, loss_on: str
+) -> tuple[tuple[Cut, ...], dict[str, Lengths], LengthBias | None, tuple[str, ...]]:
+    cuts: list[Cut] = []
+    lengths: dict[str, Lengths] = {}
+    bias, notes = None, dict[str, None]()
+    if read.usable[PAIRS]:
+        pairs = PairStore(tokenise(source, split, tokenizer, form="pairs"))
+        cuts += [
+            cut_pairs_end(pairs, read.skipped, tokenizer, block_size),
+            cut_pairs_shared(pairs, block_size),
+        ]
+        if truncation:
+            cuts.append(cut_pairs_here(pairs, block_size, truncation))
+        prompt, chosen, rejected = pairs.lengths.T
+        lengths |= {k: _lengths(v) for k, v in {"prompt": prompt, "chosen": chosen, "rejected": rejected}.items()}
+        bias = length_bias(chosen, rejected)
+        notes |= dict.fromkeys(pairs.store.report.notes)
+    if read.usable[DIALOGUES] or read.usable[TEXTS]:
+        store = tokenise(source, split, tokenizer)
+        alone = np.array([tuple(place) not in read.pair_places for place in store.places.tolist()])
+        for form, wanted in ((DIALOGUES, ~store.plain & alone), (TEXTS, store.plain & alone)):
+            if read.usable[form]:
+                rows = np.flatnonzero(wanted)
+                cuts.append(cut_rows_end(store, rows, form, block_size, loss_on))
+                if truncation:
+                    cuts.append(cut_rows_here(store, rows, form, block_size, truncation, loss_on))
+                lengths[form] = _lengths(store.lengths[rows])
+        notes |= dict.fromkeys(store.report.notes)
+    return tuple(cuts), lengths, bias, tuple(notes)
+
+
+def _lengths(tokens: Array) -> Lengths:
+    median, p95 = np.percentile(tokens, [50, 95]).tolist()
+    return Lengths(float(tokens.mean()), median, p95, int(tokens.max()))
+
+
+def length_bias(chosen: Array, rejected: Array) -> LengthBias:
+    """From the lengths of the answers; (pairs,) each."""
+    n, longer, equal = len(chosen), int((chosen > rejected).sum()), int((chosen == rejected).sum())
+    return LengthBias(share_interval(longer, n), share_interval(equal, n), share_interval(longer + equal / 2, n))
+
+
+# ---- words ---------------------------------------------------------------------------------------------------------
+
+
+def _told(finding: Finding) -> str:
+    return f"{finding.rows:,} {_plural(finding.rows)}: {finding.what} ({_places(finding.places, finding.rows)})"
+
+
+def _told_cut(cut: Cut, block_size: int) -> str:
+    parts = {
+        "left out": cut.left_out, "with nothing left to learn": cut.no_signal, "without their answer's end": cut.end_lost,
+        "without the beginning of the prompt": cut.prompt_start_lost, "without the end of the prompt": cut.prompt_end_lost,
+    }  # fmt: skip
+    cost = ", ".join(f"{n:,} {what}" for what, n in parts.items() if n) or "nothing is lost"
+    most = GPTConfig.block_size
+    way = (
+        f"--data.block_size {cut.longest:,} would hold them all"
+        if cut.longest <= most
+        else f"the longest has {cut.longest:,} tokens and GPT-2 {most:,} positions: shorten or split such rows"
+    )
+    return (
+        f"{cut.cut:,} of {cut.rows:,} {cut.form} are longer than block_size {block_size:,} ({cost}; "
+        f"{_places(cut.places, cut.cut)}): {way}"
+    )
+
+
+def _told_overlap(found: Overlap) -> str:
+    where = _places(found.places, len(found.places))
+    return (
+        f"{found.prompts:,} prompts and {found.texts:,} whole texts of {found.rows:,} {found.whose or _plural(found.rows)} "
+        f"also in {found.other} ({where}): take them out of one of the two, or scores there measure memory"
+    )
+
+
+def _places(places: Sequence[str], n: int) -> str:
+    return f"{', '.join(places[:3])}{', ...' if n > 3 else ''}"
+
+
+def _told_end_cut(cut: Cut, block_size: int) -> str:
+    where = f" ({_places(cut.no_signal_places, cut.no_signal)})" if cut.no_signal else ""
+    return (
+        f"{cut.no_signal:,} of {cut.rows:,} {cut.form} teach nothing{where} and {cut.end_lost:,} lose their answer's end in tools "
+        f"that cut the end off at {block_size:,}: make those keep the end, or give them {cut.longest:,} tokens"
+    )
+
+
+def _plural(n: int) -> str:
+    return "row" if n == 1 else "rows"

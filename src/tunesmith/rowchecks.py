@@ -1,0 +1,114 @@
+r"""What can be wrong with the text of one row: nothing to learn from, or a border that the tokenizer sees differently.
+
+Borders matter because `\n\nAssistant: yes` is `...Assistant` `:` ` yes`: the space belongs to the answer's first token.
+A space at the end of a prompt, none before an answer, or two, make tokens that the model never meets when it answers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from tunesmith.dialogue import Message, Preference, Row, Text
+
+PAIRS, DIALOGUES, TEXTS = FORMS = ("pairs", "dialogues", "texts")
+
+
+@dataclass(frozen=True)
+class Check:
+    """A defect: what it is called, the forms of a row in which it can occur, and the way out."""
+
+    label: str
+    forms: tuple[str, ...]
+    remedy: str
+
+
+TURNS, ALL, PAIR = (PAIRS, DIALOGUES), FORMS, (PAIRS,)
+SKIPPED = "such rows are skipped in training: complete or delete them"
+CHECKS = {
+    "empty_text": Check("empty text", (TEXTS,), SKIPPED),
+    "empty_answer": Check("empty answer", (DIALOGUES,), SKIPPED),
+    "empty_chosen": Check("empty chosen answer", PAIR, SKIPPED),
+    "empty_rejected": Check("empty rejected answer", PAIR, SKIPPED),
+    "no_final_answer": Check("no answer at the end", TURNS, "what comes last is not learned, a pair is skipped: end it with an answer"),
+    "no_prompt": Check("no prompt before the answers", PAIR, SKIPPED),
+    "prompts_differ": Check("prompts of the two differ", PAIR, "no pair to compare, skipped: make them equal or delete it"),
+    "same_answers": Check("chosen equals rejected", PAIR, "no preference to learn, skipped: delete the row"),
+    "duplicate": Check("duplicate of an earlier row", ALL, "it is learned twice, and may be held out as well as trained on: keep one"),
+    "contradiction": Check("an earlier pair turned round", PAIR, "the two cancel out: decide for one and delete the other"),
+    "empty_turn": Check("empty turn before the last", TURNS, "an empty answer teaches to end at once: fill the turn in or delete it"),
+    "repeated_role": Check("one role twice in a row", TURNS, "chat templates expect turns to alternate: join the two"),
+    "role_marker": Check("role marker inside a text", ALL, "the model learns to write both sides: split it into turns or delete it"),
+    "template_text": Check("another template's markers", ALL, "here they are letters, no tokens: delete them, ends are added"),
+    "prompt_space": Check("prompt ends in white space", TURNS, "it makes tokens that training never shows there: strip the prompt"),
+    "turn_start": Check(
+        "turn without its one space before", TURNS,
+        "its first token is unlike other turns': one space after a marker `Assistant:`, none at the start of `content` or `completion`",
+    ),
+    "answer_end": Check("answer ends in white space", TURNS, "the model learns to write it before it stops: strip the answer"),
+}  # fmt: skip
+UNREADABLE = "they are skipped: mend or delete them; the forms of a row are in docs/data.md"
+
+_ROLE_MARKER = re.compile(r"(?:^|\n)[ \t]*(?:Human|Assistant):|\n\nSystem:|\bAssistant:\s*\Z")
+_TEMPLATE = re.compile(r"<\|[a-z_]+\|>|\A<s>|</s>\s*\Z|\[/?INST\]|<(?:start|end)_of_turn>")
+
+
+def form_of(row: Row) -> str:
+    """Which of FORMS a row has."""
+    return PAIRS if isinstance(row, Preference) else TEXTS if isinstance(row, Text) else DIALOGUES
+
+
+def prompt_of(turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    """What stands before the answer at the end; everything where the last turn is no answer."""
+    return turns[:-1] if turns and turns[-1].role == "assistant" else turns
+
+
+def row_defects(raw: dict[str, Any], row: Row) -> set[str]:
+    """The CHECKS that a row fails, by its text alone. raw: its columns; row: what `datasets.read_row` makes of them."""
+    if isinstance(row, Text):
+        return _text_defects([row.text]) | ({"empty_text"} if not row.text.strip() else set())
+    prompt = raw.get("prompt")
+    found = {"prompt_space"} if isinstance(prompt, str) and prompt != prompt.rstrip() else set()
+    if not isinstance(row, Preference):
+        return found | _turn_defects(row.messages, "empty_answer")
+    chosen, rejected = row.chosen.messages, row.rejected.messages
+    found |= _turn_defects(chosen, "empty_chosen") | _turn_defects(rejected, "empty_rejected")
+    if prompt_of(chosen) != prompt_of(rejected):
+        found.add("prompts_differ")
+    elif not prompt_of(chosen):
+        found.add("no_prompt")
+    return found | ({"same_answers"} if chosen == rejected else set())
+
+
+def _turn_defects(turns: tuple[Message, ...], empty: str) -> set[str]:
+    found = _text_defects(m.content for m in turns)
+    *before, last = turns
+    if last.role != "assistant":
+        found.add("no_final_answer")
+    elif not last.content.strip():
+        found.add(empty)
+    if not all(m.content.strip() for m in before):
+        found.add("empty_turn")
+    if any(a.role == b.role for a, b in zip(before, turns[1:], strict=True)):
+        found.add("repeated_role")
+    for m in turns:
+        if not m.content.strip():
+            continue
+        if m.lead != " " or m.content[0].isspace():
+            found.add("turn_start")
+        if m.content[-1].isspace():
+            found.add("answer_end" if m.role == "assistant" else "prompt_space")
+    return found
+
+
+def _text_defects(texts: Iterable[str]) -> set[str]:
+    found = set()
+    for text in texts:
+        # plain `in` first: most texts have none of these, and it is far cheaper than a search
+        if ("Human:" in text or "Assistant:" in text or "System:" in text) and _ROLE_MARKER.search(text):
+            found.add("role_marker")
+        if ("<" in text or "[" in text) and _TEMPLATE.search(text):
+            found.add("template_text")
+    return found
