@@ -13,22 +13,26 @@ PACKAGE = Path(__file__).parents[1] / "src" / "tunesmith"
 LAYERS = [
     {"errors"},
     {"options", "config", "hub", "runlog", "prompts", "progress", "tokenizer", "dialogue", "device", "readers", "study.stats"}
-    | {"documents", "losses", "lora", "optim", "step", "answers", "choice"},
-    {"gpt", "datasets"},
+    | {"documents", "losses", "lora", "optim", "step", "answers", "choice"}
+    | {"pretrain_options"},
+    {"gpt", "datasets"}
+    | {"bits"},
     {"weights", "tokenstore"},
     {"adapters", "reward", "checkpoint", "batching"},
     {"models", "pairs", "evaluate"},
-    {"generation", "fit", "preferences", "trainee", "scoring"},
+    {"generation", "fit", "preferences", "trainee", "scoring"}
+    | {"scratch"},
     {"judging", "reference"},
     {"training"},
     {"recipes.sft", "recipes.dpo", "recipes.reward", "recipes.data", "recipes.evaluate", "recipes.score", "recipes.compare", "recipes.chat"}
-    | {"study.figures"},
+    | {"recipes.pretrain", "study.figures"},
     {"study.report"},
     {"demo"},
     {"__main__"},
 ]  # fmt: skip
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 WITHOUT_TORCH = {
+    "pretrain_options",
     "errors",
     "options",
     "config",
@@ -91,7 +95,9 @@ def test_report_is_rendered_without_importing_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["sft", "--help"], ["data", "--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["sft", "--help"], ["pretrain", "--help"], ["data", "--help"]], ids=" ".join
+)
 def test_help_comes_in_half_a_second(argv):
     times = []
     for _ in range(3):
