@@ -13,22 +13,23 @@ PACKAGE = Path(__file__).parents[1] / "src" / "tunesmith"
 LAYERS = [
     {"errors"},
     {"options", "config", "hub", "runlog", "prompts", "progress", "tokenizer", "dialogue", "device", "readers", "study.stats"}
-    | {"study.page", "documents", "losses", "lora", "optim", "step", "answers", "choice", "endpoint"},
-    {"gpt", "datasets", "judge", "rowchecks"},
+    {"study.page", "documents", "losses", "lora", "optim", "step", "answers", "choice", "endpoint", "pretrain_options"},
+    {"gpt", "datasets", "judge", "rowchecks", "bits"},
     {"weights", "tokenstore", "overlap"},
     {"adapters", "reward", "checkpoint", "batching"},
     {"models", "pairs", "evaluate"},
-    {"generation", "fit", "preferences", "trainee", "scoring", "cutchecks"},
+    {"generation", "fit", "preferences", "trainee", "scoring", "cutchecks", "scratch"},
     {"judging", "reference", "logprobs", "study.comparison", "audit"},
     {"training", "study.comparison_page"},
     {"recipes.sft", "recipes.dpo", "recipes.reward", "recipes.data", "recipes.evaluate", "recipes.score", "recipes.compare", "recipes.chat"}
-    | {"study.figures"},
+    | {"recipes.pretrain", "study.figures"},
     {"study.report"},
     {"demo"},
     {"__main__"},
 ]  # fmt: skip
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 WITHOUT_TORCH = {
+    "pretrain_options",
     "errors",
     "endpoint",
     "judge",
@@ -96,7 +97,9 @@ def test_report_is_rendered_without_importing_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["sft", "--help"], ["data", "--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["sft", "--help"], ["pretrain", "--help"], ["data", "--help"]], ids=" ".join
+)
 def test_help_comes_in_half_a_second(argv):
     times = []
     for _ in range(3):

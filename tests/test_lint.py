@@ -21,7 +21,7 @@ def test_docstring_examples_run(doctest_namespace):
     import doctest
     import importlib
 
-    names = ["endpoint", "judge", "gpt", "documents", "dialogue", "batching", "lora", "reward", "study.stats"]
+    names = ["endpoint", "judge", "gpt", "documents", "dialogue", "batching", "lora", "reward", "study.stats", "bits"]
     results = [
         doctest.testmod(importlib.import_module(f"tunesmith.{name}"), extraglobs={"torch": __import__("torch")})
         for name in names

@@ -18,15 +18,15 @@ def blocks(page: str, language: str) -> list[str]:
     return [body for kind, body in BLOCK.findall((ROOT / page).read_text()) if kind == language]
 
 
-def commands(page: str) -> list[str]:
-    """Lines of the page's command blocks, comments taken off."""
+def commands(page: str, *others: str) -> list[str]:
+    """Lines of the page's command blocks, comments taken off: those of tunesmith and make, and what begins with `others`."""
     lines = [
         line.partition("  #")[0].strip()
         for kind in ("", "sh")
         for body in blocks(page, kind)
         for line in body.splitlines()
     ]
-    return [line for line in lines if line.startswith(("tunesmith ", "make "))]
+    return [line for line in lines if line.startswith(("tunesmith ", "make ", *others))]
 
 
 @pytest.fixture(scope="module")

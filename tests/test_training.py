@@ -15,8 +15,8 @@ from tunesmith.errors import UserError
 from tunesmith.evaluate import estimate_loss
 from tunesmith.gpt import GPTConfig
 from tunesmith.models import SAMPLE
-from tunesmith.recipes.sft import load_splits, make_batches
 from tunesmith.tokenizer import Tokenizer
+from tunesmith.training import load_splits, text_batches
 from tunesmith.weights import load_model
 
 BATCHINGS = ["packed", "windows", "padded"]
@@ -152,7 +152,7 @@ def test_four_micro_batches_of_one_row_equal_one_of_four(tiny_directory, tmp_pat
 @pytest.mark.parametrize("batching", BATCHINGS)
 def test_estimates_weigh_every_token_alike_and_leave_mode_and_random_state(tiny_directory, tmp_path, batching):
     config = tiny_config(tiny_directory, tmp_path, data__batching=batching)
-    train, validation, _ = make_batches(load_splits(config.data, Tokenizer.load(SAMPLE)), config)
+    train, validation, _ = text_batches(load_splits(config.data, Tokenizer.load(SAMPLE)), config)
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 4096, "block_size": 128}
     model, plain = random_model(GPTConfig(**shape, dropout=0.5)).train(), random_model(GPTConfig(**shape))
     state = torch.get_rng_state()
@@ -192,7 +192,7 @@ def assert_it_names_step_and_rows_and_keeps_a_good_checkpoint(run, config):
     (event,) = run.metrics("diverged")
     assert event["step"] == status["step"] + 1
     splits = load_splits(config.data, Tokenizer.load(SAMPLE))
-    batch = make_batches(splits, config)[0][event["step"] - 1]
+    batch = text_batches(splits, config)[0][event["step"] - 1]
     rows = [splits.train.place(row) for row in batch.sources]
     assert f"at step {event['step']} (rows {rows[0]}" in status["reason"]
     assert "lower --optimizer.lr" in status["reason"]

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.options import DPOConfig, RewardConfig, SFTConfig
+from tunesmith.pretrain_options import PretrainConfig
 from tunesmith.runlog import Run
 
-COMMANDS = {SFTConfig: "sft", DPOConfig: "dpo", RewardConfig: "reward"}
+COMMANDS = {PretrainConfig: "pretrain", SFTConfig: "sft", DPOConfig: "dpo", RewardConfig: "reward"}
 
 SMALL = {
     "data.name": "sample", "data.block_size": 128, "data.max_rows": 120,

@@ -3,33 +3,40 @@
     python tools/build_sample_model.py --data DIR --work build/sample
 
 DIR holds chitchat/chitchat.jsonl.gz, self-dialogue/self_dialogue.jsonl.gz, oasst-en/trees.jsonl.gz and
-instructions/*.json(l), as docs/sample-model.md lists them. Three parts: the texts and the tokenizer, the training (an
-ordinary `tunesmith sft` from random weights with loss on all tokens), the weights in fp16.
+instructions/*.json(l), as docs/sample-model.md lists them. Four parts: the texts; `tunesmith pretrain` with
+tools/sample_model.yaml; the best checkpoint in fp16 as the embedded model; the figures for its page, its held-out loss
+beside that of a 5-gram model over the same tokens among them. Arguments after `--` go to `tunesmith pretrain`.
 """
 
 from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
 import json
 import random
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from ngram import held_out
 
-import tunesmith as ts
-from tunesmith.gpt import GPTConfig
-from tunesmith.models import SAMPLE
-from tunesmith.options import CheckpointOptions, DataOptions, EvalOptions, ModelOptions, OptimizerOptions, TrainOptions
-from tunesmith.tokenizer import END_OF_TEXT
-from tunesmith.tokenizer import Tokenizer as OurTokenizer
-from tunesmith.weights import config_to_hf, load_model, save_model
+from tunesmith.__main__ import main as tunesmith
+from tunesmith.batching import Batches
+from tunesmith.bits import bits_per_byte, text_bytes
+from tunesmith.evaluate import estimate_loss
+from tunesmith.gpt import GPT
+from tunesmith.models import SAMPLE, load
+from tunesmith.options import DataOptions
+from tunesmith.runlog import Run
+from tunesmith.tokenizer import Tokenizer
+from tunesmith.training import load_splits
+from tunesmith.weights import load_model, save_model
 
-SHAPE = GPTConfig(n_layer=4, n_head=4, n_embd=256, vocab_size=4096, block_size=1024)
+CONFIG = Path(__file__).with_name("sample_model.yaml")
 HELD_OUT = 20  # one text in twenty
 
 
@@ -42,18 +49,21 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
             yield from map(json.loads, file)
 
 
-def texts(data: Path) -> Iterator[str]:
-    """Every text: the turns of a conversation, or a task and its answer, with an empty line between them."""
+def texts(data: Path) -> Iterator[tuple[str, str]]:
+    """(family, text): the turns of a conversation, or a task and its answer, with an empty line between them.
+
+    Texts of a family share their beginning: the branches of one tree.
+    """
     for name in ("chitchat/chitchat.jsonl.gz", "self-dialogue/self_dialogue.jsonl.gz"):
         for row in rows(data / name):
-            yield "\n\n".join(row["turns"])
+            yield "", "\n\n".join(row["turns"])
     for row in rows(data / "oasst-en/trees.jsonl.gz"):
-        yield from (("\n\n".join(path)) for path in branches(row["prompt"]))
+        yield from ((row["prompt"]["text"], "\n\n".join(path)) for path in branches(row["prompt"]))
     for row in rows(data / "instructions/rasbt_instruction_data.json"):
-        yield f"{row['instruction']}\n{row['input']}".strip() + "\n\n" + row["output"]
+        yield "", f"{row['instruction']}\n{row['input']}".strip() + "\n\n" + row["output"]
     for row in rows(data / "instructions/self_instruct_seed_tasks.jsonl"):
         example = row["instances"][0]
-        yield f"{row['instruction']}\n{example['input']}".strip() + "\n\n" + example["output"]
+        yield "", f"{row['instruction']}\n{example['input']}".strip() + "\n\n" + example["output"]
 
 
 def branches(message: dict[str, Any]) -> Iterator[list[str]]:
@@ -64,64 +74,70 @@ def branches(message: dict[str, Any]) -> Iterator[list[str]]:
         yield from ([message["text"], *path] for path in branches(reply))
 
 
-def write_texts(data: Path, folder: Path) -> list[str]:
-    """train.jsonl and test.jsonl with a column `text`; returns the training texts."""
+def write_texts(data: Path, folder: Path) -> None:
+    """train.jsonl and test.jsonl with a column `text`. What shares its beginning with a held-out text is not trained on."""
     found = list(texts(data))
     random.Random(0).shuffle(found)
-    held = len(found) // HELD_OUT
+    held, rest = found[: len(found) // HELD_OUT], found[len(found) // HELD_OUT :]
+    known = {family for family, _ in held if family}
     folder.mkdir(parents=True, exist_ok=True)
-    for split, part in (("test", found[:held]), ("train", found[held:])):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in part))
-    return found[held:]
+    for split, part in (("test", held), ("train", [row for row in rest if row[0] not in known])):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for _, text in part))
 
 
-def write_tokenizer(training_texts: list[str], folder: Path) -> None:
-    """A byte-level BPE of the shape's vocabulary; the embedded dialogues count six times, to be read in whole words."""
-    ours = []
-    for split in ("train", "test"):  # the vocabulary only: no weight sees the held-out dialogues
-        for row in rows(SAMPLE.parent / f"{split}.jsonl"):
-            ours.append("\n\n".join(m["content"] for m in row["prompt"] + row["chosen"]))
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=SHAPE.vocab_size,
-        special_tokens=[AddedToken(END_OF_TEXT, normalized=False)],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+def held_out_loss(model: GPT, tokenizer: Tokenizer, dataset: str) -> str:
+    """Loss over every held-out text of a data set, in both units."""
+    splits = load_splits(DataOptions(name=dataset), tokenizer, prose=True)
+    batches = Batches(
+        splits.validation,
+        splits.validation_rows,
+        batching="packed",
+        block_size=model.config.block_size,
+        batch_size=4,
+        loss_on="all",
     )
-    backend.train_from_iterator(training_texts + ours * 6, trainer)
-    folder.mkdir(parents=True, exist_ok=True)
-    OurTokenizer(backend).save(folder, SHAPE.block_size)
-    (folder / "config.json").write_text(json.dumps(config_to_hf(SHAPE, backend.token_to_id(END_OF_TEXT))))
+    found = estimate_loss(model, batches.fixed())
+    size = sum(text_bytes(tokenizer, splits.validation.row(r, "all")[1]) for r in splits.validation_rows)
+    bits = bits_per_byte(found.loss * found.tokens, size)
+    return f"{found.loss:.4f} nats a token, {bits:.4f} bits a byte over {found.tokens:,} tokens"
+
+
+def print_card(folder: Path) -> None:
+    """The figures of docs/sample-model.md, of the model as it is embedded."""
+    model, tokenizer = load("sample")
+    print(f"parameters: {model.parameter_count():,}")
+    print(f"SHA-256 of the weights: {hashlib.sha256((SAMPLE / 'model.safetensors').read_bytes()).hexdigest()}")
+    print(f"held-out texts: {held_out_loss(model, tokenizer, str(folder))}")
+    print(f"embedded test dialogues: {held_out_loss(model, tokenizer, 'sample')}")
+    print(held_out(str(folder), tokenizer))
 
 
 def main() -> None:
+    own, more = split_arguments(sys.argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("build/sample"))
-    parser.add_argument("--steps", type=int, default=2600)
-    args = parser.parse_args()
-    run_directory = args.work / "run"
-    resume = (run_directory / "status.json").exists()
-    if not resume:
-        write_tokenizer(write_texts(args.data, args.work / "texts"), args.work / "shape")
-    run = ts.sft(
-        ts.SFTConfig(
-            model=ModelOptions(name=str(args.work / "shape"), init="random"),
-            data=DataOptions(name=str(args.work / "texts"), loss_on="all", truncation="split"),
-            train=TrainOptions(steps=args.steps, batch_size=4),
-            optimizer=OptimizerOptions(lr=1.5e-3, weight_decay=0.1, schedule="cosine", warmup_steps=100),
-            eval=EvalOptions(every=130, iters=10),
-            checkpoint=CheckpointOptions(every=100, keep=2),
-            out=str(run_directory),
-            resume=resume,
-        )
-    )
-    best = run.best_checkpoint()
-    shutil.rmtree(SAMPLE, ignore_errors=True)
-    save_model(load_model(best).to(torch.float16), OurTokenizer.load(best), SAMPLE)
-    print(f"{best} -> {SAMPLE}")
+    parser.add_argument("--card", action="store_true", help="only the figures of the model as it is embedded now")
+    args = parser.parse_args(own)
+    folder, out = args.work / "texts", args.work / "run"
+    write_texts(args.data, folder)
+    if not args.card:
+        resume = ["--resume"] if (out / "status.json").exists() else []
+        command = ["pretrain", "--config", str(CONFIG), "--data.name", str(folder), "--out", str(out), *resume, *more]
+        print("tunesmith", *command)
+        if code := tunesmith(command):
+            sys.exit(code)
+        best = Run(out).best_checkpoint()
+        shutil.rmtree(SAMPLE, ignore_errors=True)
+        save_model(load_model(best).to(torch.float16), Tokenizer.load(best), SAMPLE)
+        print(f"{best} -> {SAMPLE}")
+    print_card(folder)
+
+
+def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Those before `--`, and those after it."""
+    at = argv.index("--") if "--" in argv else len(argv)
+    return list(argv[:at]), list(argv[at + 1 :])
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from tunesmith.options import DPOConfig as DPOConfig
     from tunesmith.options import RewardConfig as RewardConfig
     from tunesmith.options import SFTConfig as SFTConfig
+    from tunesmith.pretrain_options import PretrainConfig as PretrainConfig
     from tunesmith.recipes.dpo import dpo as dpo
+    from tunesmith.recipes.pretrain import pretrain as pretrain
     from tunesmith.recipes.reward import train_reward_model as train_reward_model
     from tunesmith.recipes.sft import sft as sft
     from tunesmith.runlog import Run as Run
@@ -32,6 +34,7 @@ _HOME = {
     "DPOConfig": "options",
     "GPT": "gpt",
     "GPTConfig": "gpt",
+    "PretrainConfig": "pretrain_options",
     "RewardConfig": "options",
     "Run": "runlog",
     "SFTConfig": "options",
@@ -39,6 +42,7 @@ _HOME = {
     "dpo": "recipes.dpo",
     "load": "models",
     "load_reward": "models",
+    "pretrain": "recipes.pretrain",
     "sft": "recipes.sft",
     "train_reward_model": "recipes.reward",
 }

@@ -17,6 +17,16 @@ if TYPE_CHECKING:
 Argv = Sequence[str]
 
 
+def _pretrain(argv: Argv) -> None:
+    from tunesmith.config import parse
+    from tunesmith.pretrain_options import PretrainConfig
+
+    config, _ = parse(PretrainConfig, _with_stored_config(argv), prog="tunesmith pretrain")
+    from tunesmith.recipes.pretrain import pretrain
+
+    _told_if_diverged(pretrain(config))
+
+
 def _sft(argv: Argv) -> None:
     from tunesmith.config import parse
     from tunesmith.options import SFTConfig
@@ -138,6 +148,7 @@ def _demo(argv: Argv) -> None:
 COMMANDS: dict[str, tuple[str, Callable[[Argv], None]]] = {
     "demo": ("the whole chain on the embedded sample, in minutes on two CPU cores", _demo),
     "data": ("build or check a data set; show which tokens carry loss", _data),
+    "pretrain": ("a new GPT-2, and its tokenizer, from plain text", _pretrain),
     "sft": ("supervised fine-tuning on dialogues: full or LoRA", _sft),
     "reward": ("train a reward model on preference pairs (Bradley-Terry)", _reward),
     "dpo": ("direct preference optimisation: full or LoRA", _dpo),

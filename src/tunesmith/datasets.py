@@ -16,7 +16,7 @@ from tunesmith.dialogue import BadRow, Dialogue, Preference, Row, Text, check_te
 from tunesmith.errors import UsageError, UserError
 from tunesmith.hub import download_dataset
 from tunesmith.options import DataOptions
-from tunesmith.readers import Located, Report, read_file
+from tunesmith.readers import TEXT_SUFFIXES, Located, Report, read_file
 
 HH_REPO, RM_STATIC_REPO = "Anthropic/hh-rlhf", "Dahoas/rm-static"
 HH_SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
@@ -114,11 +114,11 @@ def open_dataset(options: DataOptions) -> Source:
         if path.suffix[1:].isalpha() or name.startswith((".", "/", "~")) or name.count("/") != 1:
             near = "; names: hh, hh:SUBSET, hh-static, hh-helpful-half, hh-pairs, sample"
             raise UserError(f"data set {name!r} is neither a file nor a directory here, nor a known name{near}")
-        path = download_dataset(name, [f"*{suffix}" for suffix in SUFFIXES], "--data.name DIR")
+        path = download_dataset(name, [f"*{suffix}" for suffix in (*SUFFIXES, *TEXT_SUFFIXES)], "--data.name DIR")
     files = _split_files(path)
     if "train" not in files:
         raise UserError(
-            f"{path} holds no train.* file; expected train{{{','.join(SUFFIXES)}}} and, if you have one, test.*"
+            f"{path} holds no train.* file; expected train{{{','.join((*SUFFIXES, *TEXT_SUFFIXES))}}} and, if you have one, test.*"
         )
     return Source(name, "rows", files, max_rows=limit)
 
@@ -162,12 +162,14 @@ def _rm_static_files(options: DataOptions) -> dict[str, tuple[Path, ...]]:
 
 
 def _split_files(root: Path) -> dict[str, tuple[Path, ...]]:
-    found = sorted(p for p in root.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
+    files = sorted(p for p in root.rglob("*") if p.is_file())
+    rows = [p for p in files if p.name.endswith(SUFFIXES)]  # a train-log.txt beside train.jsonl is no data
+    found = rows or [p for p in files if p.name.endswith(TEXT_SUFFIXES)]
     splits = {}
     for split, prefixes in SPLIT_NAMES.items():  # of test, validation, ... the first that is there
         by_prefix = (tuple(p for p in found if p.name.lower().startswith(prefix)) for prefix in prefixes)
-        if files := next(filter(None, by_prefix), ()):
-            splits[split] = files
+        if named := next(filter(None, by_prefix), ()):
+            splits[split] = named
     return splits
 
 

@@ -155,6 +155,16 @@ def render(messages: Sequence[Message]) -> str:
     return "".join(MARKERS[m.role] + m.lead + m.content for m in messages)
 
 
+def prose(row: Row) -> str:
+    r"""What a base model is trained on: a text as it is, a dialogue (or the chosen one) without roles.
+
+    >>> prose(Dialogue((Message("user", "hi"), Message("assistant", "hello"))))
+    'hi\n\nhello'
+    """
+    dialogue = row.chosen if isinstance(row, Preference) else row
+    return dialogue.text if isinstance(dialogue, Text) else "\n\n".join(m.content for m in dialogue.messages)
+
+
 def segments(messages: Sequence[Message]) -> list[tuple[str, bool]]:
     r"""The dialogue as (text, is_answer) pieces that are encoded one by one; joined they are `render(messages)`.
 

@@ -182,18 +182,30 @@ def load_for_training(name: str, *, init: str, dropout: float, seed: int) -> tup
     With random weights the four gpt2 names need no download: their shapes and GPT-2's tokenizer come with the package.
     """
     if init == "random":
-        if name in SIZES:
-            config, tokenizer = SIZES[name], Tokenizer.gpt2()
-        else:
-            directory = find_model(name)
-            config, tokenizer = config_from_hf(read_json(directory / "config.json")), load_tokenizer(directory)
-        model = GPT(GPTConfig(**{**vars(config), "dropout": dropout}))
-        model.init_weights(torch.Generator().manual_seed(seed))
+        model = new_model(dataclasses.replace(shape_of(name), dropout=dropout), seed)
+        tokenizer = tokenizer_of(name)
     else:
         directory = find_model(name)
         model, tokenizer = load_plain(directory, dropout=dropout), load_tokenizer(directory)
     check_pair(model.config, tokenizer, name)
     return model, tokenizer
+
+
+def shape_of(name: str) -> GPTConfig:
+    """Shape of a named size (gpt2, gpt2-medium, ...), which needs no download, or of a MODEL."""
+    return SIZES[name] if name in SIZES else config_from_hf(read_json(find_model(name) / "config.json"))
+
+
+def tokenizer_of(name: str) -> Tokenizer:
+    """Tokenizer of a named size, which comes with the package, or of a MODEL."""
+    return Tokenizer.gpt2() if name in SIZES else load_tokenizer(find_model(name))
+
+
+def new_model(shape: GPTConfig, seed: int) -> GPT:
+    """A model of that shape with new weights, drawn from `seed`, on the CPU in float32."""
+    model = GPT(shape)
+    model.init_weights(torch.Generator().manual_seed(seed))
+    return model
 
 
 def check_pair(config: GPTConfig, tokenizer: Tokenizer, where: str) -> None:

@@ -1,9 +1,10 @@
-"""Files to raw rows: JSONL, JSON and Parquet, gzipped or not, with what cannot be read counted by reason and place."""
+"""Files to raw rows: JSONL, JSON, Parquet and plain text, gzipped or not, with what cannot be read counted by reason and place."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,6 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import UserError
+
+TEXT_SUFFIXES = (".txt", ".txt.gz")
+STRETCH = 16_000
+"""A long text file is read in rows of about this many characters, so that some of it can be held out and all of it mixed."""
+
+_END_LINE = re.compile(r"^<\|endoftext\|>[ \t\r]*\n?", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class Report:
 
 
 def read_file(path: Path, number: int, report: Report, name: str = "") -> Iterator[Located]:
-    """Rows of a JSONL, JSON or Parquet file (or gzip of the first two) as dicts; unreadable lines count as bad.
+    """Rows of a JSONL, JSON, Parquet or text file (or gzip of all but Parquet) as dicts; unreadable lines count as bad.
 
     name: what messages call the file, if not by its own name.
     Raises: UserError if the file as a whole is broken: missing, cut-off gzip, not Parquet.
@@ -62,6 +69,9 @@ def read_file(path: Path, number: int, report: Report, name: str = "") -> Iterat
             if path.name.endswith((".json", ".json.gz")) and (rows := _json_array(path, file.read())) is not None:
                 for line, row in enumerate(rows, 1):
                     yield Located(row, number, line)
+                return
+            if path.name.endswith(TEXT_SUFFIXES):
+                yield from (Located({"text": text}, number, line) for line, text in _stretches(path, file.read()))
                 return
             file.seek(0)
             for line, data in enumerate(file, 1):
@@ -97,6 +107,43 @@ def _json_array(path: Path, data: bytes) -> list[Any] | None:
     if isinstance(value, dict) and not value.keys() & {"text", "messages", "prompt", "chosen"}:  # a wrapper, no row
         value = next((v for v in value.values() if isinstance(v, list)), [value])
     return value if isinstance(value, list) else [value]
+
+
+def _stretches(path: Path, data: bytes) -> Iterator[tuple[int, str]]:
+    """(line, text) of a text file's rows. A line `<|endoftext|>` ends a text; long ones are cut at the best place near STRETCH.
+
+    Raises: UserError if it is no text.
+    """
+    try:
+        whole = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start:,}); save it as UTF-8"
+        ) from None
+    if "\0" in whole:
+        raise UserError(f"{path} holds zero bytes: it is not a text file; name one, or JSONL or Parquet by its ending")
+    line = 1
+    for text in _END_LINE.split(whole):
+        start = 0
+        while start < len(text):
+            stop = _cut_place(text, start)
+            if text[start:stop].strip():
+                yield line, text[start:stop].strip("\r\n")
+            line += text.count("\n", start, stop)
+            start = stop
+        line += 1
+
+
+def _cut_place(text: str, start: int) -> int:
+    """Where a row that begins at `start` ends: after an empty line, else a line, else a word of its last quarter."""
+    stop = start + STRETCH
+    if stop >= len(text):
+        return len(text)
+    for border in ("\n\n", "\n", " "):
+        at = text.rfind(border, stop - STRETCH // 4, stop)
+        if at >= 0:
+            return at + (len(border) if border != " " else 0)  # a space belongs to the word after it
+    return stop
 
 
 def _read_parquet(path: Path, number: int) -> Iterator[Located]:

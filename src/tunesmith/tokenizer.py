@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from tunesmith.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+SMALLEST_VOCABULARY = 257  # the bytes and the end of text
 
 
 class Tokenizer:
@@ -62,6 +63,30 @@ class Tokenizer:
         symbols = [*gpt2_byte_symbols(), *(a + b for a, b in merges), END_OF_TEXT]
         vocab = {symbol: i for i, symbol in enumerate(symbols)}
         return Tokenizer(_byte_level(models.BPE(vocab=vocab, merges=merges)), "gpt2")
+
+    @staticmethod
+    def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """A byte-level BPE made from texts, with GPT-2's cut into words. The same texts give the same tokenizer.
+
+        The end of text is token 0, then come the 256 bytes, then the merges; a merge comes at least twice in the texts.
+        Raises: UserError if they hold fewer merges than `vocab_size` asks for.
+        """
+        backend = _byte_level(models.BPE())
+        end = AddedToken(END_OF_TEXT, normalized=False)
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        backend.train_from_iterator(
+            texts,
+            trainers.BpeTrainer(
+                vocab_size=vocab_size, min_frequency=2, special_tokens=[end], initial_alphabet=alphabet, show_progress=False
+            ),
+        )  # fmt: skip
+        found = backend.get_vocab_size()
+        if found != vocab_size:
+            raise UserError(
+                f"--tokenizer.vocab_size {vocab_size:,} is more than these texts give: they hold {found:,} pieces that come "
+                f"at least twice. Use {found} or less, give more text, or take --tokenizer.name gpt2"
+            )
+        return Tokenizer(backend, "new tokenizer")
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text; no special token is added or recognised."""

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tunesmith.datasets import Source
-from tunesmith.dialogue import END, NEXT, Preference, Row, Text, render, segments
+from tunesmith.dialogue import END, NEXT, Preference, Row, Text, prose, render, segments
 from tunesmith.losses import IGNORE_INDEX
 from tunesmith.readers import Located, Report
 from tunesmith.tokenizer import Tokenizer
@@ -28,7 +28,7 @@ VERSION = 3  # raise it when the meaning of a stored byte changes
 ROWS_AT_A_TIME = 8192
 
 Array = np.ndarray[Any, Any]
-Form = Literal["dialogues", "texts", "pairs"]
+Form = Literal["dialogues", "texts", "pairs", "prose"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ def tokenise(source: Source, split: str, tokenizer: Tokenizer, *, form: Form = "
     """The split's tokens, from the cache if these very bytes were tokenised before.
 
     form: `dialogues`: a row a dialogue, encoded segment by segment; `texts`: each as one text (for the paper's windows);
-        `pairs`: three rows a preference: prompt, chosen and rejected answer, each encoded as it is within a dialogue.
+        `pairs`: three rows a preference: prompt, chosen and rejected answer, each encoded as it is within a dialogue;
+        `prose`: a row a text, a dialogue's turns without their roles (for pretraining).
     Raises: UserError if no row is usable.
     """
     key = hashlib.sha256(repr((VERSION, source.fingerprint(split), tokenizer.fingerprint, form)).encode())
@@ -145,7 +146,7 @@ def _encode(rows: Iterator[Located], tokenizer: Tokenizer, form: Form) -> dict[s
         tokens.append(ids.astype(dtype))
         flags.append(marks)
         lengths.append(counts)
-        plain += [isinstance(located.value, Text) for _, located in encoded]
+        plain += [form == "prose" or isinstance(located.value, Text) for _, located in encoded]
         places += [(located.file, located.line) for _, located in encoded]
     return {
         "tokens": np.concatenate(tokens),
@@ -165,6 +166,8 @@ def stored_rows(row: Row, form: Form = "dialogues") -> list[Pieces]:
         assert isinstance(row, Preference)
         *prompt, chosen = segments(row.chosen.messages)
         return [prompt, [chosen], [segments(row.rejected.messages)[-1]]]
+    if form == "prose":
+        return [[(prose(row), True)]]
     dialogue = row.chosen if isinstance(row, Preference) else row
     if isinstance(dialogue, Text):
         return [[(dialogue.text, True)]]

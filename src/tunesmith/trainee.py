@@ -16,11 +16,13 @@ from tunesmith.gpt import GPT
 from tunesmith.lora import apply_lora
 from tunesmith.models import lasting_name, load_for_training
 from tunesmith.options import DPOConfig, LoRAOptions, RewardConfig, SFTConfig
+from tunesmith.pretrain_options import PretrainConfig
 from tunesmith.reward import RewardModel, load_reward_weights, save_reward_model, set_score
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.weights import from_hf_state_dict, save_model, stored_weights, weights_fingerprint
 
-AnyConfig = SFTConfig | DPOConfig | RewardConfig
+TuningConfig = SFTConfig | DPOConfig | RewardConfig
+AnyConfig = TuningConfig | PretrainConfig
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Trainee:
             from_hf_state_dict(self.gpt, stored_weights(directory), str(directory))
 
 
-def load_trainee(config: AnyConfig, path: Path, *, reward: bool = False, fingerprint: bool = False) -> Trainee:
+def load_trainee(config: TuningConfig, path: Path, *, reward: bool = False, fingerprint: bool = False) -> Trainee:
     """Load the model, with fresh adapters and score layer where asked for.
 
     path: the run's directory, where new random weights that an adapter stands on are kept too.

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 from tunesmith.answers import measures, reward_summary, write_answers
+from tunesmith.batching import Batches
 from tunesmith.choice import Sums
 from tunesmith.datasets import holdout_rows, open_dataset
 from tunesmith.device import (
@@ -39,6 +40,7 @@ from tunesmith.options import (
     SFTConfig,
 )
 from tunesmith.pairs import PairBatches, PairStore
+from tunesmith.pretrain_options import PretrainConfig
 from tunesmith.prompts import load_prompts
 from tunesmith.runlog import Run, new_run_directory, open_log, step_name
 from tunesmith.scoring import load_scorer
@@ -46,9 +48,9 @@ from tunesmith.tokenizer import Tokenizer
 from tunesmith.tokenstore import Form, TokenStore, tokenise
 from tunesmith.trainee import AnyConfig, Trainee, alpha_of
 
-Config = TypeVar("Config", SFTConfig, DPOConfig, RewardConfig)
-Command = Literal["sft", "dpo", "reward"]
-LEARNING_RATE: dict[Command, float] = {"sft": 1e-4, "reward": 1e-5, "dpo": 1e-6}
+Config = TypeVar("Config", SFTConfig, DPOConfig, RewardConfig, PretrainConfig)
+Command = Literal["pretrain", "sft", "dpo", "reward"]
+LEARNING_RATE: dict[Command, float] = {"pretrain": 6e-4, "sft": 1e-4, "reward": 1e-5, "dpo": 1e-6}
 LORA_FACTOR = 10  # adapters want a larger rate than all weights do
 
 
@@ -126,9 +128,9 @@ def resolve_machine(config: Config, n_embd: int, command: Command) -> Config:
         lr=rate if o.lr is None else o.lr,
         weight_decay=DEFAULT_WEIGHT_DECAY.get(o.name, 0.0) if o.weight_decay is None else o.weight_decay,
     )
-    if lora.rank:
-        lora = dataclasses.replace(lora, alpha=alpha_of(lora))
-    return dataclasses.replace(config, train=train, optimizer=optimizer, lora=lora)
+    if lora.rank and not isinstance(config, PretrainConfig):
+        config = dataclasses.replace(config, lora=dataclasses.replace(lora, alpha=alpha_of(lora)))
+    return dataclasses.replace(config, train=train, optimizer=optimizer)
 
 
 class Countable(Protocol):
@@ -157,7 +159,8 @@ def resolve_length(config: Config, train: Countable, validation: Countable) -> C
 
 
 FIXED = (  # what a resumed run cannot change without becoming another run
-    "model.name", "model.dropout", "data.name", "data.block_size", "data.batching", "data.loss_on", "data.truncation",
+    "model.name", "model.dropout", "model.n_layer", "model.n_head", "model.n_embd", "model.block_size",
+    "tokenizer.name", "tokenizer.vocab_size", "data.name", "data.block_size", "data.batching", "data.loss_on", "data.truncation",
     "data.max_rows", "data.holdout", "data.seed", "train.batch_size", "train.accumulate", "train.precision",
     "optimizer.name", "lora.rank", "lora.alpha", "lora.dropout", "lora.targets",
     "dpo.beta", "dpo.loss", "dpo.label_smoothing",
@@ -194,13 +197,13 @@ class Splits:
     notes: list[str]
 
 
-def load_splits(data: DataOptions, tokenizer: Tokenizer, *, pairs: bool = False) -> Splits:
-    """Tokenised rows of a data set; with `pairs` the row numbers are those of preference pairs.
+def load_splits(data: DataOptions, tokenizer: Tokenizer, *, pairs: bool = False, prose: bool = False) -> Splits:
+    """Tokenised rows of a data set; with `pairs` the row numbers are those of preference pairs, with `prose` every row is text.
 
     Raises: UserError for unusable data, or with `data.strict` for any bad row.
     """
     source = open_dataset(data)
-    form: Form = "pairs" if pairs else "texts" if data.batching == "windows" else "dialogues"
+    form: Form = "pairs" if pairs else "prose" if prose else "texts" if data.batching == "windows" else "dialogues"
     size = 3 if pairs else 1  # stored rows a row
     train = tokenise(source, "train", tokenizer, form=form)
     notes = [*source.notes, *train.report.notes, *(f"train: {line}" for line in train.report.lines())]
@@ -219,6 +222,27 @@ def load_splits(data: DataOptions, tokenizer: Tokenizer, *, pairs: bool = False)
     if data.strict and bad:
         raise UserError(f"--data.strict: {'; '.join(n for n in notes if 'skipped' in n)}")
     return Splits(train, train_rows.tolist(), validation, validation_rows.tolist(), notes)
+
+
+def text_batches(splits: Splits, config: SFTConfig | PretrainConfig) -> tuple[Batches, Batches, list[str]]:
+    """Training and validation rows as batches, and what had to be cut. Raises: UserError with `data.strict` if anything was."""
+    data = config.data
+    shared: dict[str, Any] = {
+        "batching": data.batching, "block_size": data.block_size, "batch_size": config.train.batch_size,
+        "loss_on": data.loss_on, "truncation": data.truncation, "seed": data.seed,
+        "fill_to": 64 if config.train.compile or config.train.precision != "fp32" else 1,
+    }  # fmt: skip
+    train = Batches(splits.train, splits.train_rows, **shared)
+    validation = Batches(splits.validation, splits.validation_rows, **shared)
+    cut = [
+        f"{name}: {line}"
+        for name, b in (("train", train), ("validation", validation))
+        for t in b.truncations
+        for line in t.lines(data.block_size)
+    ]
+    if data.strict and cut:
+        raise UserError(f"--data.strict: {'; '.join(cut)}")
+    return train, validation, cut
 
 
 def pair_batches(splits: Splits, config: DPOConfig | RewardConfig) -> tuple[PairBatches, PairBatches, list[str]]:

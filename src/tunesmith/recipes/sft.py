@@ -10,17 +10,13 @@ have and this one leaves out: padding to the longest row, logits of unsupervised
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
-from tunesmith.batching import Batches
 from tunesmith.choice import Sums
-from tunesmith.errors import UserError
 from tunesmith.evaluate import estimate_loss, nll_sum
 from tunesmith.options import SFTConfig
 from tunesmith.runlog import Run
 from tunesmith.trainee import load_trainee, prepare_model
 from tunesmith.training import (
-    Splits,
     begin,
     check_options,
     check_resumable,
@@ -29,28 +25,8 @@ from tunesmith.training import (
     resolve_length,
     resolve_machine,
     run_training,
+    text_batches,
 )
-
-
-def make_batches(splits: Splits, config: SFTConfig) -> tuple[Batches, Batches, list[str]]:
-    """Training and validation batches, and what had to be cut. Raises: UserError with `data.strict` if anything was."""
-    data = config.data
-    shared: dict[str, Any] = {
-        "batching": data.batching, "block_size": data.block_size, "batch_size": config.train.batch_size,
-        "loss_on": data.loss_on, "truncation": data.truncation, "seed": data.seed,
-        "fill_to": 64 if config.train.compile or config.train.precision != "fp32" else 1,
-    }  # fmt: skip
-    train = Batches(splits.train, splits.train_rows, **shared)
-    validation = Batches(splits.validation, splits.validation_rows, **shared)
-    cut = [
-        f"{name}: {line}"
-        for name, b in (("train", train), ("validation", validation))
-        for t in b.truncations
-        for line in t.lines(data.block_size)
-    ]
-    if data.strict and cut:
-        raise UserError(f"--data.strict: {'; '.join(cut)}")
-    return train, validation, cut
 
 
 def sft(config: SFTConfig) -> Run:
@@ -64,7 +40,7 @@ def sft(config: SFTConfig) -> Run:
     model = trainee.gpt
     config = resolve_machine(config, model.config.n_embd, "sft")
     splits = load_splits(config.data, trainee.tokenizer)
-    train, validation, cut = make_batches(splits, config)
+    train, validation, cut = text_batches(splits, config)
     config = resolve_length(config, train, validation)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, loss_on=train.loss_on))
     if config.resume and (path / "config.yaml").exists():

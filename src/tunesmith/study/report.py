@@ -36,13 +36,20 @@ def render_report(runs: Sequence[Run]) -> str:
 
 
 def kind_of(run: Run) -> str:
-    """`sft`, `dpo` or `reward`."""
+    """`pretrain`, `sft`, `dpo` or `reward`."""
+    if "tokenizer" in run.config:
+        return "pretrain"
     if "dpo" in run.config:
         return "dpo"
     return "reward" if any("validation_accuracy" in r for r in run.metrics("eval")) else "sft"
 
 
-TITLES = {"sft": "Supervised fine-tuning", "dpo": "Direct preference optimisation", "reward": "Reward model"}
+TITLES = {
+    "pretrain": "Pretraining",
+    "sft": "Supervised fine-tuning",
+    "dpo": "Direct preference optimisation",
+    "reward": "Reward model",
+}
 
 
 def _run_section(run: Run) -> str:
@@ -54,12 +61,12 @@ def _run_section(run: Run) -> str:
     if status.get("reason"):
         parts.append(f"<p>{html.escape(status['reason'])}</p>")
     if estimates:
-        weight = "token" if kind == "sft" else "pair"
+        weight = "pair" if kind in ("dpo", "reward") else "token"
         caption = (
             f"Loss over the training. Estimates are means over always the same rows, every {weight} weighing the same."
         )
         parts.append(f"<figure>{loss_curve(run)}<figcaption>{caption}</figcaption></figure>")
-        if kind != "sft":
+        if kind in ("dpo", "reward"):
             rewards = (
                 "The reward is beta times the log-ratio to the reference."
                 if kind == "dpo"
@@ -82,7 +89,7 @@ def _lora(run: Run) -> str:
 
 FACTS = (
     "state", "validation loss, first and best", "validation perplexity, first and best",
-    "validation accuracy at the best step", "tokens trained on", "time", "peak memory",
+    "validation bits per byte, best", "validation accuracy at the best step", "tokens trained on", "time", "peak memory",
 )  # fmt: skip
 
 
@@ -97,6 +104,8 @@ def facts_of(run: Run) -> dict[str, str]:
         if "validation_perplexity" in best:
             low, high = math.exp(best["validation_loss"]), math.exp(first["validation_loss"])
             facts["validation perplexity, first and best"] = f"{high:,.1f} → {low:,.1f}"
+        if "validation_bits_per_byte" in best:
+            facts["validation bits per byte, best"] = f"{best['validation_bits_per_byte']:.3f}"
         if "validation_accuracy" in best:
             facts["validation accuracy at the best step"] = accuracy_text(run, best["validation_accuracy"])
     if train:

@@ -1,0 +1,86 @@
+"""Every option of `tunesmith pretrain` that the other trainings do not have, or have with another default. No torch here."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tunesmith.options import CheckpointOptions, DataOptions, EvalOptions, LoRAOptions, OptimizerOptions, TrainOptions
+
+
+@dataclass(frozen=True)
+class NewModelOptions:
+    """The shape of the new model"""
+
+    name: str = "gpt2"
+    """A named size (gpt2, gpt2-medium, gpt2-large, gpt2-xl), or a MODEL whose shape is taken; the options below change it."""
+    n_layer: int | None = None
+    """Blocks; default those of model.name, as the three below."""
+    n_head: int | None = None
+    """Attention heads; they divide n_embd."""
+    n_embd: int | None = None
+    """Width."""
+    block_size: int | None = None
+    """Longest text the model can read, in tokens."""
+    dropout: float = 0.0
+    """Dropout probability in training, in [0, 1)."""
+
+
+@dataclass(frozen=True)
+class TokenizerOptions:
+    """The tokenizer of the new model"""
+
+    name: str = "new"
+    """new: byte-level BPE trained on the texts; gpt2: GPT-2's own vocabulary; or a MODEL whose tokenizer is taken."""
+    vocab_size: int | None = None
+    """Tokens of a new tokenizer, the 256 bytes and the end of text among them; default 8192."""
+
+
+@dataclass(frozen=True)
+class PretrainDataOptions(DataOptions):
+    """The texts to train on"""
+
+    name: str = ""
+    """Text file, JSONL, directory or hub data set, or one of the names of sft; dialogues become text without roles."""
+    block_size: int = 0
+    """Tokens in one row of a batch; 0: as many as the model can read (model.block_size)."""
+    batching: Literal["packed", "windows", "padded"] = "packed"
+    """packed: several texts a row, no attention across borders; windows: random windows of one stream; padded: a text a row."""
+    loss_on: Literal["auto", "assistant", "all"] = "all"
+    """Every token carries loss, there is no other choice."""
+    truncation: Literal["auto", "keep_end", "keep_start", "split", "drop"] = "auto"
+    """What to do with texts longer than block_size; auto: they are split."""
+
+
+@dataclass(frozen=True)
+class PretrainOptimizerOptions(OptimizerOptions):
+    """The optimizer and its schedule"""
+
+    lr: float | None = None
+    """Peak learning rate; default 6e-4. Small models want more."""
+    weight_decay: float | None = 0.1
+    """Decay of matrices (never of biases and norms)."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Learning rate after the warm-up."""
+    warmup_steps: int = 100
+    """Steps over which the rate rises linearly from 0."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A new GPT-2, and where asked for its tokenizer, from plain text."""
+
+    model: NewModelOptions = field(default_factory=NewModelOptions)
+    tokenizer: TokenizerOptions = field(default_factory=TokenizerOptions)
+    data: PretrainDataOptions = field(default_factory=PretrainDataOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    optimizer: PretrainOptimizerOptions = field(default_factory=PretrainOptimizerOptions)
+    eval: EvalOptions = field(default_factory=EvalOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    out: str | None = None
+    """Run directory; default runs/pretrain-MODEL-DATA."""
+    resume: bool = False
+    """Continue the run in `out` from its last checkpoint."""
+
+    @property
+    def lora(self) -> LoRAOptions:
+        """None: there is nothing yet that adapters could adapt."""
+        return LoRAOptions()

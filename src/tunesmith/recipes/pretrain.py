@@ -1,0 +1,102 @@
+"""Pretraining: a new GPT-2, and where asked for its tokenizer, from plain text.
+
+    tunesmith pretrain --data.name book.txt --model.n_layer 4 --model.n_head 4 --model.n_embd 256 --tokenizer.vocab_size 4096
+    tunesmith pretrain --data.name DIR --model.name gpt2 --tokenizer.name gpt2
+
+Short texts share a row without seeing each other, long ones are cut into rows; every token but a text's first is
+learned, and the text's end. The validation loss is also told in bits per byte, by which models with different
+tokenizers can be compared. Left out: a schedule of lengths, a mixture of data sets, weights shared with other models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from tunesmith.batching import Batches
+from tunesmith.bits import bits_per_byte, text_bytes
+from tunesmith.choice import Sums
+from tunesmith.errors import UserError
+from tunesmith.evaluate import estimate_loss, nll_sum
+from tunesmith.models import new_model
+from tunesmith.pretrain_options import PretrainConfig
+from tunesmith.runlog import Run
+from tunesmith.scratch import make_tokenizer, problems_of, resolve_shape
+from tunesmith.tokenizer import Tokenizer
+from tunesmith.trainee import Trainee, prepare_model
+from tunesmith.training import (
+    Splits,
+    begin,
+    check_options,
+    check_resumable,
+    load_splits,
+    precision_of,
+    resolve_length,
+    resolve_machine,
+    run_training,
+    text_batches,
+)
+
+
+def pretrain(config: PretrainConfig) -> Run:
+    """Train from nothing and return the finished run.
+
+    Raises: UserError for anything in the configuration or data that cannot work, before the first step.
+    """
+    config, shape = resolve_shape(config)
+    check_options(config, problems_of(config))
+    path = begin(config, "pretrain")
+    tokenizer = make_tokenizer(config, path)
+    model = new_model(dataclasses.replace(shape, vocab_size=tokenizer.vocab_size), config.train.seed)
+    trainee = Trainee(model, model, tokenizer, base="", fingerprint="", lora=False)
+    config = resolve_machine(config, shape.n_embd, "pretrain")
+    splits = load_splits(config.data, tokenizer, prose=True)
+    tokens = check_length(splits, config)
+    train, validation, cut = text_batches(splits, config)
+    config = resolve_length(config, train, validation)
+    if config.resume and (path / "config.yaml").exists():
+        check_resumable(Run(path).config, config)
+    device, precision = prepare_model(trainee, config), precision_of(config)
+    size = held_out_bytes(validation, tokenizer, config)
+
+    def evaluate() -> tuple[dict[str, float], Sums]:
+        on_train = estimate_loss(model, train.fixed(config.eval.iters), precision)
+        found = estimate_loss(model, validation.fixed(config.eval.iters), precision)
+        metrics = {
+            "train_loss": on_train.loss, "validation_loss": found.loss, "validation_perplexity": found.perplexity,
+            "validation_bits_per_byte": bits_per_byte(found.loss * found.tokens, size),
+        }  # fmt: skip
+        return metrics, found.parts
+
+    return run_training(
+        config, path, trainee, device,
+        micro_batch=lambda i: train[i].to(device),
+        loss_sum=lambda batch: nll_sum(model, batch, precision),
+        evaluate=evaluate,
+        describe_rows=lambda batches: ", ".join(splits.train.place(r) for b in batches for r in b.sources[:3]) or "random windows",
+        counted="target_tokens",
+        about=f"vocabulary of {tokenizer.vocab_size:,}, {len(splits.train_rows):,} texts of {tokens:,} tokens, "
+        f"{train.rows_per_epoch:,} batch rows an epoch",
+        notes=[*splits.notes, *cut],
+    )  # fmt: skip
+
+
+def check_length(splits: Splits, config: PretrainConfig) -> int:
+    """Tokens in the training texts. Raises: UserError if they do not fill one row of a batch."""
+    tokens = int(splits.train.lengths[splits.train_rows].sum())
+    if tokens < config.data.block_size:
+        raise UserError(
+            f"--model.block_size {config.data.block_size:,} is more than all the training texts together, which have "
+            f"{tokens:,} tokens; lower it or give more text"
+        )
+    return tokens
+
+
+def held_out_bytes(validation: Batches, tokenizer: Tokenizer, config: PretrainConfig) -> int:
+    """Bytes of text that an estimate predicts. Raises: UserError if the tokenizer is not byte-level."""
+    try:
+        return sum(text_bytes(tokenizer, b.targets[: b.count].numpy()) for b in validation.fixed(config.eval.iters))
+    except ValueError:
+        name = config.tokenizer.name
+        raise UserError(
+            f"--tokenizer.name {name}: not a byte-level tokenizer, as GPT-2's are; take gpt2 or new"
+        ) from None

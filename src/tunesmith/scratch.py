@@ -1,0 +1,84 @@
+"""What pretraining settles before there is a model: its shape, its options, its tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+from tunesmith.datasets import holdout_rows, open_dataset
+from tunesmith.dialogue import prose
+from tunesmith.errors import UsageError, UserError
+from tunesmith.gpt import GPTConfig
+from tunesmith.models import shape_of, tokenizer_of
+from tunesmith.pretrain_options import PretrainConfig, PretrainDataOptions
+from tunesmith.readers import Report
+from tunesmith.runlog import Run
+from tunesmith.tokenizer import SMALLEST_VOCABULARY, Tokenizer
+
+NEW = "new"  # --tokenizer.name of one that is trained on the texts
+VOCAB_SIZE = 8192
+
+
+def resolve_shape(config: PretrainConfig) -> tuple[PretrainConfig, GPTConfig]:
+    """The shape that is asked for, its numbers also in the configuration. Raises: UsageError if it is none."""
+    m, data, tokenizer = config.model, config.data, config.tokenizer
+    asked = {k: v for k in ("n_layer", "n_head", "n_embd", "block_size") if (v := getattr(m, k)) is not None}
+    try:
+        shape = dataclasses.replace(shape_of(m.name), dropout=m.dropout, **asked)
+    except UserError as error:
+        raise UsageError(f"--model: {error}") from None
+    if m.n_embd is not None:
+        shape = dataclasses.replace(shape, n_inner=None)
+    numbers = {name: getattr(shape, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
+    if tokenizer.name == NEW:
+        tokenizer = dataclasses.replace(tokenizer, vocab_size=tokenizer.vocab_size or VOCAB_SIZE)
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(m, **numbers),
+        tokenizer=tokenizer,
+        data=dataclasses.replace(data, block_size=data.block_size or shape.block_size),
+    )
+    return config, shape
+
+
+def problems_of(config: PretrainConfig) -> list[str]:
+    """What is wrong with the options that only this command has."""
+    data, tokenizer, problems = config.data, config.tokenizer, []
+    if not data.name:
+        problems.append("--data.name is missing: name a text file, a JSONL file, a directory or a data set")
+    if data.loss_on == "assistant":
+        problems.append("--data.loss_on assistant: a base model learns every token; leave it out, or use tunesmith sft")
+    if data.block_size > (config.model.block_size or 0):
+        problems.append(
+            f"--data.block_size {data.block_size:,} is more than the model can read; raise --model.block_size "
+            f"({config.model.block_size:,}) or leave --data.block_size out"
+        )
+    if tokenizer.name != NEW and tokenizer.vocab_size is not None:
+        problems.append(f"--tokenizer.vocab_size is for a new tokenizer; that of {tokenizer.name} has its own size")
+    elif tokenizer.vocab_size is not None and tokenizer.vocab_size < SMALLEST_VOCABULARY:
+        problems.append(
+            f"--tokenizer.vocab_size is {tokenizer.vocab_size}, expected at least {SMALLEST_VOCABULARY}: "
+            "the 256 bytes and the end of text"
+        )
+    return problems
+
+
+def make_tokenizer(config: PretrainConfig, path: Path) -> Tokenizer:
+    """The run's own when it goes on; else a named one, or one trained on the training texts."""
+    if config.resume and (saved := Run(path).checkpoints()):
+        return Tokenizer.load(saved[-1][1])
+    if config.tokenizer.name != NEW:
+        return tokenizer_of(config.tokenizer.name)
+    assert config.tokenizer.vocab_size is not None
+    return Tokenizer.train(training_texts(config.data), config.tokenizer.vocab_size)
+
+
+def training_texts(data: PretrainDataOptions) -> Iterator[str]:
+    """The texts that will be trained on, without those that are held out. Raises: UserError if there are none."""
+    source = open_dataset(data)
+    held: set[int] = set()
+    if "test" not in source.files:
+        count = sum(1 for _ in source.rows("train", Report()))
+        held = set(holdout_rows(count, data.holdout, data.seed)[1].tolist())
+    return (prose(row.value) for i, row in enumerate(source.rows("train", Report())) if i not in held)
