@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "tunesmith"
 
 LAYERS = [
-    {"errors"},
+    {"errors", "linear"},
     {"options", "config", "hub", "runlog", "prompts", "progress", "tokenizer", "dialogue", "device", "readers", "study.stats"}
     | {"documents", "losses", "lora", "optim", "step", "answers", "choice"},
     {"gpt", "datasets"},

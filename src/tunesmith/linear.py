@@ -1,0 +1,95 @@
+"""The model's matrix products. On a CPU those without gradients run in oneDNN's kernels, on packed weights where asked.
+
+torch's own float32 product on a CPU is MKL's, and MKL uses AVX2 only on a processor that is not Intel's. oneDNN uses what
+is there: 0.45 of the time at 1,024 rows with AVX512, 0.9 with AVX2, and 0.4 to 0.75 of it at the 1 to 40 rows of
+generation where the weight lies as its kernels read it (one thread each; docs/performance.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROWS = 40  # rows that packed weights are laid out for; the layout is the same from 2 to 1,024
+
+
+class Linear(nn.Linear):
+    """As nn.Linear, which it is, to a rounding error.
+
+    Without gradients, from 2 rows on, a row's result has the same bits whatever the rows beside it, packed or not.
+    """
+
+    packed: Tensor | None = (
+        None  # the weight once more, in oneDNN's own layout; see `packed_weights` and `pack_for_good`
+    )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        if not _suits_onednn(x, self.weight):
+            return F.linear(x, self.weight, self.bias)
+        weight = self.weight if self.packed is None else self.packed
+        return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))  # the operator has no backward pass
+        and x.dtype is weight.dtype is torch.float32
+        and x.is_cpu
+        and x.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and _has_onednn()
+    )
+
+
+def _has_onednn() -> bool:
+    """Whether torch's operator is there and switched on (`torch.backends.mkldnn.flags`)."""
+    return _finds_operator() and bool(torch.backends.mkldnn.enabled)
+
+
+@functools.cache
+def _finds_operator() -> bool:
+    known = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")  # measured on these only
+    return known and torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def packable(model: nn.Module) -> list[Linear]:
+    """The layers of `model` that can run on packed weights: none where oneDNN has no part in it."""
+    if not _has_onednn():
+        return []
+    layers = (m for m in model.modules() if isinstance(m, Linear))
+    return [m for m in layers if m.packed is None and m.weight.is_cpu and m.weight.dtype is torch.float32]
+
+
+@contextlib.contextmanager
+def packed_weights(model: nn.Module) -> Iterator[None]:
+    """Inside, passes without gradients read packed copies of the weights, one of each. No weight may change inside."""
+    layers = packable(model)
+    try:
+        for m in layers:
+            m.packed = _pack(m.weight)
+        yield
+    finally:
+        for m in layers:
+            m.packed = None
+
+
+def pack_for_good(model: nn.Module) -> None:
+    """Pack the weights and free the plain ones: no copy stays, and from now on the layers can only compute, in float32.
+
+    They cannot be trained, moved or saved any more.
+    """
+    model.requires_grad_(False)
+    for m in packable(model):
+        m.packed = _pack(m.weight)
+        m.weight = nn.Parameter(m.weight.new_empty(0), requires_grad=False)
+
+
+def _pack(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)  # type: ignore[no-any-return]
