@@ -32,7 +32,8 @@ class Linear(nn.Linear):
         """(..., in) -> (..., out)."""
         if not _suits_onednn(x, self.weight):
             return F.linear(x, self.weight, self.bias)
-        weight = self.weight if self.packed is None else self.packed
+        packed = self.packed  # read once: another thread may be leaving `packed_weights`
+        weight = self.weight if packed is None else packed
         return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
 
 

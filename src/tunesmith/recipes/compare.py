@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tunesmith.device import keep_freed_memory
-from tunesmith.generation import Answer, Sampling, generate_answers
+from tunesmith.generation import Answer, Sampling, generate_answers, prepare
 from tunesmith.models import load
 from tunesmith.options import CompareCommand, GenerateOptions
 from tunesmith.prompts import Prompt, load_prompts
@@ -26,7 +26,7 @@ def answer_prompts(
     model, tokenizer = load(model_name, device=device)
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
     conversations = [[{"role": "user", "content": p.text}] for p in prompts]
-    return generate_answers(model, tokenizer, conversations, sampling, options.max_new_tokens)
+    return generate_answers(prepare(model), tokenizer, conversations, sampling, options.max_new_tokens)
 
 
 def compare(a: str, b: str, options: CompareCommand) -> list[dict[str, Any]]:
