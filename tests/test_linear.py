@@ -54,16 +54,39 @@ def test_a_row_has_the_same_bits_in_every_batch_packed_or_not(layer):
         assert torch.equal(y, full[: len(y)])
 
 
-def test_gradients_are_those_of_nn_linear(layer, calls):
-    theirs = torch.nn.Linear(48, 70)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(48,), (1, 48), (2, 3, 48), (300, 48)])
+def test_gradients_equal_torchs_own_in_double_precision(shape, bias):
+    layer, x, dy = Linear(48, 70, bias=bias), torch.randn(shape, requires_grad=True), torch.randn(*shape[:-1], 70)
+    theirs, x64 = torch.nn.Linear(48, 70, bias=bias).double(), x.detach().double().requires_grad_()
     theirs.load_state_dict(layer.state_dict())
-    x = torch.randn(5, 48)
+    theirs(x64).backward(dy.double())
     with packed_weights(layer):  # a pass with gradients never reads the copy
-        layer(x).square().sum().backward()
-    assert len(calls) == 1
-    theirs(x).square().sum().backward()
-    assert torch.equal(layer.weight.grad, theirs.weight.grad)
-    assert torch.equal(layer.bias.grad, theirs.bias.grad)
+        layer(x).backward(dy)
+    for mine, other in zip((x, *layer.parameters()), (x64, *theirs.parameters()), strict=True):
+        torch.testing.assert_close(mine.grad.double(), other.grad, rtol=1e-5, atol=1e-5)
+
+
+@needs_onednn
+def test_passes_with_gradients_run_in_onednn_to_the_same_bits_as_without(layer, calls):
+    x = torch.randn(2, 9, 48)
+    y = layer(x)
+    y.sum().backward()
+    with torch.no_grad():
+        assert torch.equal(layer(x), y)
+    assert not calls
+
+
+def test_what_is_frozen_gets_no_gradient(layer):
+    layer.requires_grad_(False)
+    x = torch.randn(4, 48, requires_grad=True)
+    layer(x).sum().backward()
+    assert layer.weight.grad is layer.bias.grad is None
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(4, 48))
+    layer.weight.requires_grad_(True)
+    layer(x.detach()).sum().backward()
+    assert layer.bias.grad is None
+    torch.testing.assert_close(layer.weight.grad, x.detach().sum(0).expand(70, 48))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
