@@ -1,22 +1,36 @@
 """Decoding with a cache against reading everything anew; sampling against numpy; what ends an answer."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import tunesmith as ts
-from reference import chi_square, greedy, kept_tokens, random_model, saying, scripted_model
+from reference import chi_square, greedy, in_transformers, kept_tokens, random_model, saying, scripted_model
+from tunesmith import generation
 from tunesmith.dialogue import Message
 from tunesmith.errors import UserError
-from tunesmith.generation import Sampling, decode, encode_prompt, generate, generate_answers, sample_tokens, stream
+from tunesmith.generation import (
+    PACK_STEPS,
+    Sampling,
+    decode,
+    encode_prompt,
+    generate,
+    generate_answers,
+    prepare,
+    sample_tokens,
+    stream,
+)
 from tunesmith.gpt import GPTConfig
+from tunesmith.linear import packable
 from tunesmith.models import SAMPLE
 from tunesmith.tokenizer import Tokenizer
 
 SHAPE = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=4096, block_size=96)
 GREEDY = Sampling(temperature=0)
+READ = generation._read
 QUESTIONS = ["Hi", "What is love?", "Name three rivers of Asia, and say where they end.", "Why?", "And now, " * 9]
 
 
@@ -75,6 +89,31 @@ def test_answers_do_not_depend_on_batch_size_order_or_company(model, tok, temper
     assert answers([], 4) == []
 
 
+def test_greedy_tokens_are_those_of_transformers_in_one_padded_batch(model, tok, prompts):
+    theirs, end, width = in_transformers(model, "sdpa"), tok.end_of_text, max(map(len, prompts))
+    ids = torch.tensor([[end] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    answers = theirs.generate(
+        ids, attention_mask=mask, max_new_tokens=30, do_sample=False, eos_token_id=end, pad_token_id=end
+    )[:, width:]
+    expected = [row[: row.index(end) + 1] if end in row else row for row in answers.tolist()]
+    assert decoded(model, tok, prompts, GREEDY, 30) == expected
+
+
+def test_rows_leave_the_batch_as_they_end_and_the_others_do_not_notice(monkeypatch):
+    """A token that a random model says now and then is made the end of text."""
+    model = random_model(SHAPE, dtype=torch.float64)
+    prompts = [torch.randint(0, 4096, (3 + 7 * i % 11,)).tolist() for i in range(24)]
+    endless = [greedy(model, p, 30, -1) for p in prompts]
+    end = max(range(4096), key=lambda t: len({row.index(t) for row in endless if t in row}))
+    expected = [greedy(model, p, 30, end) for p in prompts]
+    assert len({len(row) for row in expected}) > 4
+    sizes = []
+    monkeypatch.setattr(generation, "sample_tokens", lambda x, *a: (sizes.append(len(x)), sample_tokens(x, *a))[1])
+    assert decoded(model, SimpleNamespace(end_of_text=end, decode=lambda ids: ""), prompts, GREEDY, 30) == expected
+    assert sizes == [sum(len(row) > step for row in expected) for step in range(max(map(len, expected)))]
+
+
 def test_a_short_prompt_goes_on_when_a_long_one_beside_it_has_filled_the_positions(model, tok, prompts):
     long = prompts[2] * 8
     for pair in ([long[:90], prompts[0]], [prompts[1], long[:95], prompts[0]]):
@@ -87,6 +126,40 @@ def test_a_short_prompt_goes_on_when_a_long_one_beside_it_has_filled_the_positio
 def test_half_precision_weights_generate_too(tok, prompts, dtype):
     rows = decoded(random_model(SHAPE).to(dtype), tok, prompts, GREEDY, 5)
     assert [len(row) for row in rows] == [5] * len(prompts)
+
+
+# Several answers to a prompt
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_several_samples_a_prompt_equal_separate_calls_and_read_it_once(model, tok, monkeypatch, batch_size):
+    separate = [generate_answers(model, tok, PROMPTS, Sampling(1.0, 0.95, sample=2 + n), 12) for n in range(3)]
+    expected = [answers[i] for i in range(len(PROMPTS)) for answers in separate]
+    assert len({a.text for a in expected}) == len(expected)
+    read = []
+    monkeypatch.setattr(generation, "_read", lambda m, c, p, d: (read.extend(p), READ(m, c, p, d))[1])
+    sampling = Sampling(1.0, 0.95, sample=2)
+    assert generate_answers(model, tok, PROMPTS, sampling, 12, batch_size=batch_size, samples=3) == expected
+    if batch_size == 64:
+        assert sorted(read) == sorted(encode_prompt(tok, p) for p in PROMPTS)
+
+
+# Packed weights
+
+
+def test_answers_on_packed_weights_are_the_same(tok):
+    """Float32, which the others are not; a call of many steps packs for its time only."""
+    model = random_model(SHAPE)
+    plain = [generate_answers(model, tok, [p], GREEDY, 12)[0] for p in PROMPTS]
+    assert generate_answers(model, tok, PROMPTS, GREEDY, 12) == plain
+    seen = []
+    model.ln_f.register_forward_hook(lambda *a: seen.append(model.lm_head.packed is not None))
+    assert generate_answers(model, tok, PROMPTS, GREEDY, 12, batch_size=1) == plain
+    assert len(PROMPTS) * 12 >= PACK_STEPS
+    assert set(seen) == {bool(packable(random_model(SHAPE)))}
+    assert model.lm_head.packed is None
+    assert generate_answers(prepare(model), tok, PROMPTS, GREEDY, 12) == plain
+    assert generate_answers(model, tok, PROMPTS, GREEDY, 12, batch_size=1) == plain
 
 
 # Sampling
@@ -149,6 +222,19 @@ def test_drawn_answers_follow_the_models_distribution(tok):
         assert chi_square([seen.count(t) for t in range(12)], [expected[t] for t in range(12)]) < 4
 
 
+def test_a_flat_row_beside_a_peaked_one_and_wider_than_all_first_looks_gets_its_own_nucleus():
+    rng, grid = np.random.default_rng(0), 500
+    flat, peaked = 0.1 * rng.normal(size=6000), 3 * rng.normal(size=6000)
+    peaked[17] += 12
+    uniform = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
+    logits = torch.from_numpy(np.stack([flat, peaked])).repeat(grid, 1)
+    tokens = sample_tokens(logits, uniform.repeat_interleave(2), Sampling(1.0, 0.9)).view(grid, 2)
+    for row, column in ((flat, tokens[:, 0]), (peaked, tokens[:, 1])):
+        kept = kept_tokens(row, 1.0, 0, 0.9)
+        edges = np.cumsum(list(kept.values()))
+        assert column.tolist() == [list(kept)[i] for i in np.searchsorted(edges, uniform.numpy(), side="right")]
+
+
 WRONG = [("temperature", -1), ("top_p", 0), ("top_p", 1.1), ("top_k", -1), ("seed", -1), ("max_new_tokens", 0)]
 
 
@@ -156,6 +242,11 @@ WRONG = [("temperature", -1), ("top_p", 0), ("top_p", 1.1), ("top_k", -1), ("see
 def test_settings_out_of_range_are_named(model, tok, name, value):
     with pytest.raises(UserError, match=f"{name} is {value}"):
         ts.generate(model, tok, PROMPTS[:1], **{name: value})
+
+
+def test_no_samples_are_refused(model, tok):
+    with pytest.raises(UserError, match="samples is 0"):
+        generate_answers(model, tok, PROMPTS[:1], GREEDY, samples=0)
 
 
 @pytest.mark.parametrize("prompt", [[{"role": "pirate", "content": "x"}], [{"role": "user"}], "What is love?"])

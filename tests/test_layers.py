@@ -11,9 +11,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "tunesmith"
 
 LAYERS = [
-    {"errors"},
+    {"errors", "linear"},
     {"options", "config", "hub", "runlog", "prompts", "progress", "tokenizer", "dialogue", "device", "readers", "study.stats"}
-    {"study.page", "documents", "losses", "lora", "optim", "step", "answers", "choice", "endpoint", "pretrain_options"},
+    | {"study.page", "documents", "losses", "lora", "optim", "step", "answers", "choice", "endpoint", "pretrain_options"},
     {"gpt", "datasets", "judge", "rowchecks", "bits"},
     {"weights", "tokenstore", "overlap"},
     {"adapters", "reward", "checkpoint", "batching"},

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any, Literal
 
 import numpy as np
@@ -17,11 +18,13 @@ from tunesmith.documents import Documents
 from tunesmith.errors import UsageError, UserError
 from tunesmith.evaluate import evaluation_mode
 from tunesmith.gpt import GPT
+from tunesmith.linear import pack_for_good, packed_weights
 from tunesmith.tokenizer import Tokenizer
 
 PREFILL_TOKENS = 2048  # prompt tokens in one forward pass, to bound its memory
+PACK_STEPS = 64  # decoding steps from which on packing the weights is paid back
 STOP_TAIL = 12  # tokens that surely hold the longest stop text
-NUCLEUS = 256  # candidates looked at before the whole vocabulary is sorted
+NUCLEUS = 256  # candidates looked at first
 
 Conversation = Sequence[Message] | Sequence[Mapping[str, str]]
 
@@ -85,8 +88,6 @@ class Sampling:
             problems.append(f"top_k is {self.top_k}, expected 0 (all) or more")
         if self.seed < 0:
             problems.append(f"seed is {self.seed}, expected 0 or more")
-        if self.seed < 0:
-            problems.append(f"seed is {self.seed}, expected 0 or more")
         if problems:
             raise UsageError("; ".join(problems))
 
@@ -102,6 +103,15 @@ def encode_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]
     return list(chain.from_iterable(tokenizer.encode_batch(prompt_segments(messages))))
 
 
+def prepare(model: GPT) -> GPT:
+    """Give the weights the form that decoding on this device is fastest with, without a second copy; returns the model.
+
+    For a model that is loaded to answer and to be scored: it cannot be trained, moved or saved any more.
+    """
+    pack_for_good(model.h)  # the head's plain weight is the embedding too
+    return model
+
+
 def generate_answers(
     model: GPT,
     tokenizer: Tokenizer,
@@ -110,21 +120,35 @@ def generate_answers(
     max_new_tokens: int = 128,
     batch_size: int = 64,
     cut_front: bool = False,
+    samples: int = 1,
 ) -> list[Answer]:
-    """As `generate`, with finish reasons and token counts."""
+    """As `generate`, with finish reasons and token counts.
+
+    Args:
+        batch_size: answers made at a time.
+        samples: answers to each prompt, as by calls with `sampling.sample`, `sampling.sample` + 1, ...; the prompt is
+            read once for all of them.
+    Returns: prompts x samples answers, those of one prompt side by side.
+    On a CPU a call of many steps packs the weights for its time, which takes their size in memory once more (see `prepare`).
+    """
+    if samples < 1:
+        raise UsageError(f"samples is {samples}, expected at least 1")
     ids = [_fit(encode_prompt(tokenizer, p), model, max_new_tokens, cut_front, i) for i, p in enumerate(prompts)]
-    answers: list[Answer | None] = [None] * len(ids)
-    by_length = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # prompts of like length share a cache
-    for start in range(0, len(ids), batch_size):
-        group = by_length[start : start + batch_size]
-        new: list[list[int]] = [[] for _ in group]
-        ended: list[bool] = [False] * len(group)
-        for row, token, stopped in decode(model, tokenizer, [ids[i] for i in group], sampling, max_new_tokens):
-            new[row].append(token)
-            ended[row] = stopped
-        for row, i in enumerate(group):
-            answers[i] = _answer(tokenizer, new[row], ended[row])
-    return [a for a in answers if a is not None]
+    wanted = [(i, n) for i in range(len(ids)) for n in range(samples)]
+    answers: dict[tuple[int, int], Answer] = {}
+    by_length = sorted(wanted, key=lambda w: -len(ids[w[0]]))  # prompts of like length share a cache
+    groups = [by_length[start : start + batch_size] for start in range(0, len(wanted), batch_size)]
+    with packed_weights(model) if len(groups) * max_new_tokens >= PACK_STEPS else contextlib.nullcontext():
+        for group in groups:
+            new: list[list[int]] = [[] for _ in group]
+            ended: list[bool] = [False] * len(group)
+            texts, numbers = [ids[i] for i, _ in group], [n for _, n in group]
+            for row, token, stopped in decode(model, tokenizer, texts, sampling, max_new_tokens, numbers):
+                new[row].append(token)
+                ended[row] = stopped
+            for row, which in enumerate(group):
+                answers[which] = _answer(tokenizer, new[row], ended[row])
+    return [answers[which] for which in wanted]
 
 
 def stream(
@@ -175,39 +199,48 @@ def _fit(prompt: list[int], model: GPT, max_new_tokens: int, cut_front: bool, nu
 
 
 def decode(
-    model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], sampling: Sampling, max_new_tokens: int
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    max_new_tokens: int,
+    samples: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, int, bool]]:
     """New tokens of a batch of prompts as they are made: (row, token, whether the row's answer ended itself with it).
 
-    Prompts are read packed, without padding; each row then has its own place in the cache. A finished row leaves
-    the batch, so that the last long answer does not pay for the short ones.
+    Prompts are read packed, without padding, and a prompt that is repeated beside itself is read once. A finished row
+    leaves the batch, so that the last long answer does not pay for the short ones.
+
+    samples: what is added to `sampling.sample` for each prompt; None: nothing.
     """
     sampling.check()
     device, limit = model.wte.weight.device, model.config.block_size
-    draws = [_stream_of(sampling, prompt, max_new_tokens) for prompt in prompts]
+    numbers = samples or [0] * len(prompts)
+    draws = [_stream_of(sampling, n, p, max_new_tokens) for p, n in zip(prompts, numbers, strict=True)]
+    room = [min(max_new_tokens, limit - len(p)) for p in prompts]
+    read = [(prompt, len(list(same))) for prompt, same in groupby(prompts)]
     with evaluation_mode(model):  # not around the yields: the caller's modes are the caller's
-        cache = model.new_cache(len(prompts), min(limit, max(map(len, prompts)) + max_new_tokens))
-        logits = torch.cat([_read(model, cache, group, device) for group in _groups(prompts)])  # (B, V)
+        cache = model.new_cache([len(p) for p, _ in read], max(room), [copies for _, copies in read])
+        logits = torch.cat([_read(model, cache, group, device) for group in _groups([p for p, _ in read])])
+        if len(read) < len(prompts):
+            logits = logits.repeat_interleave(torch.tensor([n for _, n in read], device=device), 0)  # (B, V)
     rows = list(range(len(prompts)))
     tails: list[list[int]] = [[] for _ in prompts]
-    room = [min(max_new_tokens, limit - len(p)) for p in prompts]
     for step in range(max_new_tokens):
         uniform = torch.tensor([draws[r][step] for r in rows], dtype=torch.float64, device=device)
         tokens = sample_tokens(logits, uniform, sampling)
-        going = []
+        done = []
         for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
             tails[row] = [*tails[row][-STOP_TAIL:], token]
             stopped = token == tokenizer.end_of_text or cut_at_stop(tokenizer.decode(tails[row]))[1]
             yield row, token, stopped
-            if not stopped and step + 1 < room[row]:
-                going.append(i)
-        if not going:
+            if stopped or step + 1 == room[row]:
+                done.append(i)
+        if len(done) == len(rows):
             return
-        if len(going) < len(rows):
-            keep = torch.tensor(going, device=device)
-            cache.keep(keep)
-            rows, tokens = [rows[i] for i in going], tokens[keep]
-        cache.grow()
+        if done:
+            stay = cache.drop(done)
+            rows, tokens = [rows[i] for i in stay], tokens[torch.tensor(stay, device=device)]
         with evaluation_mode(model):
             logits = model.lm_head(model(tokens[:, None], cache=cache)[:, 0])
 
@@ -230,10 +263,10 @@ def _read(model: GPT, cache: Any, prompts: Sequence[list[int]], device: torch.de
     return model.lm_head(model(tokens, documents, rows=last, cache=cache))  # type: ignore[no-any-return]
 
 
-def _stream_of(sampling: Sampling, prompt: Sequence[int], n: int) -> np.ndarray[Any, Any]:
-    """n numbers in [0, 1) that depend on seed, sample number and the prompt's own tokens."""
+def _stream_of(sampling: Sampling, sample: int, prompt: Sequence[int], n: int) -> np.ndarray[Any, Any]:
+    """n numbers in [0, 1) that depend on the seed, the sample's number and the prompt's own tokens."""
     digest = hashlib.sha256(np.array(prompt, np.int64).tobytes()).digest()
-    return np.random.default_rng([sampling.seed, sampling.sample, *digest]).random(n)
+    return np.random.default_rng([sampling.seed, sampling.sample + sample, *digest]).random(n)
 
 
 def sample_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
@@ -247,14 +280,26 @@ def sample_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor
     if sampling.temperature == 0:
         return logits.argmax(1)
     p = (logits.double() / sampling.temperature).softmax(1)
-    if sampling.top_k == 0 and sampling.top_p == 1:
+    if sampling.top_k:
+        best, order = p.topk(min(p.shape[1], sampling.top_k))  # sorted, most likely first
+        return _from_nucleus(best / best.sum(1, keepdim=True), order, uniform, sampling.top_p)
+    if sampling.top_p == 1:
         return _invert(p, uniform)
-    width = min(p.shape[1], sampling.top_k or NUCLEUS)
-    best, order = p.topk(width)  # sorted, most likely first
-    if not sampling.top_k and sampling.top_p < 1 and bool((best.sum(1) < sampling.top_p).any()):
-        best, order = p.sort(1, descending=True)  # a flat distribution: the nucleus is wider than the candidates
-    mass = best / best.sum(1, keepdim=True) if sampling.top_k else best
-    kept = best * (mass.cumsum(1) - mass < sampling.top_p)
+    tokens = torch.empty(len(p), dtype=torch.int64, device=p.device)
+    rows, width = torch.arange(len(p), device=p.device), min(p.shape[1], NUCLEUS)
+    while len(
+        rows
+    ):  # sorting everything costs more than the model does: only rows with a flat distribution look further
+        best, order = (p if len(rows) == len(p) else p[rows]).topk(width)
+        whole = (best.sum(1) >= sampling.top_p) | (width == p.shape[1])
+        tokens[rows[whole]] = _from_nucleus(best[whole], order[whole], uniform[rows[whole]], sampling.top_p)
+        rows, width = rows[~whole], min(p.shape[1], 16 * width)
+    return tokens
+
+
+def _from_nucleus(best: Tensor, order: Tensor, uniform: Tensor, top_p: float) -> Tensor:
+    """A token a row. best: (B, n), probabilities in falling order; order: (B, n), whose they are."""
+    kept = best * (best.cumsum(1) - best < top_p)
     return order.gather(1, _invert(kept, uniform)[:, None])[:, 0]
 
 
@@ -262,5 +307,5 @@ def _invert(p: Tensor, uniform: Tensor) -> Tensor:
     """Smallest index whose cumulative mass exceeds `uniform` of the total. p: (B, n), not necessarily normalised."""
     cumulative = p.cumsum(1)
     found = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
-    last = (p > 0).long().cumsum(1).argmax(1)  # rounding must not choose a token of mass 0
+    last = p.shape[1] - 1 - (p > 0).flip(1).byte().argmax(1)  # rounding must not choose a token of mass 0
     return torch.minimum(found, last)

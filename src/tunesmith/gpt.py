@@ -10,6 +10,7 @@ Shapes: B rows, T tokens a row, C width, H heads, D = C / H, N tokens in all row
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tunesmith.documents import Documents, attend_documents
 from tunesmith.errors import UserError
+from tunesmith.linear import Linear
 
 
 @dataclass(frozen=True)
@@ -55,47 +57,65 @@ SIZES = {
 
 @dataclass
 class KVCache:
-    """Keys and values of B growing sequences, at most `size` tokens each; made by `GPT.new_cache`.
+    """Keys and values of B growing sequences; made by `GPT.new_cache`.
 
-    lengths: (B,) int64, tokens held for each sequence.
+    All sequences end in the same column, so that their next tokens go into one column and what is read is one slice.
+
+    keys, values: one a layer, each (B, H, size, D). A column before a sequence's first one holds 0.
+    copies: for every prompt to be read, how many sequences begin with it.
+    starts: first column of each sequence; `first_columns` is the same on the device, (B,) int64.
+    end: columns that are filled.
+    mask: (B, 1, 1, size), 0 from a sequence's first column on and -inf before, added to the scores; None: all begin at once.
+    read: prompts that are in.
     """
 
-    keys: list[Tensor]  # one a layer, each (B, H, size, D)
+    keys: list[Tensor]
     values: list[Tensor]
-    lengths: Tensor
-    visible: int = 0  # longest sequence, on the host
-    read: int = 0  # sequences whose prompts are in
-    mask: Tensor | None = None  # (B, 1, 1, visible) bool, what the next token sees
+    copies: Sequence[int]
+    starts: list[int]
+    first_columns: Tensor
+    end: int
+    mask: Tensor | None
+    read: int = 0
+
+    @property
+    def reach(self) -> int:
+        """Tokens of the longest sequence when one more is added."""
+        return self.end + 1 - min(self.starts)
 
     def attend_prompts(self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-        """Store the keys of packed prompts, the next sequences', and attend within each. q, k, v: (1, N, H, D)."""
-        start = 0
-        for i, n in enumerate(documents.lengths, self.read):
-            self.keys[layer][i, :, :n] = k[0, start : start + n].transpose(0, 1)
-            self.values[layer][i, :, :n] = v[0, start : start + n].transpose(0, 1)
-            start += n
+        """Store the keys of packed prompts, the next ones', and attend within each. q, k, v: (1, N, H, D)."""
+        start, row = 0, sum(self.copies[: self.read])
+        for n, copies in zip(documents.lengths, self.copies[self.read :], strict=False):
+            place = slice(row, row + copies), slice(None), slice(self.end - n, self.end)
+            self.keys[layer][place] = k[0, start : start + n].transpose(0, 1)
+            self.values[layer][place] = v[0, start : start + n].transpose(0, 1)
+            start, row = start + n, row + copies
         return attend_documents(q, k, v, documents)
 
     def attend_next(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store one more token of every sequence and attend to all before it. q, k, v: (B, 1, H, D)."""
-        rows = torch.arange(len(self.lengths), device=self.lengths.device)
-        self.keys[layer][rows, :, self.lengths] = k[:, 0]
-        self.values[layer][rows, :, self.lengths] = v[:, 0]
-        keys, values = self.keys[layer][:, :, : self.visible], self.values[layer][:, :, : self.visible]
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=self.mask)
-        return y.transpose(1, 2)
+        b, begin, end = len(self.starts), min(self.starts), self.end + 1
+        keys, values = self.keys[layer][:b, :, begin:end], self.values[layer][:b, :, begin:end]
+        keys[:, :, -1], values[:, :, -1] = k[:, 0], v[:, 0]
+        mask = None if self.mask is None else self.mask[:b, :, :, begin:end]
+        return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=mask).transpose(1, 2)
 
-    def grow(self) -> None:
-        """Make room for the next token of every sequence (before the forward pass that adds it)."""
-        self.visible = min(self.visible + 1, self.keys[0].shape[2])  # full: the longest sequence has left, others go on
-        device = self.lengths.device
-        self.mask = torch.arange(self.visible, device=device)[None, None, None] <= self.lengths[:, None, None, None]
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all sequences but `rows` (n,) int64: finished answers cost nothing any more."""
-        self.keys = [k[rows] for k in self.keys]
-        self.values = [v[rows] for v in self.values]
-        self.lengths = self.lengths[rows]
+    def drop(self, rows: Sequence[int]) -> list[int]:
+        """Forget these sequences; the last ones move into their places. Returns the former numbers of those that stay."""
+        order = list(range(len(self.starts)))
+        for i in sorted(rows, reverse=True):
+            last = len(order) - 1
+            if i < last:
+                order[i] = order[last]
+                for held in (*self.keys, *self.values):
+                    held[i, :, : self.end] = held[last, :, : self.end]
+            del order[last]
+        self.starts = [self.starts[i] for i in order]
+        moved = torch.tensor(order, device=self.first_columns.device)
+        self.first_columns = self.first_columns[moved]
+        self.mask = None if self.mask is None or len(set(self.starts)) == 1 else self.mask[moved]
+        return order
 
 
 class Attention(nn.Module):
@@ -104,8 +124,8 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
 
     def mix(self, x: Tensor, documents: Documents | None, cache: KVCache | None) -> Tensor:
         """Heads' outputs side by side, before the output projection. x and the result: (B, T, C)."""
@@ -131,8 +151,8 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         inner = config.n_inner or 4 * config.n_embd
-        self.c_fc = nn.Linear(config.n_embd, inner)
-        self.c_proj = nn.Linear(inner, config.n_embd)
+        self.c_fc = Linear(config.n_embd, inner)
+        self.c_proj = Linear(inner, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # type: ignore[no-any-return]
@@ -176,7 +196,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied_head:
             self.lm_head.weight = self.wte.weight
 
@@ -203,7 +223,7 @@ class GPT(nn.Module):
         if isinstance(documents, Tensor):
             documents = Documents.from_ids(documents)
         if cache is not None and documents is None:
-            positions, longest = cache.lengths[:, None], cache.visible
+            positions, longest = (cache.end - cache.first_columns)[:, None], cache.reach
         elif documents is not None:
             positions, longest = documents.positions, documents.reach
         else:
@@ -221,21 +241,31 @@ class GPT(nn.Module):
                 x = checkpoint(block, x, documents, wanted, use_reentrant=False)
             else:
                 x = block(x, documents, wanted, cache)
-        if cache is not None and documents is not None:
-            read = cache.read + len(documents.lengths)
-            cache.lengths[cache.read : read] = torch.tensor(documents.lengths, device=tokens.device)
-            cache.read, cache.visible = read, max(cache.visible, longest)
-        elif cache is not None:
-            cache.lengths += 1
+        if cache is not None:
+            if documents is None:
+                cache.end += 1
+            else:
+                cache.read += len(documents.lengths)
         return self.ln_f(x)  # type: ignore[no-any-return]
 
-    def new_cache(self, sequences: int, size: int) -> KVCache:
-        """An empty cache for `sequences` texts of at most `size` tokens, on the model's device and in its dtype."""
+    def new_cache(self, lengths: Sequence[int], room: int, copies: Sequence[int] | None = None) -> KVCache:
+        """An empty cache, on the model's device and in its dtype, for prompts of these lengths and `room` tokens after each.
+
+        copies: for every prompt how many sequences go on from it; it is read once. None: one each.
+        """
         c, weight = self.config, self.wte.weight
-        shape = (sequences, c.n_head, size, c.n_embd // c.n_head)
-        keys = [weight.new_zeros(shape) for _ in range(c.n_layer)]
-        values = [weight.new_zeros(shape) for _ in range(c.n_layer)]
-        return KVCache(keys, values, torch.zeros(sequences, dtype=torch.int64, device=weight.device))
+        copies, end = copies or [1] * len(lengths), max(lengths)
+        starts = [end - n for n, times in zip(lengths, copies, strict=True) for _ in range(times)]
+        shape = (len(starts), c.n_head, end + room, c.n_embd // c.n_head)
+        keys = [weight.new_empty(shape) for _ in range(c.n_layer)]
+        values = [weight.new_empty(shape) for _ in range(c.n_layer)]
+        for held in (*keys, *values):
+            held[:, :, : max(starts)] = 0  # masked, but 0 times whatever lay there might be no number
+        first_columns, mask = torch.tensor(starts, device=weight.device), None
+        if any(starts):
+            before = torch.arange(end + room, device=weight.device) < first_columns[:, None]
+            mask = weight.new_zeros(before.shape).masked_fill(before, -math.inf)[:, None, None]
+        return KVCache(keys, values, copies, starts, first_columns, end, mask)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """New weights as GPT-2's: normal 0.02, projections into the residual stream scaled by 1 / sqrt(2 n_layer)."""

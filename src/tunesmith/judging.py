@@ -30,16 +30,10 @@ def answer_prompts(
     """
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
     conversations = [[{"role": "user", "content": p.text}] for p in prompts]
-    drawn = [
-        generate_answers(
-            model, tokenizer, conversations, dataclasses.replace(sampling, sample=i), options.max_new_tokens
-        )
-        for i in range(samples)
-    ]
+    drawn = generate_answers(model, tokenizer, conversations, sampling, options.max_new_tokens, samples=samples)
     answers = [
         ScoredAnswer(p.text, p.group, a.text, a.finish_reason, a.tokens)
-        for p, of_prompt in zip(prompts, zip(*drawn, strict=True), strict=True)
-        for a in of_prompt
+        for p, a in zip((p for p in prompts for _ in range(samples)), drawn, strict=True)
     ]
     return scored(answers, scorer) if scorer else answers
 

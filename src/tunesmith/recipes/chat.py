@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from tunesmith.device import keep_freed_memory
 from tunesmith.dialogue import Message
-from tunesmith.generation import Sampling, encode_prompt, stream
+from tunesmith.generation import Sampling, encode_prompt, prepare, stream
 from tunesmith.models import load
 from tunesmith.options import ChatCommand
 
@@ -34,6 +34,7 @@ def chat(model_name: str, options: ChatCommand) -> None:
     console.print(
         f"[bold]{escape(model_name)}[/bold], {model.parameter_count():,} parameters. /help lists the commands."
     )
+    prepare(model)
     scene = [Message("system", options.system)] if options.system else []
     messages = list(scene)
     draw = 0

@@ -17,6 +17,7 @@ from tunesmith.answers import ScoredAnswer
 from tunesmith.device import keep_freed_memory
 from tunesmith.endpoint import KEY_VARIABLE, Endpoint
 from tunesmith.errors import UsageError, UserError
+from tunesmith.generation import prepare
 from tunesmith.judge import Judge
 from tunesmith.judging import answer_prompts
 from tunesmith.logprobs import TwoAnswers, answer_logps, encode_answers, token_texts
@@ -88,7 +89,7 @@ def answers_of(
 ) -> list[ScoredAnswer]:
     """One answer a prompt. The streams of chance depend on prompt and seed only, so two models meet the same luck."""
     model, tokenizer = load(model_name, device=device)
-    return answer_prompts(model, tokenizer, prompts, options, scorer=scorer)
+    return answer_prompts(prepare(model), tokenizer, prompts, options, scorer=scorer)
 
 
 def in_words(options: GenerateOptions) -> str:

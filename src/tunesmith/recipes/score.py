@@ -33,6 +33,7 @@ from tunesmith.answers import (
 from tunesmith.choice import choice_lines, choose, read_estimates
 from tunesmith.device import keep_freed_memory
 from tunesmith.errors import UsageError
+from tunesmith.generation import prepare
 from tunesmith.judging import answer_prompts
 from tunesmith.models import checkpoints_of, load, run_and_step
 from tunesmith.options import ScoreCommand
@@ -64,7 +65,7 @@ def score(names: Sequence[str], options: ScoreCommand) -> dict[str, Any]:
     for name in models:
         model, tokenizer = load(name, device=options.device)
         answers[name] = answer_prompts(
-            model, tokenizer, prompts, options.generate, scorer=scorer, samples=options.samples
+            prepare(model), tokenizer, prompts, options.generate, scorer=scorer, samples=options.samples
         )
         if file := answers_file(name, options.out):
             write_answers(file, answers[name])
