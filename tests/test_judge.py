@@ -9,7 +9,7 @@ import pytest
 from judge_server import Reply, longer, serving, verdict
 from tunesmith.endpoint import Endpoint, retry_after
 from tunesmith.errors import UsageError, UserError
-from tunesmith.judge import Judge, parse_verdict
+from tunesmith.judge import Judge, parse_verdict, question
 
 PAIRS = [("Why?", "short", "a longer answer"), ("How?", "a longer answer", "short"), ("When?", "now", "yes")]
 
@@ -240,9 +240,16 @@ def test_what_is_no_url_is_told(url):
 
 
 def test_secrets_stay_secret():
-    with pytest.raises(UsageError) as caught:
-        Endpoint("http://me:hunter2@x/v1", "m")
-    assert "hunter2" not in str(caught.value)
+    for url in ("http://me:hunter2@x/v1", "http://me:hunter2@x:port/v1", "http:// x/v1?key=hunter2"):
+        with pytest.raises(UsageError) as caught:
+            Endpoint(url, "m")
+        assert "hunter2" not in str(caught.value)
+    with serving(lambda *_: Reply(status=404)) as server:
+        endpoint = Endpoint(f"{server.url}?key=hunter2", "m")
+        with pytest.raises(UserError) as told:
+            endpoint.chat(question("Why?", "one", "two"))
+        assert server.paths == ["/v1/chat/completions?key=hunter2"]
+    assert "hunter2" not in str(told.value)
     with pytest.raises(UsageError) as caught:
         Endpoint("http://x/v1", "m", key="sk\u200b-1")
     assert "sk" not in str(caught.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import socket
 import ssl
 import threading
@@ -15,7 +16,7 @@ from email.utils import parsedate_to_datetime
 from http.client import HTTPException
 from time import time
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 from tunesmith.errors import UsageError, UserError
 
@@ -57,7 +58,7 @@ class Endpoint:
     tokens: int = field(default=0, init=False)  # as the endpoint counts them
 
     def __post_init__(self) -> None:
-        self.address = _address(self.url)
+        self.address, self.name = _address(self.url)
         self.key = (self.key or "").strip() or None
         if self.key and not (self.key.isascii() and self.key.isprintable()):
             raise UsageError(f"{KEY_VARIABLE} holds characters that no key has; set it anew")
@@ -77,7 +78,7 @@ class Endpoint:
             if attempt:
                 pause = self.wait * 2 ** (attempt - 1) * random.uniform(1, 1.25)
                 if self.stop.wait(max(pause, longer)):
-                    raise UserError(f"{self.url} was not asked any further")
+                    raise UserError(f"{self.name} was not asked any further")
             sampling, longer = self._sampling, 0.0
             try:
                 return self._send(messages, sampling)
@@ -94,8 +95,8 @@ class Endpoint:
                 trouble = self._one_line(cause)
                 if isinstance(cause, HOPELESS) and not self._reached:
                     way = "start the server there, or give the base URL of the one that runs"
-                    raise UserError(f"{self.url} cannot be reached ({trouble}); {way}") from None
-        raise UserError(f"{self.url} gave no answer in {self.retries + 1} tries (the last: {trouble})")
+                    raise UserError(f"{self.name} cannot be reached ({trouble}); {way}") from None
+        raise UserError(f"{self.name} gave no answer in {self.retries + 1} tries (the last: {trouble})")
 
     def _send(self, messages: Messages, sampling: Mapping[str, Any]) -> str:
         body = json.dumps({"model": self.model, "messages": list(messages), **sampling}).encode()
@@ -132,7 +133,7 @@ class Endpoint:
             way = f"it has moved to {self._one_line(elsewhere)}; give that base URL"
         else:
             way = f"it does not take the question; check the URL and the model {self.model!r}"
-        return UserError(f"{self.url} answered {refusal.code}{f' ({refusal.said})' if refusal.said else ''}: {way}")
+        return UserError(f"{self.name} answered {refusal.code}{f' ({refusal.said})' if refusal.said else ''}: {way}")
 
     def _message(self, body: bytes) -> str:
         """What an error's body says, in one short line without the key."""
@@ -152,20 +153,28 @@ class Endpoint:
         return text.replace(self.key, "[key]") if self.key else text
 
 
-def _address(url: str) -> str:
-    """Where questions are sent. Raises: UsageError if `url` is no base of an API."""
+def _address(url: str) -> tuple[str, str]:
+    """Where questions are sent, and how it is called in messages: without a query, which may hold a key.
+
+    Raises: UsageError if `url` is no base of an API.
+    """
     try:
-        parts: SplitResult | None = urlsplit(url)
-        assert parts is not None
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # a port that is no number, half an IPv6 address
-        parts, usable = None, False
-    if parts is not None and (parts.username or parts.password):
-        raise UsageError(f"the URL of {parts.hostname} holds a password; give the key in {KEY_VARIABLE} instead")
-    if not usable or parts is None or any(c.isspace() for c in url):
-        raise UsageError(f"{url}: expected the base URL of an OpenAI-compatible API, as http://localhost:8000/v1")
+        usable = False
+    if not usable or any(c.isspace() for c in url):
+        shown = re.sub(r"//[^/]*@", "//", url.partition("?")[0])
+        raise UsageError(
+            f"--judge {shown}: expected the base URL of an OpenAI-compatible API, as http://localhost:8000/v1"
+        )
+    if parts.username or parts.password:
+        raise UsageError(
+            f"--judge: the URL of {parts.hostname} holds a password; give the key in {KEY_VARIABLE} instead"
+        )
     path = parts.path.rstrip("/")
-    return parts._replace(path=path if path.endswith("/chat/completions") else f"{path}/chat/completions").geturl()
+    whole = path if path.endswith("/chat/completions") else f"{path}/chat/completions"
+    return parts._replace(path=whole).geturl(), parts._replace(query="", fragment="").geturl()
 
 
 def retry_after(value: str | None) -> float:
