@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import io
 import json
 import math
 import pydoc_data.topics
@@ -332,14 +333,16 @@ def test_help_names_every_group(capsys):
 # ---- its page --------------------------------------------------------------------------------------------------------
 
 
-def test_commands_and_python_of_the_page_run(tmp_path):
-    """As written, but for fewer steps and batches."""
-    for command in commands("docs/pretraining.md", "python -c"):
+def test_commands_and_python_of_the_page_run(tmp_path, monkeypatch, capsys):
+    """As written, but for fewer steps and batches; in this process, which has torch already."""
+    monkeypatch.chdir(tmp_path)
+    first, *rest = commands("docs/pretraining.md", "python -c")
+    assert run(first, tmp_path).returncode == 0
+    for command in rest:
+        monkeypatch.setattr("sys.stdin", io.StringIO("Hello!\n/quit\n"))
         shorter = re.sub(r"--train.steps \d+", "--train.steps 2 --eval.iters 2", command)
-        done = run(f"export OMP_NUM_THREADS=1; {shorter}", tmp_path)
-        assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
-    assert (tmp_path / "runs/base-sft/status.json").exists()
-    for body in blocks("docs/pretraining.md", "python"):
-        done = run(f"export OMP_NUM_THREADS=1; python -c {shlex.quote(body)}", tmp_path)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert float(done.stdout.splitlines()[-1]) < 8
+        assert main(shlex.split(shorter)[1:]) == 0, capsys.readouterr().err
+    assert [ts.Run(f"runs/{name}").status["step"] for name in ("base", "base-sft")] == [2, 2]
+    (body,) = blocks("docs/pretraining.md", "python")
+    exec(body, {})
+    assert float(capsys.readouterr().out.splitlines()[-1]) < 8
