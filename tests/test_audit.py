@@ -4,6 +4,7 @@ import gzip
 import json
 
 import pytest
+import yaml
 
 from tunesmith.__main__ import main
 from tunesmith.audit import audit
@@ -429,3 +430,23 @@ def test_settings_out_of_range_are_errors_in_python_too(tokenizer, tmp_path):
         audited(tokenizer, write(tmp_path / "none.jsonl", []))
     (split,) = audited(tokenizer, path).splits
     assert split.overlaps == (), "one row: none can be held out"
+
+
+def test_names_to_compare_with_add_up_from_files_and_the_command_line(tmp_path, capfd):
+    (tmp_path / "mine.yaml").write_text("audit: true\nagainst: [a, b]\n")
+    argv = [
+        "data",
+        "sample",
+        "--config",
+        str(tmp_path / "mine.yaml"),
+        "--against=c",
+        "--against",
+        "d",
+        "--print_config",
+    ]
+    with pytest.raises(SystemExit):
+        main(argv)
+    assert yaml.safe_load(capfd.readouterr().out)["against"] == ["a", "b", "c", "d"]
+    (tmp_path / "mine.yaml").write_text("against: 5\n")
+    assert main(argv[:4]) == 2
+    assert "--against 5: expected a list of texts" in capfd.readouterr().err
