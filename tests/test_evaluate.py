@@ -10,7 +10,7 @@ import tunesmith as ts
 from test_scoring import deberta  # noqa: F401 (a fixture)
 from tiny_runs import tiny_config
 from tunesmith.__main__ import main
-from tunesmith.dialogue import Message
+from tunesmith.dialogue import Message, segments
 from tunesmith.models import load_reward
 from tunesmith.options import DPOConfig, RewardConfig
 from tunesmith.recipes.reward import train_reward_model
@@ -91,6 +91,12 @@ def test_losses_in_all_by_turn_and_by_length_are_those_of_a_plain_loop(tiny_dire
     assert 0 < len(short) < len(answers)
     assert found["by_length"]["1-16"]["loss"] == pytest.approx(loss(short), rel=1e-5)
     assert sum(v["answers"] for v in found["by_length"].values()) == 8
+    whole = [tokenizer.encode("".join(text for text, _ in segments([Message(*m) for m in turns]))) for turns in TALK]
+    assert found["all"]["tokens"] == pytest.approx(sum(map(len, whole)), abs=10)  # pieces are encoded one by one
+    read = sum(len("".join(text for text, _ in segments([Message(*m) for m in turns])).encode()) for turns in TALK)
+    first = sum(len(tokenizer.decode([ids[0]]).encode()) for ids in whole)
+    bits = found["all"]["loss"] * found["all"]["tokens"] / math.log(2) / (read - first)
+    assert found["all"]["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
     told = " ".join(capsys.readouterr().out.split())
     for heading in ("response", "turn 2", "1-16 tokens", "all", "interval)"):
         assert heading in told

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from tunesmith.answers import alike, interval_record
 from tunesmith.batching import Batches
+from tunesmith.bits import bits_per_byte, text_bytes
 from tunesmith.datasets import Source, open_dataset
 from tunesmith.device import Precision, keep_freed_memory, resolve_precision
 from tunesmith.dialogue import Preference
@@ -120,17 +121,27 @@ def text_losses(model: GPT, tokenizer: Tokenizer, held: Held) -> tuple[dict[str,
     precision = held.precision(model.wte.weight.device, model.config.n_embd)
     of_answers = held.dialogues(tokenizer, "assistant", model.config.block_size)
     answers = answer_losses(model, of_answers, precision)
-    everything = answer_losses(model, held.dialogues(tokenizer, "all", model.config.block_size), precision)
+    of_all = held.dialogues(tokenizer, "all", model.config.block_size)
+    everything = answer_losses(model, of_all, precision)
     report = of_answers.store.report
     found = {
         "rows": len(of_answers.store),
         "response": loss_record(answers),
-        "all": loss_record(everything),
+        "all": loss_record(everything) | bits_of(of_all, tokenizer, sum(a.nats for a in everything)),
         "by_turn": by_bucket(answers, TURNS, lambda a: a.turn),
         "by_length": by_bucket(answers, LENGTHS, lambda a: a.tokens),
     }
     cut = [line for t in of_answers.truncations for line in t.lines(of_answers.block_size)]
     return found, [*report.notes, *report.lines(), *cut]
+
+
+def bits_of(batches: Batches, tokenizer: Tokenizer, nats: float) -> dict[str, float]:
+    """`{"bits_per_byte"}` of all tokens, by which models with different tokenizers compare; nothing if bytes cannot be counted."""
+    try:
+        size = sum(text_bytes(tokenizer, b.targets[: b.count].numpy()) for b in batches.fixed())
+    except ValueError:  # no byte-level tokenizer
+        return {}
+    return {"bits_per_byte": bits_per_byte(nats, size)} if size else {}
 
 
 def loss_record(answers: Sequence[AnswerLoss]) -> dict[str, Any]:
@@ -178,6 +189,8 @@ def print_losses(console: Console, title: str, found: dict[str, Any]) -> None:
             f"{x['perplexity']:,.2f}",
         )
     console.print(table)
+    if "bits_per_byte" in found["all"]:
+        console.print(f"{found['all']['bits_per_byte']:.4f} bits a byte over all tokens")
 
 
 # ---- preferences -----------------------------------------------------------------------------------------------------
