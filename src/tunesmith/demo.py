@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import time
@@ -12,11 +13,11 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from tunesmith.answers import ScoredAnswer
-from tunesmith.answers import write_answers as store_answers
+from tunesmith.answers import read_answers, write_answers
 from tunesmith.errors import UserError
 from tunesmith.options import (
     CheckpointOptions,
+    CompareCommand,
     DataOptions,
     DemoCommand,
     DPOConfig,
@@ -27,26 +28,31 @@ from tunesmith.options import (
     OptimizerOptions,
     PairDataOptions,
     RewardConfig,
+    ScoreCommand,
     SFTConfig,
     TrainOptions,
 )
 from tunesmith.prompts import load_prompts
-from tunesmith.recipes.compare import answers_of
+from tunesmith.recipes.compare import answered, answers_of
 from tunesmith.recipes.dpo import dpo
 from tunesmith.recipes.reward import train_reward_model
+from tunesmith.recipes.score import score
 from tunesmith.recipes.sft import sft
 from tunesmith.runlog import Run, step_name
+from tunesmith.scoring import load_scorer
+from tunesmith.study.comparison_page import render_comparison
 from tunesmith.study.report import accuracy_text, write_report
 
 SHOWN = 4
 PARTS = (  # what is done, and about how long it takes, as a share of the whole
-    ("SFT of the embedded base on 480 dialogues", 0.22),
-    ("the same with LoRA: 3 % of the weights", 0.20),
-    ("a reward model from 480 pairs of answers", 0.20),
-    ("DPO: to prefer the better answers", 0.25),
-    ("answers of all three to 40 new prompts", 0.12),
-    ("report", 0.01),
+    ("SFT of the embedded base on 480 dialogues", 0.17),
+    ("the same with LoRA: 3 % of the weights", 0.15),
+    ("a reward model from 480 pairs of answers", 0.16),
+    ("DPO: to prefer the better answers, judged by the reward model as it goes", 0.36),
+    ("scores of all four on 40 new prompts", 0.11),
+    ("report", 0.05),
 )
+ANSWERS = GenerateOptions(max_new_tokens=96)
 
 
 class Chapters:
@@ -74,27 +80,29 @@ def demo(options: DemoCommand) -> Path:
     out, steps, chapters = free_directory(options.out), options.steps, Chapters(console)
 
     chapters.next()
-    tuned = sft(demo_sft(out / "sft", steps))
+    tuned = finished(sft(demo_sft(out / "sft", steps)))
     chapters.next()
-    light = sft(demo_sft(out / "lora", steps, rank=8))
+    light = finished(sft(demo_sft(out / "lora", steps, rank=8)))
     for name, run in (("all weights", tuned), ("LoRA", light)):
         console.print(f"{name:12} best validation loss {run.status['best_validation_loss']:.3f}")
     chapters.next()
-    judge = train_reward_model(demo_reward(out / "reward", str(tuned.path), steps))
+    judge = finished(train_reward_model(demo_reward(out / "reward", str(tuned.path), steps)))
     tell_accuracy(console, judge)
     chapters.next()
-    aligned = dpo(demo_dpo(out / "dpo", str(tuned.path), steps))
+    aligned = finished(dpo(demo_dpo(out / "dpo", str(tuned.path), steps, str(judge.path))))
     tell_accuracy(console, aligned)
     chapters.next()
-    answers = {
-        "base": write_answers(tuned, 0, "sample"),
-        "SFT": write_answers(tuned, int(tuned.status["best_step"]), str(tuned.path)),
-        "DPO": write_answers(aligned, int(aligned.status["best_step"]), str(aligned.path)),
-    }
-    show_answers(console, answers)
+    write_base_answers(tuned, str(judge.path))
+    names = ["sample", *(str(run.path) for run in (tuned, light, aligned))]
+    score(names, ScoreCommand(reward=str(judge.path), generate=ANSWERS, shown=0))
+    show_answers(console, {"base": (tuned, 0), "SFT": (tuned, best_step(tuned)), "DPO": (aligned, best_step(aligned))})
     chapters.next()
+    options_of_page = CompareCommand(reward=str(judge.path), logprobs=True, generate=ANSWERS)
+    page = out / "compare.html"
+    page.write_text(render_comparison(answered(str(tuned.path), str(aligned.path), options_of_page)), encoding="utf-8")
     report = write_report([str(run.path) for run in (tuned, light, judge, aligned)], str(out / "report.html"))
     console.print(f"All of it took {chapters.minutes:.1f} minutes. Talk to the model: tunesmith chat {aligned.path}")
+    console.print(f"SFT against DPO, prompt by prompt: {page.resolve()}")
     console.print(f"Report: {report.resolve()}")
     if options.open is True or (options.open == "auto" and sys.stdout.isatty() and os.environ.get("DISPLAY")):
         webbrowser.open(report.resolve().as_uri())
@@ -147,14 +155,25 @@ def demo_reward(out: Path, model: str, steps: int) -> RewardConfig:
     )
 
 
-def demo_dpo(out: Path, model: str, steps: int) -> DPOConfig:
-    """The DPO of the demo, from the fine-tuned model."""
+def demo_dpo(out: Path, model: str, steps: int, judge: str) -> DPOConfig:
+    """The DPO of the demo, from the fine-tuned model; a reward model scores its answers at every estimate."""
+    common = _common(out, steps, 2e-5)
+    common["eval"] = dataclasses.replace(common["eval"], reward=judge, max_new_tokens=ANSWERS.max_new_tokens)
     return DPOConfig(
         model=ModelOptions(name=model),
         data=PairDataOptions(name="sample"),
         train=TrainOptions(steps=steps),
-        **_common(out, steps, 2e-5),
+        **common,
     )
+
+
+def finished(run: Run) -> Run:
+    """The run, if it came to its end. Raises: UserError if it was stopped or has diverged; the rest would be built on sand."""
+    if run.status["state"] != "finished":
+        raise UserError(
+            f"the demo ends here: {run.path} is {run.status['state']} ({run.status['reason']}); start it again"
+        )
+    return run
 
 
 def tell_accuracy(console: Console, run: Run) -> None:
@@ -167,18 +186,22 @@ def tell_accuracy(console: Console, run: Run) -> None:
     )
 
 
-def write_answers(run: Run, step: int, model: str) -> list[ScoredAnswer]:
-    """Answers of a model to the embedded prompts, also written as `answers/step-XXXXXXXX.jsonl` of the run."""
-    prompts = load_prompts()
-    answers = answers_of(model, prompts, GenerateOptions(max_new_tokens=96), device="cpu")
-    store_answers(run.path / "answers" / f"{step_name(step)}.jsonl", answers)
-    return answers
+def best_step(run: Run) -> int:
+    """The step of the checkpoint that was chosen."""
+    return int(run.status["best_step"])
 
 
-def show_answers(console: Console, answers: dict[str, list[ScoredAnswer]]) -> None:
+def write_base_answers(run: Run, judge: str) -> None:
+    """The embedded base's answers with their rewards, as those of step 0 of the run that started from it."""
+    answers = answers_of("sample", load_prompts(), ANSWERS, scorer=load_scorer(judge))
+    write_answers(run.path / "answers" / f"{step_name(0)}.jsonl", answers)
+
+
+def show_answers(console: Console, which: dict[str, tuple[Run, int]]) -> None:
     """A few prompts with the answer of every model."""
-    rows = list(zip(*answers.values(), strict=True))
+    files = [run.path / "answers" / f"{step_name(step)}.jsonl" for run, step in which.values()]
+    rows = list(zip(*map(read_answers, files), strict=True))
     for row in rows[:: len(rows) // SHOWN][:SHOWN]:
         console.print(f"[bold]{escape(row[0].prompt)}[/bold]")
-        for name, record in zip(answers, row, strict=True):
-            console.print(f"  [dim]{name:4}[/dim] {escape(' '.join(record.answer.split()))}")
+        for name, answer in zip(which, row, strict=True):
+            console.print(f"  [dim]{name:4}[/dim] {escape(' '.join(answer.answer.split()))}")

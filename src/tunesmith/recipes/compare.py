@@ -57,19 +57,10 @@ def compare(a: str, b: str, options: CompareCommand) -> Comparison:
     Raises: UserError, among others where --logprobs meets two tokenizers; if the judge fails, what there is without it
         is printed and written before.
     """
-    keep_freed_memory()
-    prompts = load_prompts(options.prompts, options.limit)
     judge = make_judge(options)
-    tokenizer = shared_tokenizer(a, b) if options.logprobs else None
     for file in filter(None, (options.out, options.html)):  # told now, not after minutes
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-    scorer = load_scorer(options.reward, device=options.device) if options.reward else None
-    of_a, of_b = (answers_of(name, prompts, options.generate, options.device, scorer) for name in (a, b))
-    rows = [Row(x, y) for x, y in zip(of_a, of_b, strict=True)]
-    if tokenizer:
-        found = token_logps((a, b), tokenizer, rows, options.device)
-        rows = [replace(row, logps=logps) for row, logps in zip(rows, found, strict=True)]
-    comparison = Comparison((a, b), rows, scorer.description if scorer else "", settings=in_words(options.generate))
+    comparison = answered(a, b, options)
     if judge:
         try:
             comparison = judged(comparison, judge)
@@ -78,6 +69,20 @@ def compare(a: str, b: str, options: CompareCommand) -> Comparison:
             raise
     tell(comparison, options)
     return comparison
+
+
+def answered(a: str, b: str, options: CompareCommand) -> Comparison:
+    """Answers of both, with rewards and log-probabilities where asked for; the judge is not asked. Raises: as `compare`."""
+    keep_freed_memory()
+    prompts = load_prompts(options.prompts, options.limit)
+    tokenizer = shared_tokenizer(a, b) if options.logprobs else None
+    scorer = load_scorer(options.reward, device=options.device) if options.reward else None
+    of_a, of_b = (answers_of(name, prompts, options.generate, options.device, scorer) for name in (a, b))
+    rows = [Row(x, y) for x, y in zip(of_a, of_b, strict=True)]
+    if tokenizer:
+        found = token_logps((a, b), tokenizer, rows, options.device)
+        rows = [replace(row, logps=logps) for row, logps in zip(rows, found, strict=True)]
+    return Comparison((a, b), rows, scorer.description if scorer else "", settings=in_words(options.generate))
 
 
 def answers_of(
