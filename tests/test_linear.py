@@ -148,3 +148,12 @@ def test_adapters_add_to_packed_weights_too():
     expected = model(tokens).detach()
     with evaluation_mode(model), packed_weights(model):
         torch.testing.assert_close(model(tokens), expected, rtol=1e-4, atol=1e-5)
+
+
+@needs_onednn
+def test_a_bare_product_takes_onednn_for_float32_only_transposed_weights_too():
+    x, w = torch.randn(30, 48), torch.randn(48, 70)
+    torch.testing.assert_close(linear.product(x, w.t()).double(), x.double() @ w.double(), rtol=1e-5, atol=1e-4)
+    assert torch.equal(linear.product(x, w.t()), linear.product(x, w.t().contiguous()))
+    assert torch.equal(linear.product(x.double(), w.double().t()), x.double() @ w.double())
+    assert linear.product(x[:0], w.t()).shape == (0, 70)

@@ -102,6 +102,13 @@ def keep_freed_memory() -> bool:
     )
 
 
+def return_freed_memory() -> None:
+    """Give back to the kernel now what `keep_freed_memory` keeps, where the C library is glibc: after large things are freed."""
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 def peak_memory_gb(device: torch.device) -> float:
     """Largest memory so far in 10^9 bytes: allocated tensors on a GPU, the whole process's resident set on a CPU."""
     if device.type == "cuda":

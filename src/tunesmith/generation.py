@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tunesmith.device import return_freed_memory
 from tunesmith.dialogue import STOP_TEXTS, BadRow, Message, cut_at_stop, parse_messages, prompt_segments
 from tunesmith.documents import Documents
 from tunesmith.errors import UsageError, UserError
@@ -108,7 +109,9 @@ def prepare(model: GPT) -> GPT:
 
     For a model that is loaded to answer and to be scored: it cannot be trained, moved or saved any more.
     """
-    pack_for_good(model.h)  # the head's plain weight is the embedding too
+    for block in model.h:  # the head's plain weight is the embedding too
+        pack_for_good(block)
+        return_freed_memory()
     return model
 
 

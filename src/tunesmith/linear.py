@@ -60,6 +60,11 @@ class _Product(torch.autograd.Function):
         return dx, dw, rows.sum(0) if for_bias else None
 
 
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T, without gradients: (n, in) and (out, in) -> (n, out)."""
+    return _product(x, weight) if _suits_onednn(x, weight) else x @ weight.t()
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.linear import product
+
 IGNORE_INDEX = -100
 
 LowRank = tuple[Tensor, Tensor]
@@ -43,7 +45,7 @@ class _HeadLoss(torch.autograd.Function):
         total = x[0].new_zeros((), dtype=torch.float64 if x[0].dtype == torch.float64 else torch.float32)
 
         def look(a: int, b: int) -> tuple[Tensor, Tensor, Tensor]:
-            logits = x[0][a:b] @ w[0].t()
+            logits = product(x[0][a:b], w[0])
             for more_x, more_w in zip(x[1:], w[1:], strict=True):
                 logits.addmm_(more_x[a:b], more_w.t())
             logits = logits.to(total.dtype)  # (b - a, V)
@@ -57,7 +59,7 @@ class _HeadLoss(torch.autograd.Function):
             p, weights = p.to(dtype), -d_logps.to(dtype)[:, None]
             for i, (part, matrix) in enumerate(zip(x, w, strict=True)):
                 if (into := d_x[i]) is not None:
-                    torch.mm(p, matrix, out=into[a:b]).mul_(weights)
+                    torch.mul(product(p, matrix.t()), weights, out=into[a:b])
                 if (into := d_w[i]) is not None:
                     scaled = part[a:b] * weights
                     if into.dtype == dtype:
@@ -198,7 +200,7 @@ def token_nll(
     """-log p(target) of every token, for evaluation: (N,) float32 (or float64), nats. Arguments as in `head_nll_sum`."""
     parts = []
     for start in range(0, len(targets), chunk):
-        logits = hidden[start : start + chunk] @ weight.t()
+        logits = product(hidden[start : start + chunk], weight)
         if low_rank is not None:
             logits = logits + low_rank[0][start : start + chunk] @ low_rank[1].t()
         logits = logits if logits.dtype == torch.float64 else logits.float()

@@ -192,7 +192,9 @@ def stored_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
                 yield from _unpickled(file)
                 continue
             with safe_open(file, framework="pt") as stored:
-                for key in stored.keys():  # noqa: SIM118 (no mapping)
+                keys = list(stored.keys())
+            for key in keys:  # opened anew for each: the pages of what was read before leave this process's memory
+                with safe_open(file, framework="pt") as stored:
                     yield key, stored.get_tensor(key)
         except FileNotFoundError:
             raise UserError(f"{file} is missing, but the index lists it; download the model again") from None
