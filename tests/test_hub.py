@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load as load_safetensors
 
+from test_scoring import deberta  # noqa: F401 (a fixture)
 from tunesmith.adapters import save_adapter
 from tunesmith.lora import apply_lora, lora_layers, merge
 from tunesmith.models import load_tokenizer
@@ -255,3 +256,20 @@ def test_an_adapter_by_name_finds_its_base_by_name(ask, tiny_directory, tmp_path
     ((code, told, _),) = ask([["load", "someone/adapter"]])
     assert code == 0
     assert json.loads(told[told.index("[") :]) == pytest.approx(hidden, abs=2e-5)
+
+
+def test_the_reports_own_judge_is_found_by_its_name(hub, ask, tiny_directory, deberta, tmp_path):  # noqa: F811
+    """As it lies there: weights in the old format, a tokenizer of its own. Scored as from the local directory."""
+    files = {p.name: p.read_bytes() for p in deberta.iterdir()}
+    torch.save(load_safetensors(files.pop("model.safetensors")), tmp_path / "pytorch_model.bin")
+    files["pytorch_model.bin"] = (tmp_path / "pytorch_model.bin").read_bytes()
+    hub.repos["models", "OpenAssistant/reward-model-deberta-v3-large-v2"] = files | {"README.md": b"#"}
+    words = ["score", str(tiny_directory), "--limit", "3", "--generate.max_new_tokens", "4", "--out"]
+    done = ask([[*words, str(tmp_path / "a")], [*words, str(tmp_path / "b"), "--reward", str(deberta)]])
+    assert [code for code, _, _ in done] == [0, 0], done
+    assert "scored by OpenAssistant/reward-model-deberta-v3-large-v2" in done[0][1]
+    named, local = (json.loads((tmp_path / side / "scores.json").read_text())["models"] for side in "ab")
+    assert named[str(tiny_directory)]["reward"]["mean"] == pytest.approx(
+        local[str(tiny_directory)]["reward"]["mean"], abs=1e-6
+    )
+    assert not any("README" in request for request in hub.requests if "OpenAssistant" in request)

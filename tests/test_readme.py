@@ -68,6 +68,15 @@ def test_commands_of_the_page_on_preferences_run_as_written(folder):
             assert done.returncode == 0, f"{named}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 
+def test_commands_of_the_page_on_judging_run_as_written(folder):
+    """They go on from the README's runs. The one that asks a language model has a server of its own in test_compare."""
+    shown = [c for c in commands("docs/judging.md") if "--judge " not in c]
+    assert len(shown) > 5
+    for command in shown:
+        done = run(command, folder)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/training.md", "docs/data.md", "docs/preferences.md"])
 def test_commands_for_the_hub_are_valid(page, folder):
     """What needs a download is checked up to the download: options, presets and names."""
