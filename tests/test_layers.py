@@ -14,7 +14,7 @@ LAYERS = [
     {"errors", "linear"},
     {"options", "config", "hub", "runlog", "prompts", "progress", "tokenizer", "dialogue", "device", "readers", "study.stats"}
     | {"study.page", "documents", "losses", "lora", "optim", "step", "answers", "choice", "endpoint", "pretrain_options"},
-    {"gpt", "datasets", "judge", "rowchecks", "bits"},
+    {"gpt", "datasets", "judge", "rowchecks", "bits"} | {"study.claims"},
     {"weights", "tokenstore", "overlap"},
     {"adapters", "reward", "checkpoint", "batching"},
     {"models", "pairs", "evaluate"},
@@ -45,6 +45,7 @@ WITHOUT_TORCH = {
     "answers",
     "choice",
     "study.stats",
+    "study.claims",
     "study.page",
     "study.comparison",
     "study.comparison_page",
