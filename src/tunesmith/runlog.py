@@ -49,8 +49,14 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The resolved configuration."""
-        return yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")) or {}
+        """The resolved configuration. Raises: UserError if config.yaml is damaged."""
+        path = self.path / "config.yaml"
+        try:
+            return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{path} is damaged ({' '.join(str(error).split())}); the run has to be made again"
+            ) from None
 
     @property
     def status(self) -> dict[str, Any]:
@@ -66,13 +72,18 @@ class Run:
     def metrics(self, event: str | None = None) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl in order, or those of one event: train, eval, ...
 
-        A last line that was cut while being written is left out.
+        A last line that was cut while being written is left out. Raises: UserError for a damaged line before it.
         """
         found = []
         with contextlib.suppress(FileNotFoundError), (self.path / "metrics.jsonl").open(encoding="utf-8") as file:
-            for line in file:
+            for number, line in enumerate(file, 1):
                 if line.endswith("\n"):
-                    record = json.loads(line)
+                    try:
+                        record = json.loads(line)
+                    except ValueError as error:
+                        raise UserError(
+                            f"{file.name} line {number} is damaged ({error}); delete that line, or make the run again"
+                        ) from None
                     if event is None or record["event"] == event:
                         found.append(record)
         return found

@@ -1,38 +1,112 @@
-"""Finished runs to one self-contained HTML page: a pure function of run directories."""
+"""Finished runs, or a whole study, to one self-contained HTML page: a pure function of their directories.
+
+Beside the page: figures/ (each as SVG and PNG) and tables/ (each as CSV and LaTeX).
+"""
 
 from __future__ import annotations
 
 import html
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tunesmith.errors import UserError
+from tunesmith.errors import UsageError, UserError
 from tunesmith.runlog import STEP_NAME, Run, write_atomically
-from tunesmith.study.figures import loss_curve, preference_curves
+from tunesmith.study.figures import Plate, loss_curve, preference_curves
 from tunesmith.study.page import render_page
+from tunesmith.study.parts import figure, notes
+from tunesmith.study.plots import draw_all
+from tunesmith.study.read import Study, is_study, read_metrics, read_study
 from tunesmith.study.stats import wilson_interval
+from tunesmith.study.study_page import render_study
+from tunesmith.study.tables import Cell, Table, as_csv, as_latex, make_tables
+from tunesmith.study.verdicts import judge_all
 
 
 def write_report(directories: Sequence[str], out: str | None = None) -> Path:
-    """Write the page and return its path. Raises: UserError if a directory holds no run, or none has a metric yet."""
-    runs = [Run(d) for d in directories]
-    page = render_report(runs)
-    path = Path(out) if out else runs[0].path / "report.html"
+    """Write the page of runs or of a study, its figures and its tables; returns the page's path.
+
+    Raises: UserError if a directory holds no run, or none has a metric yet; UsageError for a study among other directories.
+    """
+    studies = [d for d in directories if is_study(d)]
+    if studies and len(directories) > 1:
+        raise UsageError(f"{studies[0]} is a study and has a page of its own; report it alone, or name its runs/...")
+    if studies:
+        study = read_study(studies[0])
+        text, plates, tables = render_study_report(study)
+        path = Path(out) if out else study.path / "report" / "index.html"
+    else:
+        runs = [Run(d) for d in directories]
+        text, plates, tables = render_report(runs), figures_of(runs), tables_of(runs)
+        path = Path(out) if out else runs[0].path / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, page)
+    write_files(path.parent, plates, tables)
+    write_atomically(path, text)
     return path
 
 
+def write_files(folder: Path, plates: Iterable[Plate], tables: Iterable[Table]) -> None:
+    """figures/NAME.svg and .png, tables/NAME.csv and .tex under `folder`."""
+    for name in ("figures", "tables"):
+        (folder / name).mkdir(exist_ok=True)
+    for plate in plates:
+        write_atomically(folder / "figures" / f"{plate.name}.svg", plate.svg)
+        (folder / "figures" / f"{plate.name}.png").write_bytes(plate.png)
+    for table in tables:
+        write_atomically(folder / "tables" / f"{table.name}.csv", as_csv(table))
+        write_atomically(folder / "tables" / f"{table.name}.tex", as_latex(table))
+
+
+def render_study_report(study: Study) -> tuple[str, list[Plate], list[Table]]:
+    """The page of a study as text, its figures and its tables; the same directory gives the same bytes."""
+    drawn, tables = draw_all(study), make_tables(study)
+    text = render_study(study, judge_all(study), drawn, tables)
+    plates = [plate for figures in drawn.values() for plate in figures if isinstance(plate, Plate)]
+    return text, plates, [table for several in tables.values() for table in several]
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
 def render_report(runs: Sequence[Run]) -> str:
-    """The page as text; the same run directories give the same bytes."""
+    """The page of runs as text; the same run directories give the same bytes."""
     body = "".join(_run_section(run) for run in runs)
     title = f"tunesmith: {', '.join(run.path.name for run in runs)}"
     return render_page(title, f"{_overview(runs) if len(runs) > 1 else ''}{body}")
+
+
+def figures_of(runs: Sequence[Run]) -> list[Plate]:
+    """Every figure of the page."""
+    return [plate for run in runs for plate in _figures(run)]
+
+
+def _figures(run: Run) -> list[Plate]:
+    if not run.metrics("eval"):
+        return []
+    return [loss_curve(run), *([preference_curves(run)] if kind_of(run) in ("dpo", "reward") else [])]
+
+
+def tables_of(runs: Sequence[Run]) -> list[Table]:
+    """What the runs came to, and every estimate of each."""
+    facts = [facts_of(run) for run in runs]
+    labels = sorted({label for row in facts for label in row}, key=FACTS.index)
+    rows = tuple(
+        (Cell(run.path.name), *(Cell(row.get(x, "")) for x in labels)) for run, row in zip(runs, facts, strict=True)
+    )
+    tables = [Table("runs", "", "Runs", tuple((h, False) for h in ("run", *labels)), rows)]
+    for run in runs:
+        estimates = run.metrics("eval")
+        names = [n for n in estimates[0] if n not in ("event", "time")] if estimates else []
+        values = tuple(
+            tuple(Cell(f"{v:.6g}" if (v := e.get(n)) is not None else "not finite") for n in names) for e in estimates
+        )
+        head = tuple((n.replace("_", " "), False) for n in names)
+        tables.append(Table(f"{run.path.name}-estimates", "", f"{run.path.name}: every estimate", head, values))
+    return tables
 
 
 def kind_of(run: Run) -> str:
@@ -60,20 +134,9 @@ def _run_section(run: Run) -> str:
     parts = [f'<h2 id="{name}">{name}: {TITLES[kind]}{_lora(run)}</h2>', _facts(run)]
     if status.get("reason"):
         parts.append(f"<p>{html.escape(status['reason'])}</p>")
+    parts.append(notes(read_metrics(run.path / "metrics.jsonl", run.path.name)[3]))
     if estimates:
-        weight = "pair" if kind in ("dpo", "reward") else "token"
-        caption = (
-            f"Loss over the training. Estimates are means over always the same rows, every {weight} weighing the same."
-        )
-        parts.append(f"<figure>{loss_curve(run)}<figcaption>{caption}</figcaption></figure>")
-        if kind in ("dpo", "reward"):
-            rewards = (
-                "The reward is beta times the log-ratio to the reference."
-                if kind == "dpo"
-                else "The reward is the score."
-            )
-            caption = f"How often and how far the chosen answer is preferred. {rewards}"
-            parts.append(f"<figure>{preference_curves(run)}<figcaption>{caption}</figcaption></figure>")
+        parts += [figure(plate, files=False) for plate in _figures(run)]
         parts.append(_estimates_table(estimates, status.get("best_step")))
     parts.append(_answers(run))
     parts.append(
