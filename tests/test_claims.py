@@ -20,6 +20,7 @@ from tunesmith.study.claims import (
     overfits,
     same_steps,
 )
+from tunesmith.study.stats import Interval
 
 
 @pytest.mark.parametrize(
@@ -110,6 +111,17 @@ def test_overfitting(validation, train, between, verdict, word):
     found = overfits(STEPS[: len(validation)], validation, train, between=between)
     assert found.verdict == verdict, found.evidence
     assert word in found.evidence
+
+
+def test_a_rise_is_judged_on_the_same_batches_where_they_were_kept():
+    curve = rising_from(30)
+    small, sure = Interval(0.01, -0.02, 0.04, 9), Interval(0.01, 0.005, 0.015, 9)
+    assert overfits(STEPS, curve, FALLING, difference=lambda i, j: small).verdict == OPEN
+    found = overfits(STEPS, curve, FALLING, difference=lambda i, j: sure)
+    assert found.verdict == HOLDS
+    assert "0.010 [0.005, 0.015] above that at the end, paired over the same batches" in found.evidence
+    without = overfits(STEPS, curve, FALLING, difference=lambda i, j: None)
+    assert without == overfits(STEPS, curve, FALLING)
 
 
 def test_validations_are_counted_as_the_paper_counts_them():

@@ -1,6 +1,7 @@
 """A study's directory as records: halves joined, damage told, memory and minutes with the lines they come from."""
 
 import json
+import random
 
 import pytest
 
@@ -244,6 +245,22 @@ def test_an_unfinished_training_is_not_judged(tmp_path):
     found = {c.id: f for c, f in judge_all(read_study(root))}["e1-overfits"]
     assert found.verdict.evidence == "no finished training"
     assert "stopped at step 80" in found.left_out[0]
+
+
+@pytest.mark.parametrize(("lift", "verdict"), [(0.5, "holds"), (0.0, "cannot be told")])
+def test_overfitting_is_judged_on_the_batches_that_the_runs_kept(tmp_path, lift, verdict):
+    root = write_study(tmp_path / "s", seeds=2, only=("e6",))
+    for run in (root / "runs").iterdir():
+        (run / "losses").mkdir()
+        for step in range(0, 41, 2):
+            later = lift * max(0, step - 10) / 30  # on every batch alike, far below the spread of the batches
+            parts = [
+                [64 * (2 + (17 * b % 10) + later + random.Random(100 * b + step).gauss(0, 0.01)), 64] for b in range(12)
+            ]
+            (run / "losses" / f"step-{step:08d}.json").write_text(json.dumps(parts))
+    found = {c.id: f.verdict for c, f in judge_all(read_study(root))}["e6-overfits"]
+    assert found.verdict == verdict, found
+    assert "paired over the same batches" in found.evidence
 
 
 def test_the_opposite_of_the_paper_does_not_hold(tmp_path):

@@ -7,7 +7,7 @@ and the sentence says what is missing. What one training shows of a method is on
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -118,34 +118,49 @@ Place = tuple[float, float]
 
 
 def overfits(
-    steps: Sequence[float], validation: Sequence[float], train: Sequence[float], *, between: Place | None = None
+    steps: Sequence[float],
+    validation: Sequence[float],
+    train: Sequence[float],
+    *,
+    between: Place | None = None,
+    difference: Callable[[int, int], Interval | None] | None = None,
 ) -> Verdict:
     """Does the validation loss rise after its lowest place while the training loss goes on falling?
 
     Args:
         steps, validation, train: a curve of estimates, the mean over seeds where there are several.
         between: where the lowest place is said to be; None asks only whether it overfits.
+        difference: two places of the curve -> loss of the first minus the second on the same batches, its interval made
+            for as many comparisons as the curve has places; None where the batches were not kept. Without, the noise of
+            the curve itself is the yardstick.
     """
     n = len(validation)
     if n < FEWEST:
         return Verdict(OPEN, f"{n} validations; {FEWEST} are needed to tell a rise from noise")
     smooth = [fmean(validation[max(0, i - 1) : i + 2]) for i in range(n)]
     low = min(range(n), key=smooth.__getitem__)
-    error = noise_of(validation) * math.sqrt(2 / WINDOW)
+    margin = STRICT * noise_of(validation) * math.sqrt(2 / WINDOW)
     rise = fmean(validation[-WINDOW:]) - smooth[low]
-    interval = Interval(rise, rise - STRICT * error, rise + STRICT * error, n)
+
+    def apart(i: int) -> Interval:
+        found = difference(i, low) if difference else None
+        gap = rise if i == n - 1 else smooth[i] - smooth[low]
+        return found or Interval(gap, gap - margin, gap + margin, n)
+
+    end = apart(n - 1)
     base = steps[0] == 0  # the estimate before the training is no validation of it
-    told = f"lowest at validation {low + (not base)} of {n - base} (step {steps[low]:,.0f}), {words(interval)} above that at the end"
+    same = ", paired over the same batches" if difference and difference(n - 1, low) else ""
+    told = f"lowest at validation {low + (not base)} of {n - base} (step {steps[low]:,.0f}), {words(end)} above that at the end{same}"
     if n - 1 - low < WINDOW:
         before = fmean(validation[-2 * WINDOW : -WINDOW]) - fmean(validation[-WINDOW:])
-        if before > STRICT * error:
+        if before > margin:
             return Verdict(FAILS, f"still falling at the end, by {before:.3f} over the last {WINDOW} validations")
         return Verdict(OPEN, f"{told}: flat at the end, the training is too short to tell")
-    if interval.low <= 0:
-        return Verdict(OPEN, f"{told}: a rise within the curve's own noise")
+    if end.low <= 0:
+        return Verdict(OPEN, f"{told}: no rise that could not be chance")
     if fmean(train[-WINDOW:]) >= train[low]:
         return Verdict(FAILS, f"{told}, but the training loss rose as well: unstable, not overfitting")
-    close = [i for i in range(n) if smooth[i] <= smooth[low] + STRICT * error]
+    close = [i for i in range(n) if i == low or apart(i).low <= 0]
     return _placed(between, close[0] / (n - 1), close[-1] / (n - 1), told)
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 import yaml
 
 from tunesmith.errors import UserError
-from tunesmith.runlog import STEP_NAME
+from tunesmith.runlog import STEP_NAME, Run
 
 KEPT = 2000  # training lines of a run that a figure needs; of longer runs every n-th is kept
 OVER = ("finished", "diverged", "failed", "stopped")
@@ -61,6 +61,10 @@ class RunRecord:
             for r in self.lines.get(event, ())
             if is_number(r.get(key))
         ]
+
+    def parts(self, step: int) -> list[tuple[float, int]]:
+        """The validation loss at a step batch by batch, (summed loss, count); empty where it was not kept."""
+        return Run(self.directory).losses(step)
 
     @property
     def trouble(self) -> str:

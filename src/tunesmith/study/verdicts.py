@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -27,6 +28,7 @@ from tunesmith.study.select import (
     ranks,
     rewarded_steps,
 )
+from tunesmith.study.stats import Interval, t_interval
 
 VISIBLE = 0.05  # of what the loss falls in all: two curves closer than that are one line in a figure
 HARDLY = 0.05  # of the memory
@@ -106,12 +108,38 @@ def _overfits(experiment: str, between: tuple[float, float]) -> Callable[[Study]
             return Finding(Verdict(OPEN, "no finished training"), (), validation.missing)
         held, fitted = dict(mean_curve(validation)), dict(mean_curve(train))
         steps = [s for s in held if s in fitted]
-        verdict = claims.overfits(steps, [held[s] for s in steps], [fitted[s] for s in steps], between=between)
+        curve = [held[s] for s in steps], [fitted[s] for s in steps]
+        verdict = claims.overfits(
+            steps, *curve, between=between, difference=_on_the_same_batches(study, validation, steps)
+        )
         low = min(steps, key=held.__getitem__, default=None)
         marks = tuple(p for s in validation.seeds.values() for p in s if p.step in (low, steps[-1])) if steps else ()
         return Finding(verdict, marks, validation.missing)
 
     return judge
+
+
+def _on_the_same_batches(study: Study, line: Line, steps: Sequence[int]) -> Callable[[int, int], Interval | None]:
+    """Two places of a curve -> difference of their losses, paired over the batches of all finished seeds."""
+    whole = [{p.step: p for p in s} for seed, s in line.seeds.items() if seed not in line.partial]
+    level = 1 - 0.05 / max(1, len(steps) - 1)  # the lowest place was picked among all of them
+
+    @functools.cache
+    def parts(i: int) -> list[tuple[float, int]]:
+        points = [seed[steps[i]] for seed in whole]
+        logged = [next(r for r in study.runs[p.run].lines["eval"] if r["line"] == p.line) for p in points]
+        found = [study.runs[p.run].parts(r["step"]) for p, r in zip(points, logged, strict=True)]
+        return [x for batches in found for x in batches] if all(found) else []
+
+    def difference(i: int, j: int) -> Interval | None:
+        a, b = parts(i), parts(j)
+        if len(a) < 2 or [n for _, n in a] != [n for _, n in b]:
+            return None
+        sums, mean = [x - y for (x, _), (y, _) in zip(a, b, strict=True)], fmean(n for _, n in a)
+        ratio = fmean(sums) / mean
+        return t_interval([ratio + (s - ratio * n) / mean for s, (_, n) in zip(sums, a, strict=True)], level=level)
+
+    return difference
 
 
 def _no_convergence(study: Study) -> Finding:
