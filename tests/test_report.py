@@ -1,6 +1,7 @@
 """The report: a pure function of run directories, self-contained, and drawn by a real browser."""
 
 import json
+import platform
 import re
 import shutil
 import subprocess
@@ -8,6 +9,8 @@ import subprocess
 import pytest
 import yaml
 
+import tunesmith as ts
+from tiny_runs import tiny_config
 from tunesmith.errors import UserError
 from tunesmith.runlog import Run
 from tunesmith.study.report import render_report, write_report
@@ -119,6 +122,16 @@ def test_a_loss_that_was_not_finite_is_told_and_no_reason_to_fail(frozen_dpo_run
     page = render_report([Run(frozen_dpo_run)])
     assert "not finite" in page
     assert "0.693 → 0.493" in page
+
+
+def test_a_real_run_shows_what_it_was_made_with(tiny_directory, tmp_path):
+    run = ts.sft(tiny_config(tiny_directory, tmp_path / "run", train__steps=1, eval__every=1))
+    kept = json.loads((run.path / "environment.json").read_text())
+    assert kept.keys() == {"tunesmith", "python", "torch", "numpy", "system", "device", "threads"}
+    assert platform.node() not in kept.values()
+    page = render_report([run])
+    assert "<summary>Environment</summary>" in page
+    assert f"&quot;torch&quot;: &quot;{kept['torch']}&quot;" in page
 
 
 def test_directory_without_a_run_is_told(tmp_path):

@@ -1,4 +1,4 @@
-"""A run's directory: config.yaml, metrics.jsonl, status.json, TensorBoard events; its writer and its reader. No torch."""
+"""A run's directory: config, environment, metrics, status, TensorBoard events; its writer and its reader. No torch."""
 
 from __future__ import annotations
 
@@ -136,6 +136,10 @@ class RunLog:
     def write_config(self, config: dict[str, Any]) -> None:
         """Store the resolved configuration, from which the run can be repeated."""
         write_atomically(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+
+    def write_environment(self, environment: dict[str, Any]) -> None:
+        """Store the versions and the hardware that the run is made with; of a resumed run, the last ones."""
+        write_atomically(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
 
     def record(self, event: str, step: int, **values: Any) -> None:
         """Append one line to metrics.jsonl and its numbers to TensorBoard. A number that is not finite becomes null."""

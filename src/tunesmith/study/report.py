@@ -18,7 +18,7 @@ from tunesmith.errors import UsageError, UserError
 from tunesmith.runlog import STEP_NAME, Run, write_atomically
 from tunesmith.study.figures import Plate, loss_curve, preference_curves
 from tunesmith.study.page import render_page
-from tunesmith.study.parts import figure, notes
+from tunesmith.study.parts import details, figure, notes
 from tunesmith.study.plots import draw_all
 from tunesmith.study.read import Study, is_study, read_metrics, read_study
 from tunesmith.study.stats import wilson_interval
@@ -142,6 +142,10 @@ def _run_section(run: Run) -> str:
     parts.append(
         f"<details><summary>Configuration</summary><pre>{html.escape(yaml.safe_dump(run.config, sort_keys=False))}</pre></details>"
     )
+    if (path := run.path / "environment.json").exists():
+        parts.append(
+            details("Environment", f"<pre>{html.escape(path.read_text(encoding='utf-8', errors='replace'))}</pre>")
+        )
     return "\n".join(parts)
 
 
