@@ -144,7 +144,7 @@ def test_nothing_missing_is_silent(page):
     text = as_text(page)
     failed = "SGD-momentum, seed 1002 (e4-sgd-momentum-s2): failed at step 40: OSError: no space left on device"
     assert text.count(failed) >= 4  # figures 3 and 4, table 1, the claims
-    assert "e1b-0.01-s1: diverged at step 20" in text
+    assert "e1b-0.01-s1, e1b-0.01-s2: diverged at step 20" in text
 
 
 def test_no_request_and_no_script(page):

@@ -52,18 +52,22 @@ class Run:
         """The resolved configuration. Raises: UserError if config.yaml is damaged."""
         path = self.path / "config.yaml"
         try:
-            return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"{path} is damaged ({' '.join(str(error).split())}); the run has to be made again"
-            ) from None
+            raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); make the run again") from None
+        if not isinstance(config, dict):
+            raise UserError(f"{path} is damaged: it holds no options; make the run again")
+        return config
 
     @property
     def status(self) -> dict[str, Any]:
         """`{"state": "running|finished|stopped|diverged|failed", "step": ..., "reason": ..., "best_step": ...}`."""
         path = self.path / "status.json"
         try:
-            return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+            status = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(status, dict) or not {"state", "step"} <= status.keys():
+                raise ValueError("no state and step in it")
+            return status
         except FileNotFoundError:
             raise UserError(f"{self.path} is no run directory: it has no status.json") from None
         except ValueError as error:
@@ -74,16 +78,11 @@ class Run:
 
         A last line that was cut while being written is left out. Raises: UserError for a damaged line before it.
         """
-        found = []
-        with contextlib.suppress(FileNotFoundError), (self.path / "metrics.jsonl").open(encoding="utf-8") as file:
+        path, found = self.path / "metrics.jsonl", []
+        with contextlib.suppress(FileNotFoundError), path.open(encoding="utf-8", errors="replace") as file:
             for number, line in enumerate(file, 1):
                 if line.endswith("\n"):
-                    try:
-                        record = json.loads(line)
-                    except ValueError as error:
-                        raise UserError(
-                            f"{file.name} line {number} is damaged ({error}); delete that line, or make the run again"
-                        ) from None
+                    record = _log_line(line, f"{path} line {number}")
                     if event is None or record["event"] == event:
                         found.append(record)
         return found
@@ -116,6 +115,16 @@ class Run:
         if not found:
             raise UserError(f"{self.path} has no checkpoint yet (its state is {self.status['state']!r})")
         return found[best if best in found else max(found)]
+
+
+def _log_line(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where} is damaged ({error}); delete that line, or make the run again") from None
+    if not isinstance(record, dict) or "event" not in record:
+        raise UserError(f"{where} is no event of a run; delete that line, or make the run again")
+    return record
 
 
 class RunLog:

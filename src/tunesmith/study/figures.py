@@ -152,6 +152,30 @@ def preference_curves(run: Run) -> Plate:
         return to_plate(figure, f"{run.path.name}-preferences", "Preferences", caption)
 
 
+def reward_curve(run: Run) -> Plate:
+    """Mean reward of the answers at every estimate with its 95 % interval over the prompts, and the chosen checkpoint."""
+    events = run.metrics("reward")
+    bounded = [r for r in events if r.get("low") is not None and r.get("high") is not None]
+    with style():
+        figure, axes = new_figure(height=3.6)
+        axes.plot(*_series(events, "mean"), color=VALIDATION, marker="s", label="answers to the prompts")
+        axes.fill_between([r["step"] for r in bounded], [r["low"] for r in bounded], [r["high"] for r in bounded],
+                          color=VALIDATION, alpha=0.15, linewidth=0, label="95 % interval over the prompts")  # fmt: skip
+        choice = run.status.get("choice") or {}
+        if (best := choice.get("best_step")) is not None:
+            axes.axvline(best, color=MARK, linestyle="--", linewidth=1, label=f"chosen checkpoint (step {best:,})")
+        level = [r for r in events if r["step"] in (choice.get("not_distinguishable") or ()) and r["step"] != best]
+        if level:
+            axes.plot(*_series(level, "mean"), linestyle="", marker="o", markersize=10, markerfacecolor="none",
+                      markeredgecolor=MARK, label="not distinguishable from it")  # fmt: skip
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("reward of the answers (score)")
+        thousands(axes)
+        axes.legend()
+        scorers = " and ".join(sorted({str(r.get("scorer", "an unnamed model")) for r in events}))
+        return to_plate(figure, f"{run.path.name}-reward", "Reward", f"Mean over the prompts, scored by {scorers}.")
+
+
 def _series(records: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
     """Steps and values of one figure, where it was finite."""
     found = [(r["step"], r[name]) for r in records if r.get(name) is not None]

@@ -29,9 +29,25 @@ def details(summary: str, content: str) -> str:
     return f"<details><summary>{esc(summary)}</summary>{content}</details>"
 
 
+WHOSE = re.compile(r"(.+?\(\S+\)|[^\s:]+): (.+)", re.DOTALL)
+
+
+def gathered(lines: Iterable[str]) -> list[str]:
+    """Lines `RUN: reason` with the runs of one reason in one line.
+
+    >>> gathered(["a: not run yet", "b: failed", "c: not run yet"])
+    ['a, c: not run yet', 'b: failed']
+    """
+    by_reason: dict[str, list[str]] = {}
+    for line in dict.fromkeys(lines):
+        match = WHOSE.fullmatch(line)
+        by_reason.setdefault(match[2] if match else line, []).append(match[1] if match else "")
+    return [f"{', '.join(filter(None, who))}: {reason}" if any(who) else reason for reason, who in by_reason.items()]
+
+
 def notes(lines: Iterable[str]) -> str:
     """What is missing or doubtful, where nobody overlooks it."""
-    told = list(dict.fromkeys(lines))
+    told = gathered(lines)
     if not told:
         return ""
     if len(told) == 1:

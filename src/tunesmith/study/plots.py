@@ -19,8 +19,22 @@ from tunesmith.study.lines import (
     missing_notes,
     seeds_in_words,
 )
-from tunesmith.study.read import Experiment, Line, RunRecord, Study, is_number
-from tunesmith.study.select import FULL, OPTIMIZERS, PARTS, best_step, judged, memory_rows, present, ranks
+from tunesmith.study.read import Experiment, Line, Study, is_number
+from tunesmith.study.select import (
+    FULL,
+    OPTIMIZERS,
+    PARTS,
+    Judged,
+    alone,
+    best_step,
+    choice_of,
+    judged,
+    mean_curve,
+    memory_rows,
+    present,
+    ranks,
+    scorer_words,
+)
 from tunesmith.study.stats import wilson_interval
 
 LOSS = "loss, nats per target token"
@@ -133,10 +147,10 @@ def rewards(wanted: Callable[[Experiment], Sequence[str]] | None) -> Callable[[S
             draw_line(axes, line, number, band=_bands(study, line))
         runs = [m.run for m in e.members if m.run.lines.get("reward")]
         if len([line for line in lines if line.seeds]) == 1:
-            _mark_choice(axes, judged(study)[0].run if spec.name == "figure-2" and judged(study) else runs[0])
+            _mark_choice(axes, judged(study)[0] if spec.name == "figure-2" and judged(study) else alone(runs[0]), lines)
             count_validations(axes, next(s for line in lines for s in line.seeds.values()))
         finish(axes, "reward of the answers (score)")
-        scorers = sorted({str(r.get("scorer")) for run in runs for r in run.lines["reward"]})
+        scorers = sorted({scorer_words(study, str(r.get("scorer"))) for run in runs for r in run.lines["reward"]})
         notes = missing_notes(lines) + comparable(runs, "rewards")
         if len(scorers) > 1:
             notes.append(f"Scored by different models, so the rewards are not comparable: {', '.join(scorers)}")
@@ -156,16 +170,22 @@ def _bands(study: Study, line: Line) -> dict[int, tuple[float, float]]:
     return {r["step"]: (r["low"], r["high"]) for r in records if is_number(r.get("low")) and is_number(r.get("high"))}
 
 
-def _mark_choice(axes: Any, run: RunRecord | None) -> None:
-    """The chosen checkpoint, and those that cannot be told from it."""
-    step = best_step(run) if run else None
-    if run is None or step is None:
+def _mark_choice(axes: Any, training: Judged, lines: Sequence[Line]) -> None:
+    """The chosen checkpoint of a training, and those that cannot be told from it, on the one line there is."""
+    if training.best is None:
         return
-    axes.axvline(step, color=look.MARK, linestyle="--", linewidth=1.2, label=f"chosen checkpoint (step {step:,})")
-    level = set((run.status.get("choice") or {}).get("not_distinguishable") or ())
-    if marks := [p for p in run.series("reward", "mean") if p.step in level and p.step != step]:
-        axes.plot([p.step for p in marks], [p.value for p in marks], linestyle="", marker="o", markersize=10,
-                  markerfacecolor="none", markeredgecolor=look.MARK, label="not distinguishable from it")  # fmt: skip
+    (line,) = [line for line in lines if line.seeds]
+    several = f"by {training.run.name}, " if len(line.seeds) > 1 else ""
+    axes.axvline(
+        training.best, color=look.MARK, linestyle="--", linewidth=1.2, label=f"chosen ({several}step {training.best:,})"
+    )
+    level = {
+        s + training.best - (best_step(training.run) or 0)
+        for s in choice_of(training.run).get("not_distinguishable") or ()
+    }
+    if marks := [(step, value) for step, value in mean_curve(line) if step in level and step != training.best]:
+        axes.plot(*zip(*marks, strict=True), linestyle="", marker="o", markersize=10, markerfacecolor="none",
+                  markeredgecolor=look.MARK, label="not distinguishable from it")  # fmt: skip
 
 
 # ---- DPO, memory -----------------------------------------------------------------------------------------------------
@@ -278,7 +298,7 @@ FIGURES = (
     Spec("figure-7", "e5", "Reward by LoRA rank", rewards(_ranks_and_full)),
     Spec("figure-8", "e6", "Loss of the helpful-only run", both_losses),
     Spec("figure-9", "e6", "Reward of the helpful-only run", rewards(_all)),
-    Spec("figure-learning-rates", "e1b", "Learning rates 1e-2 and 1e-3", learning_rates),
+    Spec("figure-learning-rates", "e1b", "Learning rates that are too high", learning_rates),
     Spec("figure-batches", "e7", "Batch 1, batch 4, and batch 4 by accumulation", by_label("validation_loss", _all)),
     Spec("figure-dpo", "e8", "DPO: loss, accuracy, margin and drift", preferences),
     Spec("figure-memory", "e4", "Memory by part, predicted and measured", memory),

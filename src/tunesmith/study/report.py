@@ -6,8 +6,8 @@ Beside the page: figures/ (each as SVG and PNG) and tables/ (each as CSV and LaT
 from __future__ import annotations
 
 import html
-import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,18 @@ from typing import Any
 import yaml
 
 from tunesmith.errors import UsageError, UserError
-from tunesmith.runlog import STEP_NAME, Run, write_atomically
-from tunesmith.study.figures import Plate, loss_curve, preference_curves
+from tunesmith.runlog import Run, write_atomically
+from tunesmith.study.figures import Plate, loss_curve, preference_curves, reward_curve
 from tunesmith.study.page import render_page
 from tunesmith.study.parts import details, figure, notes
 from tunesmith.study.plots import draw_all
-from tunesmith.study.read import Study, is_study, read_metrics, read_study
+from tunesmith.study.read import Study, is_study, read_answers, read_metrics, read_study
 from tunesmith.study.stats import wilson_interval
 from tunesmith.study.study_page import render_study
 from tunesmith.study.tables import Cell, Table, as_csv, as_latex, make_tables
 from tunesmith.study.verdicts import judge_all
+
+SHOWN_STEPS = 4  # of the answers of one run beside each other
 
 
 def write_report(directories: Sequence[str], out: str | None = None) -> Path:
@@ -41,7 +43,9 @@ def write_report(directories: Sequence[str], out: str | None = None) -> Path:
         path = Path(out) if out else study.path / "report" / "index.html"
     else:
         runs = [Run(d) for d in directories]
-        text, plates, tables = render_report(runs), figures_of(runs), tables_of(runs)
+        drawn = [_figures(run) for run in runs]
+        text, tables = render_report(runs, drawn), tables_of(runs)
+        plates = [plate for several in drawn for plate in several]
         path = Path(out) if out else runs[0].path / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_files(path.parent, plates, tables)
@@ -53,12 +57,20 @@ def write_files(folder: Path, plates: Iterable[Plate], tables: Iterable[Table]) 
     """figures/NAME.svg and .png, tables/NAME.csv and .tex under `folder`."""
     for name in ("figures", "tables"):
         (folder / name).mkdir(exist_ok=True)
+    taken: Counter[str] = Counter()
+
+    def free(name: str) -> str:  # runs of one name in different places
+        taken[name] += 1
+        return name if taken[name] == 1 else f"{name}-{taken[name]}"
+
     for plate in plates:
-        write_atomically(folder / "figures" / f"{plate.name}.svg", plate.svg)
-        (folder / "figures" / f"{plate.name}.png").write_bytes(plate.png)
+        name = free(plate.name)
+        write_atomically(folder / "figures" / f"{name}.svg", plate.svg)
+        (folder / "figures" / f"{name}.png").write_bytes(plate.png)
     for table in tables:
-        write_atomically(folder / "tables" / f"{table.name}.csv", as_csv(table))
-        write_atomically(folder / "tables" / f"{table.name}.tex", as_latex(table))
+        name = free(table.name)
+        write_atomically(folder / "tables" / f"{name}.csv", as_csv(table))
+        write_atomically(folder / "tables" / f"{name}.tex", as_latex(table))
 
 
 def render_study_report(study: Study) -> tuple[str, list[Plate], list[Table]]:
@@ -72,22 +84,21 @@ def render_study_report(study: Study) -> tuple[str, list[Plate], list[Table]]:
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
-def render_report(runs: Sequence[Run]) -> str:
-    """The page of runs as text; the same run directories give the same bytes."""
-    body = "".join(_run_section(run) for run in runs)
+def render_report(runs: Sequence[Run], drawn: Sequence[Sequence[Plate]] | None = None) -> str:
+    """The page of runs as text; the same run directories give the same bytes. drawn: the figures of each, if at hand."""
+    drawn = [_figures(run) for run in runs] if drawn is None else drawn
+    body = "".join(_run_section(run, plates) for run, plates in zip(runs, drawn, strict=True))
     title = f"tunesmith: {', '.join(run.path.name for run in runs)}"
     return render_page(title, f"{_overview(runs) if len(runs) > 1 else ''}{body}")
-
-
-def figures_of(runs: Sequence[Run]) -> list[Plate]:
-    """Every figure of the page."""
-    return [plate for run in runs for plate in _figures(run)]
 
 
 def _figures(run: Run) -> list[Plate]:
     if not run.metrics("eval"):
         return []
-    return [loss_curve(run), *([preference_curves(run)] if kind_of(run) in ("dpo", "reward") else [])]
+    curves = [loss_curve(run)]
+    if kind_of(run) in ("dpo", "reward"):
+        curves.append(preference_curves(run))
+    return [*curves, reward_curve(run)] if run.metrics("reward") else curves
 
 
 def tables_of(runs: Sequence[Run]) -> list[Table]:
@@ -126,7 +137,7 @@ TITLES = {
 }
 
 
-def _run_section(run: Run) -> str:
+def _run_section(run: Run, plates: Sequence[Plate]) -> str:
     status, estimates, train = run.status, run.metrics("eval"), run.metrics("train")
     if not estimates and not train:
         raise UserError(f"{run.path} has no metrics yet (its state is {status['state']!r}); nothing to report")
@@ -136,7 +147,7 @@ def _run_section(run: Run) -> str:
         parts.append(f"<p>{html.escape(status['reason'])}</p>")
     parts.append(notes(read_metrics(run.path / "metrics.jsonl", run.path.name)[3]))
     if estimates:
-        parts += [figure(plate, files=False) for plate in _figures(run)]
+        parts += [figure(plate, files=False) for plate in plates]
         parts.append(_estimates_table(estimates, status.get("best_step")))
     parts.append(_answers(run))
     parts.append(
@@ -231,19 +242,14 @@ def _figure(value: float | None) -> str:
     return "not finite" if value is None else f"{value:,.4f}"
 
 
-def read_answers(run: Run) -> dict[int, list[dict[str, Any]]]:
-    """Step -> the records of `answers/step-XXXXXXXX.jsonl`, in order of the steps."""
-    found = {}
-    for path in sorted((run.path / "answers").glob("step-*.jsonl")):
-        if match := STEP_NAME.fullmatch(path.stem):
-            found[int(match[1])] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return found
-
-
 def _answers(run: Run) -> str:
-    by_step = read_answers(run)
-    if not by_step:
-        return ""
+    """Answers step by step; of many steps the base's, the chosen one's and the last."""
+    every, damage = read_answers(run.path / "answers")
+    every = {step: records for step, records in every.items() if records}
+    if not every:
+        return notes(damage)
+    wanted = {min(every), run.status.get("best_step"), max(every)} if len(every) > SHOWN_STEPS else every.keys()
+    by_step = {step: records for step, records in every.items() if step in wanted}
     steps = list(by_step)
     head = "".join(f"<th>{'step 0, the base' if s == 0 else f'step {s:,}'}</th>" for s in steps)
     rows = []
@@ -254,8 +260,9 @@ def _answers(run: Run) -> str:
     stopped = " · ".join(
         f"step {s:,}: {sum(r['finish_reason'] == 'stop' for r in rs)} of {len(rs)}" for s, rs in by_step.items()
     )
-    note = f'<p class="dim">Answers that ended by themselves: {stopped}.</p>'
-    return f"<h3>Answers</h3>{note}<table><tr><th>prompt</th>{head}</tr>{''.join(rows)}</table>"
+    note = f'<p class="dim">Answers that ended by themselves: {stopped}.</p>{notes(damage)}'
+    table = f"<table><tr><th>prompt</th>{head}</tr>{''.join(rows)}</table>"
+    return f'<h3>Answers</h3>{note}<div class="wide">{table}</div>'
 
 
 def _cut(record: dict[str, Any]) -> str:

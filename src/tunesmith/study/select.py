@@ -78,13 +78,20 @@ def rewarded_steps(run: RunRecord) -> dict[int, dict[str, float]]:
     return {step: found for step in run.answers if (found := prompt_rewards(run, step))}
 
 
+def choice_of(run: RunRecord) -> Json:
+    """What a run says of its choice of a checkpoint; empty where it says nothing."""
+    choice = run.status.get("choice")
+    return choice if isinstance(choice, dict) else {}
+
+
 def best_step(run: RunRecord) -> int | None:
     """The checkpoint that was chosen: by the run itself, else by the reward, else by the validation loss."""
-    choice = run.status.get("choice") or {}
-    if choice.get("best_step") is not None:
-        return int(choice["best_step"])
+    chosen = choice_of(run).get("best_step")
+    if is_number(chosen):
+        return int(chosen)
     scored = {p.step: p.value for p in run.series("reward", "mean")}
-    return max(scored, key=scored.__getitem__) if scored else run.status.get("best_step")
+    best = max(scored, key=scored.__getitem__) if scored else run.status.get("best_step")
+    return best if isinstance(best, int) else None
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,11 @@ def judged(study: Study) -> list[Judged]:
     return []
 
 
+def alone(run: RunRecord) -> Judged:
+    """A training that is one run."""
+    return _judged([run])
+
+
 def _judged(halves: Sequence[RunRecord]) -> Judged:
     shifts = [0, *(shift_of(halves[0], second) for second in halves[1:])]
     at = {
@@ -146,6 +158,12 @@ def mean_curve(line: Line) -> list[tuple[int, float]]:
         return []
     by_seed = [{p.step: p.value for p in series} for series in whole]
     return [(step, fmean(s[step] for s in by_seed)) for step in sorted(set.intersection(*(set(s) for s in by_seed)))]
+
+
+def scorer_words(study: Study, name: str) -> str:
+    """A scorer in words; one that the study trained itself by its run and not by where it lies."""
+    run = name.rstrip("/").rpartition("/")[2].partition("@")[0]
+    return f"this study's {run}" if run in study.runs else name
 
 
 def dpo_runs(study: Study) -> dict[int, RunRecord]:

@@ -9,7 +9,7 @@ import yaml
 
 from tunesmith.study.claims import FAILS, HOLDS, OPEN
 from tunesmith.study.page import document
-from tunesmith.study.parts import Links, anchor, details, esc, figure, notes, table
+from tunesmith.study.parts import Links, anchor, details, esc, figure, gathered, notes, table
 from tunesmith.study.plots import Drawn, Missing
 from tunesmith.study.read import Json, RunRecord, Study
 from tunesmith.study.select import FULL, best_step, dpo_runs, judged, ranks
@@ -123,9 +123,7 @@ def _verb(count: int, one: str, many: str) -> str:
 def _claim(claim: Claim, finding: Finding, links: Links) -> str:
     name, mark = BADGES[finding.verdict.verdict]
     sources = links.sources(finding.sources) if finding.sources else ""
-    left = (
-        f'<p class="dim">Left out: {esc("; ".join(dict.fromkeys(finding.left_out)))}.</p>' if finding.left_out else ""
-    )
+    left = f'<p class="dim">Left out: {esc("; ".join(gathered(finding.left_out)))}.</p>' if finding.left_out else ""
     return (
         f'<li id="claim-{claim.id}"><span class="badge {name}"><i>{mark}</i> {finding.verdict.verdict}</span>'
         f'<span class="words">{esc(claim.words)} <a class="dim" href="#{claim.experiment}">{named(claim.experiment)}</a></span>'

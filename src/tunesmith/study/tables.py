@@ -16,6 +16,7 @@ from tunesmith.study.select import (
     OPTIMIZERS,
     PARTS,
     SPLIT,
+    choice_of,
     dpo_runs,
     finals,
     judged,
@@ -267,8 +268,8 @@ def choices(study: Study) -> Table | None:
     """Which checkpoint each run chose, by what, and which cannot be told from it."""
     rows = []
     for run in study.runs.values():
-        choice = run.status.get("choice")
-        if not isinstance(choice, dict) or choice.get("best_step") is None:
+        choice = choice_of(run)
+        if not is_number(choice.get("best_step")):
             continue
         level = [f"{s:,}" for s in choice.get("not_distinguishable") or [] if s != choice["best_step"]]
         since = choice.get("overfitting_since")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -27,6 +28,7 @@ from tunesmith.study.select import (
     prompt_rewards,
     ranks,
     rewarded_steps,
+    scorer_words,
 )
 from tunesmith.study.stats import Interval, t_interval
 
@@ -185,7 +187,8 @@ def _mean_negative(study: Study) -> Finding:
     if not all(is_number(chosen.get(k)) for k in ("mean", "low", "high")):
         return Finding(Verdict(OPEN, "no reward with its interval at the chosen checkpoint"))
     scorer, marks = chosen.get("scorer", "an unnamed model"), one.marks(one.best)
-    told = f"mean {chosen['mean']:.3f} [{chosen['low']:.3f}, {chosen['high']:.3f}] at step {one.best:,}, scored by {scorer}"
+    interval = f"{chosen['mean']:.3f} [{chosen['low']:.3f}, {chosen['high']:.3f}]"
+    told = f"mean {interval} at step {one.best:,}, scored by {scorer_words(study, scorer)}"
     if scorer != PAPER_SCORER:
         return Finding(Verdict(OPEN, f"{told}: another scorer has another zero"), marks)
     return Finding(Verdict(HOLDS if chosen["high"] < 0 else FAILS if chosen["low"] > 0 else OPEN, told), marks)
@@ -348,7 +351,7 @@ def _dpo_improves(study: Study) -> Finding:
 def _dpo_fits(study: Study) -> Finding:
     runs = list(dpo_runs(study).values())
     for run in runs:
-        if run.state == "failed" and "memory" in run.reason.lower():
+        if run.state == "failed" and re.search(r"out of memory(?!\?)", run.reason.lower()):  # "?": only a guess
             return Finding(Verdict(FAILS, f"{run.name} failed: {run.reason}"))
     found = [r.peak for r in runs if r.state == "finished" and r.peak]
     if not found:
@@ -364,7 +367,7 @@ def _dpo_fits(study: Study) -> Finding:
 
 CLAIMS = (
     Claim("e1-overfits", "e1", "Full fine-tuning overfits after validation 30 of 40", "figure 1", _overfits("e1", near(30 / 40))),
-    Claim("e1b-rates", "e1b", "Learning rates 1e-2 and 1e-3 do not converge", "no convergence within the first steps", _no_convergence),
+    Claim("e1b-rates", "e1b", "Too high learning rates do not converge", "1e-2 and 1e-3: none within the first steps", _no_convergence),
     Claim("e2-falls", "e2", "The reward falls after validation 20 of 40", "figure 2; checkpoint 20 chosen", _reward_falls),
     Claim("e2-negative", "e2", "The mean reward is negative", "best prompt 2.29, worst -3.56", _mean_negative),
     Claim("e3-answers", "e2", "The tuned model answers where the base rambles", "shown by examples", _tuned_answers),
