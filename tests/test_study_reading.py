@@ -9,7 +9,7 @@ from frozen_study import Writer, learning, write_adapter, write_study
 from tunesmith.errors import UserError
 from tunesmith.study.lines import comparable
 from tunesmith.study.read import KEPT, Point, is_study, read_metrics, read_study, trained_parameters
-from tunesmith.study.select import finals, judged
+from tunesmith.study.select import finals, judged, predicted_gb
 from tunesmith.study.verdicts import judge_all
 
 
@@ -172,6 +172,13 @@ def test_different_data_in_one_figure_are_told(tmp_path):
     assert len(notes) == 2
     assert "data.name is sample: a, b; hh-static: c" in notes[0]
     assert "eval.iters is 8: a, b; 9: c" in notes[1]
+
+
+def test_predicted_memory_is_read_in_gb_and_as_the_runner_counts_it():
+    gb = {"parameters": 1.5, "gradients": 0.5, "optimizer_state": 3.0, "activations": 2.0, "logits": 0.25}
+    counted = {("optimizer" if k == "optimizer_state" else k): int(v * 1e9) for k, v in gb.items()}
+    assert predicted_gb(gb) == predicted_gb(counted) == gb
+    assert predicted_gb(None) == predicted_gb([]) == {}
 
 
 def test_answers_of_both_halves_are_one_training(tmp_path):

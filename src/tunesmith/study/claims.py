@@ -31,18 +31,18 @@ class Verdict:
 def words(interval: Interval, digits: int = 3, unit: str = "") -> str:
     """`0.012 [-0.003, 0.027] GB`; without an interval only the mean."""
     unit = f" {unit}" if unit else ""
-    mean = f"{interval.mean:.{digits}f}"
-    if math.isnan(interval.low):
-        return f"{mean}{unit}"
-    return f"{mean} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]{unit}"
+    mean, low, high = (
+        f"{round(x, digits) + 0.0:.{digits}f}" for x in (interval.mean, interval.low, interval.high)
+    )  # + 0.0: no -0
+    return f"{mean}{unit}" if math.isnan(interval.low) else f"{mean} [{low}, {high}]{unit}"
 
 
-def over_seeds(values: Sequence[float], resolution: float = 0.0) -> Interval:
+def over_seeds(values: Sequence[float], resolution: float = 0.0, level: float = 0.95) -> Interval:
     """Mean of a figure over seeds, its t interval widened by what the meter cannot resolve.
 
     With a resolution, one value has an interval too (value +- resolution): what is measured is then no sample.
     """
-    interval = t_interval(values)
+    interval = t_interval(values, level=level)
     if not resolution:
         return interval
     low, high = (interval.mean, interval.mean) if interval.n == 1 else (interval.low, interval.high)
@@ -54,8 +54,8 @@ def all_greater(
 ) -> Verdict:
     """Is every difference above zero? differences: name -> one value a seed.
 
-    Holds: every interval lies above 0. Does not hold: one lies below. (All of them must pass, so no correction for their
-    number is needed; a tie leaves some interval around 0.)
+    Holds: every interval lies above 0; all must, so that no correction for their number is needed. Does not hold: one
+    lies below; any of k may, so these are intervals at the level 1 - 0.05 / k (Bonferroni).
     """
     if not differences or not all(differences.values()):
         empty = ", ".join(name for name, values in differences.items() if not values)
@@ -64,11 +64,11 @@ def all_greater(
     told = "; ".join(f"{name} {words(x, digits, unit)}" for name, x in found.items()) + _seeds(found.values())
     if few := _too_few(found.values()):
         return Verdict(OPEN, told + few)
-    if any(x.high < 0 for x in found.values()):
+    if any(over_seeds(values, resolution, 1 - 0.05 / len(found)).high < 0 for values in differences.values()):
         return Verdict(FAILS, told)
     if all(x.low > 0 for x in found.values()):
         return Verdict(HOLDS, told)
-    return Verdict(OPEN, told + "; an interval includes 0")
+    return Verdict(OPEN, told + "; not all of one sign beyond doubt")
 
 
 def alike(

@@ -27,7 +27,7 @@ def draw_line(
     name = line.label if label is None else label
     for series in early:
         axes.plot([p.step for p in series], [p.value for p in series], color=colour, linestyle=dash, linewidth=1, alpha=0.8,
-                  label=None if whole else f"{name} (ended early)")  # fmt: skip
+                  label=None if whole else f"{name} (not finished)")  # fmt: skip
         axes.plot(series[-1].step, series[-1].value, marker="x", color=colour, markersize=8, markeredgewidth=2)
         name = name if whole else "_again"
     if not whole:
@@ -118,7 +118,7 @@ def missing_notes(lines: Sequence[Line]) -> list[str]:
 
 def seeds_in_words(lines: Sequence[Line]) -> str:
     """How many seeds stand behind a line, for the caption."""
-    counts = [len(line.seeds.keys() - line.partial) for line in lines if line.seeds]
+    counts = [n for line in lines if (n := len(line.seeds.keys() - line.partial))]
     n = max(counts, default=0)
     few = "" if len(set(counts)) < 2 else f" (of {min(counts)} where runs are missing)"
     bands = {2: " Band: the two seeds."}.get(n, " Band: 95 % interval over seeds; where two are left, those two.")

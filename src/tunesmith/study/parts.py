@@ -117,6 +117,8 @@ def figure(plate: Plate, number: str = "", files: bool = True) -> str:
 
 def table(content: Table, links: Links, number: str = "") -> str:
     """A table with its caption, its files and what is missing from it."""
+    if not content.rows:
+        return notes([f"{number}{content.title}: nothing to show yet."]) + notes(content.notes)
     numeric = [
         figure or all(re.fullmatch(r"[-\d.,e+ ]*", row[i].shown) for row in content.rows)
         for i, (_, figure) in enumerate(content.head)
@@ -128,8 +130,9 @@ def table(content: Table, links: Links, number: str = "") -> str:
         for row in content.rows
     )
     files = f'<span class="files"><a href="tables/{content.name}.csv">CSV</a> · <a href="tables/{content.name}.tex">LaTeX</a></span>'
-    return (
+    text = (
         f'<div class="wide" id="{content.name}"><table>'
         f"<caption><b>{esc(number)}{esc(content.title)}.</b> {esc(content.caption)} {files}</caption>"
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{notes(content.notes)}"
     )
+    return details(content.title, text) if content.folded else text

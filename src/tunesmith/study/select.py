@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 from tunesmith.study.read import CONTINUED, FIRST, Experiment, Json, Line, Point, RunRecord, Study, is_number, shift_of
 
@@ -173,6 +174,15 @@ def dpo_runs(study: Study) -> dict[int, RunRecord]:
     return e.runs(labels[0]) if labels else {}
 
 
+def predicted_gb(memory: Any) -> dict[str, float]:
+    """Predicted GB by part from a run's plan: GB already, or the runner's own count, in bytes and with `optimizer` for its state."""
+    if not isinstance(memory, dict):
+        return {}
+    if "optimizer" in memory:
+        memory = {"optimizer_state" if k == "optimizer" else k: v / 1e9 for k, v in memory.items() if is_number(v)}
+    return {k: float(memory[k]) for k in PARTS if is_number(memory.get(k))}
+
+
 def memory_rows(study: Study) -> list[tuple[str, dict[str, float], list[Point]]]:
     """(label, predicted GB by part, measured peaks) of the optimizers of E4, the ranks of E5 and the DPO of E8."""
     found = []
@@ -185,7 +195,6 @@ def memory_rows(study: Study) -> list[tuple[str, dict[str, float], list[Point]]]
         found.append(("DPO", runs))
     rows = []
     for label, runs in found:
-        planned: Json = next((r.plan["memory"] for r in runs if isinstance(r.plan.get("memory"), dict)), {})
-        parts = {k: float(planned[k]) for k in PARTS if is_number(planned.get(k))}
+        parts = next((gb for r in runs if (gb := predicted_gb(r.plan.get("memory")))), {})
         rows.append((label, parts, [r.peak for r in runs if r.peak and r.state == "finished"]))
     return [row for row in rows if row[1] or row[2]]

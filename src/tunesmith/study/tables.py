@@ -56,7 +56,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """head: (heading, whether its column holds figures with intervals). `notes`: what is missing."""
+    """head: (heading, whether its column holds figures with intervals). notes: what is missing. folded: long, to be opened."""
 
     name: str
     experiment: str
@@ -65,6 +65,7 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
     caption: str = ""
     notes: tuple[str, ...] = ()
+    folded: bool = False
 
 
 def of_seeds(points: Sequence[Point], digits: int = 3) -> Cell:
@@ -278,7 +279,11 @@ def choices(study: Study) -> Table | None:
             Cell("; ".join(level) or "none"), Cell("no" if since is None else f"since step {since:,}"),
         ))  # fmt: skip
     head = tuple((h, False) for h in ("run", "chosen step", "by", "steps not distinguishable from it", "overfitting"))
-    return Table("table-choices", "e2", "The checkpoint that each run chose", head, tuple(rows)) if rows else None
+    return (
+        Table("table-choices", "e2", "The checkpoint that each run chose", head, tuple(rows), folded=len(rows) > 6)
+        if rows
+        else None
+    )
 
 
 def memory_parts(study: Study) -> Table | None:
@@ -292,16 +297,10 @@ def memory_parts(study: Study) -> Table | None:
         cell = of_seeds(measured, 3)
         error = 100 * (total / cell.value.mean - 1) if total and cell.value and cell.value.mean else None
         rows.append((Cell(label), *(plain(parts.get(p), 3) for p in PARTS), plain(total, 3), cell, plain(error, 1)))
+    caption = "Error: predicted over measured, minus 1; on a CPU, Python and its libraries are measured too."
     head = (("", False), *((p.replace("_", " "), False) for p in PARTS), ("predicted, GB", False), ("measured, GB", True),
             ("error, %", False))  # fmt: skip
-    return Table(
-        "table-memory",
-        "e4",
-        "Memory by part, in GB of 10⁹ bytes",
-        head,
-        tuple(rows),
-        "Error: predicted over measured, minus 1.",
-    )
+    return Table("table-memory", "e4", "Memory by part, in GB of 10⁹ bytes", head, tuple(rows), caption)
 
 
 def overview(study: Study) -> Table:
