@@ -171,7 +171,33 @@ def test_different_data_in_one_figure_are_told(tmp_path):
     notes = comparable(runs)
     assert len(notes) == 2
     assert "data.name is sample: a, b; hh-static: c" in notes[0]
-    assert "eval.iters is 8: a, b; 9: c" in notes[1]
+    assert "the number of rows of an estimate is 8: a, b; 9: c" in notes[1]
+
+
+def test_runs_that_start_from_one_run_each_of_another_seed_are_comparable(tmp_path):
+    w = Writer(tmp_path, seeds=1, steps=10)
+    for seed, start in ((1, "e1"), (2, "e1"), (3, "e5-r8")):
+        w.run(f"dpo-s{seed}", {"model.name": f"/x/runs/{start}-s{seed}"}, learning(10), needs=(f"{start}-s{seed}",))
+    runs = list(read_study(w.finish()).runs.values())
+    assert comparable(runs[:2]) == []
+    assert "model.name is e1: dpo-s1, dpo-s2; e5-r8: dpo-s3" in comparable(runs)[0]
+
+
+def test_batches_are_compared_on_the_same_rows(tmp_path):
+    w = Writer(tmp_path, seeds=2, steps=20)
+    for seed in (1, 2):
+        for label, size, shift in (("batch 1", 1, 0.0), ("batch 4", 4, 1.0), ("batch 4 = 4 x 1", 1, 0.0)):
+            lines = learning(
+                20, start=4 + shift, seed=seed
+            )  # other rows: another level, of which the batch is innocent
+            w.run(f"e7-{label[-5:].replace(' ', '')}-{seed}", {"train.batch_size": size}, lines)
+            w.show("e7", "E7", f"e7-{label[-5:].replace(' ', '')}-{seed}", label, seed)
+    study = read_study(w.finish())
+    verdict = {c.id: f.verdict for c, f in judge_all(study)}["e7-batch"]
+    assert verdict.verdict == "holds", verdict
+    assert "batch 1 minus batch 4 = 4 x 1" in verdict.evidence
+    assert "the number of rows of an estimate is 1" not in comparable(list(study.runs.values()))[0]
+    assert "the number of rows of an estimate is 8" in comparable(list(study.runs.values()))[0]
 
 
 def test_predicted_memory_is_read_in_gb_and_as_the_runner_counts_it():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -89,9 +90,10 @@ def comparable(runs: Sequence[RunRecord], what: str = "losses") -> list[str]:
     groups: dict[str, list[str]] = {}
     runs = [run for run in runs if run.config]
     for run in runs:
-        data, model, e = (run.config.get(k) or {} for k in ("data", "model", "eval"))
+        data, e, t = (run.config.get(k) or {} for k in ("data", "eval", "train"))
+        rows = e["iters"] * t.get("batch_size", 1) if isinstance(e.get("iters"), int) else None
         facts = {f"data.{k}": v for k, v in data.items() if k not in ("seed", "root", "rm_static")} | {
-            "model.name": model.get("name"), "eval.iters": e.get("iters"),
+            "model.name": start_of(run), "the number of rows of an estimate": rows,
         }  # fmt: skip
         for key, value in facts.items():
             groups.setdefault(key, []).append(str(value))
@@ -104,6 +106,13 @@ def comparable(runs: Sequence[RunRecord], what: str = "losses") -> list[str]:
             )
             notes.append(f"Not the same data or model in all runs, so their {what} are not comparable: {key} is {told}")
     return notes
+
+
+def start_of(run: RunRecord) -> str:
+    """The model that a run starts from; of another run of the study, its name without the seed."""
+    name = str((run.config.get("model") or {}).get("name"))
+    last, _, step = name.rstrip("/").rpartition("/")[2].partition("@")
+    return re.sub(r"-s\d+$", "", last) + step if last in (run.plan.get("needs") or ()) else name
 
 
 def members_of(e: Experiment, labels: Sequence[str]) -> list[RunRecord]:
