@@ -42,9 +42,9 @@ def test_greater_than_all_others(differences, verdict):
 
 def test_greater_says_the_numbers_and_what_is_missing():
     assert all_greater({"SGD minus Adam": [0.5]}, unit="nats").evidence == (
-        "SGD minus Adam 0.500 nats (1 seed); one seed tells nothing of the next, the claim needs 2"
+        "SGD minus Adam: 0.500 nats (1 seed); one seed tells nothing of the next, the claim needs 2"
     )
-    assert all_greater({"x": [1.0, 1.2, 1.1]}).evidence == "x 1.100 [0.852, 1.348] (3 seeds)"  # 4.303 * 0.1 / sqrt 3
+    assert all_greater({"x": [1.0, 1.2, 1.1]}).evidence == "x: 1.100 [0.852, 1.348] (3 seeds)"  # 4.303 * 0.1 / sqrt 3
 
 
 def test_what_is_measured_needs_one_run_but_not_less_than_the_meter_resolves():

@@ -196,7 +196,6 @@ def test_batches_are_compared_on_the_same_rows(tmp_path):
     verdict = {c.id: f.verdict for c, f in judge_all(study)}["e7-batch"]
     assert verdict.verdict == "holds", verdict
     assert "batch 1 minus batch 4 = 4 x 1" in verdict.evidence
-    assert "the number of rows of an estimate is 1" not in comparable(list(study.runs.values()))[0]
     assert "the number of rows of an estimate is 8" in comparable(list(study.runs.values()))[0]
 
 

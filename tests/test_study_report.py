@@ -155,6 +155,18 @@ def test_no_request_and_no_script(page):
     )
 
 
+def test_commands_of_the_page_on_reports_run_as_written(whole, tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parents[1] / "docs" / "report.md").read_text()
+    commands = re.findall(r"^tunesmith (.+)$", text, re.M)
+    assert len(commands) == 2
+    shutil.copytree(whole, tmp_path / "studies/paper-smoke")
+    shutil.copytree(whole / "runs/e1-s1", tmp_path / "runs/sft")
+    shutil.copytree(whole / "runs/e8-s1", tmp_path / "runs/dpo")
+    monkeypatch.chdir(tmp_path)
+    assert [main(command.split()) for command in commands] == [0, 0]
+    assert capsys.readouterr().out.split() == ["studies/paper-smoke/report/index.html", "both.html"]
+
+
 # ---- parts of studies, damage ----------------------------------------------------------------------------------------
 
 

@@ -61,7 +61,7 @@ def all_greater(
         empty = ", ".join(name for name, values in differences.items() if not values)
         return Verdict(OPEN, f"no value to compare{': ' + empty if empty else ''}")
     found = {name: over_seeds(values, resolution) for name, values in differences.items()}
-    told = "; ".join(f"{name} {words(x, digits, unit)}" for name, x in found.items()) + _seeds(found.values())
+    told = "; ".join(f"{name}: {words(x, digits, unit)}" for name, x in found.items()) + _seeds(found.values())
     if few := _too_few(found.values()):
         return Verdict(OPEN, told + few)
     if any(over_seeds(values, resolution, 1 - 0.05 / len(found)).high < 0 for values in differences.values()):
@@ -83,7 +83,7 @@ def alike(
     if not differences or not all(differences.values()):
         return Verdict(OPEN, "no value to compare")
     found = {name: over_seeds(values, resolution) for name, values in differences.items()}
-    told = "; ".join(f"{name} {words(x, digits, unit)}" for name, x in found.items()) + _seeds(found.values())
+    told = "; ".join(f"{name}: {words(x, digits, unit)}" for name, x in found.items()) + _seeds(found.values())
     told += f"; alike means within ±{margin:.{digits}f}{' ' + unit if unit else ''}"
     if few := _too_few(found.values()):
         return Verdict(OPEN, told + few)
