@@ -90,6 +90,11 @@ def thousands(axes: Any, which: str = "x") -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
+def legend_above(axes: Any, columns: int) -> None:
+    """A legend outside, for axes that are full everywhere."""
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=columns, columnspacing=1.4)
+
+
 # ---- single runs -----------------------------------------------------------------------------------------------------
 
 
@@ -114,10 +119,9 @@ def loss_curve(run: Run) -> Plate:
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("loss, nats per target token" if by_token else "loss, nats a pair")
         thousands(axes)
-        axes.legend()
+        legend_above(axes, 4)
         caption = (
-            "Loss over the training. Estimates are means over always the same rows, "
-            f"every {'token' if by_token else 'pair'} weighing the same."
+            f"Estimates are means over always the same rows, every {'token' if by_token else 'pair'} weighing the same."
         )
         return to_plate(figure, f"{run.path.name}-loss", "Loss", caption)
 
@@ -171,7 +175,7 @@ def reward_curve(run: Run) -> Plate:
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("reward of the answers (score)")
         thousands(axes)
-        axes.legend()
+        legend_above(axes, 2)
         scorers = " and ".join(sorted({str(r.get("scorer", "an unnamed model")) for r in events}))
         return to_plate(figure, f"{run.path.name}-reward", "Reward", f"Mean over the prompts, scored by {scorers}.")
 

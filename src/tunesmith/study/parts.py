@@ -131,7 +131,7 @@ def table(content: Table, links: Links, number: str = "") -> str:
     )
     files = f'<span class="files"><a href="tables/{content.name}.csv">CSV</a> · <a href="tables/{content.name}.tex">LaTeX</a></span>'
     text = (
-        f'<div class="wide" id="{content.name}"><table>'
+        f'<div class="wide" id="{content.name}"><table class="data">'
         f"<caption><b>{esc(number)}{esc(content.title)}.</b> {esc(content.caption)} {files}</caption>"
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{notes(content.notes)}"
     )
