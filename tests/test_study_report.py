@@ -14,6 +14,7 @@ import pytest
 from frozen_study import Writer, learning, scored, write_study
 from tunesmith.__main__ import main
 from tunesmith.errors import UsageError, UserError
+from tunesmith.study.figures import COLOURS
 from tunesmith.study.read import read_study
 from tunesmith.study.report import render_study_report, write_report
 
@@ -96,6 +97,34 @@ def test_every_figure_and_table_is_a_file_too(whole, page):
         assert all(word in latex for word in (r"\toprule", r"\midrule", r"\bottomrule", r"\end{tabular}"))
     for link in re.findall(r'href="((?!#)[^"]+)"', page):
         assert (whole / "report" / link).is_file()
+
+
+NATS, SCORE = "loss, nats per target token", "reward of the answers (score)"
+SHOWN = {
+    "figure-1": (NATS, "optimizer step", "validation", "training rows", "validation rows"),
+    "figure-2": (SCORE, "fine-tuning", "chosen (by e1-on-s1, step 40)", "not distinguishable from it"),
+    "figure-3": (NATS, "AdamW", "Adam", "SGD-Nesterov", "SGD-momentum", "SGD"),
+    "figure-6": (NATS, "rank 1", "rank 2", "rank 8", "rank 16", "full"),
+    "figure-7": (SCORE, "rank 1", "rank 16", "full"),
+    "figure-9": (SCORE, "helpful only", "validation"),
+    "figure-learning-rates": (NATS, "lr 0.01 (not finished)", "lr 0.001"),
+    "figure-batches": ("batch 1", "batch 4", "batch 4 = 4 x 1"),
+    "figure-dpo": ("loss, nats a pair", "share with the chosen ahead", "chance", "reward margin", "drift, nats an answer"),
+    "figure-memory": ("memory, GB of 10⁹ bytes", "optimizer state", "measured peak", "SGD", "LoRA rank 16", "all weights (E5)", "DPO"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_figures_name_their_axes_with_units_and_every_line(whole, name):
+    words = re.findall(r"<text[^>]*>(.*?)</text>", (whole / f"report/figures/{name}.svg").read_text())
+    assert [w for w in SHOWN[name] if w not in words] == []
+
+
+def test_lines_differ_in_colour_and_in_dashes(whole):
+    svg = (whole / "report/figures/figure-3.svg").read_text()
+    lines = re.findall(r'style="fill: none; (stroke-dasharray: [^;]*; )?[^"]*stroke: (#\w+); stroke-width: [\d.]+', svg)
+    drawn = {(dashes, colour) for dashes, colour in lines if colour in COLOURS[:5]}
+    assert len({colour for _, colour in drawn}) == len({dashes for dashes, _ in drawn}) == 5
 
 
 def test_the_paper_stands_beside_our_numbers(page):
