@@ -21,7 +21,19 @@ def test_docstring_examples_run(doctest_namespace):
     import doctest
     import importlib
 
-    names = ["endpoint", "judge", "gpt", "documents", "dialogue", "batching", "lora", "reward", "study.stats", "bits"]
+    names = [
+        "endpoint",
+        "judge",
+        "gpt",
+        "documents",
+        "dialogue",
+        "batching",
+        "lora",
+        "reward",
+        "study.stats",
+        "study.parts",
+        "bits",
+    ]
     results = [
         doctest.testmod(importlib.import_module(f"tunesmith.{name}"), extraglobs={"torch": __import__("torch")})
         for name in names

@@ -1,6 +1,7 @@
 """The report: a pure function of run directories, self-contained, and drawn by a real browser."""
 
 import json
+import platform
 import re
 import shutil
 import subprocess
@@ -8,6 +9,9 @@ import subprocess
 import pytest
 import yaml
 
+import tunesmith as ts
+from tiny_runs import tiny_config
+from tunesmith.__main__ import main
 from tunesmith.errors import UserError
 from tunesmith.runlog import Run
 from tunesmith.study.report import render_report, write_report
@@ -119,6 +123,73 @@ def test_a_loss_that_was_not_finite_is_told_and_no_reason_to_fail(frozen_dpo_run
     page = render_report([Run(frozen_dpo_run)])
     assert "not finite" in page
     assert "0.693 → 0.493" in page
+
+
+def test_a_real_run_shows_what_it_was_made_with(tiny_directory, tmp_path):
+    run = ts.sft(tiny_config(tiny_directory, tmp_path / "run", train__steps=1, eval__every=1))
+    kept = json.loads((run.path / "environment.json").read_text())
+    assert kept.keys() == {"tunesmith", "python", "torch", "numpy", "system", "device", "threads"}
+    assert platform.node() not in kept.values()
+    page = render_report([run])
+    assert "<summary>Environment</summary>" in page
+    assert f"&quot;torch&quot;: &quot;{kept['torch']}&quot;" in page
+
+
+def test_a_log_cut_in_mid_line_is_told_on_the_page(frozen_run):
+    assert "metrics.jsonl line 8 is damaged and left out: the file was cut there" in render_report([Run(frozen_run)])
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "status.json", "config.yaml", "answers/step-00000002.jsonl"])
+@pytest.mark.parametrize("content", [b"{nonsense\n", b"\xff\xfe\n", b'"a"\n'], ids=["broken", "no text", "no object"])
+def test_a_damaged_file_is_told_by_name(frozen_run, capsys, file, content):
+    kept = (frozen_run / file).read_bytes() if file.endswith(".jsonl") else b""
+    (frozen_run / file).write_bytes(content + kept)
+    code = main(["report", str(frozen_run)])
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    if code:
+        assert code == 1
+        assert file in err
+        assert err.count("\n") == 1
+    else:
+        page = (frozen_run / "report.html").read_text()
+        assert f"{file.rpartition('/')[2]} line 1 is" in page
+
+
+def test_rewards_are_drawn_with_the_choice_and_of_many_answers_three_are_shown(frozen_run):
+    status = json.loads((frozen_run / "status.json").read_text())
+    choice = {"best_step": 2, "by": "reward", "not_distinguishable": [4], "overfitting_since": None}
+    (frozen_run / "status.json").write_text(json.dumps(status | {"choice": choice}))
+    rewards = [{"event": "reward", "step": s, "time": 0.0, "mean": s / 2, "low": s / 2 - 1, "high": s / 2 + 1, "n": 9, "scorer": "judge"}
+               for s in range(5)]  # fmt: skip
+    log = (frozen_run / "metrics.jsonl").read_text().rpartition("\n")[0] + "\n"
+    (frozen_run / "metrics.jsonl").write_text(log + "".join(json.dumps(r) + "\n" for r in rewards))
+    for step in (1, 3, 4):
+        shutil.copy(frozen_run / "answers/step-00000002.jsonl", frozen_run / f"answers/step-{step:08d}.jsonl")
+    page = render_report([Run(frozen_run)])
+    for words in (
+        "scored by judge",
+        "chosen checkpoint (step 2)",
+        "not distinguishable from it",
+        "reward of the answers (score)",
+    ):
+        assert words in page
+    assert "<tr><th>prompt</th><th>step 0, the base</th><th>step 2</th><th>step 4</th></tr>" in page
+
+
+def test_files_lie_beside_the_page_and_none_is_overwritten(frozen_run, tmp_path):
+    twin = tmp_path / "other" / "frozen"
+    shutil.copytree(frozen_run, twin)
+    write_report([str(frozen_run), str(twin)], str(tmp_path / "out" / "page.html"))
+    found = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.*"))
+    assert found == [
+        "figures/frozen-loss-2.png", "figures/frozen-loss-2.svg", "figures/frozen-loss.png", "figures/frozen-loss.svg", "page.html",
+        "tables/frozen-estimates-2.csv", "tables/frozen-estimates-2.tex", "tables/frozen-estimates.csv", "tables/frozen-estimates.tex",
+        "tables/runs.csv", "tables/runs.tex",
+    ]  # fmt: skip
+    assert (tmp_path / "out/tables/frozen-estimates.csv").read_text().splitlines()[:2] == [
+        "step,train loss,validation loss,validation perplexity", "0,4,4,20",
+    ]  # fmt: skip
 
 
 def test_directory_without_a_run_is_told(tmp_path):

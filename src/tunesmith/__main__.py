@@ -128,7 +128,7 @@ def _report(argv: Argv) -> None:
     from tunesmith.config import Positional, parse
     from tunesmith.options import ReportCommand
 
-    wanted = [Positional("runs", "run directories", many=True)]
+    wanted = [Positional("runs", "run directories, or a study's", many=True)]
     options, named = parse(ReportCommand, argv, prog="tunesmith report", positionals=wanted)
     from tunesmith.study.report import write_report
 
@@ -156,7 +156,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Argv], None]]] = {
     "score": ("answers to a set of prompts, scored by a reward model, with intervals", _score),
     "compare": ("the same prompts to two models, side by side", _compare),
     "chat": ("talk to a model in the terminal", _chat),
-    "report": ("one HTML page with curves and answers of finished runs", _report),
+    "report": ("one HTML page of finished runs, or of a study with its verdicts", _report),
 }
 
 USAGE = """usage: tunesmith COMMAND [ARGUMENTS] [--option value ...]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import platform
 import random
 import resource
 import sys
@@ -121,6 +122,21 @@ def peak_memory_gb(device: torch.device) -> float:
                 return int(line.split()[1]) * 1024 / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def environment(device: torch.device) -> dict[str, str | int]:
+    """What a run's result depends on beside its configuration: versions, system and hardware; no names of machines or users."""
+    from tunesmith import __version__
+
+    return {
+        "tunesmith": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": describe(device),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def describe(device: torch.device) -> str:

@@ -341,10 +341,10 @@ class ChatCommand:
 
 @dataclass(frozen=True)
 class ReportCommand:
-    """One HTML page with the figures and answers of finished runs."""
+    """One HTML page of finished runs, or of a study with a verdict on every claim; figures and tables as files beside it."""
 
     out: str | None = None
-    """The page; default report.html in the first run's directory."""
+    """The page; default report.html in the first run's directory, report/index.html in a study's."""
 
 
 @dataclass(frozen=True)

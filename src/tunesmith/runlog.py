@@ -1,4 +1,4 @@
-"""A run's directory: config.yaml, metrics.jsonl, status.json, TensorBoard events; its writer and its reader. No torch."""
+"""A run's directory: config, environment, metrics, status, TensorBoard events; its writer and its reader. No torch."""
 
 from __future__ import annotations
 
@@ -49,15 +49,25 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The resolved configuration."""
-        return yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")) or {}
+        """The resolved configuration. Raises: UserError if config.yaml is damaged."""
+        path = self.path / "config.yaml"
+        try:
+            config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); make the run again") from None
+        if not isinstance(config, dict):
+            raise UserError(f"{path} is damaged: it holds no options; make the run again")
+        return config
 
     @property
     def status(self) -> dict[str, Any]:
         """`{"state": "running|finished|stopped|diverged|failed", "step": ..., "reason": ..., "best_step": ...}`."""
         path = self.path / "status.json"
         try:
-            return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+            status = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(status, dict) or not {"state", "step"} <= status.keys():
+                raise ValueError("no state and step in it")
+            return status
         except FileNotFoundError:
             raise UserError(f"{self.path} is no run directory: it has no status.json") from None
         except ValueError as error:
@@ -66,13 +76,13 @@ class Run:
     def metrics(self, event: str | None = None) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl in order, or those of one event: train, eval, ...
 
-        A last line that was cut while being written is left out.
+        A last line that was cut while being written is left out. Raises: UserError for a damaged line before it.
         """
-        found = []
-        with contextlib.suppress(FileNotFoundError), (self.path / "metrics.jsonl").open(encoding="utf-8") as file:
-            for line in file:
+        path, found = self.path / "metrics.jsonl", []
+        with contextlib.suppress(FileNotFoundError), path.open(encoding="utf-8", errors="replace") as file:
+            for number, line in enumerate(file, 1):
                 if line.endswith("\n"):
-                    record = json.loads(line)
+                    record = _log_line(line, f"{path} line {number}")
                     if event is None or record["event"] == event:
                         found.append(record)
         return found
@@ -107,6 +117,16 @@ class Run:
         return found[best if best in found else max(found)]
 
 
+def _log_line(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where} is damaged ({error}); delete that line, or make the run again") from None
+    if not isinstance(record, dict) or "event" not in record:
+        raise UserError(f"{where} is no event of a run; delete that line, or make the run again")
+    return record
+
+
 class RunLog:
     """The writer of a run directory. `metrics.jsonl` is flushed line by line."""
 
@@ -125,6 +145,10 @@ class RunLog:
     def write_config(self, config: dict[str, Any]) -> None:
         """Store the resolved configuration, from which the run can be repeated."""
         write_atomically(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+
+    def write_environment(self, environment: dict[str, Any]) -> None:
+        """Store the versions and the hardware that the run is made with; of a resumed run, the last ones."""
+        write_atomically(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
 
     def record(self, event: str, step: int, **values: Any) -> None:
         """Append one line to metrics.jsonl and its numbers to TensorBoard. A number that is not finite becomes null."""

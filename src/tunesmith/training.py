@@ -20,6 +20,7 @@ from tunesmith.datasets import holdout_rows, open_dataset
 from tunesmith.device import (
     Precision,
     describe,
+    environment,
     keep_freed_memory,
     resolve_device,
     resolve_precision,
@@ -328,6 +329,7 @@ def run_training(
     )
     with open_log(path) as log:
         log.write_config(as_dict(config))
+        log.write_environment(environment(device))
         without_rank = not config.lora.rank and config.lora != LoRAOptions()
         for line in [
             *notes,

@@ -1,38 +1,123 @@
-"""Finished runs to one self-contained HTML page: a pure function of run directories."""
+"""Finished runs, or a whole study, to one self-contained HTML page: a pure function of their directories.
+
+Beside the page: figures/ (each as SVG and PNG) and tables/ (each as CSV and LaTeX).
+"""
 
 from __future__ import annotations
 
 import html
-import json
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tunesmith.errors import UserError
-from tunesmith.runlog import STEP_NAME, Run, write_atomically
-from tunesmith.study.figures import loss_curve, preference_curves
+from tunesmith.errors import UsageError, UserError
+from tunesmith.runlog import Run, write_atomically
+from tunesmith.study.figures import Plate, loss_curve, preference_curves, reward_curve
 from tunesmith.study.page import render_page
+from tunesmith.study.parts import details, figure, notes
+from tunesmith.study.plots import draw_all
+from tunesmith.study.read import Study, is_study, read_answers, read_metrics, read_study
 from tunesmith.study.stats import wilson_interval
+from tunesmith.study.study_page import render_study
+from tunesmith.study.tables import Cell, Table, as_csv, as_latex, make_tables
+from tunesmith.study.verdicts import judge_all
+
+SHOWN_STEPS = 4  # of the answers of one run beside each other
 
 
 def write_report(directories: Sequence[str], out: str | None = None) -> Path:
-    """Write the page and return its path. Raises: UserError if a directory holds no run, or none has a metric yet."""
-    runs = [Run(d) for d in directories]
-    page = render_report(runs)
-    path = Path(out) if out else runs[0].path / "report.html"
+    """Write the page of runs or of a study, its figures and its tables; returns the page's path.
+
+    Raises: UserError if a directory holds no run, or none has a metric yet; UsageError for a study among other directories.
+    """
+    studies = [d for d in directories if is_study(d)]
+    if studies and len(directories) > 1:
+        raise UsageError(f"{studies[0]} is a study and has a page of its own; report it alone, or name its runs/...")
+    if studies:
+        study = read_study(studies[0])
+        text, plates, tables = render_study_report(study)
+        path = Path(out) if out else study.path / "report" / "index.html"
+    else:
+        runs = [Run(d) for d in directories]
+        drawn = [_figures(run) for run in runs]
+        text, tables = render_report(runs, drawn), tables_of(runs)
+        plates = [plate for several in drawn for plate in several]
+        path = Path(out) if out else runs[0].path / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, page)
+    write_files(path.parent, plates, tables)
+    write_atomically(path, text)
     return path
 
 
-def render_report(runs: Sequence[Run]) -> str:
-    """The page as text; the same run directories give the same bytes."""
-    body = "".join(_run_section(run) for run in runs)
+def write_files(folder: Path, plates: Iterable[Plate], tables: Iterable[Table]) -> None:
+    """figures/NAME.svg and .png, tables/NAME.csv and .tex under `folder`."""
+    for name in ("figures", "tables"):
+        (folder / name).mkdir(exist_ok=True)
+    taken: Counter[str] = Counter()
+
+    def free(name: str) -> str:  # runs of one name in different places
+        taken[name] += 1
+        return name if taken[name] == 1 else f"{name}-{taken[name]}"
+
+    for plate in plates:
+        name = free(plate.name)
+        write_atomically(folder / "figures" / f"{name}.svg", plate.svg)
+        (folder / "figures" / f"{name}.png").write_bytes(plate.png)
+    for table in tables:
+        name = free(table.name)
+        write_atomically(folder / "tables" / f"{name}.csv", as_csv(table))
+        write_atomically(folder / "tables" / f"{name}.tex", as_latex(table))
+
+
+def render_study_report(study: Study) -> tuple[str, list[Plate], list[Table]]:
+    """The page of a study as text, its figures and its tables; the same directory gives the same bytes."""
+    drawn, tables = draw_all(study), make_tables(study)
+    text = render_study(study, judge_all(study), drawn, tables)
+    plates = [plate for figures in drawn.values() for plate in figures if isinstance(plate, Plate)]
+    return text, plates, [table for several in tables.values() for table in several]
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def render_report(runs: Sequence[Run], drawn: Sequence[Sequence[Plate]] | None = None) -> str:
+    """The page of runs as text; the same run directories give the same bytes. drawn: the figures of each, if at hand."""
+    drawn = [_figures(run) for run in runs] if drawn is None else drawn
+    body = "".join(_run_section(run, plates) for run, plates in zip(runs, drawn, strict=True))
     title = f"tunesmith: {', '.join(run.path.name for run in runs)}"
     return render_page(title, f"{_overview(runs) if len(runs) > 1 else ''}{body}")
+
+
+def _figures(run: Run) -> list[Plate]:
+    if not run.metrics("eval"):
+        return []
+    curves = [loss_curve(run)]
+    if kind_of(run) in ("dpo", "reward"):
+        curves.append(preference_curves(run))
+    return [*curves, reward_curve(run)] if run.metrics("reward") else curves
+
+
+def tables_of(runs: Sequence[Run]) -> list[Table]:
+    """What the runs came to, and every estimate of each."""
+    facts = [facts_of(run) for run in runs]
+    labels = sorted({label for row in facts for label in row}, key=FACTS.index)
+    rows = tuple(
+        (Cell(run.path.name), *(Cell(row.get(x, "")) for x in labels)) for run, row in zip(runs, facts, strict=True)
+    )
+    tables = [Table("runs", "", "Runs", tuple((h, False) for h in ("run", *labels)), rows)]
+    for run in runs:
+        estimates = run.metrics("eval")
+        names = [n for n in estimates[0] if n not in ("event", "time")] if estimates else []
+        values = tuple(
+            tuple(Cell(f"{v:.6g}" if (v := e.get(n)) is not None else "not finite") for n in names) for e in estimates
+        )
+        head = tuple((n.replace("_", " "), False) for n in names)
+        tables.append(Table(f"{run.path.name}-estimates", "", f"{run.path.name}: every estimate", head, values))
+    return tables
 
 
 def kind_of(run: Run) -> str:
@@ -52,7 +137,7 @@ TITLES = {
 }
 
 
-def _run_section(run: Run) -> str:
+def _run_section(run: Run, plates: Sequence[Plate]) -> str:
     status, estimates, train = run.status, run.metrics("eval"), run.metrics("train")
     if not estimates and not train:
         raise UserError(f"{run.path} has no metrics yet (its state is {status['state']!r}); nothing to report")
@@ -60,25 +145,18 @@ def _run_section(run: Run) -> str:
     parts = [f'<h2 id="{name}">{name}: {TITLES[kind]}{_lora(run)}</h2>', _facts(run)]
     if status.get("reason"):
         parts.append(f"<p>{html.escape(status['reason'])}</p>")
+    parts.append(notes(read_metrics(run.path / "metrics.jsonl", run.path.name)[3]))
     if estimates:
-        weight = "pair" if kind in ("dpo", "reward") else "token"
-        caption = (
-            f"Loss over the training. Estimates are means over always the same rows, every {weight} weighing the same."
-        )
-        parts.append(f"<figure>{loss_curve(run)}<figcaption>{caption}</figcaption></figure>")
-        if kind in ("dpo", "reward"):
-            rewards = (
-                "The reward is beta times the log-ratio to the reference."
-                if kind == "dpo"
-                else "The reward is the score."
-            )
-            caption = f"How often and how far the chosen answer is preferred. {rewards}"
-            parts.append(f"<figure>{preference_curves(run)}<figcaption>{caption}</figcaption></figure>")
+        parts += [figure(plate, files=False) for plate in plates]
         parts.append(_estimates_table(estimates, status.get("best_step")))
     parts.append(_answers(run))
     parts.append(
         f"<details><summary>Configuration</summary><pre>{html.escape(yaml.safe_dump(run.config, sort_keys=False))}</pre></details>"
     )
+    if (path := run.path / "environment.json").exists():
+        parts.append(
+            details("Environment", f"<pre>{html.escape(path.read_text(encoding='utf-8', errors='replace'))}</pre>")
+        )
     return "\n".join(parts)
 
 
@@ -164,19 +242,14 @@ def _figure(value: float | None) -> str:
     return "not finite" if value is None else f"{value:,.4f}"
 
 
-def read_answers(run: Run) -> dict[int, list[dict[str, Any]]]:
-    """Step -> the records of `answers/step-XXXXXXXX.jsonl`, in order of the steps."""
-    found = {}
-    for path in sorted((run.path / "answers").glob("step-*.jsonl")):
-        if match := STEP_NAME.fullmatch(path.stem):
-            found[int(match[1])] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return found
-
-
 def _answers(run: Run) -> str:
-    by_step = read_answers(run)
-    if not by_step:
-        return ""
+    """Answers step by step; of many steps the base's, the chosen one's and the last."""
+    every, damage = read_answers(run.path / "answers")
+    every = {step: records for step, records in every.items() if records}
+    if not every:
+        return notes(damage)
+    wanted = {min(every), run.status.get("best_step"), max(every)} if len(every) > SHOWN_STEPS else every.keys()
+    by_step = {step: records for step, records in every.items() if step in wanted}
     steps = list(by_step)
     head = "".join(f"<th>{'step 0, the base' if s == 0 else f'step {s:,}'}</th>" for s in steps)
     rows = []
@@ -187,8 +260,9 @@ def _answers(run: Run) -> str:
     stopped = " · ".join(
         f"step {s:,}: {sum(r['finish_reason'] == 'stop' for r in rs)} of {len(rs)}" for s, rs in by_step.items()
     )
-    note = f'<p class="dim">Answers that ended by themselves: {stopped}.</p>'
-    return f"<h3>Answers</h3>{note}<table><tr><th>prompt</th>{head}</tr>{''.join(rows)}</table>"
+    note = f'<p class="dim">Answers that ended by themselves: {stopped}.</p>{notes(damage)}'
+    table = f"<table><tr><th>prompt</th>{head}</tr>{''.join(rows)}</table>"
+    return f'<h3>Answers</h3>{note}<div class="wide">{table}</div>'
 
 
 def _cut(record: dict[str, Any]) -> str:

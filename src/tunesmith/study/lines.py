@@ -1,0 +1,134 @@
+"""How lines over seeds are drawn, and what is said of runs that are missing or not comparable."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import tunesmith.study.figures as look
+from tunesmith.study.read import Experiment, Line, RunRecord, Series
+from tunesmith.study.select import mean_curve
+from tunesmith.study.stats import t_interval
+
+RUNS_APART = 3.0  # times the highest start: above, a line leaves the figure
+
+
+def draw_line(
+    axes: Any, line: Line, number: int, label: str | None = None, band: Mapping[int, tuple[float, float]] | None = None
+) -> None:
+    """Mean over the finished seeds with a band; seeds that ended early as thin lines of their own, with a cross at the end.
+
+    band: step -> low and high, drawn where there is one seed.
+    """
+    colour, dash = look.COLOURS[number % 7], look.DASHES[number % 7]
+    whole = {seed: s for seed, s in line.seeds.items() if seed not in line.partial}
+    early = [s for seed, s in line.seeds.items() if seed in line.partial]
+    name = line.label if label is None else label
+    for series in early:
+        axes.plot([p.step for p in series], [p.value for p in series], color=colour, linestyle=dash, linewidth=1, alpha=0.8,
+                  label=None if whole else f"{name} (not finished)")  # fmt: skip
+        axes.plot(series[-1].step, series[-1].value, marker="x", color=colour, markersize=8, markeredgewidth=2)
+        name = name if whole else "_again"
+    if not whole:
+        return
+    points = mean_curve(line)
+    steps, means = [s for s, _ in points], [v for _, v in points]
+    every = max(2, len(steps) // 10) if len(steps) > 6 else 1
+    axes.plot(
+        steps,
+        means,
+        color=colour,
+        linestyle=dash,
+        marker=look.MARKERS[number % 7],
+        markevery=(number % every, every),
+        linewidth=2.6 - 0.25 * (number % 7),
+        label=name,
+    )
+    if len(whole) > 1:
+        values = [[p.value for s in whole.values() for p in s if p.step == step] for step in steps]
+        bounds = [(min(v), max(v)) if len(v) == 2 else ((i := t_interval(v)).low, i.high) for v in values]
+    else:
+        bounds = [band[s] for s in steps] if band and all(s in band for s in steps) else []
+    if bounds:
+        axes.fill_between(steps, *zip(*bounds, strict=True), color=colour, alpha=0.14, linewidth=0)
+
+
+def curves(axes: Any, lines: Sequence[Line], ylabel: str, *, first: int = 0) -> None:
+    """Lines over optimizer steps; what runs far above the others' starts leaves the figure at its top."""
+    drawn = [line for line in lines if line.seeds]
+    for number, line in enumerate(drawn, first):
+        draw_line(axes, line, number)
+    finish(axes, ylabel)
+    values = [p.value for line in drawn for s in line.seeds.values() for p in s]
+    starts = [s[0].value for line in drawn for s in line.seeds.values()]
+    if values and max(values) > RUNS_APART * max(starts) > 0:
+        axes.set_ylim(top=1.2 * max(starts))
+
+
+def finish(axes: Any, ylabel: str, xlabel: str = "optimizer step") -> None:
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    look.thousands(axes)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+
+
+def count_validations(axes: Any, series: Series) -> None:
+    """A second axis on top that counts validations, as the paper does; step 0 is none."""
+    steps = [p.step for p in series]
+    every = steps[1] - steps[0] if len(steps) > 2 else 0
+    if every > 0 and all(b - a == every for a, b in pairwise(steps[:-1])):
+        top = axes.secondary_xaxis("top", functions=(lambda x: x / every, lambda v: v * every))
+        top.set_xlabel("validation")
+        look.thousands(top)
+
+
+def comparable(runs: Sequence[RunRecord], what: str = "losses") -> list[str]:
+    """Notes where the runs of one figure were trained or measured on different data."""
+    groups: dict[str, list[str]] = {}
+    runs = [run for run in runs if run.config]
+    for run in runs:
+        data, e, t = (run.config.get(k) or {} for k in ("data", "eval", "train"))
+        rows = e["iters"] * t.get("batch_size", 1) if isinstance(e.get("iters"), int) else None
+        facts = {f"data.{k}": v for k, v in data.items() if k not in ("seed", "root", "rm_static")} | {
+            "model.name": start_of(run), "the number of rows of an estimate": rows,
+        }  # fmt: skip
+        for key, value in facts.items():
+            groups.setdefault(key, []).append(str(value))
+    notes = []
+    for key, values in groups.items():
+        if len(set(values)) > 1 and len(values) == len(runs):
+            told = "; ".join(
+                f"{value}: {', '.join(r.name for r, v in zip(runs, values, strict=True) if v == value)}"
+                for value in dict.fromkeys(values)
+            )
+            notes.append(f"Not the same data or model in all runs, so their {what} are not comparable: {key} is {told}")
+    return notes
+
+
+def start_of(run: RunRecord) -> str:
+    """The model that a run starts from; of another run of the study, its name without the seed."""
+    name = str((run.config.get("model") or {}).get("name"))
+    last, _, step = name.rstrip("/").rpartition("/")[2].partition("@")
+    return re.sub(r"-s\d+$", "", last) + step if last in (run.plan.get("needs") or ()) else name
+
+
+def members_of(e: Experiment, labels: Sequence[str]) -> list[RunRecord]:
+    """The runs with one of the labels."""
+    return [m.run for m in e.members if m.label in labels]
+
+
+def missing_notes(lines: Sequence[Line]) -> list[str]:
+    """What is missing from any of the lines, and why."""
+    return [note for line in lines for note in line.missing]
+
+
+def seeds_in_words(lines: Sequence[Line]) -> str:
+    """How many seeds stand behind a line, for the caption."""
+    counts = [n for line in lines if (n := len(line.seeds.keys() - line.partial))]
+    n = max(counts, default=0)
+    few = "" if len(set(counts)) < 2 else f" (of {min(counts)} where runs are missing)"
+    bands = {2: " Band: the two seeds."}.get(n, " Band: 95 % interval over seeds; where two are left, those two.")
+    return f"Mean of {n} seeds{few}.{bands}" if n > 1 else "One seed."

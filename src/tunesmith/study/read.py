@@ -1,0 +1,371 @@
+"""A study's directory to records: plan.json, progress.json and the run directories. Damage becomes a note, never a gap.
+
+Every number keeps the run and the line of metrics.jsonl that it comes from. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import yaml
+
+from tunesmith.errors import UserError
+from tunesmith.runlog import STEP_NAME, Run
+
+KEPT = 2000  # training lines of a run that a figure needs; of longer runs every n-th is kept
+OVER = ("finished", "diverged", "failed", "stopped")
+FIRST, CONTINUED = "first half", "continued"
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A logged number: optimizer step, value, and the run and 1-based line of its metrics.jsonl."""
+
+    step: int
+    value: float
+    run: str
+    line: int
+
+
+Series = list[Point]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run directory holds. `lines`: records by event, each with its `line`; `damage`: what could not be read."""
+
+    name: str
+    directory: Path
+    state: str
+    reason: str
+    plan: Json
+    config: Json
+    status: Json
+    environment: Json
+    lines: Mapping[str, Sequence[Json]]
+    peak: Point | None
+    minutes: Point | None
+    answers: Mapping[int, Sequence[Json]]
+    damage: tuple[str, ...]
+
+    def series(self, event: str, key: str) -> Series:
+        """The finite values of one figure, in order of the log."""
+        return [
+            Point(r["step"], float(r[key]), self.name, r["line"])
+            for r in self.lines.get(event, ())
+            if is_number(r.get(key))
+        ]
+
+    def parts(self, step: int) -> list[tuple[float, int]]:
+        """The validation loss at a step batch by batch, (summed loss, count); empty where it was not kept."""
+        return Run(self.directory).losses(step)
+
+    @property
+    def trouble(self) -> str:
+        """Why this run is not, or not wholly, in a figure; empty for a finished one."""
+        if self.state == "finished":
+            return ""
+        words = {"waiting": "not run yet", "missing": "its directory is missing", "running": "still running"}
+        at = f" at step {self.status['step']:,}" if is_number(self.status.get("step")) and self.state in OVER else ""
+        return f"{words.get(self.state, self.state)}{at}{': ' + self.reason if self.reason else ''}"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A run as a part of an experiment."""
+
+    label: str
+    seed: int
+    run: RunRecord
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a figure: the same quantity of the runs with one label, by seed.
+
+    partial: seeds whose run did not finish. missing: what is to be said of those, and of seeds without any value.
+    """
+
+    label: str
+    seeds: Mapping[int, Series]
+    partial: frozenset[int] = frozenset()
+    missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The runs of one experiment; `labels` in the order of the plan."""
+
+    id: str
+    title: str
+    members: tuple[Member, ...]
+
+    @property
+    def labels(self) -> list[str]:
+        return list(dict.fromkeys(m.label for m in self.members))
+
+    def runs(self, label: str) -> dict[int, RunRecord]:
+        """Seed -> run."""
+        return {m.seed: m.run for m in self.members if m.label == label}
+
+    def lines(self, event: str, key: str) -> list[Line]:
+        """One line a label; the two halves of a continued training are one."""
+        labels = self.labels
+        if FIRST in labels and CONTINUED in labels:
+            halves = [self.line(label, event, key) for label in (FIRST, CONTINUED)]
+            whole = {}
+            for seed in halves[0].seeds.keys() | halves[1].seeds.keys():
+                first, second = (half.seeds.get(seed, []) for half in halves)
+                whole[seed] = joined(first, second, self.runs(FIRST).get(seed), self.runs(CONTINUED).get(seed))
+            whole = dict(sorted(whole.items()))
+            merged = Line(
+                f"{FIRST}, then {CONTINUED}",
+                whole,
+                halves[0].partial | halves[1].partial,
+                halves[0].missing + halves[1].missing,
+            )
+            return [merged, *(self.line(x, event, key) for x in labels if x not in (FIRST, CONTINUED))]
+        return [self.line(label, event, key) for label in labels]
+
+    def line(self, label: str, event: str, key: str) -> Line:
+        """The line of one label."""
+        seeds, partial, missing = {}, set(), []
+        for seed, run in self.runs(label).items():
+            if points := run.series(event, key):
+                seeds[seed] = points
+            if run.trouble:
+                partial.add(seed)
+            if run.trouble or not points:
+                words = run.trouble or f"no {event} line with {key}"
+                missing.append(f"{label}, seed {seed} ({run.name}): {words}")
+        return Line(label, seeds, frozenset(partial), tuple(missing))
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study: experiments in the order of the plan, and every run by name."""
+
+    path: Path
+    name: str
+    title: str
+    scale: str
+    experiments: Mapping[str, Experiment]
+    runs: Mapping[str, RunRecord]
+    figures: tuple[str, ...]
+    tables: tuple[str, ...]
+
+    def experiment(self, name: str) -> Experiment:
+        """The experiment, without members where the study has none of that name."""
+        return self.experiments.get(name, Experiment(name, name, ()))
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def joined(first: Series, second: Series, one: RunRecord | None, other: RunRecord | None) -> Series:
+    """One series from those of a run and of its continuation."""
+    if one is None or other is None or not first or not second:
+        return first or second
+    shift, end = shift_of(one, other), last_step(one)
+    return [*first, *(Point(p.step + shift, p.value, p.run, p.line) for p in second if p.step + shift > end)]
+
+
+def last_step(run: RunRecord) -> int:
+    """The last step that a run has logged."""
+    return max((r["step"] for records in run.lines.values() for r in records), default=0)
+
+
+def shift_of(first: RunRecord, second: RunRecord) -> int:
+    """What to add to the steps of a continuation: 0 where it counts on, or repeats the first half's lines.
+
+    One that counts from 0 again is told by a step-0 loss that is not the first half's, or by a count that never passes
+    the first half's end.
+    """
+    starts = [
+        next((p.value for p in run.series("eval", "validation_loss") if p.step == 0), None) for run in (first, second)
+    ]
+    anew = (starts[1] is not None and starts[0] != starts[1]) or last_step(second) <= last_step(first)
+    return last_step(first) if anew else 0
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def is_study(path: str | Path) -> bool:
+    return (Path(path) / "plan.json").exists()
+
+
+def read_study(path: str | Path) -> Study:
+    """Read a study's directory. Raises: UserError if the plan is damaged or names a run that it does not describe."""
+    root = Path(path)
+    plan = _plan(root / "plan.json")
+    progress = _json(root / "progress.json").get("runs", {}) if (root / "progress.json").exists() else {}
+    runs = {name: _read_run(root, name, entry, progress.get(name, {})) for name, entry in plan["runs"].items()}
+    experiments = {}
+    for key, entry in plan["experiments"].items():
+        experiments[key] = Experiment(key, entry.get("title", key), tuple(_members(entry["runs"], runs)))
+    return Study(
+        root, plan.get("name", root.name), plan.get("title") or plan.get("name", root.name), plan.get("scale") or "", experiments, runs,
+        tuple(plan.get("figures", ())), tuple(plan.get("tables", ())),
+    )  # fmt: skip
+
+
+def _members(entries: Sequence[Json], runs: Mapping[str, RunRecord]) -> Iterator[Member]:
+    """The runs of an experiment; of two with one label and seed, the second gets its name into the label."""
+    seen: set[tuple[str, int]] = set()
+    for entry in entries:
+        label, seed, name = entry["label"], entry["seed"], entry["run"]
+        label = f"{label} ({name})" if (label, seed) in seen else label
+        seen.add((label, seed))
+        yield Member(label, seed, runs[name])
+
+
+def _plan(path: Path) -> Json:
+    plan = _json(path)
+    again = "write it again with `tunesmith study`"
+    try:
+        for key, entry in plan["experiments"].items():
+            for member in entry["runs"]:
+                _ = member["label"], member["seed"]
+                if member["run"] not in plan["runs"]:
+                    raise UserError(
+                        f"{path}: experiment {key} names run {member['run']!r}, which `runs` lacks; {again}"
+                    )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no plan of a study ({type(error).__name__}: {error}); {again}") from None
+    return plan
+
+
+def _json(path: Path) -> Json:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); run the study again, finished runs are skipped") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds a {type(found).__name__}, expected an object")
+    return found
+
+
+def _read_run(root: Path, name: str, entry: Json, progress: Json) -> RunRecord:
+    where, damage = root / entry.get("directory", f"runs/{name}"), []
+
+    def tolerant(file: str, parse: Any) -> Json:
+        try:
+            found = parse((where / file).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (ValueError, yaml.YAMLError) as error:
+            damage.append(f"{file} is damaged ({_first_line(error)})")
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    status = tolerant("status.json", json.loads)
+    config = tolerant("config.yaml", yaml.safe_load)
+    lines, peak, minutes, more = read_metrics(where / "metrics.jsonl", name)
+    damage += more
+    if status and not any(lines.values()):
+        damage.append("metrics.jsonl holds no line")
+    answers, more = read_answers(where / "answers")
+    state, reason = _state(where, status, progress)
+    return RunRecord(
+        name, where, state, reason, entry, config, status, tolerant("environment.json", json.loads), lines, peak, minutes,
+        answers, (*damage, *more),
+    )  # fmt: skip
+
+
+def _state(where: Path, status: Json, progress: Json) -> tuple[str, str]:
+    """How the run stands: what the runner says of an unhappy end, else what the run says, else what the runner says."""
+    told, own = progress.get("state"), status.get("state")
+    if told in ("failed", "diverged", "stopped"):
+        return told, progress.get("reason") or status.get("reason", "")
+    if own in OVER:
+        return str(own), status.get("reason", "")
+    if told == "finished" and not where.is_dir():
+        return "missing", ""
+    return str(told or own or ("waiting" if not where.is_dir() else "missing")), ""
+
+
+def read_metrics(path: Path, run: str) -> tuple[dict[str, list[Json]], Point | None, Point | None, list[str]]:
+    """metrics.jsonl by event, the largest memory, the minutes spent in training steps, and what was damaged."""
+    lines: dict[str, list[Json]] = {}
+    damage: list[str] = []
+    peak, seconds = None, 0.0
+    tokens: float | None = None
+    for number, record in _records(path, damage):
+        if not isinstance(record.get("event"), str) or not is_number(record.get("step")):
+            damage.append(f"{path.name} line {number} has no event or no step")
+            continue
+        lines.setdefault(record["event"], []).append(record | {"line": number})
+        if is_number(gb := record.get("peak_memory_gb")) and (peak is None or gb > peak.value):
+            peak = Point(record["step"], gb, run, number)
+        rate, seen = record.get("tokens_per_s"), record.get("tokens")
+        if is_number(rate) and is_number(seen) and rate and seen:
+            before = 0 if record["step"] == 1 else tokens  # a continued run's first line counts the tokens of both
+            seconds, tokens = seconds + (0.0 if before is None else (seen - before) / rate), seen
+    train = lines.get("train", [])
+    spent = Point(train[-1]["step"], seconds / 60, run, train[-1]["line"]) if train and seconds else None
+    if len(train) > KEPT:
+        every = -(-len(train) // KEPT)
+        lines["train"] = [
+            r for i, r in enumerate(train) if not i % every or r is train[-1] or (peak and r["line"] == peak.line)
+        ]
+    return lines, peak, spent, damage
+
+
+def _records(path: Path, damage: list[str]) -> Iterator[tuple[int, Json]]:
+    """(line number, record) of a JSONL file; a line that cannot be read goes to `damage`."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                cut = "" if line.endswith("\n") else ": the file was cut there"
+                damage.append(f"{path.name} line {number} is damaged and left out{cut}")
+                continue
+            if isinstance(record, dict):
+                yield number, record
+            else:
+                damage.append(f"{path.name} line {number} is no object and left out")
+
+
+def read_answers(folder: Path) -> tuple[dict[int, list[Json]], list[str]]:
+    """Step -> records of `answers/step-XXXXXXXX.jsonl`, in order of the steps, and what was damaged."""
+    found: dict[int, list[Json]] = {}
+    damage: list[str] = []
+    for path in sorted(folder.glob("step-*.jsonl")):
+        if match := STEP_NAME.fullmatch(path.stem):
+            records = [r for _, r in _records(path, damage) if {"prompt", "answer", "finish_reason"} <= r.keys()]
+            found[int(match[1])] = records
+    return found, damage
+
+
+def trained_parameters(run: RunRecord) -> int | None:
+    """How many weights the run trained: counted in its last checkpoint (the adapter's, with LoRA); None without one."""
+    name = "adapter_model.safetensors" if run.config.get("lora", {}).get("rank") else "model.safetensors"
+    files = sorted((run.directory / "checkpoints").glob(f"step-*/{name}"))
+    return _count_weights(files[-1]) if files else None
+
+
+def _count_weights(path: Path) -> int | None:
+    """Numbers in a safetensors file, from its header; None if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        return int(sum(math.prod(tensor["shape"]) for key, tensor in header.items() if key != "__metadata__"))
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError):
+        return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,354 @@
+"""Tables: rows of cells that know where their numbers stand in the logs, as CSV and as LaTeX (booktabs)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from tunesmith.study.read import Experiment, Point, RunRecord, Study, is_number, trained_parameters
+from tunesmith.study.select import (
+    BATCH_4,
+    FULL,
+    OPTIMIZERS,
+    PARTS,
+    SPLIT,
+    choice_of,
+    dpo_runs,
+    finals,
+    judged,
+    memory_rows,
+    peaks,
+    present,
+    ranks,
+)
+from tunesmith.study.stats import Interval, t_interval, wilson_interval
+
+PAPER_TABLE_1 = {"AdamW": (13.52, 200.0), "Adam": (13.52, 188.5), "SGD-Nesterov": (11.23, 183.5),
+                 "SGD-momentum": (11.23, 181.8), "SGD": (8.41, 170.9)}  # fmt: skip
+PAPER_TABLE_2 = {"rank 1": (50.47, 8.0245), "rank 2": (50.52, 8.0323), "rank 8": (50.74, 8.0675),
+                 "rank 16": (51.29, 8.1554), "full": (74.06, 11.7745)}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Words, or a number with its interval; `sources`: the log lines it comes from; `run`: the run that the words name."""
+
+    text: str = ""
+    value: Interval | None = None
+    digits: int = 3
+    sources: tuple[Point, ...] = ()
+    run: str = ""
+
+    @property
+    def shown(self) -> str:
+        """`13.52` or `13.52 [13.50, 13.54]`, or the words; "-" where nothing is known."""
+        if self.value is None:
+            return self.text or "-"
+        mean = f"{self.value.mean:,.{self.digits}f}"
+        if math.isnan(self.value.low):
+            return mean
+        return f"{mean} [{self.value.low:,.{self.digits}f}, {self.value.high:,.{self.digits}f}]"
+
+
+@dataclass(frozen=True)
+class Table:
+    """head: (heading, whether its column holds figures with intervals). notes: what is missing. folded: long, to be opened."""
+
+    name: str
+    experiment: str
+    title: str
+    head: tuple[tuple[str, bool], ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    caption: str = ""
+    notes: tuple[str, ...] = ()
+    folded: bool = False
+
+
+def of_seeds(points: Sequence[Point], digits: int = 3) -> Cell:
+    """Mean over seeds with its t interval."""
+    values = [p.value for p in points]
+    return Cell(value=t_interval(values), digits=digits, sources=tuple(points)) if values else Cell()
+
+
+def plain(value: float | None, digits: int = 2) -> Cell:
+    """A number without an interval."""
+    return Cell("" if value is None else f"{value:,.{digits}f}")
+
+
+def as_csv(table: Table) -> str:
+    """Comma-separated; a column of figures becomes four: mean, low, high and n."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    heads = [[h, f"{h}, low", f"{h}, high", f"{h}, n"] if figure else [h] for h, figure in table.head]
+    writer.writerow([x for h in heads for x in h])
+    for row in table.rows:
+        cells = [_csv_cells(cell, figure) for cell, (_, figure) in zip(row, table.head, strict=True)]
+        writer.writerow([x for c in cells for x in c])
+    return out.getvalue()
+
+
+def _csv_cells(cell: Cell, figure: bool) -> list[str]:
+    if not figure:
+        return [cell.text.replace(",", "") if _numeric(cell.text) else cell.text]
+    if cell.value is None:
+        return [cell.text, "", "", ""]
+    v = cell.value
+    bounds = [f"{x:.{cell.digits}f}" if x == x else "" for x in (v.low, v.high)]
+    return [f"{v.mean:.{cell.digits}f}", *bounds, str(v.n)]
+
+
+def _numeric(text: str) -> bool:
+    return text.replace(",", "").replace(".", "").replace("-", "").isdigit()
+
+
+LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+         "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "⁹": "$^9$", "→": r"$\rightarrow$", "±": r"$\pm$"}  # fmt: skip
+
+
+def latex(text: str) -> str:
+    return "".join(LATEX.get(c, c) for c in text)
+
+
+def as_latex(table: Table) -> str:
+    """A `table` for \\usepackage{booktabs}, with caption and label."""
+    numeric = [
+        figure or all(_numeric(row[i].text) or not row[i].text for row in table.rows)
+        for i, (_, figure) in enumerate(table.head)
+    ]
+    lines = [
+        r"\begin{table}", r"  \centering", rf"  \caption{{{latex(table.title)}}}", rf"  \label{{tab:{table.name}}}",
+        rf"  \begin{{tabular}}{{{''.join('r' if n else 'l' for n in numeric)}}}", r"    \toprule",
+        "    " + " & ".join(latex(h) for h, _ in table.head) + r" \\", r"    \midrule",
+        *("    " + " & ".join(latex(cell.shown) for cell in row) + r" \\" for row in table.rows),
+        r"    \bottomrule", r"  \end{tabular}", r"\end{table}",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+# ---- the paper's two -------------------------------------------------------------------------------------------------
+
+
+def optimizers(study: Study) -> Table:
+    """Table 1: memory and minutes by optimizer."""
+    e = study.experiment("e4")
+    labels = present(e, *OPTIMIZERS) or e.labels
+    memory, left = peaks(e, labels)
+    loss, _ = finals(e, labels, "eval", "validation_loss")
+    rows = []
+    for label in labels:
+        minutes = [r.minutes for r in e.runs(label).values() if r.minutes and r.state == "finished"]
+        paper = PAPER_TABLE_1.get(label, (None, None))
+        rows.append((
+            Cell(label), of_seeds(list(memory[label].values()), 2), plain(paper[0]), of_seeds(minutes, 2), plain(paper[1], 1),
+            of_seeds(list(loss.get(label, {}).values())),
+        ))  # fmt: skip
+    head = (("optimizer", False), ("memory, GB", True), ("paper, GB", False), ("time, min", True), ("paper, min", False),
+            ("validation loss", True))  # fmt: skip
+    caption = "Peak memory; time spent in training steps, estimates not counted; last validation loss. The paper's: gpt2-medium on a P100."
+    return Table("table-1", "e4", "Memory and time by optimizer", head, tuple(rows), caption, tuple(left))
+
+
+def lora_ranks(study: Study) -> Table:
+    """Table 2: memory by rank."""
+    e = study.experiment("e5")
+    labels = [*ranks(e), *present(e, FULL)] or e.labels
+    memory, left = peaks(e, labels)
+    loss, _ = finals(e, labels, "eval", "validation_loss")
+    reward, _ = finals(e, labels, "reward", "mean")
+    whole = [p.value for p in memory.get(FULL, {}).values()]
+    rows = []
+    for label in labels:
+        used = list(memory[label].values())
+        paper = PAPER_TABLE_2.get(label, (None, None))
+        counts = [n for r in e.runs(label).values() if (n := trained_parameters(r))]
+        share = 100 * fmean(p.value for p in used) / fmean(whole) if used and whole else None
+        rows.append((
+            Cell(label), plain(counts[0] if counts else None, 0), of_seeds(used, 3), plain(share, 1), plain(paper[1], 4),
+            plain(100 * paper[1] / 11.7745 if paper[1] else None, 1), of_seeds(list(loss.get(label, {}).values())),
+            of_seeds(list(reward.get(label, {}).values())),
+        ))  # fmt: skip
+    head = (("weights trained", False), ("trained parameters", False), ("memory, GB", True), ("% of full", False),
+            ("paper, GB", False), ("paper, % of full", False), ("validation loss", True), ("reward", True))  # fmt: skip
+    caption = (
+        "Peak memory; loss and reward at the last step that all have. The paper's: gpt2-medium on a P100 of 16 GB."
+    )
+    return Table("table-2", "e5", "Memory by LoRA rank", head, tuple(rows), caption, tuple(left))
+
+
+# ---- what is added ---------------------------------------------------------------------------------------------------
+
+
+def accumulation(study: Study) -> Table:
+    """Batch 4 against 4 x 1, step by step."""
+    e, rows = study.experiment("e7"), []
+    for seed, one in e.runs(BATCH_4).items():
+        other = e.runs(SPLIT).get(seed)
+        a = {p.step: p for p in one.series("train", "loss")}
+        b = {p.step: p for p in other.series("train", "loss")} if other else {}
+        shared = sorted(a.keys() & b.keys())
+        if not shared:
+            continue
+        worst = max(shared, key=lambda s: abs(a[s].value - b[s].value))
+        for name, step in (("first", shared[0]), ("largest difference", worst), ("last", shared[-1])):
+            gap = abs(a[step].value - b[step].value)
+            rows.append((
+                Cell(str(seed)), Cell(f"{name}: {step:,}"), Cell(f"{a[step].value:.6f}", sources=(a[step],)),
+                Cell(f"{b[step].value:.6f}", sources=(b[step],)), Cell(f"{gap:.1e}"),
+            ))  # fmt: skip
+    head = tuple((h, False) for h in ("seed", "step", BATCH_4, SPLIT, "difference"))
+    notes = () if rows else (f"needs runs “{BATCH_4}” and “{SPLIT}” with the same seed",)
+    return Table(
+        "table-accumulation",
+        "e7",
+        "Batch 4 by accumulation against batch 4 at once: training loss",
+        head,
+        tuple(rows),
+        notes=notes,
+    )
+
+
+DPO_ROWS = (("loss, nats a pair", "validation_loss"), ("accuracy", "validation_accuracy"), ("reward margin", "validation_margin"),
+            ("reward of the chosen", "validation_chosen_reward"), ("reward of the rejected", "validation_rejected_reward"),
+            ("drift on the chosen, nats", "validation_drift_chosen"), ("drift on the rejected, nats", "validation_drift_rejected"),
+            ("loss on the chosen, nats a token", "validation_sft_loss"))  # fmt: skip
+
+
+def preference(study: Study) -> Table:
+    """DPO at step 0 and at the end."""
+    runs = [r for r in dpo_runs(study).values() if r.series("eval", "validation_accuracy")]
+    rows = []
+    for name, key in DPO_ROWS:
+        series = [s for r in runs if (s := r.series("eval", key))]
+        if series:
+            rows.append((Cell(name), *(_share_or_seeds([s[i] for s in series], runs, key) for i in (0, -1))))
+    head = (("on the validation pairs", False), ("before", True), ("after", True))
+    left = tuple(f"{r.name}: {r.trouble}" for r in dpo_runs(study).values() if r.trouble)
+    caption = "The accuracy's interval is over the pairs. With policy and reference equal, loss is ln 2 = 0.693 and the rest 0."
+    return Table("table-dpo", "e8", "DPO before and after", head, tuple(rows), caption, left)
+
+
+def _share_or_seeds(points: list[Point], runs: Sequence[RunRecord], key: str) -> Cell:
+    pairs = [int(p.value) for r in runs for p in r.series("pairs", "validation_pairs")]
+    if (
+        key == "validation_accuracy" and pairs and pairs[0] > 0
+    ):  # the same pairs for every seed: more seeds are no more pairs
+        share = fmean(p.value for p in points)
+        return Cell(
+            value=Interval(share, *wilson_interval(share * pairs[0], pairs[0]), pairs[0]), sources=tuple(points)
+        )
+    return of_seeds(points)
+
+
+def prompts(study: Study) -> Table | None:
+    """The best and the worst prompts of the chosen checkpoint, beside the paper's."""
+    one = next(iter(judged(study)), None)
+    if one is None or one.best is None or len(found := one.rewards(one.best)) < 2:
+        return None
+    order = sorted(found, key=lambda p: (-found[p], p))
+    told = [("best", p) for p in order[:3]] + [("worst", p) for p in order[::-1][: min(3, len(order) - 3) or 1][::-1]]
+    rows = tuple((Cell(which), Cell(p), Cell(f"{found[p]:.2f}")) for which, p in told)
+    caption = (
+        f"{one.run.name}, step {one.best:,}. The paper's best: 2.29, “how blockchain technology works”; "
+        "its worst: -3.56, “principles of sustainable architecture”."
+    )
+    return Table(
+        "table-prompts",
+        "e2",
+        "Best and worst prompts",
+        (("", False), ("prompt", False), ("reward", False)),
+        rows,
+        caption,
+    )
+
+
+def choices(study: Study) -> Table | None:
+    """Which checkpoint each run chose, by what, and which cannot be told from it."""
+    rows = []
+    for run in study.runs.values():
+        choice = choice_of(run)
+        if not is_number(choice.get("best_step")):
+            continue
+        level = [f"{s:,}" for s in choice.get("not_distinguishable") or [] if s != choice["best_step"]]
+        since = choice.get("overfitting_since")
+        rows.append((
+            Cell(run.name, run=run.name), Cell(f"{choice['best_step']:,}"), Cell(str(choice.get("by", "")).replace("_", " ")),
+            Cell("; ".join(level) or "none"), Cell("no" if since is None else f"since step {since:,}"),
+        ))  # fmt: skip
+    head = tuple((h, False) for h in ("run", "chosen step", "by", "steps not distinguishable from it", "overfitting"))
+    return (
+        Table("table-choices", "e2", "The checkpoint that each run chose", head, tuple(rows), folded=len(rows) > 6)
+        if rows
+        else None
+    )
+
+
+def memory_parts(study: Study) -> Table | None:
+    """The numbers of the memory figure."""
+    found = memory_rows(study)
+    if not any(parts for _, parts, _ in found):
+        return None
+    rows = []
+    for label, parts, measured in found:
+        total = sum(parts.values()) if parts else None
+        cell = of_seeds(measured, 3)
+        error = 100 * (total / cell.value.mean - 1) if total and cell.value and cell.value.mean else None
+        rows.append((Cell(label), *(plain(parts.get(p), 3) for p in PARTS), plain(total, 3), cell, plain(error, 1)))
+    caption = "Error: predicted over measured, minus 1; on a CPU, Python and its libraries are measured too."
+    head = (("", False), *((p.replace("_", " "), False) for p in PARTS), ("predicted, GB", False), ("measured, GB", True),
+            ("error, %", False))  # fmt: skip
+    return Table("table-memory", "e4", "Memory by part, in GB of 10⁹ bytes", head, tuple(rows), caption)
+
+
+def overview(study: Study) -> Table:
+    """Every run in one line."""
+    rows = []
+    for run in study.runs.values():
+        loss = run.series("eval", "validation_loss")
+        best = min(loss, key=lambda p: p.value, default=None)
+        steps = run.status.get("step")
+        figures = ((best, 3), (run.peak, 2), (run.minutes, 2))
+        rows.append((
+            Cell(run.name, run=run.name), Cell("not run yet" if run.state == "waiting" else run.state),
+            Cell(f"{steps:,}" if is_number(steps) else ""),
+            *(Cell(f"{p.value:,.{digits}f}", sources=(p,)) if p else Cell() for p, digits in figures),
+        ))  # fmt: skip
+    head = tuple((h, False) for h in ("run", "state", "steps", "best validation loss", "memory, GB", "time, min"))
+    return Table("table-runs", "", "All runs", head, tuple(rows))
+
+
+def own(e: Experiment) -> Table:
+    """An experiment that the paper does not have: final loss, memory and time by label."""
+    memory, left = peaks(e, e.labels)
+    loss, _ = finals(e, e.labels, "eval", "validation_loss")
+    rows = []
+    for label in e.labels:
+        minutes = [r.minutes for r in e.runs(label).values() if r.minutes and r.state == "finished"]
+        cells = (list(loss.get(label, {}).values()), 3), (list(memory[label].values()), 2), (minutes, 2)
+        rows.append((Cell(label), *(of_seeds(*cell) for cell in cells)))
+    head = (("", False), ("validation loss", True), ("memory, GB", True), ("time, min", True))
+    return Table(f"table-{e.id}", e.id, e.title, head, tuple(rows), notes=tuple(left))
+
+
+TABLES: dict[str, tuple[str, Callable[[Study], Table | None]]] = {
+    "table-1": ("e4", optimizers), "table-2": ("e5", lora_ranks), "table-prompts": ("e2", prompts), "table-choices": ("e2", choices),
+    "table-accumulation": ("e7", accumulation), "table-dpo": ("e8", preference), "table-memory": ("e4", memory_parts),
+}  # fmt: skip
+PAPER_EXPERIMENTS = ("e1", "e1b", "e2", "e4", "e5", "e6", "e7", "e8")
+
+
+def make_tables(study: Study) -> dict[str, list[Table]]:
+    """Experiment -> its tables; the table of all runs stands under ""."""
+    found: dict[str, list[Table]] = {"": [overview(study)]}
+    for name, (key, make) in TABLES.items():
+        unwanted = study.tables and name in ("table-1", "table-2") and name not in study.tables
+        there = study.experiment(key).members or (key == "e2" and study.experiment("e1").members)
+        if there and not unwanted and (table := make(study)):
+            found.setdefault(key, []).append(table)
+    for key, e in study.experiments.items():
+        if key not in PAPER_EXPERIMENTS:
+            found.setdefault(key, []).append(own(e))
+    return found

@@ -1,0 +1,395 @@
+"""The claims of the 2023 report (GPT-2 medium on HH-RLHF), each with its own words and numbers, judged on a study's runs."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import tunesmith.study.claims as claims
+from tunesmith.study.claims import FAILS, HOLDS, OPEN, Verdict
+from tunesmith.study.read import Experiment, Json, Line, Point, RunRecord, Study, is_number
+from tunesmith.study.select import (
+    BATCH_1,
+    BATCH_4,
+    FULL,
+    OPTIMIZERS,
+    SPLIT,
+    best_step,
+    differences,
+    dpo_runs,
+    finals,
+    judged,
+    mean_curve,
+    peaks,
+    present,
+    prompt_rewards,
+    ranks,
+    rewarded_steps,
+    scorer_words,
+)
+from tunesmith.study.stats import Interval, t_interval
+
+VISIBLE = 0.05  # of what the loss falls in all: two curves closer than that are one line in a figure
+HARDLY = 0.05  # of the memory
+GPU_RESOLUTION, CPU_RESOLUTION = 0.005, 0.02  # of a peak: allocated bytes are counted, a resident set is sampled
+EXACT = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 3e-2}  # of the loss: rounding, grown over the steps
+CARD_GB = 16.0
+PAPER_SCORER = "OpenAssistant/reward-model-deberta-v3-large-v2"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A verdict with where its numbers stand in the logs, and the runs that had to be left out."""
+
+    verdict: Verdict
+    sources: tuple[Point, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the report says. `paper`: its number or picture."""
+
+    id: str
+    experiment: str
+    words: str
+    paper: str
+    judge: Callable[[Study], Finding]
+
+
+def judge_all(study: Study) -> list[tuple[Claim, Finding]]:
+    """Every claim with its verdict; what a study has not run cannot be told."""
+    found = []
+    for claim in CLAIMS:
+        if study.experiment(claim.experiment).members:
+            found.append((claim, claim.judge(study)))
+        else:
+            found.append((claim, Finding(Verdict(OPEN, f"experiment {claim.experiment.upper()} is not in this study"))))
+    return found
+
+
+# ---- what the judges share ------------------------------------------------------------------------------------------
+
+
+def _sources(*found: Mapping[str, Mapping[int, Point]]) -> tuple[Point, ...]:
+    return tuple(p for labels in found for seeds in labels.values() for p in seeds.values())
+
+
+def _against(found: Mapping[str, Mapping[int, Point]], one: str, sign: int = 1) -> dict[str, list[float]]:
+    """`sign` times (one - other) for every other label, by seed."""
+    names = {o: f"{one} minus {o}" if sign > 0 else f"{o} minus {one}" for o in found if o != one}
+    return {names[o]: [sign * d for d in differences(found[one], found[o])] for o in names}
+
+
+def resolution_of(runs: Sequence[RunRecord]) -> float:
+    """What the memory meter resolves, as a share of its reading."""
+    gpu = runs and all(str(r.config.get("train", {}).get("device", "")).startswith("cuda") for r in runs)
+    return GPU_RESOLUTION if gpu else CPU_RESOLUTION
+
+
+# ---- E1, E1b, E2, E3 -------------------------------------------------------------------------------------------------
+
+
+NEAR = 1 / 8  # of a training: two places closer than that are the same place
+
+
+def near(share: float) -> tuple[float, float]:
+    return share - NEAR, share + NEAR
+
+
+def _overfits(experiment: str, between: tuple[float, float]) -> Callable[[Study], Finding]:
+    def judge(study: Study) -> Finding:
+        e = study.experiment(experiment)
+        validation, train = (
+            next(iter(e.lines("eval", key)), Line("", {})) for key in ("validation_loss", "train_loss")
+        )
+        if not validation.seeds.keys() - validation.partial:
+            return Finding(Verdict(OPEN, "no finished training"), (), validation.missing)
+        held, fitted = dict(mean_curve(validation)), dict(mean_curve(train))
+        steps = [s for s in held if s in fitted]
+        curve = [held[s] for s in steps], [fitted[s] for s in steps]
+        verdict = claims.overfits(
+            steps, *curve, between=between, difference=_on_the_same_batches(study, validation, steps)
+        )
+        low = min(steps, key=held.__getitem__, default=None)
+        marks = tuple(p for s in validation.seeds.values() for p in s if p.step in (low, steps[-1])) if steps else ()
+        return Finding(verdict, marks, validation.missing)
+
+    return judge
+
+
+def _on_the_same_batches(study: Study, line: Line, steps: Sequence[int]) -> Callable[[int, int], Interval | None]:
+    """Two places of a curve -> difference of their losses, paired over the batches of all finished seeds."""
+    whole = [{p.step: p for p in s} for seed, s in line.seeds.items() if seed not in line.partial]
+    level = 1 - 0.05 / max(1, len(steps) - 1)  # the lowest place was picked among all of them
+
+    @functools.cache
+    def parts(i: int) -> list[tuple[float, int]]:
+        points = [seed[steps[i]] for seed in whole]
+        logged = [next(r for r in study.runs[p.run].lines["eval"] if r["line"] == p.line) for p in points]
+        found = [study.runs[p.run].parts(r["step"]) for p, r in zip(points, logged, strict=True)]
+        return [x for batches in found for x in batches] if all(found) else []
+
+    def difference(i: int, j: int) -> Interval | None:
+        a, b = parts(i), parts(j)
+        if len(a) < 2 or [n for _, n in a] != [n for _, n in b]:
+            return None
+        sums, mean = [x - y for (x, _), (y, _) in zip(a, b, strict=True)], fmean(n for _, n in a)
+        ratio = fmean(sums) / mean
+        return t_interval([ratio + (s - ratio * n) / mean for s, (_, n) in zip(sums, a, strict=True)], level=level)
+
+    return difference
+
+
+def _no_convergence(study: Study) -> Finding:
+    e = study.experiment("e1b")
+    starts: dict[str, list[float]] = {}
+    ends: dict[str, list[float | None]] = {}
+    marks, left = [], []
+    for member in e.members:
+        run, series = member.run, member.run.series("eval", "validation_loss")
+        if not series or run.state not in ("finished", "diverged"):
+            left.append(f"{member.label}, seed {member.seed} ({run.name}): {run.trouble or 'no estimate'}")
+            continue
+        starts.setdefault(member.label, []).append(series[0].value)
+        ends.setdefault(member.label, []).append(None if run.state == "diverged" else series[-1].value)
+        marks += [series[0], series[-1]]
+    return Finding(claims.never_learns(starts, ends), tuple(marks), tuple(left))
+
+
+def _reward_falls(study: Study) -> Finding:
+    trainings = judged(study)
+    steps = sorted(set.intersection(*({s for s in j.at if j.rewards(s)} for j in trainings))) if trainings else []
+    if not steps:
+        return Finding(Verdict(OPEN, "no checkpoint was scored"))
+    means = {s: mean_by_prompt([j.rewards(s) for j in trainings]) for s in steps}
+    prompts = sorted(set.intersection(*(set(r) for r in means.values())))
+    verdict = claims.falls_after_best({s: [r[p] for p in prompts] for s, r in means.items()}, between=near(20 / 40))
+    top = max(steps, key=lambda s: fmean(means[s][p] for p in prompts)) if prompts else None
+    return Finding(verdict, () if top is None else tuple(p for j in trainings for p in j.marks(top, steps[-1])))
+
+
+def mean_by_prompt(several: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Prompt -> mean over the trainings, the prompts that all of them answered."""
+    shared = set.intersection(*(set(r) for r in several))
+    return {prompt: fmean(r[prompt] for r in several) for prompt in shared}
+
+
+def _mean_negative(study: Study) -> Finding:
+    one = next(iter(judged(study)), None)
+    if one is None or one.best is None:
+        return Finding(Verdict(OPEN, "no answers at the chosen checkpoint"))
+    run, own = one.at[one.best]
+    chosen: Json = next((r for r in run.lines.get("reward", ()) if r["step"] == own), {})
+    if not all(is_number(chosen.get(k)) for k in ("mean", "low", "high")):
+        return Finding(Verdict(OPEN, "no reward with its interval at the chosen checkpoint"))
+    scorer, marks = chosen.get("scorer", "an unnamed model"), one.marks(one.best)
+    interval = f"{chosen['mean']:.3f} [{chosen['low']:.3f}, {chosen['high']:.3f}]"
+    told = f"mean {interval} at step {one.best:,}, scored by {scorer_words(study, scorer)}"
+    if scorer != PAPER_SCORER:
+        return Finding(Verdict(OPEN, f"{told}: another scorer has another zero"), marks)
+    return Finding(Verdict(HOLDS if chosen["high"] < 0 else FAILS if chosen["low"] > 0 else OPEN, told), marks)
+
+
+def _tuned_answers(study: Study) -> Finding:
+    one = next(iter(judged(study)), None)
+    if one is None or 0 not in one.at or not one.best:
+        return Finding(Verdict(OPEN, "no answers of both the base (step 0) and the chosen checkpoint"))
+    base, tuned = one.rewards(0), one.rewards(one.best)
+    counts = [(sum(r["finish_reason"] == "stop" for r in a), len(a)) for a in (one.answers(one.best), one.answers(0))]
+    stops = " against ".join(f"{k} of {n}" for k, n in counts)
+    shared = sorted(base.keys() & tuned.keys())
+    verdict = claims.better_paired([tuned[p] for p in shared], [base[p] for p in shared], "reward, tuned minus base")
+    evidence = f"{verdict.evidence}; answers that end by themselves: {stops}"
+    return Finding(Verdict(verdict.verdict, evidence), one.marks(0, one.best))
+
+
+# ---- E4, E5, E7 ------------------------------------------------------------------------------------------------------
+
+
+def _adam_alike(study: Study) -> Finding:
+    return _alike(study.experiment("e4"), "AdamW", "Adam")
+
+
+def _batches_alike(study: Study) -> Finding:
+    """Batch 4 by accumulation where it was run: its estimates are on the rows that batch 1 has; a batch of 4 sees more rows."""
+    e = study.experiment("e7")
+    done = any(r.state == "finished" for r in e.runs(SPLIT).values())
+    return _alike(e, BATCH_1, SPLIT if done else BATCH_4)
+
+
+def _alike(e: Experiment, one: str, other: str) -> Finding:
+    found, left = finals(e, present(e, one, other), "eval", "validation_loss")
+    starts = [s[0].value for s in e.line(one, "eval", "validation_loss").seeds.values()]
+    ends = [p.value for p in found.get(one, {}).values()]
+    if not starts or not ends or not found.get(other):
+        return Finding(Verdict(OPEN, f"needs finished runs of {one} and {other}"), (), tuple(left))
+    margin = VISIBLE * abs(fmean(starts) - fmean(ends))
+    verdict = claims.alike({f"{one} minus {other}": differences(found[one], found[other])}, margin, unit="nats")
+    return Finding(verdict, _sources(found), tuple(left))
+
+
+def _sgd_learns_slowest(study: Study) -> Finding:
+    e = study.experiment("e4")
+    found, left = finals(e, present(e, *OPTIMIZERS), "eval", "validation_loss")
+    if "SGD" not in found or len(found) < 2:
+        return Finding(Verdict(OPEN, "needs SGD and another optimizer"), (), tuple(left))
+    return Finding(claims.all_greater(_against(found, "SGD"), unit="nats"), _sources(found), tuple(left))
+
+
+def _sgd_least_memory(study: Study) -> Finding:
+    e = study.experiment("e4")
+    found, left = peaks(e, present(e, *OPTIMIZERS))
+    return _least(e, found, left, "SGD")
+
+
+def _lora_less_memory(study: Study) -> Finding:
+    e = study.experiment("e5")
+    found, left = peaks(e, [*ranks(e), *present(e, FULL)])
+    if FULL not in found or not ranks(e):
+        return Finding(Verdict(OPEN, "needs a rank and full tuning"), (), tuple(left))
+    return Finding(
+        claims.all_greater(_against(found, FULL), resolution=_resolution(e, found), unit="GB"),
+        _sources(found),
+        tuple(left),
+    )
+
+
+def _least(e: Experiment, found: Mapping[str, Mapping[int, Point]], left: list[str], one: str) -> Finding:
+    if one not in found or len(found) < 2:
+        return Finding(Verdict(OPEN, f"needs {one} and another optimizer"), (), tuple(left))
+    verdict = claims.all_greater(_against(found, one, -1), resolution=_resolution(e, found), unit="GB")
+    return Finding(verdict, _sources(found), tuple(left))
+
+
+def _resolution(e: Experiment, found: Mapping[str, Mapping[int, Point]]) -> float:
+    """Of a difference of two peaks, GB."""
+    largest = max((p.value for seeds in found.values() for p in seeds.values()), default=0.0)
+    return resolution_of([m.run for m in e.members]) * largest
+
+
+def _sgd_least_time(study: Study) -> Finding:
+    e = study.experiment("e4")
+    labels = present(e, *OPTIMIZERS)
+    found = {
+        label: {s: r.minutes for s, r in e.runs(label).items() if r.state == "finished" and r.minutes}
+        for label in labels
+    }
+    if "SGD" not in found or len(found) < 2:
+        return Finding(Verdict(OPEN, "needs SGD and another optimizer"))
+    return Finding(claims.all_greater(_against(found, "SGD", -1), unit="min"), _sources(found))
+
+
+def _lora(event: str, key: str, unit: str) -> Callable[[Study], Finding]:
+    def judge(study: Study) -> Finding:
+        e = study.experiment("e5")
+        found, left = finals(e, [*ranks(e), *present(e, FULL)], event, key)
+        if not ranks(e) or not found.get(FULL):
+            return Finding(
+                Verdict(OPEN, f"needs finished runs of a rank and of full tuning with a {event} line"), (), tuple(left)
+            )
+        return Finding(claims.all_greater(_against(found, FULL, -1), unit=unit), _sources(found), tuple(left))
+
+    return judge
+
+
+def _rank_memory(study: Study) -> Finding:
+    e = study.experiment("e5")
+    labels = ranks(e)
+    found, left = peaks(e, [labels[0], labels[-1]] if len(labels) > 1 else [])
+    if len(found) < 2 or not all(found.values()):
+        return Finding(Verdict(OPEN, "needs finished runs of two ranks"), (), tuple(left))
+    low, high = labels[0], labels[-1]
+    margin = HARDLY * fmean(p.value for p in found[low].values())
+    gaps = {f"{high} minus {low}": differences(found[high], found[low])}
+    verdict = claims.alike(gaps, margin, resolution=_resolution(e, found), unit="GB")
+    return Finding(verdict, _sources(found), tuple(left))
+
+
+def _accumulation(study: Study) -> Finding:
+    e = study.experiment("e7")
+    pairs = [(e.runs(BATCH_4)[s], e.runs(SPLIT)[s]) for s in e.runs(BATCH_4) if s in e.runs(SPLIT)]
+    series = [
+        (a, b) for one, split in pairs if (a := one.series("train", "loss")) and (b := split.series("train", "loss"))
+    ]
+    if not series:
+        return Finding(Verdict(OPEN, f"needs runs “{BATCH_4}” and “{SPLIT}” with the same seed"))
+    precision = str(pairs[0][0].config.get("train", {}).get("precision", "fp32"))
+    tolerance = EXACT.get(precision, EXACT["fp32"])
+    verdicts = [
+        claims.same_steps({p.step: p.value for p in a}, {p.step: p.value for p in b}, tolerance) for a, b in series
+    ]
+    worst = next((v for v in verdicts if v.verdict != HOLDS), verdicts[0])
+    return Finding(worst, tuple(side[-1] for pair in series for side in pair))
+
+
+# ---- E6, E8 ----------------------------------------------------------------------------------------------------------
+
+
+def _as_good(study: Study) -> Finding:
+    helpful = next((m.run for m in study.experiment("e6").members if rewarded_steps(m.run)), None)
+    one, step = next(iter(judged(study)), None), best_step(helpful) if helpful else None
+    if helpful is None or step is None or one is None or one.best is None:
+        return Finding(Verdict(OPEN, "needs scored answers of the helpful-only run and of E1's"))
+    scorers = {str(r.get("scorer")) for run in (helpful, one.run) for r in run.lines.get("reward", ())}
+    if len(scorers) > 1:
+        return Finding(Verdict(OPEN, f"scored by different models: {', '.join(sorted(scorers))}"))
+    a, b = prompt_rewards(helpful, step), one.rewards(one.best)
+    shared = sorted(a.keys() & b.keys())
+    verdict = claims.alike_paired([a[p] for p in shared], [b[p] for p in shared], "reward, helpful only minus all data")
+    marks = tuple(p for p in helpful.series("reward", "mean") if p.step == step)
+    return Finding(verdict, marks + one.marks(one.best))
+
+
+def _dpo_improves(study: Study) -> Finding:
+    runs = [r for r in dpo_runs(study).values() if r.state == "finished"]
+    accuracy, margin = (
+        [s[-1] for r in runs if (s := r.series("eval", f"validation_{k}"))] for k in ("accuracy", "margin")
+    )
+    pairs = [p.value for r in runs for p in r.series("pairs", "validation_pairs")]
+    verdict = claims.above_chance([p.value for p in accuracy], [p.value for p in margin], int(min(pairs, default=0)))
+    left = [f"{r.name}: {r.trouble}" for r in dpo_runs(study).values() if r.trouble]
+    return Finding(verdict, tuple(accuracy), tuple(left))
+
+
+def _dpo_fits(study: Study) -> Finding:
+    runs = list(dpo_runs(study).values())
+    for run in runs:
+        if run.state == "failed" and re.search(r"out of memory(?!\?)", run.reason.lower()):  # "?": only a guess
+            return Finding(Verdict(FAILS, f"{run.name} failed: {run.reason}"))
+    found = [r.peak for r in runs if r.state == "finished" and r.peak]
+    if not found:
+        return Finding(Verdict(OPEN, "no finished DPO run"))
+    top = max(found, key=lambda p: p.value)
+    told = f"peak {top.value:.2f} GB, policy and reference together"
+    if study.scale != FULL:
+        return Finding(
+            Verdict(OPEN, f"{told}, but of the {study.scale or 'unnamed'} scale's model, not of gpt2-medium"), (top,)
+        )
+    return Finding(Verdict(HOLDS if top.value <= CARD_GB else FAILS, f"{told}; one card has {CARD_GB:.0f} GB"), (top,))
+
+
+CLAIMS = (
+    Claim("e1-overfits", "e1", "Full fine-tuning overfits after validation 30 of 40", "figure 1", _overfits("e1", near(30 / 40))),
+    Claim("e1b-rates", "e1b", "Too high learning rates do not converge", "1e-2 and 1e-3: none within the first steps", _no_convergence),
+    Claim("e2-falls", "e2", "The reward falls after validation 20 of 40", "figure 2; checkpoint 20 chosen", _reward_falls),
+    Claim("e2-negative", "e2", "The mean reward is negative", "best prompt 2.29, worst -3.56", _mean_negative),
+    Claim("e3-answers", "e2", "The tuned model answers where the base rambles", "shown by examples", _tuned_answers),
+    Claim("e4-adam", "e4", "AdamW and Adam run alike", "figures 3 and 4: the curves coincide", _adam_alike),
+    Claim("e4-slowest", "e4", "Plain SGD is the slowest to learn", "figures 3 and 4", _sgd_learns_slowest),
+    Claim("e4-memory", "e4", "Plain SGD needs the least memory", "8.41 GB; momentum 11.23, Adam 13.52", _sgd_least_memory),
+    Claim("e4-time", "e4", "Plain SGD needs the least time", "170.9 min; AdamW 200.0", _sgd_least_time),
+    Claim("e5-loss", "e5", "LoRA has a worse loss than full tuning", "figures 5 and 6", _lora("eval", "validation_loss", "nats")),
+    Claim("e5-reward", "e5", "LoRA has a better reward than full tuning", "figure 7", _lora("reward", "mean", "")),
+    Claim("e5-less", "e5", "LoRA needs less memory than full tuning", "8.02 GB (rank 1) against 11.77", _lora_less_memory),
+    Claim("e5-rank", "e5", "The rank hardly changes the memory", "8.02 GB at rank 1, 8.16 at rank 16 (+1.6 %)", _rank_memory),
+    Claim("e6-overfits", "e6", "Helpful-only training overfits soon: in the first half", "figure 8", _overfits("e6", (0.0, 0.5))),
+    Claim("e6-reward", "e6", "Helpful-only answers are about as good", "figure 9", _as_good),
+    Claim("e7-batch", "e7", "Batch 4 against batch 1: no visible difference", "the curves coincide", _batches_alike),
+    Claim("e7-exact", "e7", "Batch 4 by accumulation is the same as batch 4", "not tested", _accumulation),
+    Claim("e8-fits", "e8", "DPO fits into 16 GB", "failed: two 16 GB cards were not enough", _dpo_fits),
+    Claim("e8-improves", "e8", "DPO puts the chosen answer ahead: accuracy and margin", "never ran", _dpo_improves),
+)  # fmt: skip
