@@ -20,7 +20,7 @@ from tunesmith.errors import UsageError, UserError
 from tunesmith.options import StudyCommand
 from tunesmith.recipes.dpo import check as check_dpo
 from tunesmith.runlog import write_atomically
-from tunesmith.study import forecast
+from tunesmith.study.forecast import Seconds, memory_of, probe, shapes_of, times, work_of
 from tunesmith.study.executors import Executor, Local, visible_gpus
 from tunesmith.study.files import COMMANDS, read_study, study_path
 from tunesmith.study.ledger import DONE, Ledger, only_one
@@ -42,8 +42,8 @@ def study(name: str, options: StudyCommand) -> Path:
     if options.jobs is not None and options.jobs < 1:
         raise UsageError(f"--jobs is {options.jobs}, expected at least 1")
     out = Path(options.out or default_directory(plan))
-    shapes = forecast.shapes(plan)
-    works = {name: forecast.work_of(plan, run, shapes[name]) for name, run in plan.runs.items()}
+    shapes = shapes_of(plan)
+    works = {name: work_of(plan, run, shapes[name]) for name, run in plan.runs.items()}
     if options.dry_run:
         show(plan, out, wanted, shapes, works)
         return out
@@ -53,10 +53,10 @@ def study(name: str, options: StudyCommand) -> Path:
         ledger = Ledger(plan, out)
         ledger.save()
         executor = make_executor(options)
-        expected: dict[str, forecast.Seconds | None] = {}
+        expected: dict[str, Seconds | None] = {}
 
         def look_ahead() -> None:
-            expected.update(forecast.times(works, ledger))
+            expected.update(times(works, ledger))
 
         look_ahead()
         view = View(ledger, wanted, lambda: seconds_left(ledger, wanted, expected, executor.slots))
@@ -114,7 +114,7 @@ def write_plan(plan: Plan, out: Path, shapes: dict[str, Any]) -> None:
     """study.yaml and plan.json, with the memory that is predicted for each run."""
     record = plan_record(plan)
     for name, run in plan.runs.items():
-        memory = forecast.memory_of(run, shapes[name])
+        memory = memory_of(run, shapes[name])
         record["runs"][name]["memory"] = dataclasses.asdict(memory) if memory else None
     write_atomically(out / "study.yaml", yaml.safe_dump(dict(plan.study.content), sort_keys=False))
     write_atomically(out / "plan.json", json.dumps(record, indent=1) + "\n")
@@ -130,7 +130,7 @@ def make_executor(options: StudyCommand) -> Executor:
 
 
 def seconds_left(
-    ledger: Ledger, wanted: Sequence[str], expected: dict[str, forecast.Seconds | None], slots: int
+    ledger: Ledger, wanted: Sequence[str], expected: dict[str, Seconds | None], slots: int
 ) -> float | None:
     """What the runs that are not done will take together, shared by the slots; None while nothing tells."""
     left = 0.0
@@ -172,9 +172,9 @@ def show(plan: Plan, out: Path, wanted: Sequence[str], shapes: dict[str, Any], w
     """Print the matrix of runs with predicted memory and time."""
     ledger = Ledger(plan, out)
     missing = {n: w for n, w in works.items() if n in wanted}
-    expected = forecast.times(works, ledger)
+    expected = times(works, ledger)
     if any(expected[n] is None and w is not None for n, w in missing.items()):
-        expected = forecast.times(works, ledger, forecast.probe(plan, shapes))
+        expected = times(works, ledger, probe(plan, shapes))
     shown_as: dict[str, list[str]] = {}
     for id, (_, shown) in plan.experiments.items():
         for s in shown:
@@ -182,7 +182,7 @@ def show(plan: Plan, out: Path, wanted: Sequence[str], shapes: dict[str, Any], w
     rows = [("run", "command", "shown as", "needs", "state", "memory", "time")]
     largest, total, sources, unknown = 0, 0.0, dict[str, None](), 0
     for name in wanted:
-        run, memory, seconds = plan.runs[name], forecast.memory_of(plan.runs[name], shapes[name]), expected[name]
+        run, memory, seconds = plan.runs[name], memory_of(plan.runs[name], shapes[name]), expected[name]
         state = ledger.state(name)
         rows.append((
             name, run.command, "; ".join(shown_as.get(name, [])), ", ".join(run.needs), state,

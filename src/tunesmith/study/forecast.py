@@ -39,7 +39,7 @@ class Seconds:
     source: str
 
 
-def shapes(plan: Plan) -> dict[str, GPTConfig | None]:
+def shapes_of(plan: Plan) -> dict[str, GPTConfig | None]:
     """The shape of every run's model; None for one that would have to be downloaded to be known."""
     found: dict[str, GPTConfig | None] = {}
     for name, run in plan.runs.items():
