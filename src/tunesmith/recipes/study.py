@@ -20,9 +20,9 @@ from tunesmith.errors import UsageError, UserError
 from tunesmith.options import StudyCommand
 from tunesmith.recipes.dpo import check as check_dpo
 from tunesmith.runlog import write_atomically
-from tunesmith.study.forecast import Seconds, memory_of, probe, shapes_of, times, work_of
 from tunesmith.study.executors import Executor, Local, visible_gpus
 from tunesmith.study.files import COMMANDS, read_study, study_path
+from tunesmith.study.forecast import Seconds, memory_of, probe, shapes_of, times, work_of
 from tunesmith.study.ledger import DONE, Ledger, only_one
 from tunesmith.study.plan import Plan, make_plan, plan_record
 from tunesmith.study.run import conduct
