@@ -360,6 +360,16 @@ class DemoCommand:
 
 
 @dataclass(frozen=True)
+class StudyData:
+    """Where the data of all runs lie"""
+
+    root: str | None = None
+    """Local copy of HH-RLHF, as data.root of the training commands."""
+    rm_static: str | None = None
+    """Local copy of Dahoas/rm-static, as data.rm_static of the training commands."""
+
+
+@dataclass(frozen=True)
 class StudyCommand:
     """Run a matrix of trainings: a built-in study (paper) or a YAML file. What is done is skipped, what was cut goes on."""
 
@@ -374,6 +384,7 @@ class StudyCommand:
     batching: Literal["paper", "ours", "as_set"] | None = None
     """paper: random windows with loss on all tokens; ours: whole dialogues packed, loss on the assistant's turns; as_set: as the
     settings say. Default as the study's file."""
+    data: StudyData = field(default_factory=StudyData)
     jobs: int | None = None
     """Runs at a time on this machine (on Ray: on each); default one a GPU, on a CPU one."""
     executor: Literal["local", "ray"] = "local"

@@ -36,7 +36,8 @@ def study(name: str, options: StudyCommand) -> Path:
     Raises: UsageError if the file or a setting is wrong; UserError at the end if a run failed, naming which and why;
         KeyboardInterrupt if it was interrupted, when all runs have stopped.
     """
-    plan = make_plan(read_study(study_path(name), options.scale, batching=options.batching))
+    places = {f"data.{k}": v for k, v in vars(options.data).items() if v is not None}
+    plan = make_plan(read_study(study_path(name), options.scale, batching=options.batching), places)
     check_runs(plan)
     wanted = select(plan, options.only)
     if options.jobs is not None and options.jobs < 1:

@@ -78,6 +78,7 @@ class _Maker:
     """Collects runs; raises UsageError where two would have one name."""
 
     study: StudyFile
+    places: Mapping[str, str]
     runs: dict[str, PlannedRun] = field(default_factory=dict)
     bare: dict[str, list[str]] = field(default_factory=dict)  # name without seed -> names
 
@@ -91,9 +92,11 @@ class _Maker:
         self.bare.setdefault(bare, []).append(run.name)
 
 
-def make_plan(study: StudyFile) -> Plan:
-    """Every run of a study. Raises: UsageError with file and key for names used twice, unknown or circular needs, bad values."""
-    maker = _Maker(study)
+def make_plan(study: StudyFile, places: Mapping[str, str] | None = None) -> Plan:
+    """Every run of a study. places: where the data lie, by the options in PLACES.
+
+    Raises: UsageError with file and key for names used twice, unknown or circular needs, bad values."""
+    maker = _Maker(study, places or {})
     experiments: dict[str, tuple[str, list[Shown]]] = {}
     searches: dict[str, dict[str, list[str]]] = {}
     for entry in study.helpers:
@@ -124,9 +127,8 @@ def _expand(maker: _Maker, entry: Entry, more: Mapping[str, Any] | None = None, 
         for number, seed in enumerate(study.seeds, 1):
             seeds = {"train.seed": seed, "data.seed": seed}
             command = {} if study.batching == "as_set" else BATCHING[study.batching].get(entry.command, {})
-            settings = {
-                **presets, **study.base.get(entry.command, {}), **command, **seeds, **entry.settings, **varied, **(more or {})
-            }  # fmt: skip
+            base = {**study.base.get(entry.command, {}), **maker.places, **command, **seeds}
+            settings = {**presets, **base, **entry.settings, **varied, **(more or {})}
             config = from_settings(COMMANDS[entry.command], settings, entry.where)
             flat = dict(_flat(dataclasses.asdict(config)))
             plain = dict(_flat(dataclasses.asdict(COMMANDS[entry.command]())))

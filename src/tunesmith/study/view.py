@@ -21,10 +21,11 @@ STYLE = {"finished": "green", "diverged": "yellow", "failed": "red", "stopped": 
 
 
 def span(seconds: float) -> str:
-    """A time in words: `34 s`, `7.5 min`, `3.2 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    """A time in words: `34 s`, `7.5 min`, `3.2 h`, `4.0 days`."""
+    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.{0 if unit == 1 else 1}f} {name}"
+    return f"{seconds / 86_400:,.1f} days"
 
 
 class View:
