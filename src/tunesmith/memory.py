@@ -122,8 +122,14 @@ def activation_bytes(
     ends = tokens * ((4 * c + 8) + 4 * c)  # last norm, and the gradient that the head's loss keeps
     if checkpointed:
         return shape.n_layer * tokens * 4 * c + block + weights + ends
-    first = 0 if adapted is None else tokens * (4 * c + 8)  # nothing below the first adapter learns
-    return shape.n_layer * (block + weights) + ends - first
+    norm = tokens * (4 * c + 8)
+    spared = 0 if adapted is None else norm  # nothing in the first block learns before its first adapter
+    if "attn.c_attn" not in learns:
+        own_result = width * c if "attn.c_proj" in learns and not packed else 0
+        spared += tokens * (attention - own_result)
+        if "attn.c_proj" not in learns:
+            spared += norm + (tokens * width * inner if "mlp.c_fc" not in learns else 0)
+    return shape.n_layer * (block + weights) + ends - spared
 
 
 def predict_memory(
