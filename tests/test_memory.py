@@ -20,7 +20,9 @@ def model_of(shape=SHAPE, targets=None, rank=3):
     return model.train()
 
 
-@pytest.mark.parametrize("shape", [SHAPE, GPTConfig(3, 2, 8, 13, 5, n_inner=20), GPTConfig(1, 2, 8, 13, 5, tied_head=False)])
+@pytest.mark.parametrize(
+    "shape", [SHAPE, GPTConfig(3, 2, 8, 13, 5, n_inner=20), GPTConfig(1, 2, 8, 13, 5, tied_head=False)]
+)
 def test_parameters_are_those_of_the_model(shape):
     assert count_parameters(shape) == GPT(shape).parameter_count()
 
@@ -28,7 +30,12 @@ def test_parameters_are_those_of_the_model(shape):
 def test_parameters_of_the_published_sizes():
     """As published (docs of the models); the study's shared numbers have the same."""
     counts = {name: count_parameters(shape) for name, shape in SIZES.items()}
-    assert counts == {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
+    assert counts == {
+        "gpt2": 124_439_808,
+        "gpt2-medium": 354_823_168,
+        "gpt2-large": 774_030_080,
+        "gpt2-xl": 1_557_611_200,
+    }
     medium = SIZES["gpt2-medium"]
     assert [count_adapters(medium, r, adapted_layers("all-linear")) for r in (1, 8)] == [393_216, 3_145_728]
     assert count_adapters(medium, 1, adapted_layers("all-linear,lm_head")) == 444_497
@@ -74,7 +81,9 @@ def test_parameters_gradients_and_state_are_bytes_of_real_tensors(optimizer, tar
     memory = predict_memory(SHAPE, tokens=64, optimizer=optimizer, rank=rank, targets=targets or "all-linear")
     assert memory.parameters == sum(p.nbytes for p in model.parameters())
     assert memory.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    slots = [v for s in update.state_dict()["state"].values() for v in s.values() if isinstance(v, torch.Tensor) and v.dim()]
+    slots = [
+        v for s in update.state_dict()["state"].values() for v in s.values() if isinstance(v, torch.Tensor) and v.dim()
+    ]
     assert memory.optimizer == sum(v.nbytes for v in slots)
     assert memory.total == memory.parameters + memory.gradients + memory.optimizer + memory.activations + memory.logits
 

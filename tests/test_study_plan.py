@@ -59,7 +59,11 @@ def test_settings_win_in_the_order_preset_base_experiment_run_matrix(tmp_path):
 
 def test_batching_is_switched_for_the_whole_study_and_a_run_may_differ(tmp_path):
     experiments = {"x": {"config": "paper/e1", "runs": {"a": None, "b": {"set": {"data.batching": "padded"}}}}}
-    for batching, loss_on, a in (("paper", "all", "windows"), ("ours", "assistant", "packed"), ("as_set", "all", "windows")):
+    for batching, loss_on, a in (
+        ("paper", "all", "windows"),
+        ("ours", "assistant", "packed"),
+        ("as_set", "all", "windows"),
+    ):
         made = plan(tmp_path, batching=batching, experiments=experiments)
         assert [made.runs[f"{n}-s1"].settings["data.batching"] for n in "ab"] == [a, "padded"]
         assert made.runs["a-s1"].settings["data.loss_on"] == loss_on
@@ -70,7 +74,10 @@ def test_other_runs_are_meant_seed_by_seed_and_come_first(tmp_path):
         tmp_path, seeds=[1, 2],
         experiments={
             "x": {"command": "dpo", "set": {"model.name": "@first", "data.name": "sample"}},
-            "y": {"runs": {"more": {"continues": "first", "set": {"train.steps": 6}}, "first": {"set": {"eval.reward": {"run": "judge", "step": 4}}}}},
+            "y": {"runs": {
+                "more": {"continues": "first", "set": {"train.steps": 6}},
+                "first": {"set": {"eval.reward": {"run": "judge", "step": 4}}},
+            }},
         },
         runs={"judge": {"command": "reward", "once": True, "set": {"data.name": "sample"}}},
     )  # fmt: skip
@@ -104,7 +111,11 @@ def test_the_same_run_serves_several_experiments_under_other_labels(tmp_path):
 
 
 def test_a_learning_rate_search_tries_every_rate_for_every_run_at_the_same_budget(tmp_path):
-    experiment = {"matrix": {"optimizer.name": ["adamw", "sgd"]}, "set": {"optimizer.lr": 1e-3}, "lr_search": [1e-3, 0.1]}
+    experiment = {
+        "matrix": {"optimizer.name": ["adamw", "sgd"]},
+        "set": {"optimizer.lr": 1e-3},
+        "lr_search": [1e-3, 0.1],
+    }
     made = plan(tmp_path, experiments={"e": experiment})
     assert [s.label for s in made.experiments["e-lr"][1]] == [
         "adamw, lr 0.001", "sgd, lr 0.001", "adamw, lr 0.1", "sgd, lr 0.1",
@@ -167,7 +178,8 @@ WRONG = {
         "experiments: {e: {command: dpo, continues: f}, f: {}}", "f-s1 is a sft run", "this is dpo",
     ),
     "the same name twice": (
-        "experiments: {e: {runs: {a: }}, f: {set: {train.steps: 9}, runs: {a: }}}", "experiments.f.runs.a", '"a-s1"', "experiments.e.runs.a",
+        "experiments: {e: {runs: {a: }}, f: {set: {train.steps: 9}, runs: {a: }}}",
+        "experiments.f.runs.a", '"a-s1"', "experiments.e.runs.a",
     ),
     "names that do not tell a matrix apart": (
         "experiments: {e: {runs: {'x{train.seed}': {matrix: {lora.rank: [1, 2]}}}}}", '"x1234-s1"', "put the varied option",
@@ -255,7 +267,9 @@ def test_the_full_scale_is_the_papers_own_sizes():
     s = {name: run.settings for name, run in made.runs.items()}
     assert {run["model.name"] for run in s.values()} == {"gpt2-medium", "@e1-s1"}
     assert (s["e1-s1"]["train.steps"], s["e1-continued-s1"]["train.steps"]) == (40_000, 80_000)
-    assert all(s[f"e4-{o}-s1"]["train.steps"] == 20_000 and s[f"e4-{o}-s1"]["train.accumulate"] == 4 for o in ("adamw", "sgd"))
+    assert all(
+        s[f"e4-{o}-s1"]["train.steps"] == 20_000 and s[f"e4-{o}-s1"]["train.accumulate"] == 4 for o in ("adamw", "sgd")
+    )
     assert [s[f"e5-r{r}-s1"]["lora.rank"] for r in (1, 2, 8, 16)] == [1, 2, 8, 16]
     assert s["e6-s1"]["data.name"] == "hh-helpful-half"
     assert all(run["data.batching"] == "windows" for run in s.values() if "dpo.beta" not in run)

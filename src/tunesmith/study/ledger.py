@@ -31,6 +31,8 @@ class Ledger:
         for name, run in plan.runs.items():
             old = before.get(name, {}) if stamped(out, name) == run.hash else {}
             state, directory = state_of(out, run), out / directory_of(name)
+            if stamped(out, name) != run.hash and state in DONE:
+                directory = moved_aside(out, name, run.hash)
             seconds = float(old.get("seconds", 0.0))
             if old.get("state") == "running":  # cut off: what it did until its last sign of life counts
                 seconds += max(0.0, _last_sign(directory) - old["started"])
@@ -105,12 +107,18 @@ def stamped(out: Path, name: str) -> str | None:
         return None
 
 
+def moved_aside(out: Path, name: str, mark: str) -> Path:
+    """Where the result of a run lies while the study's file asks for another configuration of it."""
+    return out / "superseded" / f"{name}-{mark}"
+
+
 def state_of(out: Path, run: PlannedRun) -> str:
     """`finished` or `diverged` if the run's directory says so and holds just this run, else `waiting`."""
-    if stamped(out, run.name) != run.hash:
+    here, aside = out / directory_of(run.name), moved_aside(out, run.name, run.hash)
+    if stamped(out, run.name) != run.hash and not aside.exists():
         return "waiting"
     with contextlib.suppress(UserError):
-        state = Run(out / directory_of(run.name)).status["state"]
+        state = Run(aside if aside.exists() else here).status["state"]
         if state in DONE:
             return str(state)
     return "waiting"

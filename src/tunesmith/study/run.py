@@ -9,6 +9,7 @@ only those that need it. What this leaves out: retries of what failed by itself 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ import yaml
 from tunesmith.errors import UserError
 from tunesmith.runlog import Run, write_atomically
 from tunesmith.study.executors import Ended, Executor, Job
-from tunesmith.study.ledger import DONE, STAMP, Ledger, stamped
+from tunesmith.study.ledger import DONE, STAMP, Ledger, moved_aside, stamped
 from tunesmith.study.plan import Plan, PlannedRun, directory_of, run_config
 from tunesmith.study.view import View
 
@@ -54,19 +55,20 @@ def prepare(plan: Plan, out: Path, run: PlannedRun) -> tuple[Job, bool]:
 
 
 def _make_room(out: Path, run: PlannedRun) -> None:
-    directory, aside = out / directory_of(run.name), out / "superseded"
-    there = stamped(out, run.name)
+    directory, there = out / directory_of(run.name), stamped(out, run.name)
     if there == run.hash:
         return
     if (directory / "status.json").exists():
-        target, number = aside / f"{run.name}-{there or 'unknown'}", 2
-        while target.exists():
-            target, number = aside / f"{run.name}-{there or 'unknown'}-{number}", number + 1
-        aside.mkdir(exist_ok=True)
-        directory.rename(target)
+        target = free = moved_aside(out, run.name, there or "unknown")
+        for number in itertools.count(2):
+            if not free.exists():
+                break
+            free = target.with_name(f"{target.name}-{number}")
+        free.parent.mkdir(exist_ok=True)
+        directory.rename(free)
     elif directory.exists():  # nothing was done yet
         shutil.rmtree(directory)
-    if (before := aside / f"{run.name}-{run.hash}").exists():
+    if (before := moved_aside(out, run.name, run.hash)).exists():
         before.rename(directory)
 
 
@@ -162,6 +164,9 @@ def conduct(
     on_end: called after every run that has ended.
     """
     out, sizes, signalled = ledger.out, dict[str, int](), 0
+    for name in wanted:
+        if moved_aside(out, name, plan.runs[name].hash).exists():
+            _make_room(out, plan.runs[name])
     with Interrupts() as interrupts:
         try:
             while True:
