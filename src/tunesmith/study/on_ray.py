@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import time
 from collections import Counter
 from typing import Any
@@ -37,6 +38,16 @@ def carry_out(job: Job) -> int:
             number = signal.SIGKILL
 
 
+def _answers(address: str) -> None:
+    """Raises: ConnectionError if nothing listens at HOST:PORT; Ray itself would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except OSError as error:
+            raise ConnectionError(f"nothing answers at {address} ({error.strerror or error})") from None
+
+
 class OnRay:
     """An executor over a Ray cluster that runs already."""
 
@@ -50,6 +61,7 @@ class OnRay:
             raise UserError("--executor ray: Ray is not installed; pip install 'tunesmith[ray]'") from None
         self.ray: Any = ray
         try:
+            _answers(address or os.environ.get("RAY_ADDRESS", ""))
             ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
