@@ -71,7 +71,17 @@ def test_a_lost_machine_hands_its_run_back(cluster, tmp_path):
         assert executor.slots == 3
         everywhere = executor.machines
         executor.machines = {third.node_id: everywhere[third.node_id]}
-        argv = ["sft", "--model.name", "sample", "--data.name", "sample", "--train.steps", "100000", "--out", str(tmp_path / "r")]
+        argv = [
+            "sft",
+            "--model.name",
+            "sample",
+            "--data.name",
+            "sample",
+            "--train.steps",
+            "100000",
+            "--out",
+            str(tmp_path / "r"),
+        ]
         executor.start(Job("r", argv, str(tmp_path / "r.log"), directory=str(tmp_path)))
         executor.machines = everywhere
         wait_for(lambda: (tmp_path / "r/status.json").exists())
