@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
 import yaml
 
 from tunesmith.__main__ import main
 from tunesmith.errors import UsageError
-from tunesmith.study.files import read_study, study_path
+from tunesmith.study.files import ENTRY, EXPERIMENT, TOP, read_study, study_path
 from tunesmith.study.plan import make_plan, plan_record, run_config
 
 BASE = {"sft": {"model": {"name": "sample"}, "data.name": "sample", "train": {"steps": 3}}}
@@ -289,3 +291,22 @@ def test_scales_override_key_by_key_and_take_away(tmp_path):
     y = tiny.runs["y-s1"]
     assert (y.seed, y.settings["train.steps"], y.settings["eval.iters"]) == (3, 5, 2)
     assert dataclasses.replace(y, hash="").needs == ()
+
+
+def test_the_study_that_the_page_shows_is_one(tmp_path, capfd):
+    page = (Path(__file__).parents[1] / "docs" / "study.md").read_text()
+    (body,) = re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S)
+    file = tmp_path / "rates.yaml"
+    file.write_text(body)
+    made = make_plan(read_study(file))
+    names = ["full", "r1", "r8", "full-continued", "optimizers-adamw", "optimizers-sgd", "preferences"]
+    names += ["optimizers-adamw-lr0.01", "optimizers-sgd-lr0.01"]
+    assert set(made.runs) == {f"{name}-s{n}" for name in names for n in (1, 2)}
+    assert main(["study", str(file), "--dry_run", "--out", str(tmp_path / "out")]) == 0
+    assert "18 runs, 0 of them done" in capfd.readouterr().out
+    assert not (tmp_path / "out").exists()
+    for key in (*TOP[4:], *ENTRY, *EXPERIMENT):
+        assert f"`{key}`" in page
+    for line in re.findall(r"^tunesmith study (.*)$", page, re.M):
+        if "my-study" not in line:
+            assert main(["study", *line.split(), "--dry_run", "--out", str(tmp_path / "out")]) == 0

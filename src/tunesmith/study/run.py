@@ -110,7 +110,7 @@ def outcome(out: Path, ended: Ended, began_at: int, stopping: bool) -> tuple[str
     if state in DONE:
         return state, reason if state == "diverged" else ""
     if ended.code == 0 and state == "stopped":
-        return state, reason
+        return state, f"at step {status['step']:,}, saved"
     if stopping and ended.code in (-signal.SIGTERM, -signal.SIGINT, -signal.SIGKILL, 128 + signal.SIGTERM):
         return "stopped", "before its first checkpoint" if not status else "at once; goes on from its last checkpoint"
     log = out / "logs" / f"{ended.name}.log"
