@@ -14,16 +14,19 @@ LAYERS = [
     {"errors", "linear"},
     {"options", "config", "hub", "runlog", "prompts", "progress", "tokenizer", "dialogue", "device", "readers", "study.stats"}
     | {"study.page", "documents", "losses", "lora", "optim", "step", "answers", "choice", "endpoint", "pretrain_options"},
-    {"gpt", "datasets", "judge", "rowchecks", "bits"} | {"study.read", "study.claims", "study.figures"},
-    {"weights", "tokenstore", "overlap"} | {"study.select"},
-    {"adapters", "reward", "checkpoint", "batching"} | {"study.lines", "study.tables", "study.verdicts"},
-    {"models", "pairs", "evaluate"} | {"study.plots", "study.parts"},
-    {"generation", "fit", "preferences", "trainee", "scoring", "cutchecks", "scratch"} | {"study.study_page"},
+    {"gpt", "datasets", "judge", "rowchecks", "bits", "study.read", "study.claims", "study.figures", "memory", "study.files"},
+    {"weights", "tokenstore", "overlap", "study.select", "study.plan"},
+    {"adapters", "reward", "checkpoint", "batching", "study.lines", "study.tables", "study.verdicts", "study.ledger"}
+    | {"study.executors"},
+    {"models", "pairs", "evaluate", "study.plots", "study.parts", "study.view", "study.on_ray"},
+    {"generation", "fit", "preferences", "trainee", "scoring", "cutchecks", "scratch", "study.study_page", "study.run"}
+    | {"study.forecast"},
     {"judging", "reference", "logprobs", "study.comparison", "audit"},
     {"training", "study.comparison_page"},
-    {"recipes.sft", "recipes.dpo", "recipes.reward", "recipes.data", "recipes.evaluate", "recipes.score", "recipes.compare", "recipes.chat"}
-    | {"recipes.pretrain"},
+    {"recipes.sft", "recipes.dpo", "recipes.reward", "recipes.data", "recipes.evaluate", "recipes.score"}
+    | {"recipes.compare", "recipes.chat", "recipes.pretrain"},
     {"study.report"},
+    {"recipes.study"},
     {"demo"},
     {"__main__"},
 ]  # fmt: skip
@@ -44,6 +47,14 @@ WITHOUT_TORCH = {
     "readers",
     "answers",
     "choice",
+    "memory",
+    "study.files",
+    "study.plan",
+    "study.ledger",
+    "study.executors",
+    "study.view",
+    "study.on_ray",
+    "study.run",
     "study.stats",
     "study.page",
     "study.comparison",

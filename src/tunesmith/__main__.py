@@ -135,6 +135,17 @@ def _report(argv: Argv) -> None:
     print(write_report(named["runs"], options.out))
 
 
+def _study(argv: Argv) -> None:
+    from tunesmith.config import Positional, parse
+    from tunesmith.options import StudyCommand
+
+    wanted = [Positional("name", "built-in study (paper) or YAML file")]
+    options, named = parse(StudyCommand, argv, prog="tunesmith study", positionals=wanted)
+    from tunesmith.recipes.study import study
+
+    study(named["name"], options)
+
+
 def _demo(argv: Argv) -> None:
     from tunesmith.config import parse
     from tunesmith.options import DemoCommand
@@ -156,6 +167,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Argv], None]]] = {
     "score": ("answers to a set of prompts, scored by a reward model, with intervals", _score),
     "compare": ("the same prompts to two models, side by side", _compare),
     "chat": ("talk to a model in the terminal", _chat),
+    "study": ("a matrix of runs from one file (paper is built in); skips what is done, resumes what was cut", _study),
     "report": ("one HTML page of finished runs, or of a study with its verdicts", _report),
 }
 

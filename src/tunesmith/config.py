@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import UnionType
@@ -85,6 +85,26 @@ def parse(
     return config, {p.name: built[p.name] for p in positionals}
 
 
+def from_settings(options: type[T], settings: Mapping[str, Any], where: str) -> T:
+    """Options from dotted names and values that a file holds; what is not named keeps its default.
+
+    Raises: UsageError in one line that begins with `where`, for a value of the wrong type; the names are taken as known.
+    """
+    import jsonargparse
+
+    nested: dict[str, Any] = {}
+    for name, value in settings.items():
+        group, _, key = name.rpartition(".")
+        (nested.setdefault(group, {}) if group else nested)[key] = value
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, default_env=False)
+    parser.add_class_arguments(options)
+    try:
+        built = parser.instantiate(parser.parse_object(nested))
+    except jsonargparse.ArgumentError as error:
+        raise UsageError(f"{where}: {_one_line(str(error), options, where).removeprefix('--')}") from None
+    return options(**{f.name: built[f.name] for f in dataclasses.fields(options)})  # type: ignore[arg-type]
+
+
 def preset_path(name: str) -> str:
     """A file's own name, or the path of the preset of that name. Raises: UsageError listing the presets."""
     if Path(name).exists():
@@ -94,7 +114,7 @@ def preset_path(name: str) -> str:
         return str(preset)
     known = sorted(str(p.relative_to(PRESETS).with_suffix("")) for p in PRESETS.rglob("*.yaml"))
     raise UsageError(
-        f"--config {name}: no such file, and no such preset{_nearest(name, known) or '.'} Presets: {', '.join(known)}"
+        f"--config {name}: no such file, and no such preset{nearest(name, known) or '.'} Presets: {', '.join(known)}"
     )
 
 
@@ -163,11 +183,11 @@ def _one_line(message: str, options: type[Any], files: str) -> str:
         words = [w.split("=")[0] for w in unknown[1].split() if w.startswith("--")]
         if not words:
             return f"unexpected argument {unknown[1]!r}"
-        return f"unknown option {words[0]}{_nearest(words[0].lstrip('-'), list(types), '--')}"
+        return f"unknown option {words[0]}{nearest(words[0].lstrip('-'), list(types), '--')}"
     if unknown := re.search(r"(?:Group '([\w.]+)' does not accept option|[Oo]ption|[Kk]ey) '([\w.]+)'", message):
         group = unknown[1] or ""
         name = f"{group}.{unknown[2].removeprefix(group + '.')}".lstrip(".")
-        return f'{files or "configuration"}: unknown key "{name}"{_nearest(name, list(types))}'
+        return f'{files or "configuration"}: unknown key "{name}"{nearest(name, list(types))}'
     if wrong := re.search(r'Parser key "([\w.]+)"', message):
         given = re.search(r"Given value: (.*)", message) or re.search(r"Got value: (.*)", message)
         value = given[1] if given else "as given"
@@ -197,7 +217,7 @@ def describe_type(kind: Any) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
-def _nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
+def nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
     """The right name that was probably meant: a slip, the right name in the wrong group, or another tool's name."""
     tails = {k.rsplit(".", 1)[-1]: k for k in known} | {a: k for a, k in ELSEWHERE.items() if k in known}
     tail = difflib.get_close_matches(name.rsplit(".", 1)[-1], tails, 1, 0.8)

@@ -357,3 +357,37 @@ class DemoCommand:
     """Optimizer steps of each training."""
     open: Literal["auto"] | bool = "auto"
     """Show the report in a browser; auto: where there is a display."""
+
+
+@dataclass(frozen=True)
+class StudyData:
+    """Where the data of all runs lie"""
+
+    root: str | None = None
+    """Local copy of HH-RLHF, as data.root of the training commands."""
+    rm_static: str | None = None
+    """Local copy of Dahoas/rm-static, as data.rm_static of the training commands."""
+
+
+@dataclass(frozen=True)
+class StudyCommand:
+    """Run a matrix of trainings: a built-in study (paper) or a YAML file. What is done is skipped, what was cut goes on."""
+
+    scale: str | None = None
+    """One of the study's scales; paper has full, small and smoke. Default the first."""
+    dry_run: bool = False
+    """Only show the runs, with the memory and time that each will take."""
+    out: str | None = None
+    """Directory; default studies/NAME-SCALE."""
+    only: str | None = None
+    """Only these experiments or runs, joined by commas, and what they need."""
+    batching: Literal["paper", "ours", "as_set"] | None = None
+    """paper: random windows with loss on all tokens; ours: whole dialogues packed, loss on the assistant's turns; as_set: as the
+    settings say. Default as the study's file."""
+    data: StudyData = field(default_factory=StudyData)
+    jobs: int | None = None
+    """Runs at a time on this machine (on Ray: on each); default one a GPU, on a CPU one."""
+    executor: Literal["local", "ray"] = "local"
+    """ray: on the machines of a Ray cluster that share this directory."""
+    ray_address: str | None = None
+    """Address of the cluster; default RAY_ADDRESS, else the cluster that runs here."""

@@ -1,0 +1,212 @@
+"""`tunesmith study`: plan a study, show what it will take, run what is missing of it.
+
+tunesmith study paper --scale smoke --dry_run
+tunesmith study my-study.yaml --jobs 2
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tunesmith.config import from_settings, nearest
+from tunesmith.errors import UsageError, UserError
+from tunesmith.options import StudyCommand
+from tunesmith.recipes.dpo import check as check_dpo
+from tunesmith.runlog import write_atomically
+from tunesmith.study.executors import Executor, Local, visible_gpus
+from tunesmith.study.files import COMMANDS, read_study, study_path
+from tunesmith.study.forecast import Seconds, memory_of, probe, shapes_of, times, work_of
+from tunesmith.study.ledger import DONE, Ledger, only_one
+from tunesmith.study.plan import Plan, make_plan, plan_record
+from tunesmith.study.report import write_report
+from tunesmith.study.run import conduct
+from tunesmith.study.view import View, span
+from tunesmith.training import check_options, check_pair_options
+
+
+def study(name: str, options: StudyCommand) -> Path:
+    """Run a study, or with `dry_run` only show it; returns its directory.
+
+    Raises: UsageError if the file or a setting is wrong; UserError at the end if a run failed, naming which and why;
+        KeyboardInterrupt if it was interrupted, when all runs have stopped.
+    """
+    places = {f"data.{k}": v for k, v in vars(options.data).items() if v is not None}
+    plan = make_plan(read_study(study_path(name), options.scale, batching=options.batching), places)
+    check_runs(plan)
+    wanted = select(plan, options.only)
+    if options.jobs is not None and options.jobs < 1:
+        raise UsageError(f"--jobs is {options.jobs}, expected at least 1")
+    out = Path(options.out or default_directory(plan))
+    shapes = shapes_of(plan)
+    works = {name: work_of(plan, run, shapes[name]) for name, run in plan.runs.items()}
+    if options.dry_run:
+        show(plan, out, wanted, shapes, works)
+        return out
+    out.mkdir(parents=True, exist_ok=True)
+    with only_one(out):
+        write_plan(plan, out, shapes)
+        ledger = Ledger(plan, out)
+        ledger.save()
+        executor = make_executor(options)
+        expected: dict[str, Seconds | None] = {}
+
+        def look_ahead() -> None:
+            expected.update(times(works, ledger))
+
+        look_ahead()
+        view = View(ledger, wanted, lambda: seconds_left(ledger, wanted, expected, executor.slots))
+        scale = f" ({plan.study.scale})" if plan.study.scale else ""
+        print(f"study {plan.study.name}{scale} in {out}: {view.summary()}", flush=True)
+        with view:
+            interrupted = conduct(plan, ledger, executor, view, wanted, look_ahead)
+    tell(plan, ledger, wanted)
+    if interrupted:
+        raise KeyboardInterrupt
+    return out
+
+
+def default_directory(plan: Plan) -> str:
+    """`studies/NAME-SCALE`; without scales `studies/NAME`."""
+    return f"studies/{plan.study.name}" + (f"-{plan.study.scale}" if plan.study.scale else "")
+
+
+def check_runs(plan: Plan) -> None:
+    """What a training command would refuse before its first step, for all runs at once. Raises: UsageError."""
+    problems: dict[str, str] = {}
+    for name, run in plan.runs.items():
+        config = from_settings(COMMANDS[run.command], run.settings, run.where)
+        more = check_dpo(config) if run.command == "dpo" else []
+        more += check_pair_options(config.data) if run.command == "reward" else []
+        try:
+            check_options(config, more)
+        except UsageError as error:
+            problems.setdefault(f"{run.where}: {error}", name)
+    if problems:
+        raise UsageError("; ".join(f"{text} (run {name})" for text, name in problems.items()))
+
+
+def select(plan: Plan, only: str | None) -> list[str]:
+    """The runs of some experiments, or some runs, and all that they need, in the plan's order. Raises: UsageError."""
+    if only is None:
+        return list(plan.runs)
+    chosen: set[str] = set()
+    for part in (p.strip() for p in only.split(",")):
+        if part in plan.experiments:
+            chosen |= {shown.run for shown in plan.experiments[part][1]}
+        elif part in plan.runs:
+            chosen.add(part)
+        else:
+            near = nearest(part, [*plan.experiments, *plan.runs]) or "."
+            there = ", ".join(plan.experiments)
+            raise UsageError(f"--only {part}: the study has no such experiment or run{near} Experiments: {there}")
+    for name in reversed(list(plan.runs)):  # needs come before
+        if name in chosen:
+            chosen |= set(plan.runs[name].needs)
+    return [name for name in plan.runs if name in chosen]
+
+
+def write_plan(plan: Plan, out: Path, shapes: dict[str, Any]) -> None:
+    """study.yaml and plan.json, with the memory that is predicted for each run."""
+    record = plan_record(plan)
+    for name, run in plan.runs.items():
+        memory = memory_of(run, shapes[name])
+        record["runs"][name]["memory"] = dataclasses.asdict(memory) if memory else None
+    write_atomically(out / "study.yaml", yaml.safe_dump(dict(plan.study.content), sort_keys=False))
+    write_atomically(out / "plan.json", json.dumps(record, indent=1) + "\n")
+
+
+def make_executor(options: StudyCommand) -> Executor:
+    """Where the runs go. Raises: UserError if Ray is not there."""
+    if options.executor == "local":
+        return Local(options.jobs, visible_gpus())
+    from tunesmith.study.on_ray import OnRay
+
+    return OnRay(options.jobs, options.ray_address)
+
+
+def seconds_left(
+    ledger: Ledger, wanted: Sequence[str], expected: dict[str, Seconds | None], slots: int
+) -> float | None:
+    """What the runs that are not done will take together, shared by the slots; None while nothing tells."""
+    left = 0.0
+    for name in wanted:
+        state, seconds = ledger.state(name), expected.get(name)
+        if state in ("waiting", "running") and not ledger.runs[name]["reason"]:
+            if seconds is None:
+                return None
+            spent = ledger.runs[name]["seconds"] + (
+                time.time() - ledger.runs[name]["started"] if state == "running" else 0
+            )
+            left += max(0.0, seconds.value - spent)
+    return left / slots
+
+
+def tell(plan: Plan, ledger: Ledger, wanted: Sequence[str]) -> None:
+    """What came of the study. Raises: UserError if a run failed."""
+    for id, by_label in json.loads(ledger.file.read_text())["choices"].items():
+        for label, name in by_label.items():
+            rate = plan.runs[name].settings["optimizer.lr"]
+            print(f"{id}: of the learning rates of {label}, {rate:g} has the lowest validation loss")
+    reasons = {name: ledger.runs[name]["reason"] for name in wanted}
+    for name, reason in reasons.items():
+        if reason and ledger.state(name) == "waiting":
+            print(f"{name}: not begun, {reason}")
+    failed = [name for name in wanted if ledger.state(name) == "failed"]
+    if failed:
+        why = "; ".join(f"{name}: {reasons[name]}" for name in failed)
+        raise UserError(f"{len(failed)} of {len(wanted)} runs failed. {why}. The same command tries them again")
+    if ledger.count(wanted, *DONE) == len(wanted):
+        spent = sum(ledger.runs[name]["seconds"] for name in wanted)
+        print(f"all {len(wanted)} runs are done, {span(spent)} of computing")
+        print(f"Report: {write_report([str(ledger.out)]).resolve()}")
+
+
+# ---- dry run ---------------------------------------------------------------------------------------------------------
+
+
+def show(plan: Plan, out: Path, wanted: Sequence[str], shapes: dict[str, Any], works: dict[str, Any]) -> None:
+    """Print the matrix of runs with predicted memory and time."""
+    ledger = Ledger(plan, out)
+    missing = {n: w for n, w in works.items() if n in wanted}
+    expected = times(works, ledger)
+    if any(expected[n] is None and w is not None for n, w in missing.items()):
+        expected = times(works, ledger, probe(plan, shapes))
+    shown_as: dict[str, list[str]] = {}
+    for id, (_, shown) in plan.experiments.items():
+        for s in shown:
+            shown_as.setdefault(s.run, []).append(f"{id} {s.label}")
+    rows = [("run", "command", "shown as", "needs", "state", "memory", "time")]
+    largest, total, sources, unknown = 0, 0.0, dict[str, None](), 0
+    for name in wanted:
+        run, memory, seconds = plan.runs[name], memory_of(plan.runs[name], shapes[name]), expected[name]
+        state = ledger.state(name)
+        rows.append((
+            name, run.command, "; ".join(shown_as.get(name, [])), ", ".join(run.needs), state,
+            f"{memory.total / 1e9:.2f} GB" if memory else "?", span(seconds.value) if seconds else "?",
+        ))  # fmt: skip
+        largest = max(largest, memory.total if memory else 0)
+        if seconds is None:
+            unknown += 1
+        elif state == "waiting":
+            total += seconds.value
+            sources[seconds.source] = None
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = (cell.rjust(w) if i > 4 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        print("  ".join(cells).rstrip())
+    waiting = ledger.count(wanted, "waiting")
+    print(f"{len(wanted)} runs, {len(wanted) - waiting} of them done; to be written to {out}")
+    print(
+        f"memory: parameters, gradients, optimizer state, activations and logits, counted; at most {largest / 1e9:.2f} GB. "
+        "The program itself comes on top, and with eval.reward the reward model and the answers"
+    )
+    told = f"; {unknown} not known (they depend on the data)" if unknown else ""
+    where = f", {', '.join(sources)}; answers and small data not counted" if sources else ""
+    print(f"time: {span(total)} for the missing runs one after the other{where}{told}")

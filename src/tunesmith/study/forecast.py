@@ -1,0 +1,177 @@
+"""What a run will take before it runs: memory counted from its shape, time from finished runs or a short probe."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith.device import autocast, resolve_device, resolve_precision
+from tunesmith.errors import UserError
+from tunesmith.gpt import SIZES, Block, GPTConfig
+from tunesmith.memory import Memory, adapted_layers, count_adapters, linear_sizes, predict_memory
+from tunesmith.models import find_model
+from tunesmith.study.ledger import DONE, Ledger
+from tunesmith.study.plan import Plan, PlannedRun, reference
+from tunesmith.weights import config_from_hf, read_json
+
+START = 3.0  # seconds in which a run's process gets ready, on the machine of docs/performance.md
+ESTIMATES = 40  # the most that `eval.every` gives when it is left out
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations of a run (an upper bound: estimates on small data are shorter), and what is like it."""
+
+    operations: float
+    kind: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """A time, and where it is from."""
+
+    value: float
+    source: str
+
+
+def shapes_of(plan: Plan) -> dict[str, GPTConfig | None]:
+    """The shape of every run's model; None for one that would have to be downloaded to be known."""
+    found: dict[str, GPTConfig | None] = {}
+    for name, run in plan.runs.items():
+        model = run.settings["model.name"]
+        target = reference(model)
+        found[name] = found[target[0]] if target else shape_of(str(model))
+    return found
+
+
+def shape_of(model: str) -> GPTConfig | None:
+    """The shape of a MODEL that is here, or whose name says it; None for any other."""
+    if model in SIZES:
+        return SIZES[model]
+    if model != "sample" and not Path(model).expanduser().exists():
+        return None
+    try:
+        directory = find_model(model)
+        return config_from_hf(read_json(directory / "config.json"))
+    except (UserError, OSError):  # an adapter, or nothing that could be trained: the run will tell
+        return None
+
+
+def memory_of(run: PlannedRun, shape: GPTConfig | None) -> Memory | None:
+    """Bytes of the run's step by component; None where the shape is not known."""
+    s = run.settings
+    if shape is None:
+        return None
+    half = _precision(run, shape) != "fp32"
+    return predict_memory(
+        shape, tokens=s["train.batch_size"] * s["data.block_size"], optimizer=s["optimizer.name"],
+        packed=s["data.batching"] != "windows", rank=s["lora.rank"], targets=s["lora.targets"], half=half,
+        checkpointed=s["train.activation_checkpointing"] is True, chunk=1024 if half else 256,
+    )  # fmt: skip
+
+
+def _precision(run: PlannedRun, shape: GPTConfig) -> str:
+    try:
+        device = resolve_device(run.settings["train.device"])
+    except UserError:  # planned for another machine
+        return "fp32"
+    return resolve_precision(run.settings["train.precision"], device, shape.n_embd)
+
+
+def work_of(plan: Plan, run: PlannedRun, shape: GPTConfig | None) -> Work | None:
+    """How much a run computes; None where shape or steps are not known (`train.epochs` depends on the data)."""
+    s = run.settings
+    if shape is None or s["train.steps"] is None:
+        return None
+    block, rank, steps = s["data.block_size"], s["lora.rank"], s["train.steps"]
+    done = plan.runs[run.continues].settings["train.steps"] or 0 if run.continues else 0
+    forward = 2.0 * (
+        shape.n_layer * sum(i * o for i, o in linear_sizes(shape).values()) + shape.vocab_size * shape.n_embd
+    )
+    forward += 2.0 * shape.n_layer * block * shape.n_embd  # causal attention: half of both products
+    step = 3 * forward
+    if rank:
+        adapters = count_adapters(shape, rank, adapted_layers(s["lora.targets"]) or ())
+        step = 2 * forward + 6.0 * adapters
+    if run.command == "dpo":
+        step += forward  # the reference
+    rows = s["train.batch_size"] * block
+    estimates = s["eval.at_start"] + (steps - done) / (s["eval.every"] or max(1, steps // ESTIMATES))
+    operations = rows * ((steps - done) * s["train.accumulate"] * step + estimates * 2 * s["eval.iters"] * forward)
+    kind = (
+        run.command, s["model.name"], s["data.name"], s["data.max_rows"], s["data.batching"], block, bool(rank),
+        s["optimizer.name"], s["train.precision"], s.get("eval.reward"),
+    )  # fmt: skip
+    return Work(operations, kind)
+
+
+def times(
+    works: Mapping[str, Work | None], ledger: Ledger, rates: Mapping[str, float] | None = None
+) -> dict[str, Seconds | None]:
+    """Expected seconds of every run: measured, from finished runs alike, scaled from others, or from a probe.
+
+    rates: run -> operations a second, as probed.
+    """
+    measured = {
+        name: (work, max(0.5, ledger.runs[name]["seconds"] - START))
+        for name, work in works.items()
+        if work and ledger.state(name) in DONE and ledger.runs[name]["seconds"]
+    }
+    found: dict[str, Seconds | None] = {}
+    for name, work in works.items():
+        alike = {n: (w, s) for n, (w, s) in measured.items() if work and w.kind == work.kind}
+        if name in measured or (ledger.state(name) in DONE and ledger.runs[name]["seconds"]):
+            found[name] = Seconds(ledger.runs[name]["seconds"], "measured")
+        elif work and (used := alike or measured):
+            rate = sum(w.operations for w, _ in used.values()) / sum(s for _, s in used.values())
+            source = "from finished runs of its kind" if alike else "scaled from finished runs of other kinds"
+            found[name] = Seconds(START + work.operations / rate, source)
+        elif work and rates and name in rates:
+            found[name] = Seconds(START + work.operations / rates[name], "from a probe of this machine")
+        else:
+            found[name] = None
+    return found
+
+
+def probe(plan: Plan, shapes: Mapping[str, GPTConfig | None]) -> dict[str, float]:
+    """Run -> operations a second that one block of its shape reaches here, forward and backward; under a second a shape."""
+    found: dict[tuple[Any, ...], float] = {}
+    rates = {}
+    for name, run in plan.runs.items():
+        if (shape := shapes[name]) is None:
+            continue
+        try:
+            device = resolve_device(run.settings["train.device"])
+        except UserError:
+            continue
+        key = (shape, run.settings["data.block_size"], device, _precision(run, shape))
+        if key not in found:
+            found[key] = _block_rate(shape, run.settings["data.block_size"], device, key[3])
+        rates[name] = found[key]
+    return rates
+
+
+def _block_rate(shape: GPTConfig, tokens: int, device: torch.device, precision: Any) -> float:
+    block = Block(shape, 0).to(device).train()
+    x = torch.randn(1, tokens, shape.n_embd, device=device, requires_grad=True)
+    operations = 6.0 * tokens * (sum(i * o for i, o in linear_sizes(shape).values()) + tokens * shape.n_embd)
+    best = float("inf")
+    for _ in range(4):
+        _wait(device)
+        began = time.perf_counter()
+        with autocast(device, precision):
+            y = block(x, None)
+        y.float().sum().backward()
+        _wait(device)
+        best = min(best, time.perf_counter() - began)
+    return operations / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
