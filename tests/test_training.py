@@ -37,7 +37,7 @@ def run(tiny_directory, tmp_path_factory):
 
 
 def test_a_run_directory_holds_what_the_interface_names(run):
-    expected = ["config.yaml", "metrics.jsonl", "status.json", "tensorboard"]
+    expected = ["config.yaml", "environment.json", "metrics.jsonl", "status.json", "tensorboard"]
     assert sorted(p.name for p in run.path.iterdir()) == sorted([*expected, "checkpoints", "losses"])
     assert list((run.path / "tensorboard").glob("events.out.tfevents.*"))
     newest = run.path / "checkpoints" / "step-00000006"
