@@ -16,6 +16,7 @@ import tunesmith as ts
 from tiny_runs import SMALL, comparable, digest, tiny_config
 from tunesmith.__main__ import main
 from tunesmith.errors import UserError
+from tunesmith.recipes.study import tell
 from tunesmith.runlog import Run
 from tunesmith.study.executors import Ended, Job, Local, launch, slot_environment
 from tunesmith.study.files import read_study
@@ -146,6 +147,15 @@ def test_a_cut_run_goes_on_and_a_lost_machine_costs_nothing(go, tmp_path):
     started, states, _ = go({"w": {"runs": {"g": {}}}}, g="lost")
     assert started == [("g-s1", False), ("g-s1", False)]
     assert states == {"g": "finished"}
+
+
+def test_a_run_stopped_from_outside_is_told_and_goes_on(go):
+    _, states, ledger = go(f="stopped")
+    assert states["f"] == "stopped"
+    with pytest.raises(UserError, match=r"f-s1: stopped from outside; the same command goes on"):
+        tell(ledger.plan, ledger, list(ledger.runs), interrupted=False)
+    tell(ledger.plan, ledger, list(ledger.runs), interrupted=True)
+    assert go()[0] == [("f-s1", True)]
 
 
 def test_a_killed_process_is_told_by_the_name_of_the_signal(go):

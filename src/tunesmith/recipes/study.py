@@ -66,7 +66,7 @@ def study(name: str, options: StudyCommand) -> Path:
         print(f"study {plan.study.name}{scale} in {out}: {view.summary()}", flush=True)
         with view:
             interrupted = conduct(plan, ledger, executor, view, wanted, look_ahead)
-    tell(plan, ledger, wanted)
+    tell(plan, ledger, wanted, interrupted)
     if interrupted:
         raise KeyboardInterrupt
     return out
@@ -138,7 +138,7 @@ def seconds_left(
     left = 0.0
     for name in wanted:
         state, seconds = ledger.state(name), expected.get(name)
-        if state in ("waiting", "running") and not ledger.runs[name]["reason"]:
+        if state in ("waiting", "running") and not ledger.runs[name]["reason"].startswith("needs "):
             if seconds is None:
                 return None
             spent = ledger.runs[name]["seconds"] + (
@@ -148,8 +148,8 @@ def seconds_left(
     return left / slots
 
 
-def tell(plan: Plan, ledger: Ledger, wanted: Sequence[str]) -> None:
-    """What came of the study. Raises: UserError if a run failed."""
+def tell(plan: Plan, ledger: Ledger, wanted: Sequence[str], interrupted: bool) -> None:
+    """What came of the study. Raises: UserError if a run failed, or was stopped by somebody else than the study."""
     for id, by_label in json.loads(ledger.file.read_text())["choices"].items():
         for label, name in by_label.items():
             rate = plan.runs[name].settings["optimizer.lr"]
@@ -162,6 +162,9 @@ def tell(plan: Plan, ledger: Ledger, wanted: Sequence[str]) -> None:
     if failed:
         why = "; ".join(f"{name}: {reasons[name]}" for name in failed)
         raise UserError(f"{len(failed)} of {len(wanted)} runs failed. {why}. The same command tries them again")
+    stopped = [name for name in wanted if ledger.state(name) == "stopped"]
+    if stopped and not interrupted:
+        raise UserError(f"{', '.join(stopped)}: stopped from outside; the same command goes on")
     if ledger.count(wanted, *DONE) == len(wanted):
         spent = sum(ledger.runs[name]["seconds"] for name in wanted)
         print(f"all {len(wanted)} runs are done, {span(spent)} of computing")
