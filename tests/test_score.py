@@ -11,7 +11,7 @@ from tunesmith.__main__ import main
 from tunesmith.answers import read_answers, rewards
 from tunesmith.options import GenerateOptions, RewardConfig, ScoreCommand
 from tunesmith.recipes.reward import train_reward_model
-from tunesmith.recipes.score import interval_text, score
+from tunesmith.recipes.score import score
 from tunesmith.scoring import load_scorer
 
 GENERATE = GenerateOptions(max_new_tokens=8)
@@ -132,10 +132,3 @@ def test_checkpoints_of_a_directory_without_any(tmp_path, reward_model, capsys):
     (tmp_path / "status.json").write_text('{"state": "failed", "step": 0}')
     assert main(["score", f"{tmp_path}@all", "--reward", reward_model]) == 1
     assert "has no checkpoint" in capsys.readouterr().err
-
-
-def test_intervals_in_words():
-    record = {"mean": -0.314, "low": -0.5, "high": 0.1, "n": 4}
-    assert interval_text(record) == "-0.31 (-0.50 to 0.10)"
-    assert interval_text({"mean": 0.5, "low": 0.25, "high": 0.754, "n": 4}, share=True) == "50 % (25 to 75)"
-    assert interval_text({"mean": 1.0, "low": None, "high": None, "n": 1}) == "1.00"

@@ -35,6 +35,7 @@ from tunesmith.pairs import PairBatches, PairStore
 from tunesmith.preferences import all_pair_scores, answer_logps
 from tunesmith.readers import Report
 from tunesmith.scoring import OwnScorer, load_scorer
+from tunesmith.study.comparison import interval_text
 from tunesmith.study.stats import bootstrap_interval, ratio_interval, share_interval
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.tokenstore import tokenise
@@ -284,12 +285,5 @@ def print_preference(console: Console, title: str, found: dict[str, Any]) -> Non
     ]  # fmt: skip
     for label, x, share in rows:
         if x is not None:
-            table.add_row(label, f"{x['n']:,}", figure(x, share))
+            table.add_row(label, f"{x['n']:,}", interval_text(x, percent=share))
     console.print(table)
-
-
-def figure(x: dict[str, Any], share: bool) -> str:
-    """A mean with its interval, as a share in percent."""
-    factor, digits, unit = (100, 1, " %") if share else (1, 3, "")
-    bounds = "" if x["low"] is None else f" ({factor * x['low']:.{digits}f} to {factor * x['high']:.{digits}f})"
-    return f"{factor * x['mean']:.{digits}f}{unit}{bounds}"

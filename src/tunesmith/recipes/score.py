@@ -40,6 +40,7 @@ from tunesmith.options import ScoreCommand
 from tunesmith.prompts import load_prompts
 from tunesmith.runlog import step_name, write_atomically
 from tunesmith.scoring import load_scorer
+from tunesmith.study.comparison import interval_text
 from tunesmith.study.stats import bootstrap_interval
 
 Answers = Mapping[str, Sequence[ScoredAnswer]]
@@ -135,15 +136,17 @@ def print_scores(console: Console, result: dict[str, Any], label: Mapping[str, s
 
 
 def print_groups(console: Console, result: dict[str, Any], label: Mapping[str, str]) -> None:
-    """Mean reward by group of prompts, a row a group."""
+    """Mean reward by group of prompts, the models of each one below the other."""
     models = result["models"]
     groups = list(next(iter(models.values()))["reward"]["groups"])
     if len(groups) < 2:
         return
-    table = new_table("mean reward by group", "group", "prompts", *(label[name] for name in models))
+    table = new_table("mean reward by group", "group", "reward")
     for group in groups:
-        found = [m["reward"]["groups"][group] for m in models.values()]
-        table.add_row(escape(group), str(found[0]["n"]), *map(interval_text, found))
+        found = {name: m["reward"]["groups"][group] for name, m in models.items()}
+        table.add_row(f"{escape(group)}, {next(iter(found.values()))['n']} prompts")
+        for name, record in found.items():
+            table.add_row(f"  {label[name]}", interval_text(record))
     console.print(table)
 
 
@@ -164,18 +167,7 @@ def labels(names: Sequence[str]) -> dict[str, str]:
 
 def win_texts(record: dict[str, Any]) -> tuple[str, str]:
     """`3/1/2` and the rate with its interval."""
-    return "/".join(str(x) for x in record["wins"].values()), interval_text(record["win_rate"], share=True)
-
-
-def interval_text(record: dict[str, Any] | None, *, share: bool = False) -> str:
-    """`-0.31 (-0.52 to -0.10)`, as a share in percent; the mean alone where nobody can tell the bounds."""
-    if record is None:
-        return ""
-    factor, digits, unit = (100, 0, " %") if share else (1, 2, "")
-    text = f"{factor * record['mean']:.{digits}f}{unit}"
-    if record["low"] is None:
-        return text
-    return f"{text} ({factor * record['low']:.{digits}f} to {factor * record['high']:.{digits}f})"
+    return "/".join(str(x) for x in record["wins"].values()), interval_text(record["win_rate"], percent=True)
 
 
 def print_extremes(console: Console, answers: Answers, label: Mapping[str, str], samples: int, shown: int) -> None:
