@@ -1,22 +1,62 @@
 """`tunesmith study paper --scale smoke`, every experiment of the paper, once. Its name puts it last in the suite."""
 
+import importlib.util
 import json
 import math
+import os
 import subprocess
 import sys
 
 import pytest
 
+from test_study_run import wait_for
 from tiny_runs import train_losses
 from tunesmith.runlog import Run
 
 
+def command(out, *more):
+    return [sys.executable, "-m", "tunesmith", "study", "paper", "--scale", "smoke", "--out", str(out), *more]
+
+
+def done(out):
+    """The runs that came to an end."""
+    if not (out / "progress.json").exists():
+        return set()
+    found = json.loads((out / "progress.json").read_text())["runs"]
+    return {name for name, run in found.items() if run["state"] in ("finished", "diverged")}
+
+
+def begin_on_ray(out):
+    """The study on a cluster of two nodes, killed in its middle."""
+    from ray.cluster_utils import Cluster
+
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    two = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        two.add_node(num_cpus=1)
+        words = command(out, "--executor", "ray", "--ray_address", two.address)
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        wait_for(lambda: len(done(out)) >= 12, process, seconds=400)
+        process.kill()
+        process.communicate()
+        begun = [Run(path.parent) for path in out.glob("runs/*/status.json")]
+        wait_for(lambda: all(run.status["state"] != "running" for run in begun))  # orphaned, they save and stop
+    finally:
+        two.shutdown()
+
+
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
+    """Begun on Ray where it is installed, killed there, and finished on this machine: only what was missing."""
     out = tmp_path_factory.mktemp("smoke") / "paper"
-    argv = [sys.executable, "-m", "tunesmith", "study", "paper", "--scale", "smoke", "--jobs", "2", "--out", str(out)]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    if importlib.util.find_spec("ray"):
+        begin_on_ray(out)
+    before = done(out)
+    finished = subprocess.run(command(out, "--jobs", "2"), capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+    begun = {line.split(":")[0] for line in finished.stdout.splitlines() if line.endswith(("begins", "goes on"))}
+    assert begun
+    assert not begun & before
     return out
 
 
@@ -89,9 +129,12 @@ def test_lora_trains_far_less_and_few_rows_overfit(study):
         assert losses(run, "train_loss")[-1] < losses(run)[-1] - 0.5
 
 
-def test_started_again_nothing_is_left_to_do(study):
-    argv = [sys.executable, "-m", "tunesmith", "study", "paper", "--scale", "smoke", "--out", str(study)]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
-    assert done.returncode == 0
-    assert "begins" not in done.stdout
-    assert "35 of 35 done" in done.stdout
+def test_started_again_nothing_is_left_to_do_and_the_report_is_the_same(study):
+    page = study / "report" / "index.html"
+    first = page.read_bytes()
+    page.unlink()
+    again = subprocess.run(command(study), capture_output=True, text=True, check=False)
+    assert again.returncode == 0
+    assert "begins" not in again.stdout
+    assert "35 of 35 done" in again.stdout
+    assert page.read_bytes() == first
