@@ -46,7 +46,7 @@ def test_the_command_scores_models_and_says_what_the_judge_is_worth(
         "mean reward by group",
         "against",
         "without a judge",
-        "about as long",
+        "where both",
         "worst of",
     ):
         assert heading in text, heading
