@@ -107,12 +107,16 @@ def summarise(answers: Answers, samples: int) -> dict[str, Any]:
 
 def print_scores(console: Console, result: dict[str, Any], label: Mapping[str, str]) -> None:
     """Rewards, each model with its best-of-n below it; what needs no judge; every further model against the first."""
-    samples, models = result["samples"], result["models"]
-    n = next(iter(models.values()))["reward"]["n"]
+    samples, models, against = result["samples"], result["models"], result["against_first"]
+    first = next(iter(models))
     drawn = f", {samples} answers each" if samples > 1 else ""
-    table = new_table(f"mean reward of {n} prompts{drawn}, 95 % interval", "model", "reward")
+    others = [f"less that of {label[first]}"] if against else []
+    table = new_table(
+        f"mean reward of {models[first]['reward']['n']} prompts{drawn}, 95 % interval", "model", "reward", *others
+    )
     for name, found in models.items():
-        table.add_row(label[name], interval_text(found["reward"]))
+        difference = [interval_text(against[name]["difference"], signed=True)] if name in against else []
+        table.add_row(label[name], interval_text(found["reward"]), *difference)
         if samples > 1:
             nats = math.log(samples) - (samples - 1) / samples
             table.add_row(f"  best of {samples} (KL at most {nats:.2f} nats)", interval_text(found["best_of_n"]))
@@ -124,13 +128,10 @@ def print_scores(console: Console, result: dict[str, Any], label: Mapping[str, s
         shares = (f"{found[key]:.0%}" for key in ("repetition", "role_leaks", "self_stopped"))
         table.add_row(label[name], *numbers, *shares)
     console.print(table)
-    if result["against_first"]:
-        first = label[next(iter(models))]
-        table = new_table(
-            f"against {first}, prompt by prompt", "model", "win/tie/loss", "win rate", "reward difference"
-        )
-        for name, found in result["against_first"].items():
-            table.add_row(label[name], *win_texts(found), interval_text(found["difference"]))
+    if against:
+        table = new_table(f"against {label[first]}, prompt by prompt", "model", "win/tie/loss", "win rate")
+        for name, found in against.items():
+            table.add_row(label[name], *win_texts(found))
             table.add_row("  where both are about as long", *win_texts(found["matched_length"]))
         console.print(table)
 
