@@ -1,10 +1,8 @@
 """`--executor ray` on a real Ray cluster of two nodes on this machine."""
 
-import contextlib
 import json
 import os
 import signal
-import subprocess
 
 import pytest
 
@@ -49,16 +47,6 @@ def test_a_study_runs_on_both_nodes_and_equals_the_local_one(cluster, tiny_direc
     assert [line.split(":")[0] for line in capfd.readouterr().out.splitlines() if line.endswith("begins")] == ["bad-s1"]
 
 
-def interrupt(process):
-    """Ctrl-C, again after a while: seen once in a loaded suite, the first went unheard beside Ray, for a reason not found."""
-    for _ in range(3):
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return process.communicate(timeout=30)
-    process.kill()
-    return process.communicate()
-
-
 def test_interrupted_on_the_cluster_the_runs_save_and_stop(cluster, tiny_directory, tmp_path):
     endless = {**LONG, "train.steps": 100_000}
     experiments = {"x": {"runs": {"a": {"set": endless}, "b": {"set": {**endless, "optimizer.lr": 2e-3}}, "c": {}}}}
@@ -66,7 +54,8 @@ def test_interrupted_on_the_cluster_the_runs_save_and_stop(cluster, tiny_directo
     process = study_process(file, out, "--executor", "ray", "--ray_address", cluster.address)
     both = [Run(out / f"runs/{name}-s1") for name in "ab"]
     wait_for(lambda: all((r.path / "metrics.jsonl").exists() and len(r.metrics("train")) > 3 for r in both), process)
-    printed, complaints = interrupt(process)
+    process.send_signal(signal.SIGINT)
+    printed, complaints = process.communicate(timeout=60)
     assert (process.returncode, complaints) == (130, "tunesmith: interrupted\n"), printed
     states = {name: run["state"] for name, run in json.loads((out / "progress.json").read_text())["runs"].items()}
     assert states == {"a-s1": "stopped", "b-s1": "stopped", "c-s1": "waiting"}

@@ -12,6 +12,7 @@ import signal
 import socket
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import UserError
@@ -25,17 +26,31 @@ POLL = 0.05
 def carry_out(job: Job) -> int:
     """On a machine of the cluster: run a job's process to its end and return its exit code.
 
-    Ray's cancellation arrives as KeyboardInterrupt: the first asks the process to stop, a second ends it.
+    Wishes to stop come through the shared directory, as the length of a file: the first asks the process to stop, a second
+    ends it. Ray's own cancellation is an exception in the middle of whatever runs, and was once lost.
     """
-    process, number = launch(job), signal.SIGTERM
-    while True:
-        try:
-            while (code := process.poll()) is None:
-                time.sleep(POLL)
-            return code
-        except KeyboardInterrupt:
-            process.send_signal(number)
-            number = signal.SIGKILL
+    if wishes(job):
+        return -signal.SIGTERM
+    process, heard = launch(job), 0
+    while (code := process.poll()) is None:
+        if (asked := wishes(job)) > heard:
+            process.send_signal(signal.SIGTERM if asked == 1 else signal.SIGKILL)
+            heard = asked
+        time.sleep(POLL)
+    return code
+
+
+def wish_file(job: Job) -> Path:
+    """Where a job is asked to stop; not there before the first time."""
+    return Path(f"{job.log}.stop")
+
+
+def wishes(job: Job) -> int:
+    """How often a job was asked to stop."""
+    try:
+        return wish_file(job).stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _answers(address: str) -> None:
@@ -111,6 +126,7 @@ class OnRay:
         where = NodeAffinitySchedulingStrategy(id, soft=False)
         task = self._task.options(scheduling_strategy=where, num_gpus=min(1.0, gpus / slots))
         told = Job(job.name, job.argv, os.path.abspath(job.log), environment, job.directory)
+        wish_file(told).unlink(missing_ok=True)  # of a study that was cut off
         self._running[task.remote(told)] = (told, id)
         return f"{name} ({id[:6]})"
 
@@ -122,13 +138,12 @@ class OnRay:
         return [self._settle(ref) for ref in done]
 
     def _settle(self, ref: Any) -> Ended:
-        name, machine = self._running[ref][0].name, self.machines.get(self._running[ref][1], ("a machine", 0, 0.0))[0]
-        del self._running[ref]
+        job, id = self._running.pop(ref)
+        name, machine = job.name, self.machines.get(id, ("a machine", 0, 0.0))[0]
+        wish_file(job).unlink(missing_ok=True)
         errors = self.ray.exceptions
         try:
             return Ended(name, self.ray.get(ref))
-        except errors.TaskCancelledError:  # before it had begun
-            return Ended(name, -signal.SIGTERM)
         except errors.RayTaskError as error:
             return Ended(name, 1, " ".join(str(error.cause).split()))
         except errors.RayError as error:
@@ -139,8 +154,9 @@ class OnRay:
 
     def stop(self) -> None:
         """Ask all to stop with a checkpoint; a second call ends them."""
-        for ref in self._running:
-            self.ray.cancel(ref, force=False)
+        for job, _ in self._running.values():
+            with wish_file(job).open("ab") as file:
+                file.write(b".")
 
     def close(self) -> None:
         """End whatever still runs and leave the cluster."""
