@@ -75,3 +75,13 @@ def tiny_directory(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("tiny")
     save_model(model, tokenizer, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def deberta(tmp_path_factory) -> Path:
+    """The directory of a DeBERTa with random weights and one score, as transformers saves it."""
+    from tiny_judge import save_deberta
+
+    path = tmp_path_factory.mktemp("deberta")
+    save_deberta(path)
+    return path

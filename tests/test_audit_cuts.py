@@ -11,7 +11,7 @@ from statistics import mean, median
 
 import pytest
 
-from test_audit import audited, found, transcript, turns, write
+from planted_rows import audited, found, transcript, turns, write
 from tunesmith.__main__ import main
 from tunesmith.audit import audit
 from tunesmith.cutchecks import END_CUT, OWN, SHARED

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import tunesmith as ts
-from test_scoring import deberta  # noqa: F401 (a fixture)
 from tiny_runs import tiny_config
 from tunesmith.__main__ import main
 from tunesmith.dialogue import Message, segments
@@ -161,7 +160,7 @@ def test_a_reward_model_is_measured_by_its_scores_beside_the_rule_that_longer_is
     assert "the rule: the longer is better" in " ".join(capsys.readouterr().out.split())
 
 
-def test_any_classifier_is_measured(deberta, pairs, tmp_path):  # noqa: F811
+def test_any_classifier_is_measured(deberta, pairs, tmp_path):
     found = figures([str(deberta), pairs], tmp_path)["preference"]
     scorer = load_scorer(str(deberta), device="cpu")
     sides = [scorer.score([p for p, *_ in PAIRS], [row[side] for row in PAIRS]) for side in (1, 2)]

@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load as load_safetensors
 
-from test_scoring import deberta  # noqa: F401 (a fixture)
 from tunesmith.adapters import save_adapter
 from tunesmith.lora import apply_lora, lora_layers, merge
 from tunesmith.models import load_tokenizer
@@ -258,7 +257,7 @@ def test_an_adapter_by_name_finds_its_base_by_name(ask, tiny_directory, tmp_path
     assert json.loads(told[told.index("[") :]) == pytest.approx(hidden, abs=2e-5)
 
 
-def test_the_reports_own_judge_is_found_by_its_name(hub, ask, tiny_directory, deberta, tmp_path):  # noqa: F811
+def test_the_reports_own_judge_is_found_by_its_name(hub, ask, tiny_directory, deberta, tmp_path):
     """As it lies there: weights in the old format, a tokenizer of its own. Scored as from the local directory."""
     files = {p.name: p.read_bytes() for p in deberta.iterdir()}
     torch.save(load_safetensors(files.pop("model.safetensors")), tmp_path / "pytorch_model.bin")

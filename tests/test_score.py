@@ -125,7 +125,8 @@ def test_a_judge_that_cannot_be_reached_is_named_with_the_way_out(tiny_directory
     assert main(["score", str(tiny_directory)]) == 1
     error = capsys.readouterr().err
     assert "OpenAssistant/reward-model-deberta-v3-large-v2" in error
-    assert "--reward" in error or "a local directory" in error
+    assert error.startswith("tunesmith: --reward OpenAssistant/")
+    assert "a local directory" in error
 
 
 def test_checkpoints_of_a_directory_without_any(tmp_path, reward_model, capsys):

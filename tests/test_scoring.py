@@ -5,50 +5,14 @@ import json
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers, processors
 
+from tiny_judge import ANSWERS, PROMPTS
 from tiny_runs import tiny_config
 from tunesmith.errors import UserError
 from tunesmith.models import load_reward
 from tunesmith.options import RewardConfig
 from tunesmith.recipes.reward import train_reward_model
 from tunesmith.scoring import load_scorer
-
-PROMPTS = ["What is love?", "Hi", "Why is the sky blue, and what would it take to make it green?", "Hi", "Tell me more"]
-ANSWERS = ["Baby, don't hurt me.", "Hello! " * 30, "", "Hello", "The sky. " * 3]
-
-
-@pytest.fixture(scope="module")
-def deberta(tmp_path_factory):
-    """A DeBERTa v2 with random weights and a tokenizer of words, saved by transformers."""
-    words = sorted(
-        {w for t in [*PROMPTS, *ANSWERS] for w in pre_tokenizers.Whitespace().pre_tokenize_str(t) for w in w[:1]}
-    )
-    vocab = {w: i for i, w in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *words])}
-    backend = Backend(models.WordLevel(vocab, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.TemplateProcessing(
-        "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 1), ("[SEP]", 2)]
-    )
-    path = tmp_path_factory.mktemp("deberta")
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="[PAD]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        unk_token="[UNK]",
-        model_max_length=64,
-    )
-    tokenizer.save_pretrained(path)
-    torch.manual_seed(0)
-    config = transformers.DebertaV2Config(
-        vocab_size=len(vocab), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, num_labels=1,
-        max_position_embeddings=64, relative_attention=True, pos_att_type=["c2p", "p2c"], position_biased_input=False,
-        initializer_range=0.5,
-    )  # fmt: skip
-    transformers.DebertaV2ForSequenceClassification(config).save_pretrained(path)
-    return path
 
 
 def test_deberta_scores_as_a_plain_loop_of_transformers_does(deberta):

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from test_study_run import LONG, study_process, wait_for, write_study
+from real_studies import LONG, study_process, wait_for, write_study
 from tunesmith.__main__ import main
 from tunesmith.runlog import Run
 from tunesmith.study.executors import Job

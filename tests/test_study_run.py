@@ -1,23 +1,15 @@
-"""Running studies: what is skipped, resumed, moved aside, held back; and real ones, killed, interrupted and gone on with."""
+"""Running studies with processes that only pretend: what is skipped, resumed, moved aside, held back and told."""
 
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-import torch
-import yaml
 
-import tunesmith as ts
-from tiny_runs import SMALL, comparable, digest, tiny_config
-from tunesmith.__main__ import main
+from real_studies import write_study
 from tunesmith.errors import UserError
 from tunesmith.recipes.study import tell
-from tunesmith.runlog import Run
 from tunesmith.study.executors import Ended, Job, Local, launch, slot_environment
 from tunesmith.study.files import read_study
 from tunesmith.study.forecast import Work, probe, shapes_of, times, work_of
@@ -25,14 +17,6 @@ from tunesmith.study.ledger import Ledger, only_one, position
 from tunesmith.study.plan import make_plan
 from tunesmith.study.run import conduct
 from tunesmith.study.view import View, span
-
-
-def write_study(folder, model, experiments, **more):
-    file = folder / "mine.yaml"
-    base = {"sft": {"model.name": str(model), **SMALL}, "dpo": {**SMALL, "optimizer.lr": 1e-4}}
-    file.write_text(yaml.safe_dump({"base": base, "experiments": experiments, **more}, sort_keys=False))
-    return file
-
 
 # ---- the loop, with processes that only pretend ----------------------------------------------------------------------
 
@@ -265,138 +249,3 @@ def test_the_live_view_shows_what_runs_and_what_is_left(go, tmp_path, capsys):
     assert "b-s1" in shown
     assert "step 10/40  loss 2.500" in shown
     assert [span(s) for s in (5, 600, 7200, 400_000)] == ["5 s", "10.0 min", "2.0 h", "4.6 days"]
-
-
-# ---- real runs -------------------------------------------------------------------------------------------------------
-
-
-def study_process(file, out, *more):
-    argv = [sys.executable, "-m", "tunesmith", "study", str(file), "--out", str(out), *more]
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def states(out):
-    return {name: run["state"] for name, run in json.loads((out / "progress.json").read_text())["runs"].items()}
-
-
-def wait_for(condition, process=None, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process is None or process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-def children(process):
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-
-
-def test_a_small_study_from_end_to_end(tiny_directory, tmp_path, capfd):
-    file = write_study(
-        tmp_path, tiny_directory,
-        {
-            "e1": {"runs": {
-                "half": {"label": "first half"},
-                "whole": {"label": "continued", "continues": "half", "set": {"train.steps": 12}},
-            }},
-            "e1b": {"runs": {"wild": {"set": {"optimizer.lr": 100, "train.diverge_after": 3}}}},
-            "bad": {"runs": {"gone": {"set": {"data.name": str(tmp_path / "gone.jsonl")}}}},
-            "e8": {"command": "dpo", "set": {"model.name": "@half", "train.steps": 3}},
-        },
-    )  # fmt: skip
-    out = tmp_path / "study"
-    assert main(["study", str(file), "--out", str(out), "--dry_run"]) == 0
-    printed = capfd.readouterr().out
-    assert not out.exists()
-    assert [line.split()[0] for line in printed.splitlines()[1:6]] == [
-        "half-s1",
-        "whole-s1",
-        "wild-s1",
-        "gone-s1",
-        "e8-s1",
-    ]
-    assert "from a probe of this machine" in printed
-    assert main(["study", str(file), "--out", str(out)]) == 1
-    told = capfd.readouterr()
-    assert states(out) == {
-        "half-s1": "finished", "whole-s1": "finished", "wild-s1": "diverged", "gone-s1": "failed", "e8-s1": "finished",
-    }  # fmt: skip
-    assert len(told.err.splitlines()) == 1
-    assert "1 of 5 runs failed. gone-s1: " in told.err
-    assert "gone.jsonl" in told.err
-    assert "wild-s1: diverged after" in told.out
-    half, whole = Run(out / "runs/half-s1"), Run(out / "runs/whole-s1")
-    assert (half.status["step"], whole.status["step"]) == (6, 12)
-    direct = ts.sft(tiny_config(tiny_directory, tmp_path / "direct", train__steps=12))
-    assert [line for line in comparable(whole) if line["event"] == "train"] == [
-        line for line in comparable(direct) if line["event"] == "train"
-    ]
-    assert digest(whole.checkpoint(12)) == digest(direct.checkpoint(12))
-    assert Run(out / "runs/e8-s1").config["model"]["name"] == str(out / "runs/half-s1")
-    record = json.loads((out / "plan.json").read_text())
-    assert record["runs"]["half-s1"]["memory"]["parameters"] == 4 * sum(
-        p.numel() for p in ts.load(str(tiny_directory))[0].parameters()
-    )
-    assert yaml.safe_load((out / "study.yaml").read_text())["experiments"]["e8"]["command"] == "dpo"
-    progress = json.loads((out / "progress.json").read_text())["runs"]
-    assert all(run["seconds"] > 0 for run in progress.values())
-
-
-LONG = {"train.steps": 120, "eval.every": 60, "checkpoint.every": 20, "eval.iters": 1}
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc for the study's processes")
-def test_killed_in_the_middle_and_started_again_only_the_missing_work_is_done(tiny_directory, tmp_path):
-    file = write_study(
-        tmp_path, tiny_directory, {"x": {"runs": {"short": {"set": {"train.steps": 2}}, "long": {"set": LONG}}}}
-    )
-    out = tmp_path / "study"
-    long = Run(out / "runs/long-s1")
-
-    def far(step):
-        return lambda: (long.path / "metrics.jsonl").exists() and len(long.metrics("train")) > step
-
-    first = study_process(file, out)
-    wait_for(far(21), first)
-    (child,) = children(first)
-    first.kill()  # the study alone: its run is told, saves and stops
-    first.communicate()
-    wait_for(lambda: not Path(f"/proc/{child}").exists() or Path(f"/proc/{child}/stat").read_text().split()[2] == "Z")
-    reached = long.status["step"]
-    assert (long.status["state"], states(out)["long-s1"]) == ("stopped", "running")
-    short = {p: p.stat().st_mtime_ns for p in (out / "runs/short-s1").rglob("*")}
-
-    second = study_process(file, out)
-    wait_for(far(reached + 21), second)
-    for pid in (second.pid, *children(second)):  # the study and its run
-        os.kill(pid, signal.SIGKILL)
-    second.communicate()
-
-    third = study_process(file, out)
-    printed, complaints = third.communicate(timeout=120)
-    assert (third.returncode, complaints) == (0, "")
-    assert "short-s1" not in printed
-    assert "long-s1: goes on" in printed
-    assert states(out) == {"short-s1": "finished", "long-s1": "finished"}
-    assert {p: p.stat().st_mtime_ns for p in (out / "runs/short-s1").rglob("*")} == short
-    named = {k.replace(".", "__"): v for k, v in LONG.items()}
-    torch.set_num_threads(1)
-    direct = ts.sft(tiny_config(tiny_directory, tmp_path / "direct", **named))
-    assert comparable(long) == comparable(direct)
-    assert digest(long.checkpoint(120)) == digest(direct.checkpoint(120))
-
-
-def test_interrupted_the_runs_stop_and_the_study_says_so(tiny_directory, tmp_path):
-    file = write_study(
-        tmp_path, tiny_directory, {"x": {"runs": {"a": {"set": {**LONG, "train.steps": 100_000}}, "b": {"set": LONG}}}}
-    )
-    out = tmp_path / "study"
-    process = study_process(file, out)
-    run = Run(out / "runs/a-s1")
-    wait_for(lambda: (run.path / "metrics.jsonl").exists() and len(run.metrics("train")) > 3, process)
-    process.send_signal(signal.SIGINT)
-    printed, complaints = process.communicate(timeout=60)
-    assert (process.returncode, complaints) == (130, "tunesmith: interrupted\n")
-    assert "stopping: the runs save and end" in printed
-    assert states(out) == {"a-s1": "stopped", "b-s1": "waiting"}
-    assert run.checkpoints()[-1][0] == run.status["step"]

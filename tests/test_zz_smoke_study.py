@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from test_study_run import wait_for
+from real_studies import wait_for
 from tiny_runs import train_losses
 from tunesmith.runlog import Run
 

@@ -42,12 +42,16 @@ class Scorer(Protocol):
         ...
 
 
-def load_scorer(name: str, *, device: str = "auto") -> Scorer:
+def load_scorer(name: str, *, device: str = "auto", option: str = "--reward") -> Scorer:
     """The reward model of that name: a run of `tunesmith reward`, or a sequence classifier, local or on the hub.
 
+    option: what a message about a missing one names.
     Raises: UserError if there is none, it gives several numbers, or it needs the transformers package and that is missing.
     """
-    directory = find_model(name)
+    try:
+        directory = find_model(name)
+    except UserError as error:
+        raise UserError(f"{option} {name}: {error}") from None
     kind = {} if is_adapter(directory) else read_json(directory / "config.json")
     if is_adapter(directory) or kind.get("model_type") == "gpt2":
         return OwnScorer(name, device)

@@ -366,10 +366,8 @@ def make_judge(
     Raises: UserError if there is no such reward model or no prompt.
     """
     assert options.reward is not None
-    scorer, prompts = (
-        load_scorer(options.reward, device=str(device)),
-        load_prompts(options.prompts, option="--eval.prompts"),
-    )
+    scorer = load_scorer(options.reward, device=str(device), option="--eval.reward")
+    prompts = load_prompts(options.prompts, option="--eval.prompts")
     print(f"note: scored by {scorer.description}")
 
     def judge(step: int) -> dict[str, Any]:
