@@ -103,6 +103,19 @@ def test_answers_are_scored_by_the_named_model(run, reward_model):
     assert rewards(answers) == pytest.approx(again, abs=1e-5)
 
 
+def test_the_answers_of_a_run_that_judged_itself_stay_as_they_are(tiny_directory, reward_model, tmp_path):
+    options = {"eval__reward": reward_model, "eval__max_new_tokens": 4, "train__steps": 1}
+    run = ts.sft(tiny_config(tiny_directory, tmp_path / "judged", **options))
+    before = {p.name: p.read_bytes() for p in (run.path / "answers").iterdir()}
+    score([f"{run.path}@all"], ScoreCommand(reward=reward_model, limit=3, generate=GENERATE, shown=0))
+    assert {p.name: p.read_bytes() for p in (run.path / "answers").iterdir()} == before
+    score(
+        [str(run.path)], ScoreCommand(reward=reward_model, limit=3, generate=GENERATE, shown=0, out=str(tmp_path / "o"))
+    )
+    (file,) = (tmp_path / "o" / "answers").iterdir()
+    assert len(read_answers(file)) == 3
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [

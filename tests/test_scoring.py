@@ -76,6 +76,7 @@ def test_conversations_and_texts_longer_than_the_model_can_read(reward_run, monk
     long = "The sky is blue. " * 200
     whole = scorer.score([long, "Hi"], ["Yes", "Hello"])
     assert whole == pytest.approx([scorer.score([long], ["Yes"])[0], scorer.score(["Hi"], ["Hello"])[0]], abs=1e-5)
+    assert abs(scorer.score([long], ["No!"])[0] - whole[0]) > 1e-4, "the beginning is lost, not the answer"
     monkeypatch.setattr("tunesmith.scoring.PACKED_TOKENS", 1)
     assert scorer.score([long, "Hi"], ["Yes", "Hello"]) == pytest.approx(whole, abs=1e-5)
 

@@ -242,7 +242,7 @@ def starting_point(name: str) -> str | None:
 
 def reward_preference(name: str, held: Held) -> tuple[dict[str, Any], list[str]]:
     """How often a reward model scores the chosen answer higher."""
-    scorer = load_scorer(name, device=held.options.device, option="MODEL")
+    scorer = load_scorer(name, device=held.options.device)
     if isinstance(scorer, OwnScorer):
         shape = scorer.model.transformer.config
         batches = held.pairs(scorer.tokenizer, shape.block_size)
