@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "tunesmith"
 
 LAYERS = [
     {"errors", "linear"},
-    {"options", "config", "hub", "runlog", "prompts", "progress", "tokenizer", "dialogue", "device", "readers", "study.stats"}
+    {"options", "command_options", "config", "hub", "runlog", "prompts", "progress", "tokenizer", "dialogue", "device", "readers", "study.stats"}
     | {"study.page", "documents", "losses", "lora", "optim", "step", "answers", "choice", "endpoint", "pretrain_options"},
     {"gpt", "datasets", "judge", "rowchecks", "bits", "study.read", "study.claims", "study.figures", "memory", "study.files"},
     {"weights", "tokenstore", "overlap", "study.select", "study.plan"},
@@ -21,7 +21,7 @@ LAYERS = [
     {"models", "pairs", "evaluate", "study.plots", "study.parts", "study.view", "study.on_ray"},
     {"generation", "fit", "preferences", "trainee", "scoring", "cutchecks", "scratch", "study.study_page", "study.run"}
     | {"study.forecast"},
-    {"judging", "reference", "logprobs", "study.comparison", "audit"},
+    {"judging", "settings", "reference", "logprobs", "study.comparison", "audit"},
     {"training", "study.comparison_page"},
     {"recipes.sft", "recipes.dpo", "recipes.reward", "recipes.data", "recipes.evaluate", "recipes.score"}
     | {"recipes.compare", "recipes.chat", "recipes.pretrain"},
@@ -37,6 +37,7 @@ WITHOUT_TORCH = {
     "endpoint",
     "judge",
     "options",
+    "command_options",
     "config",
     "hub",
     "runlog",

@@ -72,8 +72,8 @@ def _with_stored_config(argv: Argv) -> list[str]:
 
 
 def _data(argv: Argv) -> None:
+    from tunesmith.command_options import DataCommand
     from tunesmith.config import Positional, parse
-    from tunesmith.options import DataCommand
 
     options, named = parse(DataCommand, argv, prog="tunesmith data", positionals=[Positional("dataset", "data set")])
     from tunesmith.recipes.data import show_data
@@ -82,8 +82,8 @@ def _data(argv: Argv) -> None:
 
 
 def _evaluate(argv: Argv) -> None:
+    from tunesmith.command_options import EvaluateCommand
     from tunesmith.config import Positional, parse
-    from tunesmith.options import EvaluateCommand
 
     wanted = [Positional("model", "MODEL"), Positional("dataset", "data set")]
     options, named = parse(EvaluateCommand, argv, prog="tunesmith evaluate", positionals=wanted)
@@ -93,8 +93,8 @@ def _evaluate(argv: Argv) -> None:
 
 
 def _score(argv: Argv) -> None:
+    from tunesmith.command_options import ScoreCommand
     from tunesmith.config import Positional, parse
-    from tunesmith.options import ScoreCommand
 
     wanted = [Positional("models", "MODELs; RUN@all is every checkpoint of a run", many=True)]
     options, named = parse(ScoreCommand, argv, prog="tunesmith score", positionals=wanted)
@@ -104,8 +104,8 @@ def _score(argv: Argv) -> None:
 
 
 def _compare(argv: Argv) -> None:
+    from tunesmith.command_options import CompareCommand
     from tunesmith.config import Positional, parse
-    from tunesmith.options import CompareCommand
 
     wanted = [Positional("a", "one MODEL"), Positional("b", "the other MODEL")]
     options, named = parse(CompareCommand, argv, prog="tunesmith compare", positionals=wanted)
@@ -115,8 +115,8 @@ def _compare(argv: Argv) -> None:
 
 
 def _chat(argv: Argv) -> None:
+    from tunesmith.command_options import ChatCommand
     from tunesmith.config import Positional, parse
-    from tunesmith.options import ChatCommand
 
     options, named = parse(ChatCommand, argv, prog="tunesmith chat", positionals=[Positional("model", "MODEL")])
     from tunesmith.recipes.chat import chat
@@ -125,8 +125,8 @@ def _chat(argv: Argv) -> None:
 
 
 def _report(argv: Argv) -> None:
+    from tunesmith.command_options import ReportCommand
     from tunesmith.config import Positional, parse
-    from tunesmith.options import ReportCommand
 
     wanted = [Positional("runs", "run directories, or a study's", many=True)]
     options, named = parse(ReportCommand, argv, prog="tunesmith report", positionals=wanted)
@@ -136,8 +136,8 @@ def _report(argv: Argv) -> None:
 
 
 def _study(argv: Argv) -> None:
+    from tunesmith.command_options import StudyCommand
     from tunesmith.config import Positional, parse
-    from tunesmith.options import StudyCommand
 
     wanted = [Positional("name", "built-in study (paper) or YAML file")]
     options, named = parse(StudyCommand, argv, prog="tunesmith study", positionals=wanted)
@@ -147,8 +147,8 @@ def _study(argv: Argv) -> None:
 
 
 def _demo(argv: Argv) -> None:
+    from tunesmith.command_options import DemoCommand
     from tunesmith.config import parse
-    from tunesmith.options import DemoCommand
 
     options, _ = parse(DemoCommand, argv, prog="tunesmith demo")
     from tunesmith.demo import demo

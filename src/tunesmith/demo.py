@@ -14,12 +14,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from tunesmith.answers import read_answers, write_answers
+from tunesmith.command_options import CompareCommand, DemoCommand, ScoreCommand
 from tunesmith.errors import UserError
 from tunesmith.options import (
     CheckpointOptions,
-    CompareCommand,
     DataOptions,
-    DemoCommand,
     DPOConfig,
     EvalOptions,
     GenerateOptions,
@@ -28,7 +27,6 @@ from tunesmith.options import (
     OptimizerOptions,
     PairDataOptions,
     RewardConfig,
-    ScoreCommand,
     SFTConfig,
     TrainOptions,
 )

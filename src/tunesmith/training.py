@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,25 +17,21 @@ from tunesmith.batching import Batches
 from tunesmith.choice import Sums
 from tunesmith.datasets import holdout_rows, open_dataset
 from tunesmith.device import (
-    Precision,
     describe,
     environment,
     keep_freed_memory,
-    resolve_device,
-    resolve_precision,
     seed_everything,
 )
-from tunesmith.errors import UsageError, UserError
+from tunesmith.errors import UserError
 from tunesmith.fit import MicroBatch, fit
 from tunesmith.judging import answer_prompts
-from tunesmith.optim import DEFAULT_WEIGHT_DECAY, build_optimizer, schedule_factor
+from tunesmith.optim import build_optimizer, schedule_factor
 from tunesmith.options import (
     DataOptions,
     DPOConfig,
     EvalOptions,
     GenerateOptions,
     LoRAOptions,
-    PairDataOptions,
     RewardConfig,
     SFTConfig,
 )
@@ -45,144 +40,10 @@ from tunesmith.pretrain_options import PretrainConfig
 from tunesmith.prompts import load_prompts
 from tunesmith.runlog import Run, new_run_directory, open_log, step_name
 from tunesmith.scoring import load_scorer
+from tunesmith.settings import Command, as_dict, precision_of
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.tokenstore import Form, TokenStore, tokenise
-from tunesmith.trainee import AnyConfig, Trainee, alpha_of
-
-Config = TypeVar("Config", SFTConfig, DPOConfig, RewardConfig, PretrainConfig)
-Command = Literal["pretrain", "sft", "dpo", "reward"]
-LEARNING_RATE: dict[Command, float] = {"pretrain": 6e-4, "sft": 1e-4, "reward": 1e-5, "dpo": 1e-6}
-LORA_FACTOR = 10  # adapters want a larger rate than all weights do
-
-
-# ---- options ---------------------------------------------------------------------------------------------------------
-
-
-def check_options(config: AnyConfig, more: Sequence[str] = ()) -> None:
-    """Raises: UsageError with every problem at once; `more` are those that the command found in its own options."""
-    t, o, e, d = config.train, config.optimizer, config.eval, config.data
-    at_least = {
-        "--data.block_size": (d.block_size, 2), "--data.max_rows": (d.max_rows, 1), "--data.seed": (d.seed, 0),
-        "--train.seed": (t.seed, 0), "--train.steps": (t.steps, 1), "--train.diverge_after": (t.diverge_after, 0),
-        "--train.batch_size": (t.batch_size, 1), "--train.accumulate": (t.accumulate, 1), "--train.grad_clip": (t.grad_clip, 0),
-        "--optimizer.lr": (o.lr, 0), "--optimizer.warmup_steps": (o.warmup_steps, 0),
-        "--optimizer.weight_decay": (o.weight_decay, 0), "--eval.every": (e.every, 1), "--eval.iters": (e.iters, 1),
-        "--checkpoint.every": (config.checkpoint.every, 1), "--checkpoint.keep": (config.checkpoint.keep, 0),
-        "--lora.rank": (config.lora.rank, 0), "--eval.patience": (e.patience, 1), "--eval.samples": (e.samples, 1),
-        "--eval.max_new_tokens": (e.max_new_tokens, 1),
-    }  # fmt: skip
-    problems = [
-        f"{name} is {value}, expected at least {low}"
-        for name, (value, low) in at_least.items()
-        if value is not None and value < low
-    ]
-    if t.steps is not None and t.epochs is not None:
-        problems.append("give --train.steps or --train.epochs, not both")
-    if t.epochs is not None and t.epochs <= 0:
-        problems.append(f"--train.epochs is {t.epochs}, expected more than 0")
-    shares = {
-        "--model.dropout": config.model.dropout,
-        "--lora.dropout": config.lora.dropout,
-        "--optimizer.momentum": o.momentum,
-    }
-    problems += [
-        f"{name} is {x}, expected 0 <= {name.split('.')[1]} < 1" for name, x in shares.items() if not 0 <= x < 1
-    ]
-    if o.name == "sgd-nesterov" and o.momentum == 0:
-        problems.append("--optimizer.momentum is 0, but sgd-nesterov needs some; use sgd")
-    if not 0 < d.holdout < 1:
-        problems.append(f"--data.holdout is {d.holdout}, expected a share between 0 and 1")
-    if e.reward is None and (e.prompts, e.samples, e.max_new_tokens) != (None, 1, 128):
-        problems.append(
-            "--eval.prompts, --eval.samples and --eval.max_new_tokens are for --eval.reward, which is not given"
-        )
-    if config.lora.alpha is not None and not config.lora.alpha > 0:
-        problems.append(f"--lora.alpha is {config.lora.alpha:g}, expected more than 0")
-    if problems := [*problems, *more]:
-        raise UsageError("; ".join(problems))
-
-
-def check_pair_options(data: PairDataOptions) -> list[str]:
-    """What is wrong with the data options of a command that trains on pairs."""
-    problems = []
-    if data.batching == "windows":
-        problems.append("--data.batching windows cuts through dialogues and knows no pairs; use packed or padded")
-    if data.truncation == "split":
-        problems.append("--data.truncation split is for plain texts; for pairs use keep_end, keep_start or drop")
-    return problems
-
-
-def resolve_machine(config: Config, n_embd: int, command: Command) -> Config:
-    """The configuration with every default decided that depends on the machine or on other options."""
-    t, o, lora = config.train, config.optimizer, config.lora
-    device = resolve_device(t.device)
-    train = dataclasses.replace(
-        t,
-        device=str(device),
-        precision=resolve_precision(t.precision, device, n_embd),
-        compile=device.type == "cuda" if t.compile == "auto" else t.compile,
-        activation_checkpointing=t.activation_checkpointing is True,
-    )
-    rate = LEARNING_RATE[command] * (LORA_FACTOR if lora.rank else 1)
-    optimizer = dataclasses.replace(
-        o,
-        lr=rate if o.lr is None else o.lr,
-        weight_decay=DEFAULT_WEIGHT_DECAY.get(o.name, 0.0) if o.weight_decay is None else o.weight_decay,
-    )
-    if lora.rank and not isinstance(config, PretrainConfig):
-        config = dataclasses.replace(config, lora=dataclasses.replace(lora, alpha=alpha_of(lora)))
-    return dataclasses.replace(config, train=train, optimizer=optimizer)
-
-
-class Countable(Protocol):
-    """Batches by number, of which an epoch has a known number of rows."""
-
-    rows_per_epoch: int
-    batch_size: int
-
-
-def resolve_length(config: Config, train: Countable, validation: Countable) -> Config:
-    """The configuration with every default decided that depends on the data: steps and intervals.
-
-    Estimates come 40 times over the training, but on small data not so often that they take longer than the training
-    itself (a forward pass is a third of a step).
-    """
-    per_step = config.train.batch_size * config.train.accumulate
-    steps = config.train.steps or max(1, round((config.train.epochs or 1.0) * train.rows_per_epoch / per_step))
-    estimate = sum(min(config.eval.iters, -(-b.rows_per_epoch // b.batch_size)) for b in (train, validation))
-    every = config.eval.every or max(1, steps // 40, min(steps, estimate // (3 * config.train.accumulate)))
-    return dataclasses.replace(
-        config,
-        train=dataclasses.replace(config.train, steps=steps, epochs=None),
-        eval=dataclasses.replace(config.eval, every=every),
-        checkpoint=dataclasses.replace(config.checkpoint, every=config.checkpoint.every or every),
-    )
-
-
-FIXED = (  # what a resumed run cannot change without becoming another run
-    "model.name", "model.dropout", "model.n_layer", "model.n_head", "model.n_embd", "model.block_size",
-    "tokenizer.name", "tokenizer.vocab_size", "data.name", "data.block_size", "data.batching", "data.loss_on", "data.truncation",
-    "data.max_rows", "data.holdout", "data.seed", "train.batch_size", "train.accumulate", "train.precision",
-    "optimizer.name", "lora.rank", "lora.alpha", "lora.dropout", "lora.targets",
-    "dpo.beta", "dpo.loss", "dpo.label_smoothing",
-)  # fmt: skip
-
-
-def check_resumable(stored: dict[str, Any], config: AnyConfig) -> None:
-    """Raises: UserError naming every setting that differs from the run's and would change what it already did."""
-    asked = as_dict(config)
-    parts = [(key, *key.split(".")) for key in FIXED]
-    pairs = [(key, stored.get(group, {}).get(name), asked.get(group, {}).get(name)) for key, group, name in parts]
-    changed = [f"{key} was {before!r}, now {now!r}" for key, before, now in pairs if before != now]
-    if changed:
-        raise UserError(f"--resume: {'; '.join(changed)}. Keep these, or start a new run with another --out")
-
-
-def as_dict(config: AnyConfig) -> dict[str, Any]:
-    """What config.yaml holds: everything but where the run is written."""
-    whole = dataclasses.asdict(config)
-    return {key: value for key, value in whole.items() if key not in ("out", "resume")}
-
+from tunesmith.trainee import AnyConfig, Trainee
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 
@@ -286,12 +147,6 @@ def begin(config: AnyConfig, command: Command) -> Path:
 def _short(name: str) -> str:
     """A name as part of a directory's name."""
     return name.rstrip("/").rsplit("/", 1)[-1].replace(":", "-").partition(".")[0] or "model"
-
-
-def precision_of(config: AnyConfig) -> Precision:
-    """The arithmetic of a resolved configuration."""
-    assert config.train.precision != "auto"
-    return config.train.precision
 
 
 B = TypeVar("B", bound=MicroBatch)

@@ -10,11 +10,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from tunesmith.command_options import ChatCommand
 from tunesmith.device import keep_freed_memory
 from tunesmith.dialogue import Message
 from tunesmith.generation import Sampling, encode_prompt, prepare, stream
 from tunesmith.models import load
-from tunesmith.options import ChatCommand
 
 HELP = """/reset       begin anew
 /system TEXT set the scene (and begin anew)

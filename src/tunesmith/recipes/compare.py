@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.answers import ScoredAnswer
+from tunesmith.command_options import CompareCommand
 from tunesmith.device import keep_freed_memory
 from tunesmith.endpoint import KEY_VARIABLE, Endpoint
 from tunesmith.errors import UsageError, UserError
@@ -22,7 +23,7 @@ from tunesmith.judge import Judge
 from tunesmith.judging import answer_prompts
 from tunesmith.logprobs import TwoAnswers, answer_logps, encode_answers, token_texts
 from tunesmith.models import find_model, load, load_tokenizer
-from tunesmith.options import CompareCommand, GenerateOptions
+from tunesmith.options import GenerateOptions
 from tunesmith.progress import Progress
 from tunesmith.prompts import Prompt, load_prompts
 from tunesmith.runlog import write_atomically

@@ -27,20 +27,16 @@ from tunesmith.pairs import PairBatch, PairBatches
 from tunesmith.preferences import OBSERVED, PreferenceLoss, Reference, answer_logps, dpo_loss_sum, estimate_dpo
 from tunesmith.reference import LogpStore, adapter_off, cached, second_model, store_path
 from tunesmith.runlog import Run
-from tunesmith.trainee import Trainee, load_trainee, prepare_model
-from tunesmith.training import (
-    begin,
+from tunesmith.settings import (
     check_options,
     check_pair_options,
     check_resumable,
-    describe_pairs,
-    load_splits,
-    pair_batches,
     precision_of,
     resolve_length,
     resolve_machine,
-    run_training,
 )
+from tunesmith.trainee import Trainee, load_trainee, prepare_model
+from tunesmith.training import begin, describe_pairs, load_splits, pair_batches, run_training
 
 ROBUST_SMOOTHING = 0.1  # of the robust loss where none is given: with 0 it is plain DPO
 

@@ -21,20 +21,10 @@ from tunesmith.models import new_model
 from tunesmith.pretrain_options import PretrainConfig
 from tunesmith.runlog import Run
 from tunesmith.scratch import make_tokenizer, problems_of, resolve_shape
+from tunesmith.settings import check_options, check_resumable, precision_of, resolve_length, resolve_machine
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.trainee import Trainee, prepare_model
-from tunesmith.training import (
-    Splits,
-    begin,
-    check_options,
-    check_resumable,
-    load_splits,
-    precision_of,
-    resolve_length,
-    resolve_machine,
-    run_training,
-    text_batches,
-)
+from tunesmith.training import Splits, begin, load_splits, run_training, text_batches
 
 
 def pretrain(config: PretrainConfig) -> Run:

@@ -13,20 +13,16 @@ from tunesmith.options import RewardConfig
 from tunesmith.preferences import OBSERVED, estimate_reward, reward_loss_sum
 from tunesmith.reward import RewardModel
 from tunesmith.runlog import Run
-from tunesmith.trainee import load_trainee, prepare_model
-from tunesmith.training import (
-    begin,
+from tunesmith.settings import (
     check_options,
     check_pair_options,
     check_resumable,
-    describe_pairs,
-    load_splits,
-    pair_batches,
     precision_of,
     resolve_length,
     resolve_machine,
-    run_training,
 )
+from tunesmith.trainee import load_trainee, prepare_model
+from tunesmith.training import begin, describe_pairs, load_splits, pair_batches, run_training
 
 
 def train_reward_model(config: RewardConfig) -> Run:

@@ -15,11 +15,12 @@ from typing import Any
 
 import yaml
 
+from tunesmith.command_options import StudyCommand
 from tunesmith.config import from_settings, nearest
 from tunesmith.errors import UsageError, UserError
-from tunesmith.options import StudyCommand
 from tunesmith.recipes.dpo import check as check_dpo
 from tunesmith.runlog import write_atomically
+from tunesmith.settings import check_options, check_pair_options
 from tunesmith.study.executors import Executor, Local, visible_gpus
 from tunesmith.study.files import COMMANDS, read_study, study_path
 from tunesmith.study.forecast import Seconds, memory_of, probe, shapes_of, times, work_of
@@ -28,7 +29,6 @@ from tunesmith.study.plan import Plan, make_plan, plan_record
 from tunesmith.study.report import write_report
 from tunesmith.study.run import conduct
 from tunesmith.study.view import View, span
-from tunesmith.training import check_options, check_pair_options
 
 
 def study(name: str, options: StudyCommand) -> Path:
