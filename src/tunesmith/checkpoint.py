@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from tunesmith.errors import UserError
+from tunesmith.optim import OneByOne, state_parts, whole_state
 from tunesmith.runlog import Run, step_name
 from tunesmith.weights import write_safetensors
 
@@ -28,7 +29,7 @@ def save_checkpoint(
     run: Run,
     step: int,
     write_weights: Callable[[Path], None],
-    optimizer: Optimizer,
+    optimizer: Optimizer | OneByOne,
     progress: dict[str, Any],
     scaler: GradScaler | None,
 ) -> Path:
@@ -65,7 +66,7 @@ def save_checkpoint(
 
 
 def load_state(
-    directory: Path, read_weights: Callable[[Path], None], optimizer: Optimizer, scaler: GradScaler | None
+    directory: Path, read_weights: Callable[[Path], None], optimizer: Optimizer | OneByOne, scaler: GradScaler | None
 ) -> dict[str, Any]:
     """Put weights, optimizer, random state and loss scale back as they were; returns the step and `progress`.
 
@@ -83,28 +84,40 @@ def load_state(
     cuda = tensors.pop("rng.cuda", None)
     if cuda is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda)
-    slots: dict[int, dict[str, Any]] = {int(i): dict(s) for i, s in state.pop("optimizer").items()}
-    for key, tensor in tensors.items():
-        number, name = key.split(".", 1)
-        slots.setdefault(int(number), {})[name] = tensor
-    whole = optimizer.state_dict()
-    whole["state"] = slots
-    optimizer.load_state_dict(whole)
+    _restore(optimizer, tensors, state.pop("optimizer"))
     if scaler and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     return state
 
 
-def _flatten(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+def _flatten(optimizer: Optimizer | OneByOne) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
     for number, slots in optimizer.state_dict()["state"].items():
         for name, value in slots.items():
-            if isinstance(value, Tensor):
-                tensors[f"{number}.{name}"] = value.detach().cpu().contiguous()
-            else:
+            for key, part in state_parts(value).items() if isinstance(value, Tensor) else ():
+                tensors[f"{number}.{name}{key}"] = part.detach().cpu().contiguous()
+            if not isinstance(value, Tensor):
                 scalars.setdefault(str(number), {})[name] = value
     return tensors, scalars
+
+
+def _restore(
+    optimizer: Optimizer | OneByOne, tensors: Mapping[str, Tensor], scalars: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Put state back in the very type it had: torch's own loading would round it to that of a bf16 parameter."""
+    parameters = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    found: dict[tuple[int, str], dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        which, name, *part = key.split(".")
+        found.setdefault((int(which), name), {})[f".{part[0]}" if part else ""] = tensor
+    for (number, name), parts in found.items():
+        p, group = parameters[number]
+        stays = name == "step" and not group.get("fused")
+        moved = {key: tensor if stays else tensor.to(p.device) for key, tensor in parts.items()}
+        optimizer.state.setdefault(p, {})[name] = whole_state(moved)
+    for which, values in scalars.items():
+        optimizer.state.setdefault(parameters[int(which)][0], {}).update(values)
 
 
 def _flush(path: Path) -> None:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from tunesmith.checkpoint import load_state, prune, save_checkpoint
 from tunesmith.choice import Sums, choice_lines, choose_checkpoint, read_estimates
 from tunesmith.device import peak_memory_gb
+from tunesmith.optim import OneByOne, set_learning_rate
 from tunesmith.progress import Progress
 from tunesmith.runlog import RunLog
 from tunesmith.step import StepStats, optimizer_step
@@ -86,7 +87,7 @@ def fit(
     device: torch.device,
     write_weights: Callable[[Path], None],
     read_weights: Callable[[Path], None],
-    optimizer: Optimizer,
+    optimizer: Optimizer | OneByOne,
     scaler: GradScaler | None,
     micro_batch: Callable[[int], B],
     loss_sum: Callable[[B], Tensor],
@@ -186,8 +187,7 @@ def fit(
             first = state.step * accumulate
             batches = [micro_batch(first + i) for i in range(accumulate)]
             lr = learning_rate(state.step + 1)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            set_learning_rate(optimizer, lr)
             stats = optimizer_step(model, batches, loss_sum, optimizer, max_norm=max_norm, scaler=scaler)
             losses.append(stats.loss)
             trouble = _divergence(stats, scaler, losses, state.first_loss, diverge_after)

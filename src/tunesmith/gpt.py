@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from tunesmith.documents import Documents, attend_documents
 from tunesmith.errors import UserError
 from tunesmith.linear import Linear
+from tunesmith.recompute import Chain, plain, recomputed
 
 
 @dataclass(frozen=True)
@@ -127,9 +129,9 @@ class Attention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def mix(self, x: Tensor, documents: Documents | None, cache: KVCache | None) -> Tensor:
-        """Heads' outputs side by side, before the output projection. x and the result: (B, T, C)."""
-        q, k, v = (z.unflatten(2, (self.n_head, -1)) for z in self.c_attn(x).chunk(3, 2))  # (B, T, H, D)
+    def mix(self, qkv: Tensor, documents: Documents | None, cache: KVCache | None) -> Tensor:
+        """Heads' outputs side by side, before the output projection. qkv: (B, T, 3 C); the result: (B, T, C)."""
+        q, k, v = (torch.unflatten(z, 2, (self.n_head, -1)) for z in qkv.chunk(3, 2))  # (B, T, H, D)
         dropout = self.dropout if self.training else 0.0
         if cache is not None:
             y = (
@@ -154,8 +156,13 @@ class MLP(nn.Module):
         self.c_fc = Linear(config.n_embd, inner)
         self.c_proj = Linear(inner, config.n_embd)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, norm: nn.Module, chain: Chain) -> Tensor:
+        """(..., C) -> (..., C), of what `norm` makes of x."""
+        return chain(_gelu, chain(norm, x, self.c_fc), self.c_proj)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
 
 
 class Block(nn.Module):
@@ -170,14 +177,19 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, documents: Documents | None, rows: Tensor | None = None, cache: KVCache | None = None
+        self,
+        x: Tensor,
+        documents: Documents | None,
+        rows: Tensor | None = None,
+        cache: KVCache | None = None,
+        chain: Chain = plain,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C); with `rows`, only those tokens leave attention and the result is (n, C)."""
-        y = self.attn.mix(self.ln_1(x), documents, cache)
+        y = self.attn.mix(chain(self.ln_1, x, self.attn.c_attn), documents, cache)
         if rows is not None:
             x, y = x.flatten(0, 1)[rows], y.flatten(0, 1)[rows]
         x = x + F.dropout(self.attn.c_proj(y), self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.ln_2(x)), self.dropout, self.training)
+        return x + F.dropout(self.mlp(x, self.ln_2, chain), self.dropout, self.training)
 
 
 class GPT(nn.Module):
@@ -191,7 +203,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False
+        self.activation_checkpointing: bool | Literal["selective"] = False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
@@ -234,13 +246,16 @@ class GPT(nn.Module):
                 f"a text has {longest:,} tokens; the model has positions for {self.config.block_size:,} "
                 "(a fixed part of its weights). Shorten the text, or cut it with --data.truncation keep_end."
             )
-        x = F.dropout(self.wte(tokens) + self.wpe(positions), self.config.dropout, self.training)  # (B, T, C)
+        exact = self.ln_f.weight.dtype  # of the residual stream; matrices may be kept in less
+        x = self.wte(tokens).to(exact) + self.wpe(positions).to(exact)
+        x = F.dropout(x, self.config.dropout, self.training)  # (B, T, C)
+        chain = recomputed if self.activation_checkpointing == "selective" else plain
         for i, block in enumerate(self.h):
             wanted = rows if i == len(self.h) - 1 else None
-            if self.activation_checkpointing and self.training:
+            if self.activation_checkpointing is True and self.training:
                 x = checkpoint(block, x, documents, wanted, use_reentrant=False)
             else:
-                x = block(x, documents, wanted, cache)
+                x = block(x, documents, wanted, cache, chain)
         if cache is not None:
             if documents is None:
                 cache.end += 1
@@ -253,7 +268,7 @@ class GPT(nn.Module):
 
         copies: for every prompt how many sequences go on from it; it is read once. None: one each.
         """
-        c, weight = self.config, self.wte.weight
+        c, weight = self.config, self.ln_f.weight
         copies, end = copies or [1] * len(lengths), max(lengths)
         starts = [end - n for n, times in zip(lengths, copies, strict=True) for _ in range(times)]
         shape = (len(starts), c.n_head, end + room, c.n_embd // c.n_head)

@@ -33,7 +33,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        if not _suits_onednn(x, self.weight):
+        if _autocast(x) or (x.dtype is self.weight.dtype and not _suits_onednn(x)):
             return F.linear(x, self.weight, self.bias)
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
             return _Product.apply(x, self.weight, self.bias)  # type: ignore[no-any-return, no-untyped-call]
@@ -42,7 +42,7 @@ class Linear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + b with its gradients."""
+    """x W^T + b with its gradients. A weight kept in another type than x's is converted while it is used, each time anew."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -62,16 +62,24 @@ class _Product(torch.autograd.Function):
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T, without gradients: (n, in) and (out, in) -> (n, out)."""
-    return _product(x, weight) if _suits_onednn(x, weight) else x @ weight.t()
+    return F.linear(x, weight) if _autocast(x) else _product(x, weight)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if weight.dtype is not x.dtype:
+        weight = weight.to(x.dtype)
+    if not _suits_onednn(x):
+        return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
-def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
+def _autocast(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
+
+
+def _suits_onednn(x: Tensor) -> bool:
     return (
-        x.dtype is weight.dtype is torch.float32
+        x.dtype is torch.float32
         and x.is_cpu
         and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")

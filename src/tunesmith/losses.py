@@ -39,9 +39,10 @@ class _HeadLoss(torch.autograd.Function):
         kind = x32[0].device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x32[0].dtype
         x, w = [t.to(dtype) for t in x32], [t.to(dtype) for t in w32]
+        exact = torch.promote_types(torch.float32, x32[0].dtype)  # sums over chunks would lose bits in bf16
         wanted = ctx.needs_input_grad[4:]
         d_x = [torch.zeros_like(t) if need else None for t, need in zip(x, wanted[::2], strict=True)]
-        d_w = [torch.zeros_like(t) if need else None for t, need in zip(w32, wanted[1::2], strict=True)]
+        d_w = [torch.zeros_like(t, dtype=exact) if need else None for t, need in zip(w32, wanted[1::2], strict=True)]
         total = x[0].new_zeros((), dtype=torch.float64 if x[0].dtype == torch.float64 else torch.float32)
 
         def look(a: int, b: int) -> tuple[Tensor, Tensor, Tensor]:

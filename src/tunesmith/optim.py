@@ -2,11 +2,42 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import math
-from collections.abc import Callable
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from tunesmith.errors import UserError
+
+
+def _adamw8bit(groups: list[dict[str, Any]], lr: float) -> Optimizer:
+    """AdamW with both moments in 8 bits, block by block (Dettmers et al. 2022, arXiv 2110.02861), as torchao has it."""
+    if importlib.util.find_spec("torchao") is None:
+        raise UserError(
+            "--optimizer.name adamw8bit keeps its state with torchao, which is not installed: "
+            "pip install 'tunesmith[8bit]', or take adamw"
+        )
+    if not groups[0]["params"][0].is_cuda and not shutil.which(os.environ.get("CXX", "c++")):
+        raise UserError(
+            "--optimizer.name adamw8bit compiles its update and finds no C++ compiler here; install one, or take adamw"
+        )
+    logging.disable(logging.WARNING)  # at import torchao warns of GPU kernels that nobody asked for
+    try:
+        from torchao.optim import AdamW8bit
+    finally:
+        logging.disable(logging.NOTSET)
+    warnings.filterwarnings("ignore", "OptimState8bit does not implement", UserWarning)
+    optimizer: Optimizer = AdamW8bit(groups, lr)
+    return optimizer
+
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adamw": lambda groups, lr, momentum: AdamW(groups, lr, fused=True),
@@ -14,8 +45,9 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "sgd": lambda groups, lr, momentum: SGD(groups, lr, fused=True),
     "sgd-momentum": lambda groups, lr, momentum: SGD(groups, lr, momentum=momentum, fused=True),
     "sgd-nesterov": lambda groups, lr, momentum: SGD(groups, lr, momentum=momentum, nesterov=True, fused=True),
+    "adamw8bit": lambda groups, lr, momentum: _adamw8bit(groups, lr),
 }
-DEFAULT_WEIGHT_DECAY = {"adamw": 0.01}  # the others: 0
+DEFAULT_WEIGHT_DECAY = {"adamw": 0.01, "adamw8bit": 0.01}  # the others: 0
 
 
 def build_optimizer(
@@ -28,7 +60,8 @@ def build_optimizer(
 
     Args:
         name: a key of OPTIMIZERS.
-        weight_decay: default 0.01 for adamw, 0 for the others.
+        weight_decay: default 0.01 for adamw and adamw8bit, 0 for the others.
+    Raises: UserError if what adamw8bit needs is not installed.
     """
     decay = DEFAULT_WEIGHT_DECAY.get(name, 0.0) if weight_decay is None else weight_decay
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -37,6 +70,112 @@ def build_optimizer(
         {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
     ]
     return OPTIMIZERS[name]([g for g in groups if g["params"]], lr, momentum)
+
+
+def state_parts(value: Tensor) -> dict[str, Tensor]:
+    """A tensor of an optimizer's state as plain tensors by name: itself under "", or the parts that an 8-bit one is made of."""
+    names = ("codes", "scale", "qmap")
+    return {f".{name}": getattr(value, name) for name in names} if hasattr(value, "qmap") else {"": value}
+
+
+def whole_state(parts: Mapping[str, Tensor]) -> Tensor:
+    """The inverse of `state_parts`."""
+    if "" in parts:
+        return parts[""]
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    codes, scale, qmap = (parts[f".{name}"] for name in ("codes", "scale", "qmap"))
+    state: Tensor = OptimState8bit(codes, scale, qmap, signed=bool(qmap.min() < 0), dtype=torch.float32)
+    return state
+
+
+def set_learning_rate(optimizer: Optimizer | OneByOne, lr: float) -> None:
+    """Put `lr` in force, for all parameters."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):  # compiled updates read it from there
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+class OneByOne:
+    """An optimizer made to update one parameter at a time, so that what an update needs exists for one of them only.
+
+    in_backward: each parameter is updated as soon as backward has its gradient, which is freed at once (as in Lv et al. 2023,
+        arXiv 2306.09782). The weights are those of the usual order, to the bit; but the norm of the whole gradient is known
+        too late to clip by it or to leave out a step.
+    Parameters in bfloat16 are updated in float32, state included, and rounded stochastically: to the nearest bfloat16 most
+        changes by a small learning rate would be lost, so are none in the mean.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, in_backward: bool) -> None:
+        self.optimizer, self.in_backward = optimizer, in_backward
+        self.group = {p: number for number, g in enumerate(optimizer.param_groups) for p in g["params"]}
+        self.norms: list[Tensor] = []
+        if in_backward:
+            for p in self.group:
+                p.register_post_accumulate_grad_hook(self._update_now)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> dict[Tensor, Any]:
+        return self.optimizer.state
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+    def step(self) -> None:
+        """Update what has a gradient."""
+        for p in self.group:
+            if p.grad is not None:
+                self._update(p)
+
+    def take_norm(self) -> Tensor:
+        """Norm of the gradients since the last call, with `in_backward`: scalar float32."""
+        norm = torch.linalg.vector_norm(torch.stack(self.norms)) if self.norms else torch.zeros(())
+        self.norms = []
+        return norm
+
+    def _update_now(self, p: Tensor) -> None:
+        assert p.grad is not None
+        self.norms.append(torch.linalg.vector_norm(p.grad, dtype=torch.promote_types(p.dtype, torch.float32)))
+        self._update(p)
+        p.grad = None
+
+    @torch.no_grad()
+    def _update(self, p: Tensor) -> None:
+        whole, state, exact = self.optimizer.param_groups, self.optimizer.state, p
+        if p.dtype is torch.bfloat16:
+            assert p.grad is not None
+            exact = p.detach().float()
+            exact.grad, p.grad = p.grad.float(), None
+            if p in state:
+                state[exact] = state.pop(p)
+        self.optimizer.param_groups = [{**whole[self.group[p]], "params": [exact]}]
+        try:
+            self.optimizer.step()
+        finally:
+            self.optimizer.param_groups = whole
+        if exact is not p:
+            if exact in state:
+                state[p] = state.pop(exact)
+            p.copy_(round_stochastically(exact))
+
+
+def round_stochastically(x: Tensor) -> Tensor:
+    """float32 to one of the two bfloat16 around each number, so that the mean is the number itself: same shape.
+
+    Draws 16 bits a number from torch's global random state.
+    """
+    noise = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    bits = noise.view(torch.int16)[: x.numel()].view(x.shape).to(torch.int32) & 0xFFFF
+    return ((x.contiguous().view(torch.int32) + bits) & -0x10000).view(torch.float32).to(torch.bfloat16)
 
 
 def schedule_factor(name: str, step: int, *, steps: int, warmup_steps: int) -> float:

@@ -66,8 +66,13 @@ class TrainOptions:
     """torch.compile of the blocks; auto: on a GPU."""
     grad_clip: float = 1.0
     """Largest gradient norm; 0 = off."""
-    activation_checkpointing: Switch = "auto"
-    """Recompute each block in backward instead of keeping its activations; auto: off."""
+    activation_checkpointing: Literal["auto", "selective"] | bool = "auto"
+    """true: compute each block once more in backward instead of keeping its activations; selective: only what is cheap (norms and
+    GELU). Neither changes a bit of the result. auto: off; `tunesmith plan --fit` chooses."""
+    optimizer_in_backward: bool = False
+    """Update each weight as soon as backward has its gradient and free that; the same result. Wants accumulate 1, grad_clip 0."""
+    weights: Literal["fp32", "bf16"] = "fp32"
+    """How matrices are kept. bf16: in half the memory, updated with stochastic rounding; with LoRA the frozen base only."""
     seed: int = 1234
     """Seed of new weights and of dropout."""
     device: str = "auto"
@@ -80,8 +85,8 @@ class TrainOptions:
 class OptimizerOptions:
     """The optimizer and its schedule"""
 
-    name: Literal["adamw", "adam", "sgd", "sgd-momentum", "sgd-nesterov"] = "adamw"
-    """Update rule."""
+    name: Literal["adamw", "adam", "sgd", "sgd-momentum", "sgd-nesterov", "adamw8bit"] = "adamw"
+    """Update rule. adamw8bit: AdamW with its state in 8 bits (install tunesmith[8bit])."""
     lr: float | None = None
     """Peak learning rate; default 1e-4 for sft, 1e-5 for reward, 1e-6 for dpo, and with LoRA ten times that."""
     weight_decay: float | None = None

@@ -53,6 +53,11 @@ def check_options(config: AnyConfig, more: Sequence[str] = ()) -> None:
         problems.append("--optimizer.momentum is 0, but sgd-nesterov needs some; use sgd")
     if not 0 < d.holdout < 1:
         problems.append(f"--data.holdout is {d.holdout}, expected a share between 0 and 1")
+    if t.optimizer_in_backward and (t.accumulate > 1 or t.grad_clip > 0):
+        problems.append(
+            "--train.optimizer_in_backward updates weights before the whole gradient is known: it wants --train.accumulate 1 "
+            f"and --train.grad_clip 0 (now {t.accumulate} and {t.grad_clip:g})"
+        )
     if e.reward is None and (e.prompts, e.samples, e.max_new_tokens) != (None, 1, 128):
         problems.append(
             "--eval.prompts, --eval.samples and --eval.max_new_tokens are for --eval.reward, which is not given"
@@ -77,12 +82,18 @@ def resolve_machine(config: Config, n_embd: int, command: Command) -> Config:
     """The configuration with every default decided that depends on the machine or on other options."""
     t, o, lora = config.train, config.optimizer, config.lora
     device = resolve_device(t.device)
+    precision = resolve_precision(t.precision, device, n_embd)
+    if precision == "fp16" and (t.optimizer_in_backward or t.weights == "bf16"):
+        raise UsageError(
+            "--train.precision fp16 scales the loss and may have to drop an update, which goes with neither "
+            "--train.optimizer_in_backward nor --train.weights bf16; use bf16 or fp32"
+        )
     train = dataclasses.replace(
         t,
         device=str(device),
-        precision=resolve_precision(t.precision, device, n_embd),
+        precision=precision,
         compile=device.type == "cuda" if t.compile == "auto" else t.compile,
-        activation_checkpointing=t.activation_checkpointing is True,
+        activation_checkpointing=False if t.activation_checkpointing == "auto" else t.activation_checkpointing,
     )
     rate = LEARNING_RATE[command] * (LORA_FACTOR if lora.rank else 1)
     optimizer = dataclasses.replace(
@@ -123,7 +134,7 @@ def resolve_length(config: Config, train: Countable, validation: Countable) -> C
 FIXED = (  # what a resumed run cannot change without becoming another run
     "model.name", "model.dropout", "model.n_layer", "model.n_head", "model.n_embd", "model.block_size",
     "tokenizer.name", "tokenizer.vocab_size", "data.name", "data.block_size", "data.batching", "data.loss_on", "data.truncation",
-    "data.max_rows", "data.holdout", "data.seed", "train.batch_size", "train.accumulate", "train.precision",
+    "data.max_rows", "data.holdout", "data.seed", "train.batch_size", "train.accumulate", "train.precision", "train.weights",
     "optimizer.name", "lora.rank", "lora.alpha", "lora.dropout", "lora.targets",
     "dpo.beta", "dpo.loss", "dpo.label_smoothing",
 )  # fmt: skip

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from tunesmith.optim import OneByOne
+
 
 class Counted(Protocol):
     """A micro-batch that knows how many terms its summed loss has."""
@@ -41,7 +43,7 @@ def optimizer_step(
     model: nn.Module,
     micro_batches: Sequence[B],
     loss_sum: Callable[[B], Tensor],
-    optimizer: Optimizer,
+    optimizer: Optimizer | OneByOne,
     *,
     max_norm: float = 0.0,
     scaler: GradScaler | None = None,
@@ -56,25 +58,45 @@ def optimizer_step(
             that and whose others are sums over the same examples, only to be observed.
         max_norm: largest gradient norm; 0 = no clipping.
         scaler: loss scaling for fp16.
+        optimizer: where it updates in backward, there is one micro-batch and neither clipping nor a scaler; only a loss
+            that is not finite then leaves the weights as before.
     """
+    in_backward = isinstance(optimizer, OneByOne) and optimizer.in_backward
+    assert not in_backward or (len(micro_batches) == 1 and max_norm == 0 and scaler is None)
     count = sum(batch.count for batch in micro_batches)  # host numbers: no device sync
     total = torch.zeros(())
     for batch in micro_batches:
         sums = loss_sum(batch).reshape(-1)
         scaled = sums[0] / count
-        (scaler.scale(scaled) if scaler else scaled).backward()  # type: ignore[no-untyped-call]
         total = total.to(sums.device) + sums.detach()
+        if in_backward and not torch.isfinite(scaled):
+            break
+        (scaler.scale(scaled) if scaler else scaled).backward()  # type: ignore[no-untyped-call]
     if scaler:
-        scaler.unscale_(optimizer)
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
+        scaler.unscale_(optimizer)  # type: ignore[arg-type]
+    norm = optimizer.take_norm() if isinstance(optimizer, OneByOne) and in_backward else clip(model, max_norm)
     seen = torch.cat([norm.double()[None], total.double() / count]).tolist()  # the one sync of a step
     grad_norm, mean, *observed = seen
     updated = bool(torch.isfinite(torch.tensor([mean, grad_norm])).all())
     if scaler:
-        scaler.step(optimizer)  # skips the update by itself where a gradient overflowed, and lowers the scale
+        scaler.step(optimizer)  # type: ignore[arg-type]  # skips the update by itself where a gradient overflowed, and lowers the scale
         scaler.update()
     elif updated:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return StepStats(mean, count, grad_norm, updated, tuple(observed))
+
+
+def clip(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradients of `model` to a norm of at most `max_norm` (0: leave them); returns their norm before, a scalar."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not any(g.dtype is torch.bfloat16 for g in gradients):
+        return nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
+    norms = [
+        torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients
+    ]  # torch would round them to three digits
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    if max_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm

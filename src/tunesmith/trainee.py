@@ -92,14 +92,24 @@ def load_trainee(config: TuningConfig, path: Path, *, reward: bool = False, fing
     if lora.rank:
         alpha, seed = alpha_of(lora), config.train.seed
         apply_lora(gpt, lora.targets, rank=lora.rank, alpha=alpha, dropout=lora.dropout, seed=seed)
+    if config.train.weights == "bf16":
+        store_in_bf16(model)
     return Trainee(model, gpt, tokenizer, base, mark, bool(lora.rank))
+
+
+def store_in_bf16(model: nn.Module) -> None:
+    """Keep the matrices of a model in bfloat16. Norms and biases, adapters and a score layer, all small, stay as they are."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() >= 2 and not name.endswith(("lora_A", "lora_B")) and name != "score.weight":
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def prepare_model(trainee: Trainee, config: AnyConfig) -> torch.device:
     """Put the model on its device and into training mode, compiled where asked for."""
     device = resolve_device(config.train.device)
     trainee.model.to(device).train()
-    trainee.gpt.activation_checkpointing = config.train.activation_checkpointing is True
+    mode = config.train.activation_checkpointing
+    trainee.gpt.activation_checkpointing = False if mode == "auto" else mode
     if config.train.compile:
         for block in trainee.gpt.h:
             block.compile()

@@ -25,7 +25,7 @@ from tunesmith.device import (
 from tunesmith.errors import UserError
 from tunesmith.fit import MicroBatch, fit
 from tunesmith.judging import answer_prompts
-from tunesmith.optim import build_optimizer, schedule_factor
+from tunesmith.optim import OneByOne, build_optimizer, schedule_factor
 from tunesmith.options import (
     DataOptions,
     DPOConfig,
@@ -176,7 +176,9 @@ def run_training(
     steps, every, save_every, peak = t.steps, config.eval.every, config.checkpoint.every, o.lr
     assert steps is not None and every is not None and save_every is not None and peak is not None  # noqa: PT018
     judge = make_judge(config.eval, trainee, path, device) if config.eval.reward else None
-    optimizer = build_optimizer(trainee.model, o.name, lr=peak, weight_decay=o.weight_decay, momentum=o.momentum)
+    plain = build_optimizer(trainee.model, o.name, lr=peak, weight_decay=o.weight_decay, momentum=o.momentum)
+    one_by_one = t.optimizer_in_backward or (t.weights == "bf16" and not trainee.lora)
+    optimizer = OneByOne(plain, in_backward=t.optimizer_in_backward) if one_by_one else plain
     trained = sum(p.numel() for p in trainee.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in trainee.model.parameters())
     size = f"{total:,} parameters" + (
