@@ -208,7 +208,8 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        with torch.device("meta" if config.tied_head else torch.get_default_device()):  # no second matrix of that size
+            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied_head:
             self.lm_head.weight = self.wte.weight
 

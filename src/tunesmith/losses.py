@@ -45,16 +45,18 @@ class _HeadLoss(torch.autograd.Function):
         d_w = [torch.zeros_like(t, dtype=exact) if need else None for t, need in zip(w32, wanted[1::2], strict=True)]
         total = x[0].new_zeros((), dtype=torch.float64 if x[0].dtype == torch.float64 else torch.float32)
 
-        def look(a: int, b: int) -> tuple[Tensor, Tensor, Tensor]:
+        def look(a: int, b: int) -> tuple[Tensor, Tensor]:
+            """Log-probabilities of the targets a to b, (b - a,), and all probabilities, (b - a, V), in the logits' place."""
             logits = product(x[0][a:b], w[0])
             for more_x, more_w in zip(x[1:], w[1:], strict=True):
                 logits.addmm_(more_x[a:b], more_w.t())
-            logits = logits.to(total.dtype)  # (b - a, V)
-            log_z = logits.logsumexp(1, keepdim=True)
-            return (logits.gather(1, targets[a:b, None]) - log_z)[:, 0], logits, log_z
+            logits = logits.to(total.dtype)
+            target, top = logits.gather(1, targets[a:b, None]), logits.amax(1, keepdim=True)
+            p = logits.sub_(top).exp_()
+            z = p.sum(1, keepdim=True)
+            return (target - top - z.log())[:, 0], p.div_(z) if any(wanted) else p
 
-        def learn(a: int, b: int, logits: Tensor, log_z: Tensor, d_logps: Tensor) -> None:
-            p = logits.sub_(log_z).exp_()
+        def learn(a: int, b: int, p: Tensor, d_logps: Tensor) -> None:
             target = targets[a:b, None]
             p.scatter_add_(1, target, p.new_full((), -1.0).expand_as(target))  # p - one_hot
             p, weights = p.to(dtype), -d_logps.to(dtype)[:, None]
@@ -68,27 +70,36 @@ class _HeadLoss(torch.autograd.Function):
                     else:
                         into += p.t() @ scaled
 
-        for number, (lo, hi) in enumerate(groups):
+        def visit(lo: int, hi: int, number: int) -> Tensor:
+            """The loss of a group; when it returns, no logits are left."""
             parts = [(a, min(a + chunk, hi)) for a in range(lo, hi, chunk)]
             if len(parts) == 1:
-                logps, *kept = look(lo, hi)
-            else:
-                logps = torch.cat([look(a, b)[0] for a, b in parts])
-            loss, d_logps = outer(logps, number)
-            total += loss
+                logps, p = look(lo, hi)
+                loss, d_logps = outer(logps, number)
+                if any(wanted):
+                    learn(lo, hi, p, d_logps)
+                return loss
+            loss, d_logps = outer(torch.cat([look(a, b)[0] for a, b in parts]), number)
             for a, b in parts if any(wanted) else []:
-                logits, log_z = kept if len(parts) == 1 else look(a, b)[1:]
-                learn(a, b, logits, log_z, d_logps[a - lo : b - lo])
-        ctx.save_for_backward(*d_x, *d_w)
-        ctx.dtypes = [t.dtype for t in x32]
+                learn(a, b, look(a, b)[1], d_logps[a - lo : b - lo])
+            return loss
+
+        for number, (lo, hi) in enumerate(groups):
+            total += visit(lo, hi, number)
+        ctx.made = d_x, d_w, [t.dtype for t in x32]
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        n = len(ctx.dtypes)
-        d_x, d_w = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
-        d_x = [None if d is None else d.to(to) * grad.to(to) for d, to in zip(d_x, ctx.dtypes, strict=True)]
-        d_w = [None if d is None else d.mul_(grad) for d in d_w]
+        if ctx.made is None:
+            raise RuntimeError(
+                "the gradients of this loss are made once: compute the loss again before a second backward"
+            )
+        d_x, d_w, dtypes = ctx.made
+        ctx.made = None  # autograd adds to a gradient in its place only where nobody else holds it
+        d_x = [None if d is None else d.to(to) * grad.to(to) for d, to in zip(d_x, dtypes, strict=True)]
+        for i, d in enumerate(d_w):
+            d_w[i] = None if d is None else d.mul_(grad)
         return None, None, None, None, *(d for pair in zip(d_x, d_w, strict=True) for d in pair)
 
 

@@ -148,8 +148,24 @@ class OneByOne:
         self._update(p)
         p.grad = None
 
+    def allocate_state(self) -> None:
+        """Make the whole state now, as it is before the first step.
+
+        Made in the first step, it would lie where that step's activations were, and those of the second find no place.
+        """
+        zeros: dict[torch.dtype, Tensor] = {}  # one block that all gradients of 0 share
+        for p in sorted(self.group, key=torch.numel, reverse=True):
+            if p.dtype not in zeros:
+                zeros[p.dtype] = torch.zeros(p.numel(), dtype=p.dtype, device=p.device)
+            p.grad = zeros[p.dtype][: p.numel()].view(p.shape)
+            nothing = torch.zeros(()) if isinstance(self.param_groups[0]["lr"], Tensor) else 0.0
+            self._update(p, lr=nothing, weight_decay=0.0)
+            p.grad = None
+            if "step" in self.state.get(p, {}):
+                self.state[p]["step"].zero_()
+
     @torch.no_grad()
-    def _update(self, p: Tensor) -> None:
+    def _update(self, p: Tensor, **settings: Any) -> None:
         whole, state, exact = self.optimizer.param_groups, self.optimizer.state, p
         if p.dtype is torch.bfloat16:
             assert p.grad is not None
@@ -157,7 +173,7 @@ class OneByOne:
             exact.grad, p.grad = p.grad.float(), None
             if p in state:
                 state[exact] = state.pop(p)
-        self.optimizer.param_groups = [{**whole[self.group[p]], "params": [exact]}]
+        self.optimizer.param_groups = [{**whole[self.group[p]], "params": [exact], **settings}]
         try:
             self.optimizer.step()
         finally:

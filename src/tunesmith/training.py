@@ -177,8 +177,9 @@ def run_training(
     assert steps is not None and every is not None and save_every is not None and peak is not None  # noqa: PT018
     judge = make_judge(config.eval, trainee, path, device) if config.eval.reward else None
     plain = build_optimizer(trainee.model, o.name, lr=peak, weight_decay=o.weight_decay, momentum=o.momentum)
-    one_by_one = t.optimizer_in_backward or (t.weights == "bf16" and not trainee.lora)
-    optimizer = OneByOne(plain, in_backward=t.optimizer_in_backward) if one_by_one else plain
+    one_by_one = OneByOne(plain, in_backward=t.optimizer_in_backward)
+    one_by_one.allocate_state()
+    optimizer = one_by_one if t.optimizer_in_backward or (t.weights == "bf16" and not trainee.lora) else plain
     trained = sum(p.numel() for p in trainee.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in trainee.model.parameters())
     size = f"{total:,} parameters" + (
