@@ -20,6 +20,7 @@ bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/sft.py
 	$(BIN)/python benchmarks/preferences.py
 	$(BIN)/python benchmarks/generation.py
+	$(BIN)/python benchmarks/memory.py
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

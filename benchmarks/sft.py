@@ -6,7 +6,9 @@ Same weights (GPT-2 shape, random, seed 0), same packed rows of real dialogues, 
 one row of 1,024 tokens a step. Every contestant runs in its own process, in turn, `--rounds` times (A B C A B C ...),
 so that a drift of the machine meets all of them. `tuned` gives the rivals every setting that we found to help: glibc's
 allocator thresholds, the one-kernel tanh GELU, fused AdamW, no activation checkpointing; `stock` is as shipped.
-Rates count tokens through the model; memory is the process's peak resident set, imports included.
+Rates count tokens through the model; memory is the process's peak resident set, imports included. Utilisation is the
+arithmetic that a plain implementation needs for these tokens (6 operations a weight, and the full square of attention) over
+the rate of the fastest matrix product that torch has here; what leaves arithmetic out can pass 1.
 """
 
 from __future__ import annotations
@@ -70,6 +72,7 @@ def prepare(work: Path, model: str, root: str | None, rows: int, block_size: int
 
     from tunesmith.batching import Batches
     from tunesmith.datasets import open_dataset
+    from tunesmith.memory import linear_sizes
     from tunesmith.options import DataOptions
     from tunesmith.tokenizer import Tokenizer
     from tunesmith.tokenstore import tokenise
@@ -83,7 +86,27 @@ def prepare(work: Path, model: str, root: str | None, rows: int, block_size: int
     torch.save([batches[i] for i in range(rows)], work / "rows.pt")
     used = [batches[i] for i in range(rows)]
     share = sum(b.count for b in used) / sum(b.tokens for b in used)
-    return {"data": name, "rows": rows, "supervised_share": share, "parameters": gpt.parameter_count()}
+    c = gpt.config
+    weights = sum(i * o for i, o in linear_sizes(c).values()) * c.n_layer + c.vocab_size * c.n_embd
+    operations = 6 * weights + 12 * c.n_layer * c.n_embd * block_size
+    about = {"data": name, "rows": rows, "supervised_share": share, "parameters": gpt.parameter_count()}
+    return {**about, "operations_per_token": operations, "ceiling_gflops": round(ceiling(), 1)}
+
+
+def ceiling() -> float:
+    """10^9 operations a second of the fastest float32 matrix product here, of the shapes of a 124 M model's MLP."""
+    import torch
+
+    from tunesmith.linear import product
+
+    x, w = torch.randn(1024, 768), torch.randn(3072, 768)
+    best = float("inf")
+    for kernel in (product, lambda x, w: x @ w.t()):
+        for _ in range(20):
+            start = time.perf_counter()
+            kernel(x, w)
+            best = min(best, time.perf_counter() - start)
+    return 2 * x.numel() * len(w) / best / 1e9
 
 
 # ---- contestants: each runs in its own process and prints one JSON line ----------------------------------------------
@@ -102,7 +125,18 @@ class Clock:
         return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)][self.warmup :]
 
 
-def run_ours(work: Path, steps: int, warmup: int, tuned: bool, rank: int = 0) -> tuple[list[float], list[float]]:
+def run_ours(
+    work: Path,
+    steps: int,
+    warmup: int,
+    tuned: bool,
+    rank: int = 0,
+    name: str = "adamw",
+    checkpointing: Any = False,
+    in_backward: bool = False,
+    bf16: bool = False,
+) -> tuple[list[float], list[float]]:
+    """rank: of LoRA adapters. checkpointing, in_backward, bf16, name: the memory modes, as `tunesmith sft` sets them up."""
     from tunesmith.device import keep_freed_memory
 
     keep_freed_memory()  # as `tunesmith sft` does by itself
@@ -110,15 +144,22 @@ def run_ours(work: Path, steps: int, warmup: int, tuned: bool, rank: int = 0) ->
 
     from tunesmith.evaluate import nll_sum
     from tunesmith.lora import apply_lora
-    from tunesmith.optim import build_optimizer
+    from tunesmith.optim import OneByOne, build_optimizer
     from tunesmith.step import optimizer_step
+    from tunesmith.trainee import store_in_bf16
     from tunesmith.weights import load_model
 
     batches = torch.load(work / "rows.pt", weights_only=False)
     model = load_model(work / "model").train()
     if rank:
         apply_lora(model, rank=rank, alpha=2.0 * rank)
-    optimizer = build_optimizer(model, "adamw", lr=1e-4)
+    if bf16:
+        store_in_bf16(model)
+    model.activation_checkpointing = checkpointing
+    plain = build_optimizer(model, name, lr=1e-4)
+    one_by_one = OneByOne(plain, in_backward=in_backward)
+    one_by_one.allocate_state()
+    optimizer = one_by_one if in_backward or (bf16 and not rank) else plain
     clock, losses = Clock(warmup), []
     for i in range(warmup + steps):
         stats = optimizer_step(model, [batches[i % len(batches)]], lambda b: nll_sum(model, b), optimizer)
@@ -366,6 +407,10 @@ def main() -> None:
         arguments = ["--work", work, "--steps", str(args.steps), "--warmup", str(args.warmup)]
         found = measure(__file__, names, arguments, args.rounds, rates)
     rows = summary(found, rates)
+    for row in rows:
+        row["utilisation"] = round(
+            row["tokens_per_s"] * about["operations_per_token"] / about["ceiling_gflops"] / 1e9, 3
+        )
     show(rows)
     if args.out:
         settings = {"model": args.model, "rounds": args.rounds, "steps": args.steps, "precision": "fp32", **about}

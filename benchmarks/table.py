@@ -13,6 +13,8 @@ from typing import Any
 
 def table(result: dict[str, Any]) -> str:
     """One row a contestant: tokens/s (lowest and highest), peak memory, tunesmith's speed and memory against it."""
+    if result.get("ladder"):
+        return ladder(result["summary"])
     unit = result.get("rates_of", "step")
     lines = [
         f"| | tokens/s (slowest to fastest {unit}) | peak GB | tunesmith is faster by | with this share of its memory |",
@@ -24,6 +26,18 @@ def table(result: dict[str, Any]) -> str:
         ratios = ("", "") if own else (f"{row['our_speed_ratio']:.2f} x", f"{row['our_memory_ratio']:.2f}")
         name = f"**{row['name']}**" if own else row["name"]
         lines.append(f"| {name} | {spread} | {row['peak_gb']:.2f} | {ratios[0]} | {ratios[1]} |")
+    return "\n".join(lines)
+
+
+def ladder(rows: list[dict[str, Any]]) -> str:
+    """One row a way to train: its rate and peak memory, both against the first row, and how far its losses are off."""
+    lines = ["| | tokens/s | peak GB | speed | memory | result |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        off = row["difference"]
+        result = "" if off is None else "exact" if off == 0 else f"loss within {off:.1e}"
+        name = f"**{row['name']}**" if row["name"] == "tunesmith" else row["name"]
+        figures = f"{row['tokens_per_s']:.0f} | {row['peak_gb']:.2f} | {row['speed']:.2f} x | {row['memory']:.2f}"
+        lines.append(f"| {name} | {figures} | {result} |")
     return "\n".join(lines)
 
 

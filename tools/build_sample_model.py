@@ -127,6 +127,8 @@ def main() -> None:
         print("tunesmith", *command)
         if code := tunesmith(command):
             sys.exit(code)
+        if Run(out).status["state"] != "finished":
+            sys.exit("stopped before its end; the same command goes on with it")
         best = Run(out).best_checkpoint()
         shutil.rmtree(SAMPLE, ignore_errors=True)
         save_model(load_model(best).to(torch.float16), Tokenizer.load(best), SAMPLE)

@@ -1,0 +1,106 @@
+"""The memory ladder: what each way to train in less memory saves and costs, one change a row.
+
+    python benchmarks/memory.py --root DIR_OF_HH_RLHF --rounds 2 --steps 3 --out benchmarks/results
+
+Two tasks, in the setting of sft.py (the same weights and packed rows of 1,024 tokens, fp32, one row a step): `full` trains all
+weights beside the tuned `Trainer`, `lora` adapters of rank 8 beside TRL with PEFT. Memory is the process's peak resident set,
+imports included. `exact`: the losses of all steps are those of the plain row, to the bit; the script compares them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import sft
+from preferences import RANK, run_trl_sft
+from sft import Found, Run, measure, summary, write_result
+
+ours, lora = sft.run_ours, partial(sft.run_ours, rank=RANK)
+TASKS: dict[str, dict[str, tuple[Run, bool]]] = {  # task: name: (function, tuned)
+    "full": {
+        "Trainer, tuned": (sft.run_trainer, True),
+        "tunesmith": (ours, False),
+        "selective activations": (partial(ours, checkpointing="selective"), False),
+        "blocks computed again": (partial(ours, checkpointing=True), False),
+        "update in backward": (partial(ours, in_backward=True), False),
+        "update in backward, selective": (partial(ours, in_backward=True, checkpointing="selective"), False),
+        "update in backward, blocks again": (partial(ours, in_backward=True, checkpointing=True), False),
+        "the same, 8-bit state": (partial(ours, in_backward=True, checkpointing=True, name="adamw8bit"), False),
+        "the same, bf16 weights": (partial(ours, in_backward=True, checkpointing=True, bf16=True), False),
+        "the same, both": (partial(ours, in_backward=True, checkpointing=True, bf16=True, name="adamw8bit"), False),
+    },
+    "lora": {
+        "TRL + PEFT, tuned": (run_trl_sft, True),
+        "tunesmith": (lora, False),
+        "selective activations": (partial(lora, checkpointing="selective"), False),
+        "blocks computed again": (partial(lora, checkpointing=True), False),
+        "bf16 base": (partial(lora, bf16=True), False),
+        "bf16 base, blocks again": (partial(lora, bf16=True, checkpointing=True), False),
+    },
+}
+
+
+def exactness(found: Found) -> dict[str, float | None]:
+    """Largest relative difference of any loss from the plain row's; None for the rival, which sums in another order."""
+    rival, plain = next(iter(found)), found["tunesmith"]
+    differences: dict[str, float | None] = {}
+    for name, runs in found.items():
+        losses = [
+            (a, b) for x, y in zip(runs, plain, strict=True) for a, b in zip(x["losses"], y["losses"], strict=False)
+        ]
+        differences[name] = None if name == rival != "tunesmith" else max(abs(a / b - 1) for a, b in losses)
+    return differences
+
+
+def compare(task: str, args: argparse.Namespace) -> None:
+    """One task: its rows, its table, its file."""
+    contestants = {n: tuned for n, (_, tuned) in TASKS[task].items() if not args.only or n in (*args.only, "tunesmith")}
+
+    def rates(run: dict[str, Any]) -> list[float]:
+        return [1024 / s for s in run["seconds"]]
+
+    with tempfile.TemporaryDirectory() as work:
+        about = sft.prepare(Path(work), args.model, args.root, args.warmup + args.steps, 1024)
+        arguments = ["--task", task, "--work", work, "--steps", str(args.steps), "--warmup", str(args.warmup)]
+        found = measure(__file__, contestants, arguments, args.rounds, rates)
+    rows, differences = summary(found, rates), exactness(found)
+    for row in rows:
+        row |= {"speed": round(1 / row.pop("our_speed_ratio"), 3), "memory": round(1 / row.pop("our_memory_ratio"), 3)}
+        row["difference"] = differences[row["name"]]
+        print(f"{row['name']:36} {row['tokens_per_s']:7.1f} tokens/s {row['peak_gb']:6.2f} GB", end="")
+        print(f"  {row['speed']:.2f} x  {row['memory']:.2f}  {row['difference']}")
+    if args.out:
+        settings = {
+            "task": task,
+            "model": args.model,
+            "rounds": args.rounds,
+            "steps": args.steps,
+            "precision": "fp32",
+            **about,
+        }
+        path = args.out / f"memory-{task}-{args.model}-{os.cpu_count()}core.json"
+        write_result(path, settings, rows, found, ladder=True)
+
+
+def main() -> None:
+    parser = sft.options(__doc__ or "")
+    names = {name: None for contestants in TASKS.values() for name in contestants}
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS), help="default both")
+    parser.add_argument("--only", nargs="+", choices=names, help="rows; default all of each task")
+    parser.add_argument("--out", type=Path, help="directory for the results, a JSON file a task")
+    args = parser.parse_args()
+    if args.child:
+        run, tuned = TASKS[args.task[0]][args.child]
+        sft.child(run, args.work, args.steps, args.warmup, tuned)
+        return
+    for task in args.task:
+        compare(task, args)
+
+
+if __name__ == "__main__":
+    main()
