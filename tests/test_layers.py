@@ -11,10 +11,11 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "tunesmith"
 
 LAYERS = [
-    {"errors", "linear", "recompute"},
+    {"errors", "linear", "outofmemory", "recompute"},
     {"options", "command_options", "config", "hub", "runlog", "prompts", "progress", "tokenizer", "dialogue", "device", "readers"}
     | {"study.stats", "study.page", "documents", "losses", "lora", "optim", "answers", "choice", "endpoint", "pretrain_options"},
-    {"gpt", "step", "datasets", "judge", "rowchecks", "bits", "study.read", "study.claims", "study.figures", "memory", "study.files"},
+    {"gpt", "step", "splitting", "datasets", "judge", "rowchecks", "bits", "study.read", "study.claims", "study.figures", "memory"}
+    | {"study.files"},
     {"weights", "tokenstore", "overlap", "study.select", "study.plan"},
     {"adapters", "reward", "checkpoint", "batching", "study.lines", "study.tables", "study.verdicts", "study.ledger"}
     | {"study.executors"},

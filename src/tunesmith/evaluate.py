@@ -17,6 +17,7 @@ from tunesmith.dialogue import END
 from tunesmith.gpt import GPT
 from tunesmith.lora import head_parts
 from tunesmith.losses import IGNORE_INDEX, head_nll_sum, token_nll
+from tunesmith.splitting import within_memory
 
 
 @dataclass(frozen=True)
@@ -113,11 +114,16 @@ def head_chunk(precision: Precision) -> int:
 def estimate_loss(model: GPT, batches: Iterable[Batch], precision: Precision = "fp32") -> LossEstimate:
     """Mean loss over `batches` (algorithm 2 of the paper), weighted by tokens.
 
-    Raises: ValueError if the batches hold no target.
+    A batch that does not fit into memory is computed in pieces. Raises: ValueError if the batches hold no target.
     """
     device = model.wte.weight.device
+
+    def sums(batch: Batch) -> tuple[float, int]:
+        return nll_sum(model, batch.to(device), precision).item(), batch.count
+
     with evaluation_mode(model):
-        parts = [(nll_sum(model, batch.to(device), precision).item(), batch.count) for batch in batches]
+        pieces = list(within_memory(batches, sums))
+    parts = [(sum(nats for nats, _ in found), sum(n for _, n in found)) for found in pieces]
     count = sum(n for _, n in parts)
     if not count:
         raise ValueError("no target in any batch")

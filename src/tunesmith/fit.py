@@ -23,6 +23,7 @@ from tunesmith.device import peak_memory_gb
 from tunesmith.optim import OneByOne, set_learning_rate
 from tunesmith.progress import Progress
 from tunesmith.runlog import RunLog
+from tunesmith.splitting import Split, Splittable, Splitting, step_in_memory
 from tunesmith.step import StepStats, optimizer_step
 
 SMALLEST_SCALE = 2.0**-20  # fp16 gradients may overflow and are then scaled anew; below this they are simply infinite
@@ -30,8 +31,8 @@ UNSPOKEN = ("train_accuracy", "_reward", "_drift_chosen", "_drift_rejected")  # 
 DIVERGED_BY = 1.05  # mean loss over the window, as a multiple of the loss at step 0
 
 
-class MicroBatch(Protocol):
-    """What the loop needs to know of a batch: terms of its summed loss, and tokens through the model."""
+class MicroBatch(Splittable, Protocol):
+    """What the loop needs to know of a batch: terms of its summed loss, tokens through the model, and how to split it."""
 
     @property
     def count(self) -> int: ...
@@ -55,6 +56,8 @@ class TrainingState:
     since_lowest: int = 0  # estimates since then
     best_step: int | None = None  # the checkpoint to use
     recent: list[float] = field(default_factory=list)  # training losses of the divergence window
+    split_limit: int | None = None  # tokens of the largest micro-batch that fits, where one did not
+    split_setup: str = ""  # with this model, precision and device
 
 
 class StopSignals:
@@ -91,6 +94,7 @@ def fit(
     scaler: GradScaler | None,
     micro_batch: Callable[[int], B],
     loss_sum: Callable[[B], Tensor],
+    splitting: Splitting,
     learning_rate: Callable[[int], float],
     evaluate: Callable[[], tuple[dict[str, float], Sums]],
     describe_rows: Callable[[Sequence[B]], str],
@@ -113,6 +117,7 @@ def fit(
 
     Args:
         micro_batch: number from 0 -> batch on the device; the same number always gives the same batch.
+        splitting: what to do with a micro-batch that does not fit into memory; a resumed run goes on with the limit that it found.
         evaluate: -> metrics, `validation_loss` among them, and that loss batch by batch.
         describe_rows: says where the rows of the given batches come from, for the message about a divergence.
         write_weights, read_weights: put the model into a checkpoint's directory, and back.
@@ -129,6 +134,8 @@ def fit(
         stored = load_state(saved[-1][1], read_weights, optimizer, scaler)
         log.rewind(stored["log_size"])
         state = TrainingState(**stored["progress"])
+        if state.split_setup == splitting.setup:  # with other memory or another need of it the limit says nothing
+            splitting.limit = state.split_limit
     else:
         log.rewind(0)  # a run that was cut before its first checkpoint begins anew
         for event, values in opening:
@@ -160,6 +167,14 @@ def fit(
             chosen = choose_checkpoint(log.run, {state.step, *(step for step, _ in log.run.checkpoints())})
             state.best_step = chosen.best_step if chosen else state.lowest_step
 
+    def tell(split: Split) -> None:
+        state.split_limit, state.split_setup = split.limit, splitting.setup
+        log.record("split", state.step + 1, tokens=split.failed, limit=split.limit)
+        bar.say(f"step {state.step + 1:,}: {split.line}")
+
+    def take_step(micro_batches: Sequence[B]) -> StepStats:
+        return optimizer_step(model, micro_batches, loss_sum, optimizer, max_norm=max_norm, scaler=scaler)
+
     def end(kind: str, reason: str = "") -> None:
         choice = choose_checkpoint(log.run, [step for step, _ in log.run.checkpoints()])
         more = {"choice": choice.as_dict()} if choice else {}
@@ -188,7 +203,7 @@ def fit(
             batches = [micro_batch(first + i) for i in range(accumulate)]
             lr = learning_rate(state.step + 1)
             set_learning_rate(optimizer, lr)
-            stats = optimizer_step(model, batches, loss_sum, optimizer, max_norm=max_norm, scaler=scaler)
+            stats = step_in_memory(batches, take_step, optimizer, splitting, tell, device)
             losses.append(stats.loss)
             trouble = _divergence(stats, scaler, losses, state.first_loss, diverge_after)
             if trouble:

@@ -11,19 +11,21 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.batching import PAD_STEP, pack
+from tunesmith.batching import PAD_STEP, pack, steady_width
 from tunesmith.documents import Documents
 from tunesmith.errors import UsageError, UserError
 from tunesmith.tokenstore import TokenStore
 
 Array = np.ndarray[Any, Any]
+FILL_TO = 64  # where shapes are steady, the number of targets is a multiple of this
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ class PairBatch:
         there twice. targets: (n,) int64, theirs. lengths: targets of each sequence; beyond their sum is filler.
     last: (2 * pairs,) int64, the last token of each sequence.
     pairs: numbers in the list of pairs that the batch was made from. sources: numbers in the data set.
-    tokens: through the model, filler not counted.
+    tokens: through the model, filler not counted. fill_to: the number of targets is a multiple of this.
     """
 
     input_ids: Tensor
@@ -149,11 +151,57 @@ class PairBatch:
     pairs: tuple[int, ...]
     sources: tuple[int, ...]
     tokens: int
+    fill_to: int = 1
 
     @property
     def count(self) -> int:
         """Pairs: what a preference loss is a mean over."""
         return len(self.pairs)
+
+    @property
+    def size(self) -> int:
+        """Tokens through the model, filler counted."""
+        return self.input_ids.numel()
+
+    @property
+    def extent(self) -> str:
+        """The size in words."""
+        return f"{self.count} {'pair' if self.count == 1 else 'pairs'} in {self.size:,} tokens"
+
+    def halves(self) -> tuple[PairBatch, PairBatch] | None:
+        """Two batches of whole pairs, cut where it is nearest to the middle; None for a single pair."""
+        if self.count < 2:
+            return None
+        ends = list(accumulate(self.documents.lengths[: 3 * self.count]))[2::3]
+        cut = min(range(1, self.count), key=lambda n: abs(2 * ends[n - 1] - self.tokens))
+        return self._part(0, cut), self._part(cut, self.count)
+
+    def _part(self, first: int, end: int) -> PairBatch:
+        """The pairs [first, end) of the batch."""
+        every = self.documents.lengths
+        before, stretches = every[: 3 * first], list(every[3 * first : 3 * end])
+        start, tokens = sum(before), sum(stretches)
+        skipped, lengths = sum(self.lengths[: 2 * first]), self.lengths[2 * first : 2 * end]
+        wanted = slice(skipped, skipped + sum(lengths))
+        parents = [p for i in range(0, len(stretches), 3) for p in (-1, i, i)]
+        width = steady_width(tokens, self.size, self.fill_to)
+        longest = max(every)  # the model has positions for it
+        for at in range(tokens, width, longest):
+            stretches.append(min(longest, width - at))
+            parents.append(-1)
+        filler = -sum(lengths) % self.fill_to
+        return PairBatch(
+            input_ids=F.pad(self.input_ids[:, start : start + tokens], (0, width - tokens)),
+            documents=Documents.from_rows([stretches], self.input_ids.device, parents),
+            rows=F.pad(self.rows[wanted] - start, (0, filler)),
+            targets=F.pad(self.targets[wanted], (0, filler)),
+            lengths=lengths,
+            last=self.last[2 * first : 2 * end] - start,
+            pairs=self.pairs[first:end],
+            sources=self.sources[first:end],
+            tokens=tokens,
+            fill_to=self.fill_to,
+        )
 
     def to(self, device: torch.device) -> PairBatch:
         """The batch on `device`."""
@@ -273,14 +321,15 @@ class PairBatches:
         cuts = [self.pairs[i] for i in numbers]
         parts, ends = [self._parts(cut) for cut in cuts], [cut.ends for cut in cuts]
         batch = join_pairs(parts, ends, self.store.store.end_of_text, self.block_size, self._steady_shape)
-        return replace(batch, pairs=tuple(numbers), sources=tuple(cut.pair for cut in cuts))
+        sources = tuple(cut.pair for cut in cuts)
+        return replace(batch, pairs=tuple(numbers), sources=sources, fill_to=FILL_TO if self.steady else 1)
 
     def _steady_shape(self, tokens: int, targets: int) -> tuple[int, int]:
         """Width of the batch, and filler at the end of its targets."""
         if not self.steady:
             return tokens, 0
         unit = self.batch_size * self.block_size if self.batching == "packed" else PAD_STEP
-        return -(-tokens // unit) * unit, -targets % 64
+        return -(-tokens // unit) * unit, -targets % FILL_TO
 
 
 def join_pairs(

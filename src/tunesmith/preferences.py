@@ -19,6 +19,7 @@ from tunesmith.lora import head_parts
 from tunesmith.losses import bradley_terry_loss, dpo_loss, sequence_loss_sum, sum_sequences, token_nll
 from tunesmith.pairs import PairBatch
 from tunesmith.reward import RewardModel
+from tunesmith.splitting import within_memory
 
 Reference = Callable[[PairBatch], Tensor]
 """Log-probabilities of a batch's answers under the reference: (pairs, 2) float32, chosen and rejected, no gradient."""
@@ -108,17 +109,22 @@ def estimate_dpo(
 
     drift_chosen, drift_rejected: log-ratio of policy to reference, nats an answer; how far the policy has moved.
     sft_loss: the policy's loss on the chosen answers, nats a token.
+    A batch that does not fit into memory is computed in pieces.
     """
-    device, rows, tokens = model.wte.weight.device, [], 0
+    device = model.wte.weight.device
+
+    def look(batch: PairBatch) -> tuple[Tensor, int]:
+        batch = batch.to(device)
+        policy, held = answer_logps(model, batch, precision), reference(batch)
+        losses, chosen, rejected = settings(policy, held)
+        better = (chosen > rejected).to(losses.dtype)
+        drift = policy - held
+        found = torch.stack([losses, better, chosen - rejected, chosen, rejected, *drift.t(), -policy[:, 0]])
+        return found, sum(batch.lengths[::2])
+
     with evaluation_mode(model):
-        for batch in (b.to(device) for b in batches):
-            policy, held = answer_logps(model, batch, precision), reference(batch)
-            losses, chosen, rejected = settings(policy, held)
-            better = (chosen > rejected).to(losses.dtype)
-            drift = policy - held
-            rows.append(torch.stack([losses, better, chosen - rejected, chosen, rejected, *drift.t(), -policy[:, 0]]))
-            tokens += sum(batch.lengths[::2])
-    found = torch.cat(rows, 1).double()  # (8, pairs)
+        pieces = [piece for pieces in within_memory(batches, look) for piece in pieces]
+    found, tokens = torch.cat([found for found, _ in pieces], 1).double(), sum(n for _, n in pieces)  # (8, pairs)
     *means, _ = found.mean(1).tolist()
     names = ("loss", *OBSERVED, "drift_chosen", "drift_rejected")
     named = dict(zip(names, means, strict=True)) | {"sft_loss": found[-1].sum().item() / tokens}
@@ -128,8 +134,12 @@ def estimate_dpo(
 def all_pair_scores(model: RewardModel, batches: Iterable[PairBatch], precision: Precision = "fp32") -> Tensor:
     """`pair_scores` of all batches one after the other, without gradients: (pairs, 2)."""
     device = model.score.weight.device
+
+    def score(batch: PairBatch) -> Tensor:
+        return pair_scores(model, batch.to(device), precision)
+
     with evaluation_mode(model):
-        return torch.cat([pair_scores(model, batch.to(device), precision) for batch in batches])
+        return torch.cat([scores for pieces in within_memory(batches, score) for scores in pieces])
 
 
 def estimate_reward(

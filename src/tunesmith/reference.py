@@ -29,6 +29,7 @@ from tunesmith.lora import disabled
 from tunesmith.pairs import PairBatch, PairBatches
 from tunesmith.preferences import Reference, answer_logps
 from tunesmith.progress import Progress
+from tunesmith.splitting import within_memory
 from tunesmith.tokenstore import cache_directory
 
 RECORD = np.dtype([("key", "V32"), ("logps", "<f4", (2,))])
@@ -108,11 +109,12 @@ def cached(
         with Progress(len(missing), unit="reference pair") as bar:
             done = saved = 0
             try:
-                for batch in batches.of(missing, size):
-                    for i, (chosen, rejected) in zip(batch.pairs, compute(batch).tolist(), strict=True):
-                        store.known[keys[i]] = (chosen, rejected)
-                    done += batch.count
-                    bar.advance(done, None, batch.tokens)
+                for pieces in within_memory(batches.of(missing, size), lambda batch: (batch, compute(batch).tolist())):
+                    for batch, logps in pieces:
+                        for i, (chosen, rejected) in zip(batch.pairs, logps, strict=True):
+                            store.known[keys[i]] = (chosen, rejected)
+                        done += batch.count
+                        bar.advance(done, None, batch.tokens)
                     if done - saved >= SAVE_EVERY:
                         store.save()
                         saved = done

@@ -12,6 +12,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from tunesmith.optim import OneByOne
+from tunesmith.outofmemory import in_micro_batch
 
 
 class Counted(Protocol):
@@ -60,18 +61,21 @@ def optimizer_step(
         scaler: loss scaling for fp16.
         optimizer: where it updates in backward, there is one micro-batch and neither clipping nor a scaler; only a loss
             that is not finite then leaves the weights as before.
+    Raises: OutOfMemory if a micro-batch does not fit; gradients may then be left, but nothing has moved
+        (unless the optimizer updates in backward).
     """
     in_backward = isinstance(optimizer, OneByOne) and optimizer.in_backward
     assert not in_backward or (len(micro_batches) == 1 and max_norm == 0 and scaler is None)
     count = sum(batch.count for batch in micro_batches)  # host numbers: no device sync
     total = torch.zeros(())
-    for batch in micro_batches:
-        sums = loss_sum(batch).reshape(-1)
-        scaled = sums[0] / count
-        total = total.to(sums.device) + sums.detach()
-        if in_backward and not torch.isfinite(scaled):
-            break
-        (scaler.scale(scaled) if scaler else scaled).backward()  # type: ignore[no-untyped-call]
+    for number, batch in enumerate(micro_batches):
+        with in_micro_batch(number):
+            sums = loss_sum(batch).reshape(-1)
+            scaled = sums[0] / count
+            total = total.to(sums.device) + sums.detach()
+            if in_backward and not torch.isfinite(scaled):
+                break
+            (scaler.scale(scaled) if scaler else scaled).backward()  # type: ignore[no-untyped-call]
     if scaler:
         scaler.unscale_(optimizer)  # type: ignore[arg-type]
     norm = optimizer.take_norm() if isinstance(optimizer, OneByOne) and in_backward else clip(model, max_norm)

@@ -41,6 +41,7 @@ from tunesmith.prompts import load_prompts
 from tunesmith.runlog import Run, new_run_directory, open_log, step_name
 from tunesmith.scoring import load_scorer
 from tunesmith.settings import Command, as_dict, precision_of
+from tunesmith.splitting import Splitting
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.tokenstore import Form, TokenStore, tokenise
 from tunesmith.trainee import AnyConfig, Trainee
@@ -202,7 +203,7 @@ def run_training(
             fit(
                 log=log, model=trainee.model, device=device, write_weights=trainee.write, read_weights=trainee.read,
                 optimizer=optimizer, scaler=GradScaler(device.type) if precision == "fp16" else None,
-                micro_batch=micro_batch, loss_sum=loss_sum,
+                micro_batch=micro_batch, loss_sum=loss_sum, splitting=splitting_of(config, device),
                 learning_rate=lambda step: peak * schedule_factor(o.schedule, step, steps=steps, warmup_steps=o.warmup_steps),
                 evaluate=evaluate, describe_rows=describe_rows, counted=counted, observed=observed, opening=opening,
                 judge=judge, steps=steps, accumulate=t.accumulate, max_norm=t.grad_clip,
@@ -214,6 +215,20 @@ def run_training(
             log.status("failed", step, f"{type(error).__name__}: {error}")
             raise
     return Run(path)
+
+
+def splitting_of(config: AnyConfig, device: torch.device) -> Splitting:
+    """What is done when a micro-batch does not fit, and what would help where that is not enough."""
+    t, tuning = config.train, not isinstance(config, PretrainConfig)
+    checkpointing = f", activation_checkpointing {str(t.activation_checkpointing).lower()}"
+    lora = f", LoRA rank {config.lora.rank}" if tuning and config.lora.rank else ""
+    smaller = [f"a {'--data' if tuning else '--model'}.block_size below {config.data.block_size:,}"]
+    if t.activation_checkpointing is not True:
+        smaller.insert(0, "--train.activation_checkpointing true")
+    if tuning and not lora:
+        smaller.append("--lora.rank 8")
+    setup = f"{config.model.name}{lora}, {precision_of(config)} on {describe(device)}{checkpointing}"
+    return Splitting(setup, ", ".join(smaller), t.batch_size)
 
 
 def make_judge(

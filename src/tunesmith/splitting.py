@@ -1,0 +1,210 @@
+"""When memory ends: the micro-batch is split, the work done again, and the size remembered.
+
+Losses are sums that `step.optimizer_step` divides by the count of the whole step, so a step in smaller micro-batches is
+the same step up to rounding. With dropout it is a step with other masks: they are drawn for a micro-batch's shape.
+
+What is not done again: the update itself (clipping, and the optimizer with the state that it makes at its first step).
+It needs the same memory however the micro-batches are cut, and when it fails some weights may have moved. The run then
+ends; no checkpoint is written of such weights.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self, TypeVar
+
+import torch
+from torch.optim import Optimizer
+
+from tunesmith.device import return_freed_memory
+from tunesmith.errors import UserError
+from tunesmith.outofmemory import OutOfMemory, is_out_of_memory
+
+
+class Splittable(Protocol):
+    """A micro-batch that can be had in two. size: tokens through the model, padding counted; extent: the same in words."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def extent(self) -> str: ...
+    def halves(self) -> tuple[Self, Self] | None: ...
+
+
+B = TypeVar("B", bound=Splittable)
+T = TypeVar("T")
+
+
+@dataclass
+class Splitting:
+    """How large a micro-batch may be in a training, and what the user is told when one was too large.
+
+    setup: model, precision and device in words. smaller: the options by which one document takes less memory.
+    batch_size: as the option. limit: size of the largest micro-batch that is tried; None: any.
+    repeatable: False where a step that failed may have moved weights (the optimizer steps inside backward).
+    """
+
+    setup: str
+    smaller: str
+    batch_size: int
+    repeatable: bool = True
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Split:
+    """What was found and done. failed: size of the micro-batch that did not fit; limit: of the largest tried from now on."""
+
+    failed: int
+    limit: int
+    line: str
+
+
+def split_to(batches: Iterable[B], limit: int | None) -> list[B]:
+    """The same in pieces of at most `limit` tokens, or of one document where that is longer; order kept."""
+    found: list[B] = []
+    for batch in batches:
+        halves = None if limit is None or batch.size <= limit else batch.halves()
+        found += [batch] if halves is None else split_to(halves, limit)
+    return found
+
+
+def step_in_memory(
+    micro_batches: Sequence[B],
+    step: Callable[[Sequence[B]], T],
+    optimizer: Optimizer,
+    splitting: Splitting,
+    told: Callable[[Split], None],
+    device: torch.device,
+) -> T:
+    """`step(micro_batches)`, in smaller ones where these do not fit; the limit that was found stays in `splitting`.
+
+    A failed try leaves nothing: gradients and graph are freed, the random state is that of before.
+
+    Args:
+        step: micro-batches -> `step.optimizer_step` of them.
+        told: hears of every split.
+    Raises: UserError if one document does not fit, if the update does not, or if the step cannot be repeated.
+    """
+    restore = _random_state(device)
+    batches: Sequence[B] = split_to(micro_batches, splitting.limit) if splitting.repeatable else micro_batches
+    while True:
+        # The traceback of the error holds the frames, and they the graph: all of it must be gone before anything is freed.
+        try:
+            return step(batches)
+        except OutOfMemory as error:
+            failed, text = batches[error.micro_batch], _first_line(error)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failed, text = None, _first_line(error)
+        optimizer.zero_grad(set_to_none=True)
+        _free_memory()
+        if failed is None:
+            raise UserError(
+                f"out of memory in the update of the weights ({splitting.setup}; {text}). It needs the gradients and the "
+                "optimizer's state at once, so smaller micro-batches would not help, and as some weights may have moved it is "
+                "not repeated. Take an optimizer with less state (--optimizer.name), or train fewer weights "
+                "(--lora.rank where there is one)"
+            )
+        halves = failed.halves() if splitting.repeatable else None
+        if halves is None:
+            raise UserError(_no_way_on(failed, splitting, text))
+        splitting.limit = max(half.size for half in halves)
+        told(_split(micro_batches, failed, splitting))
+        batches = split_to(batches, splitting.limit)
+        restore()
+
+
+def within_memory(batches: Iterable[B], compute: Callable[[B], T]) -> Iterator[list[T]]:
+    """For every batch what `compute` gives: one result, or where memory ends those of its pieces, in order.
+
+    For forward passes. A size that failed is not tried again with later batches.
+    Raises: UserError if one document does not fit.
+    """
+    limit = None
+    for batch in batches:
+        waiting, found = split_to([batch], limit), []
+        while waiting:
+            try:
+                found.append(compute(waiting[0]))
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                text = _first_line(error)
+            else:
+                del waiting[0]
+                continue
+            _free_memory()
+            halves = waiting[0].halves()
+            if halves is None:
+                raise UserError(
+                    f"out of memory in a forward pass over {waiting[0].extent} ({text}), which cannot be split further: "
+                    "use a smaller --data.block_size, or a device with more memory"
+                )
+            limit = max(half.size for half in halves)
+            waiting = split_to(waiting, limit)
+        yield found
+
+
+def _split(micro_batches: Sequence[B], failed: B, splitting: Splitting) -> Split:
+    limit, rows = splitting.limit, len(micro_batches) * splitting.batch_size
+    assert limit is not None
+    per_row = max(batch.size for batch in micro_batches) / splitting.batch_size
+    fitting = [n for n in range(1, rows + 1) if rows % n == 0 and n * per_row <= limit]
+    choice = (
+        f"--train.batch_size {fitting[-1]} --train.accumulate {rows // fitting[-1]}" if fitting else splitting.smaller
+    )
+    line = (
+        f"out of memory with {failed.extent} ({splitting.setup}); the step is done again, and later ones are done, in "
+        f"micro-batches of at most {limit:,} tokens, which is the same training. To choose it from the start: {choice}"
+    )
+    return Split(failed.size, limit, line)
+
+
+def _no_way_on(failed: Splittable, splitting: Splitting, text: str) -> str:
+    why = (
+        "which cannot be split further"
+        if splitting.repeatable
+        else "and a step whose updates are made inside backward cannot be done again in parts"
+    )
+    ways = splitting.smaller
+    if not splitting.repeatable:
+        ways = f"a smaller --train.batch_size, --train.optimizer_in_backward false, {ways}"
+    return (
+        f"out of memory with {failed.extent} ({splitting.setup}; {text}), {why}. Ways out: {ways}; "
+        "`tunesmith plan --fit` finds what fits"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    """What the allocator said, on one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _free_memory() -> None:
+    """Give back what a failed try has left behind: cycles of frames, cached blocks, freed memory of the C library."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if torch.mps.is_available():
+        torch.mps.empty_cache()
+    return_freed_memory()
+
+
+def _random_state(device: torch.device) -> Callable[[], None]:
+    """A function that puts the random state back as it is now."""
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None  # on the host: no device sync
+    mps = torch.mps.get_rng_state() if device.type == "mps" else None
+
+    def restore() -> None:
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
+        if mps is not None:
+            torch.mps.set_rng_state(mps)
+
+    return restore
