@@ -177,7 +177,9 @@ def fit(
 
     def end(kind: str, reason: str = "") -> None:
         choice = choose_checkpoint(log.run, [step for step, _ in log.run.checkpoints()])
-        more = {"choice": choice.as_dict()} if choice else {}
+        more: dict[str, Any] = {"choice": choice.as_dict()} if choice else {}
+        if state.split_limit:
+            more["split_limit"] = state.split_limit
         log.status(
             kind,
             state.step,

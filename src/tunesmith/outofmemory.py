@@ -8,10 +8,11 @@ from collections.abc import Iterator
 
 import torch
 
-# torch has a class for its CUDA allocator only; the rest are RuntimeErrors, told by their text
+# torch has a class for its CUDA allocator only; the rest are RuntimeErrors, told by their text. oneDNN, which multiplies
+# matrices on a CPU, says no more than that it could not make a primitive when there is no room for its code or scratch.
 _TEXTS = re.compile(
-    r"DefaultCPUAllocator: (can't allocate|not enough) memory"
-    r"|MPS backend out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|std::bad_alloc"
+    r"DefaultCPUAllocator: (can't allocate|not enough) memory|std::bad_alloc|could not (create|execute) a (primitive|memory)"
+    r"|MPS backend out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"
 )
 
 
