@@ -522,6 +522,16 @@ def test_a_resumed_run_goes_on_with_the_size_that_fits(tiny_directory, tmp_path,
             assert run.status == whole.status
 
 
+def test_a_run_that_updates_inside_backward_ends_at_once(tiny_directory, tmp_path, monkeypatch):
+    options = {"train__optimizer_in_backward": True, "train__grad_clip": 0.0, "eval__at_start": False}
+    failures = short_of(monkeypatch, sft, "nll_sum", 150)
+    with pytest.raises(
+        UserError, match=r"2 rows x 128 tokens.*--train\.batch_size, --train\.optimizer_in_backward false"
+    ):
+        ts.sft(tiny_config(tiny_directory, tmp_path / "r", **options))
+    assert failures == [256]
+
+
 def test_the_command_ends_with_one_line_where_a_document_does_not_fit(tiny_directory, tmp_path, monkeypatch, capsys):
     failures = short_of(monkeypatch, sft, "nll_sum", 5)
     config = tiny_config(tiny_directory, tmp_path / "r", eval__at_start=False)

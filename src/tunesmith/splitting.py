@@ -1,7 +1,8 @@
 """When memory ends: the micro-batch is split, the work done again, and the size remembered.
 
 Losses are sums that `step.optimizer_step` divides by the count of the whole step, so a step in smaller micro-batches is
-the same step up to rounding. With dropout it is a step with other masks: they are drawn for a micro-batch's shape.
+the same step up to rounding (of bfloat16 where the weights are: gradients are added up in the weights' type). With dropout
+it is a step with other masks: they are drawn for a micro-batch's shape.
 
 What is not done again: the update itself (clipping, and the optimizer with the state that it makes at its first step).
 It needs the same memory however the micro-batches are cut, and when it fails some weights may have moved. The run then
@@ -20,6 +21,7 @@ from torch.optim import Optimizer
 
 from tunesmith.device import return_freed_memory
 from tunesmith.errors import UserError
+from tunesmith.optim import OneByOne
 from tunesmith.outofmemory import OutOfMemory, is_out_of_memory
 
 
@@ -74,7 +76,7 @@ def split_to(batches: Iterable[B], limit: int | None) -> list[B]:
 def step_in_memory(
     micro_batches: Sequence[B],
     step: Callable[[Sequence[B]], T],
-    optimizer: Optimizer,
+    optimizer: Optimizer | OneByOne,
     splitting: Splitting,
     told: Callable[[Split], None],
     device: torch.device,

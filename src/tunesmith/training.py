@@ -227,8 +227,9 @@ def splitting_of(config: AnyConfig, device: torch.device) -> Splitting:
         smaller.insert(0, "--train.activation_checkpointing true")
     if tuning and not lora:
         smaller.append("--lora.rank 8")
-    setup = f"{config.model.name}{lora}, {precision_of(config)} on {describe(device)}{checkpointing}"
-    return Splitting(setup, ", ".join(smaller), t.batch_size)
+    weights = f" with {t.weights} weights" if t.weights != "fp32" else ""
+    setup = f"{config.model.name}{lora}, {precision_of(config)}{weights} on {describe(device)}{checkpointing}"
+    return Splitting(setup, ", ".join(smaller), t.batch_size, repeatable=not t.optimizer_in_backward)
 
 
 def make_judge(
