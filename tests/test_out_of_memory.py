@@ -394,6 +394,36 @@ def test_a_process_with_too_little_memory_makes_the_same_step():
     assert float(far) < 1e-6
 
 
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA card; where one is: CUDA_VISIBLE_DEVICES=0 pytest ..."
+)
+def test_a_card_with_too_little_memory_makes_the_same_step():
+    """Some 600 MB of activations and 256 MB of room. float32: equal to 1e-5."""
+    card = torch.device("cuda")
+    rows = [[torch.randint(0, 100, (64,)).tolist()] * 2 for _ in range(64)]
+    whole = pack_batch(rows, lambda d, t: True).to(card)
+    shape = GPTConfig(n_layer=4, n_head=4, n_embd=256, vocab_size=100, block_size=64)
+    models = [random_model(shape).train().to(card) for _ in range(2)]
+
+    def step_of(model):
+        optimizer = build_optimizer(model, "sgd", lr=0.1)
+        return optimizer, lambda parts: optimizer_step(model, parts, lambda b: nll_sum(model, b), optimizer)
+
+    step_of(models[0])[1](split_to([whole], 128))
+    torch.cuda.empty_cache()
+    room = torch.cuda.memory_reserved() + 256 * 2**20
+    told = []
+    optimizer, step = step_of(models[1])
+    torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(card).total_memory)
+    try:
+        step_in_memory([whole], step, optimizer, Splitting("", "", 64), told.append, card)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert 1 <= len(told) <= 5
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
+
+
 # Estimates
 
 
