@@ -4,9 +4,9 @@ Losses are sums that `step.optimizer_step` divides by the count of the whole ste
 the same step up to rounding (of bfloat16 where the weights are: gradients are added up in the weights' type). With dropout
 it is a step with other masks: they are drawn for a micro-batch's shape.
 
-What is not done again: the update itself (clipping, and the optimizer with the state that it makes at its first step).
-It needs the same memory however the micro-batches are cut, and when it fails some weights may have moved. The run then
-ends; no checkpoint is written of such weights.
+What is not done again: the update itself, that is clipping and the optimizer's step. It needs the same memory however the
+micro-batches are cut (its state is made before the first step), and when it fails some weights may have moved. The run
+then ends; no checkpoint is written of such weights.
 """
 
 from __future__ import annotations
