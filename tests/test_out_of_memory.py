@@ -24,7 +24,7 @@ from tunesmith.errors import UserError
 from tunesmith.evaluate import estimate_loss, nll_sum
 from tunesmith.gpt import GPTConfig
 from tunesmith.models import SAMPLE
-from tunesmith.optim import build_optimizer
+from tunesmith.optim import OneByOne, build_optimizer
 from tunesmith.options import DPOConfig, RewardConfig
 from tunesmith.outofmemory import is_out_of_memory
 from tunesmith.preferences import PreferenceLoss, dpo_loss_sum, estimate_dpo, estimate_reward, reward_loss_sum
@@ -352,7 +352,7 @@ from pathlib import Path
 from reference import pack_batch, random_model
 from tunesmith.evaluate import nll_sum
 from tunesmith.gpt import GPTConfig
-from tunesmith.optim import build_optimizer
+from tunesmith.optim import OneByOne, build_optimizer
 from tunesmith.splitting import Splitting, step_in_memory
 from tunesmith.step import optimizer_step
 
@@ -580,3 +580,16 @@ def test_the_command_ends_with_one_line_where_a_document_does_not_fit(tiny_direc
     assert ts.Run(tmp_path / "r").status["state"] == "failed"
     assert "out of memory" in ts.Run(tmp_path / "r").status["reason"]
     assert not ts.Run(tmp_path / "r").checkpoints()
+
+
+def test_optimizer_state_that_does_not_fit_ends_the_command_with_one_line(
+    monkeypatch, tiny_directory, tmp_path, capsys
+):
+    def fail(_self):
+        raise torch.OutOfMemoryError(CUDA)
+
+    monkeypatch.setattr(OneByOne, "allocate_state", fail)
+    assert main(as_argv(tiny_config(tiny_directory, tmp_path / "run"))) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("tunesmith: out of memory making the state of adamw for")
+    assert len(told.splitlines()) == 1
