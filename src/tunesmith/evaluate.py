@@ -117,8 +117,10 @@ def estimate_loss(model: GPT, batches: Iterable[Batch], precision: Precision = "
     """
     device = model.wte.weight.device
     with evaluation_mode(model):
-        parts = [(nll_sum(model, batch.to(device), precision).item(), batch.count) for batch in batches]
+        sums = [(nll_sum(model, batch.to(device), precision), batch.count) for batch in batches]
+    nats = torch.stack([s for s, _ in sums]).tolist() if sums else []  # one wait for a GPU, not one a batch
+    parts = [(n, count) for n, (_, count) in zip(nats, sums, strict=True)]
     count = sum(n for _, n in parts)
     if not count:
         raise ValueError("no target in any batch")
-    return LossEstimate(sum(nats for nats, _ in parts) / count, count, tuple(parts))
+    return LossEstimate(sum(nats) / count, count, tuple(parts))
