@@ -41,5 +41,27 @@ def ladder(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def gpu_table(result: dict[str, Any]) -> str:
+    """One row a part of gpu.py: rate, memory, share of the measured ceiling, and the target with whether it was reached."""
+    lines = [
+        f"| {result['device']} | tokens/s | peak GB | share of the product ceiling | minutes for 80,000 iterations | target |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["parts"]:
+        if "note" in row:
+            lines.append(f"| {row['part']} | {row['note']} | | | | {row.get('target', '')} |")
+            continue
+        if "by_shape" in row:
+            lines.append(f"| {row['part']} | {row['tflop_per_s']:.0f} TFLOP/s | | 1.00 | | |")
+            continue
+        rate, peak, share = row.get("tokens_per_s"), row.get("peak_gb"), row.get("share_of_ceiling")
+        cells = [f"{rate:,.0f}", "" if peak is None else f"{peak:.2f}", "" if share is None else f"{share:.2f}"]
+        minutes = f"{row['minutes']:.0f}" if "protocol" in row["part"] else ""
+        target = f"{row['target']}: {'yes' if row['reached'] else 'no'}" if "reached" in row else ""
+        lines.append(f"| {row['part']} | {' | '.join(cells)} | {minutes} | {target} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(table(json.loads(Path(sys.argv[1]).read_text())))
+    found = json.loads(Path(sys.argv[1]).read_text())
+    print(gpu_table(found) if "parts" in found else table(found))

@@ -209,6 +209,18 @@ def test_fixed_batches_hold_every_row_once_and_are_always_the_same(store):
     assert [b.sources[0] for b in still.fixed()] == list(range(len(store)))
 
 
+@pytest.mark.parametrize("batching", ["packed", "padded"])
+def test_a_short_last_batch_gets_empty_rows_where_shapes_are_steady(store, batching):
+    plain, steady = (batches_of(store, batching=batching, batch_size=7, fill_to=n) for n in (1, 64))
+    *_, short = plain.fixed()
+    *_, filled = steady.fixed()
+    assert len(short.input_ids) < len(filled.input_ids) == 7
+    assert (filled.count, filled.tokens, filled.sources) == (short.count, short.tokens, short.sources)
+    assert torch.equal(filled.input_ids[: len(short.input_ids)], short.input_ids)
+    assert torch.equal(filled.rows[: filled.count], short.rows)
+    assert sum(filled.documents.lengths) == filled.input_ids.numel()
+
+
 # ---- padded rows ---------------------------------------------------------------------------------------------------
 
 

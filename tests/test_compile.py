@@ -4,12 +4,21 @@ import shutil
 
 import pytest
 import torch
+from torch.nn.attention import varlen
 
+from reference import random_model
+from tunesmith import documents as module
 from tunesmith.batching import Batches
 from tunesmith.datasets import open_dataset
-from tunesmith.evaluate import nll_sum
-from tunesmith.models import load_for_training
-from tunesmith.options import DataOptions
+from tunesmith.evaluate import estimate_loss, nll_sum
+from tunesmith.gpt import GPTConfig
+from tunesmith.lora import apply_lora
+from tunesmith.models import SAMPLE, load_for_training
+from tunesmith.options import DataOptions, PairDataOptions
+from tunesmith.pairs import PairBatches, PairStore
+from tunesmith.preferences import PreferenceLoss, dpo_loss_sum, estimate_dpo
+from tunesmith.reference import adapter_off
+from tunesmith.tokenizer import Tokenizer
 from tunesmith.tokenstore import tokenise
 
 
@@ -24,8 +33,7 @@ def test_compiled_blocks_give_the_same_losses_and_do_not_recompile(tiny_director
     )
     plain = [nll_sum(model.train(), batches[i]).item() for i in range(24)]
     torch._dynamo.reset()
-    for block in model.h:
-        block.compile()
+    model.compile_blocks()
 
     def step(i):
         loss = nll_sum(model, batches[i])
@@ -38,3 +46,99 @@ def test_compiled_blocks_give_the_same_losses_and_do_not_recompile(tiny_director
     assert first + later == pytest.approx(plain, rel=1e-5)
     assert torch._dynamo.utils.counters["stats"].get("unique_graphs", 0) == 0
     assert len({batches[i].documents.lengths for i in range(12, 24)}) == 12  # every batch was packed otherwise
+
+
+# ---- as on a card: with the variable-length kernel blocks are compiled whole -----------------------------------------
+
+
+@torch.library.custom_op("tunesmith_tests::varlen", mutates_args=())
+def varlen_kernel(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, cu_keys: torch.Tensor
+) -> torch.Tensor:
+    """Stands for the card's kernel: opaque to the compiler, shaped like it. What it gives depends on every argument."""
+    return q * 0.5 + v.mean() + cu.float().mean() - cu_keys.float().mean() + k.mean()
+
+
+@varlen_kernel.register_fake
+def _(q, k, v, cu, cu_keys):
+    return torch.empty_like(q)
+
+
+varlen_kernel.register_autograd(lambda ctx, grad: (grad * 0.5, None, None, None, None))
+
+
+@pytest.fixture
+def as_on_a_card(monkeypatch):
+    """Counts what is compiled; code that would be left uncompiled after too many versions is an error."""
+    monkeypatch.setattr(module, "flash_capability", lambda device: (9, 0))
+    monkeypatch.setattr(module, "attention_path", lambda *of: "varlen")  # the real one wants half precision
+    monkeypatch.setattr(
+        varlen, "varlen_attn", lambda q, k, v, cu, cu_keys, *rest, **more: varlen_kernel(q, k, v, cu, cu_keys)
+    )
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield lambda: torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def stores():
+    tokenizer = Tokenizer.load(SAMPLE)
+    kinds = {"dialogues": DataOptions, "texts": DataOptions, "pairs": PairDataOptions}
+    return {
+        form: tokenise(open_dataset(kind(name="sample")), "train", tokenizer, form=form) for form, kind in kinds.items()
+    }
+
+
+def small(tokens):
+    return random_model(GPTConfig(n_layer=3, n_head=2, n_embd=16, vocab_size=tokens, block_size=256)).train()
+
+
+VERSIONS = {
+    "packed": 4,
+    "windows": 4,
+    "padded": 8,
+}  # first blocks and last, training and estimate; widths vary when padded
+
+
+@pytest.mark.parametrize("batching", VERSIONS)
+def test_after_one_estimate_and_a_few_steps_nothing_is_compiled_anew(stores, as_on_a_card, batching):
+    store = stores["texts" if batching == "windows" else "dialogues"]
+    rows = range(41)  # the last batch of an estimate is short
+    options = {"batching": batching, "block_size": 256, "batch_size": 2, "loss_on": "auto", "fill_to": 64}
+    batches, model = Batches(store, rows, **options), small(4096)
+    model.compile_blocks(backend="eager")  # what is compiled anew is up to the guards, not to the kernels
+
+    def estimate_and_steps(first):
+        estimate_loss(model, batches.fixed())
+        for i in range(first, first + 6):
+            nll_sum(model, batches[i]).backward()
+
+    estimate_and_steps(0)
+    warm = as_on_a_card()
+    assert 0 < warm <= VERSIONS[batching]
+    estimate_and_steps(6)
+    assert as_on_a_card() == warm
+
+
+def test_nor_in_dpo_with_a_reference_pass_for_every_batch(stores, as_on_a_card):
+    """More versions than the eight that torch would make: training, estimates, adapters off, each for first blocks and last."""
+    batches = PairBatches(
+        PairStore(stores["pairs"]), range(40), batching="packed", block_size=256, batch_size=2, steady=True
+    )
+    model, loss = small(4096), PreferenceLoss()
+    apply_lora(model, rank=2, alpha=4.0)
+    model.compile_blocks(backend="eager")
+    reference = adapter_off(model, "fp32")
+
+    def estimate_and_steps(first):
+        estimate_dpo(model, batches.fixed(), reference, loss)
+        for i in range(first, first + 5):
+            dpo_loss_sum(model, batches[i], reference(batches[i]), loss)[0].backward()
+
+    estimate_and_steps(0)
+    warm = as_on_a_card()
+    assert warm > 0
+    estimate_and_steps(5)
+    assert as_on_a_card() == warm

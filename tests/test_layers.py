@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "src" / "tunesmith"
 LAYERS = [
     {"errors", "linear", "outofmemory", "recompute"},
     {"options", "command_options", "config", "hub", "runlog", "prompts", "progress", "tokenizer", "dialogue", "device", "readers"}
-    | {"study.stats", "study.page", "documents", "losses", "lora", "optim", "answers", "choice", "endpoint", "pretrain_options"},
+    | {"study.stats", "study.page", "documents", "losses", "lora", "optim", "answers", "choice", "endpoint", "pretrain_options"}
+    | {"prefetch"},
     {"gpt", "step", "splitting", "datasets", "judge", "rowchecks", "bits", "study.read", "study.claims", "study.figures", "memory"}
     | {"study.files"},
     {"weights", "tokenstore", "overlap", "study.select", "study.plan"},

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.device import put
 from tunesmith.dialogue import END
 from tunesmith.documents import Documents
 from tunesmith.errors import UsageError, UserError
@@ -118,7 +119,7 @@ class Batch:
             return self
 
         def move(t: Tensor) -> Tensor:
-            return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
+            return put(t, device)
 
         documents = self.documents and self.documents.moved(move)
         rows, targets = move(self.rows), move(self.targets)
@@ -265,7 +266,8 @@ class Batches:
         """Arguments as the options of the same names. shuffle: False keeps one fixed order (evaluation).
 
         fill_to: the number of tokens that carry loss is filled up to a multiple of this, so that kernels which are
-            made for a shape (compiled ones, bf16 on a CPU) are made a few times only.
+            made for a shape (compiled ones, bf16 on a CPU) are made a few times only. For their sake a short last
+            batch of `fixed` gets empty rows too.
 
         Raises: UserError if nothing is left to learn from, or the windows are longer than the data.
         """
@@ -333,11 +335,13 @@ class Batches:
         rows = self.rows_per_epoch
         for start in range(0, rows, self.batch_size)[:limit]:
             numbers = range(start, min(start + self.batch_size, rows))
-            yield (
-                self._windows(numbers)
-                if self.batching == "windows"
-                else self._assemble([self._plan(0)[n] for n in numbers])
-            )
+            if self.batching == "windows":
+                yield self._windows(numbers)
+                continue
+            wanted: list[Sequence[Piece]] = [self._plan(0)[n] for n in numbers]
+            if self.fill_to > 1:
+                wanted += [()] * (self.batch_size - len(wanted))
+            yield self._assemble(wanted)
 
     def fixed_pieces(self) -> Iterator[list[Piece]]:
         """The pieces of each batch of `fixed`, in the order in which they stand there."""

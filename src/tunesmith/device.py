@@ -10,16 +10,19 @@ import random
 import resource
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from tunesmith.errors import UserError
 
 Precision = Literal["fp32", "bf16", "fp16"]
+COMPILES_SINCE = (7, 0)  # compute capability (V100) from which on Triton makes kernels
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -45,11 +48,34 @@ def resolve_precision(name: str, device: torch.device, n_embd: int = 768) -> Pre
     if name != "auto":
         return name  # type: ignore[return-value]
     if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        return "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) or capability == (6, 0) else "fp32"
+        return card_precision(torch.cuda.get_device_capability(device))
     if device.type == "cpu" and _cpu_prefers_bf16(n_embd):
         return "bf16"
     return "fp32"
+
+
+def card_precision(capability: tuple[int, int]) -> Precision:
+    """The precision that `auto` takes on a card of this compute capability."""
+    if capability >= (8, 0):
+        return "bf16"
+    return "fp16" if capability >= (7, 0) or capability == (6, 0) else "fp32"  # 6.0 is P100; 6.1 has slow halves
+
+
+def resolve_compile(asked: bool | str, device: torch.device) -> bool:
+    """Whether blocks are compiled; auto: on a GPU that torch.compile makes kernels for.
+
+    Raises: UserError where it was asked for on a card that is too old.
+    """
+    if device.type != "cuda":
+        return asked is True
+    if (capability := torch.cuda.get_device_capability(device)) < COMPILES_SINCE:
+        if asked is True:
+            raise UserError(
+                f"--train.compile true: {describe(device)} has compute capability {capability[0]}.{capability[1]}, and "
+                f"the Triton that torch.compile makes kernels with needs {COMPILES_SINCE[0]}.{COMPILES_SINCE[1]}. Use false, or auto"
+            )
+        return False
+    return asked is True or (asked == "auto" and find_spec("triton") is not None)
 
 
 def _cpu_prefers_bf16(width: int) -> bool:
@@ -68,6 +94,13 @@ def _cpu_prefers_bf16(width: int) -> bool:
         return best
 
     return seconds(True) <= seconds(False) / 1.5
+
+
+def put(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`; from the host onto a GPU through pinned memory, without waiting for the copy."""
+    if device.type == "cuda" and tensor.is_cpu:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[object]:

@@ -118,13 +118,16 @@ def estimate_loss(model: GPT, batches: Iterable[Batch], precision: Precision = "
     """
     device = model.wte.weight.device
 
-    def sums(batch: Batch) -> tuple[float, int]:
-        return nll_sum(model, batch.to(device), precision).item(), batch.count
+    def sums(batch: Batch) -> tuple[torch.Tensor, int]:
+        return nll_sum(model, batch.to(device), precision), batch.count
 
     with evaluation_mode(model):
         pieces = list(within_memory(batches, sums))
-    parts = [(sum(nats for nats, _ in found), sum(n for _, n in found)) for found in pieces]
+    every = [nats for found in pieces for nats, _ in found]
+    nats = torch.stack(every).tolist() if every else []  # one wait for a GPU in all
+    each = iter(nats)
+    parts = [(sum(next(each) for _ in found), sum(n for _, n in found)) for found in pieces]
     count = sum(n for _, n in parts)
     if not count:
         raise ValueError("no target in any batch")
-    return LossEstimate(sum(nats for nats, _ in parts) / count, count, tuple(parts))
+    return LossEstimate(sum(nats) / count, count, tuple(parts))

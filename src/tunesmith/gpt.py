@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,8 @@ SIZES = {
     "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
     "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
 }
+
+MOST_COMPILED = 64  # versions of a block's code
 
 
 @dataclass
@@ -192,6 +194,16 @@ class Block(nn.Module):
         return x + F.dropout(self.mlp(x, self.ln_2, chain), self.dropout, self.training)
 
 
+def _mark_what_varies(rows: Tensor | None, documents: Documents | None) -> None:
+    """Tell torch.compile which lengths change from batch to batch: compiled for one, code would be made again for the next."""
+    varying = [rows]
+    if documents is not None:
+        varying += [documents.cu_seqlens, documents.cu_keys, documents.key_index]
+    for tensor in varying:
+        if tensor is not None:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
 class GPT(nn.Module):
     """GPT-2: token ids to hidden states; `lm_head` turns hidden states into logits.
 
@@ -204,6 +216,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing: bool | Literal["selective"] = False
+        self.compiled = False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
@@ -251,6 +264,8 @@ class GPT(nn.Module):
         x = self.wte(tokens).to(exact) + self.wpe(positions).to(exact)
         x = F.dropout(x, self.config.dropout, self.training)  # (B, T, C)
         chain = recomputed if self.activation_checkpointing == "selective" else plain
+        if self.compiled:
+            _mark_what_varies(rows, documents)
         for i, block in enumerate(self.h):
             wanted = rows if i == len(self.h) - 1 else None
             if self.activation_checkpointing is True and self.training:
@@ -263,6 +278,19 @@ class GPT(nn.Module):
             else:
                 cache.read += len(documents.lengths)
         return self.ln_f(x)  # type: ignore[no-any-return]
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Have the blocks compiled when they are first used; `options` as of `torch.compile`.
+
+        Compiled code is for training and estimates of a few batch shapes; what else varies is dynamic from the first
+        batch on. torch leaves a function that was compiled 8 times uncompiled from then on, without a word: training,
+        estimates, a last short batch and a reference pass together need more.
+        """
+        self.compiled = True
+        dynamo: Any = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, MOST_COMPILED)
+        for block in self.h:
+            block.compile(**options)
 
     def new_cache(self, lengths: Sequence[int], room: int, copies: Sequence[int] | None = None) -> KVCache:
         """An empty cache, on the model's device and in its dtype, for prompts of these lengths and `room` tokens after each.

@@ -182,7 +182,8 @@ def sequence_loss_sum(
             leaf = sums.detach().requires_grad_()
             loss = losses(leaf, which).sum()
             (slope,) = torch.autograd.grad(loss, leaf)  # (k, size)
-        return loss.detach(), slope.flatten().repeat_interleave(torch.tensor(own, device=logps.device))
+        slopes = [one.expand(n) for one, n in zip(slope.flatten().unbind(), own, strict=True)]
+        return loss.detach(), torch.cat(slopes)  # repeat_interleave would make a GPU wait for the host
 
     return _head_loss(hidden, weight, low_rank, targets, groups, chunk, outer), torch.cat(found)
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.batching import PAD_STEP, pack, steady_width
+from tunesmith.device import put
 from tunesmith.documents import Documents
 from tunesmith.errors import UsageError, UserError
 from tunesmith.tokenstore import TokenStore
@@ -204,13 +205,12 @@ class PairBatch:
         )
 
     def to(self, device: torch.device) -> PairBatch:
-        """The batch on `device`."""
+        """The batch on `device`; onto a GPU the copies do not wait."""
         if device == self.input_ids.device:
             return self
 
         def move(t: Tensor) -> Tensor:
-            waits = device.type != "cuda" or t.device.type != "cpu"
-            return t.to(device) if waits else t.pin_memory().to(device, non_blocking=True)
+            return put(t, device)
 
         tensors = {k: move(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return PairBatch(**{**vars(self), **tensors, "documents": self.documents.moved(move)})

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunesmith.device import Precision
+from tunesmith.device import Precision, put
 from tunesmith.evaluate import evaluation_mode
 from tunesmith.gpt import GPT
 from tunesmith.lora import disabled
@@ -124,7 +124,7 @@ def cached(
     table[list(numbers)] = torch.tensor([store.known[keys[i]] for i in numbers])
 
     def reference(batch: PairBatch) -> Tensor:
-        return table[list(batch.pairs)].to(batch.input_ids.device)
+        return put(table[list(batch.pairs)], batch.input_ids.device)
 
     return reference, Fill(len(keys), len(missing))
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, TypeVar
 
-from tunesmith.device import Precision, resolve_device, resolve_precision
+from tunesmith.device import Precision, resolve_compile, resolve_device, resolve_precision
 from tunesmith.errors import UsageError, UserError
 from tunesmith.optim import DEFAULT_WEIGHT_DECAY
 from tunesmith.options import DPOConfig, PairDataOptions, RewardConfig, SFTConfig
@@ -92,7 +92,7 @@ def resolve_machine(config: Config, n_embd: int, command: Command) -> Config:
         t,
         device=str(device),
         precision=precision,
-        compile=device.type == "cuda" if t.compile == "auto" else t.compile,
+        compile=resolve_compile(t.compile, device),
         activation_checkpointing=False if t.activation_checkpointing == "auto" else t.activation_checkpointing,
     )
     rate = LEARNING_RATE[command] * (LORA_FACTOR if lora.rank else 1)

@@ -111,8 +111,7 @@ def prepare_model(trainee: Trainee, config: AnyConfig) -> torch.device:
     mode = config.train.activation_checkpointing
     trainee.gpt.activation_checkpointing = False if mode == "auto" else mode
     if config.train.compile:
-        for block in trainee.gpt.h:
-            block.compile()
+        trainee.gpt.compile_blocks()
     return device
 
 

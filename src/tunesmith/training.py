@@ -38,6 +38,7 @@ from tunesmith.options import (
 )
 from tunesmith.outofmemory import is_out_of_memory
 from tunesmith.pairs import PairBatches, PairStore
+from tunesmith.prefetch import made_ahead
 from tunesmith.pretrain_options import PretrainConfig
 from tunesmith.prompts import load_prompts
 from tunesmith.runlog import Run, new_run_directory, open_log, step_name
@@ -185,7 +186,7 @@ def run_training(
     size = f"{total:,} parameters" + (
         f", {trained:,} of them trained (LoRA rank {config.lora.rank})" if trainee.lora else ""
     )
-    with open_log(path) as log:
+    with open_log(path) as log, made_ahead(micro_batch, device) as batch_number:
         log.write_config(as_dict(config))
         log.write_environment(environment(device))
         without_rank = not config.lora.rank and config.lora != LoRAOptions()
@@ -202,7 +203,7 @@ def run_training(
             fit(
                 log=log, model=trainee.model, device=device, write_weights=trainee.write, read_weights=trainee.read,
                 optimizer=optimizer, scaler=GradScaler(device.type) if precision == "fp16" else None,
-                micro_batch=micro_batch, loss_sum=loss_sum, splitting=splitting_of(config, device),
+                micro_batch=batch_number, loss_sum=loss_sum, splitting=splitting_of(config, device),
                 learning_rate=lambda step: peak * schedule_factor(o.schedule, step, steps=steps, warmup_steps=o.warmup_steps),
                 evaluate=evaluate, describe_rows=describe_rows, counted=counted, observed=observed, opening=opening,
                 judge=judge, steps=steps, accumulate=t.accumulate, max_norm=t.grad_clip,

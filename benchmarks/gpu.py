@@ -1,0 +1,472 @@
+"""What one GPU does, beside the targets for an H100: speed, memory, and TRL on the same dialogues.
+
+    python benchmarks/gpu.py --out benchmarks/results/gpu.json     # on a machine with a GPU, under 9 minutes
+    python benchmarks/gpu.py --device cpu --tiny                   # whether the script runs
+
+Each part is a process of its own, so that one failure does not end the rest; results are printed and written as they
+come. Most parts are our own commands (`tunesmith sft`, `tunesmith dpo`) on GPT-2 medium with random weights and the
+embedded dialogues: what is measured is what a user gets, log, prefetch and all. Rates are over the second half of the
+steps, from the log's own times; `peak_gb` is the allocator's peak at the last training step.
+
+`share_of_ceiling` is the floating-point operations of the products that a step needs (forward and backward, the head
+and the last block's MLP only where a token carries loss, recomputation not counted, attention only for windows) over
+the best rate that this card multiplied large matrices at, in the same precision, a moment before.
+
+The paper's own protocol is batch 1 x 1,024 tokens of random windows with AdamW; `minutes` is the time for its 80,000
+iterations. `as a CUDA graph` replays one recorded forward and backward pass: no command does that yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+PAPER_ITERATIONS = 80_000
+LEAN = {"train.activation_checkpointing": True, "train.optimizer_in_backward": True, "train.grad_clip": 0}
+WINDOWS = {"data.batching": "windows", "train.batch_size": 1}
+SECONDS_TO_START = 25  # a part with less than this left is not begun
+
+
+@dataclass(frozen=True)
+class Part:
+    """One measurement. run: `sft` or `dpo`, our commands, or a function of this file; target: (figure, "<=" or ">=", value)."""
+
+    name: str
+    run: str
+    options: dict[str, Any] = field(default_factory=dict)
+    limit: int = 60  # seconds
+    target: tuple[str, str, float] | None = None
+
+
+def parts(tiny: bool) -> list[Part]:
+    """Everything, the most wanted first."""
+    steps = {"train.steps": 4 if tiny else 40}
+    few = {"train.steps": 2 if tiny else 6, "train.compile": False}
+    share, sizes = ("share_of_ceiling", ">=", 0.5), (1,) if tiny else (8, 16, 1, 4, 2)
+    return [
+        Part("matrix products", "ceiling", limit=45),
+        *(Part(f"SFT packed, batch {n}", "sft", {**steps, "train.batch_size": n}, 90, share) for n in sizes[:2]),
+        Part("paper's protocol", "sft", {**steps, **WINDOWS, "train.steps": 4 if tiny else 200}, 90, ("minutes", "<=", 16)),
+        Part("paper's protocol as a CUDA graph", "graphed", {"compiled": False}, 60, ("minutes", "<=", 16)),
+        Part("paper's protocol as a CUDA graph, compiled", "graphed", {"compiled": True}, 90, ("minutes", "<=", 16)),
+        Part("full AdamW, plain", "sft", {**few, **WINDOWS}),
+        Part("full AdamW, lean and exact", "sft", {**few, **WINDOWS, **LEAN}, target=("peak_gb", "<=", 5)),
+        Part(
+            "full AdamW, 8-bit state and bf16 weights", "sft",
+            {**few, **WINDOWS, **LEAN, "optimizer.name": "adamw8bit", "train.weights": "bf16"}, 90, ("peak_gb", "<=", 2.5),
+        ),
+        Part("LoRA rank 1", "sft", {**few, **WINDOWS, "lora.rank": 1}),
+        Part(
+            "LoRA rank 1, bf16 base, checkpointing", "sft",
+            {**few, **WINDOWS, "lora.rank": 1, "train.weights": "bf16", "train.activation_checkpointing": True},
+            target=("peak_gb", "<=", 1.6),
+        ),
+        Part("DPO, all weights", "dpo", {**few, **LEAN}, target=("peak_gb", "<=", 6)),
+        Part(
+            "DPO, LoRA rank 8", "dpo",
+            {**few, "lora.rank": 8, "train.weights": "bf16", "train.activation_checkpointing": True},
+            target=("peak_gb", "<=", 2),
+        ),
+        Part("TRL SFT packed, batch 8", "trl", {"rank": 0, "batch_size": 8}, 80),
+        Part("TRL + PEFT, LoRA rank 1", "trl", {"rank": 1, "batch_size": 1}, 60),
+        *(Part(f"SFT packed, batch {n}", "sft", {**steps, "train.batch_size": n}, 90, share) for n in sizes[2:]),
+    ]  # fmt: skip
+
+
+# ---- what is measured: each in its own process ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every part is given."""
+
+    work: Path
+    device: str
+    tiny: bool
+
+    @property
+    def precision(self) -> str:
+        return "fp32" if self.tiny else "bf16"
+
+    @property
+    def block_size(self) -> int:
+        return 128 if self.tiny else 1024
+
+
+def ceiling(at: Setting) -> dict[str, Any]:
+    """The best rate of a few large matrix products."""
+    import torch
+
+    dtype = torch.float32 if at.tiny else torch.bfloat16
+    best = {}
+    for m, k, n in [(256, 256, 256)] if at.tiny else [(8192, 8192, 8192), (16384, 4096, 4096), (16384, 1024, 4096)]:
+        a, b = torch.randn(m, k, device=at.device, dtype=dtype), torch.randn(k, n, device=at.device, dtype=dtype)
+        seconds = []
+        for _ in range(2 if at.tiny else 12):
+            synchronise(at)
+            start = time.perf_counter()
+            for _ in range(10):
+                a @ b
+            synchronise(at)
+            seconds.append((time.perf_counter() - start) / 10)
+        best[f"{m}x{k}x{n}"] = round(2 * m * k * n / min(seconds) / 1e12, 3)
+    return {"tflop_per_s": max(best.values()), "by_shape": best}
+
+
+def synchronise(at: Setting) -> None:
+    """Wait for the GPU, where there is one."""
+    import torch
+
+    if at.device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def train(at: Setting, command: str, options: dict[str, Any]) -> dict[str, Any]:
+    """One of our commands, and what its log says."""
+    from tunesmith.__main__ import main
+    from tunesmith.runlog import Run
+
+    out = at.work / f"run-{os.getpid()}"  # new for each part: one that was stopped leaves its own behind
+    shared = {
+        "model.name": at.work / "model", "data.name": "sample", "data.block_size": at.block_size,
+        "train.device": at.device, "train.precision": at.precision, "eval.at_start": False, "eval.iters": 1,
+        "eval.every": 10**6, "checkpoint.every": 10**6, "train.diverge_after": 0, "out": out,
+    }  # fmt: skip
+    argv = [command]
+    for name, value in {**shared, **options}.items():
+        argv += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+    if code := main(argv):
+        raise SystemExit(code)  # the command has said why
+    lines = Run(out).metrics("train")
+    shutil.rmtree(out)  # a checkpoint of gigabytes
+    return from_log(lines, at, options)
+
+
+def from_log(lines: list[dict[str, Any]], at: Setting, options: dict[str, Any]) -> dict[str, Any]:
+    """Rate, memory and operations of the second half of a run's steps."""
+    first, last = lines[len(lines) // 2 - 1], lines[-1]
+    steps, seconds = last["step"] - first["step"], last["time"] - first["time"]
+    tokens = last["tokens"] - first["tokens"]
+    found = {
+        "tokens_per_s": round(tokens / seconds, 1), "peak_gb": last["peak_memory_gb"], "steps": steps,
+        "iterations_per_s": round(steps / seconds, 3), "minutes": round(PAPER_ITERATIONS * seconds / steps / 60, 1),
+        "first_loss": lines[0]["loss"], "last_loss": last["loss"],
+    }  # fmt: skip
+    if "target_tokens" in last:
+        targets = last["target_tokens"] - first["target_tokens"]
+        window = at.block_size if options.get("data.batching") == "windows" else 0
+        operations = products(model_shape(at.work), tokens, targets, window)
+        found |= {"supervised_share": round(targets / tokens, 3), "tflop_per_s": round(operations / seconds / 1e12, 3)}
+    return found
+
+
+def model_shape(work: Path) -> Any:
+    """The configuration of the model that everybody trains."""
+    from tunesmith.weights import config_from_hf, read_json
+
+    return config_from_hf(read_json(work / "model" / "config.json"))
+
+
+def products(shape: Any, tokens: int, targets: int, window: int = 0) -> float:
+    """Floating-point operations of the matrix products that a full training step needs.
+
+    window: tokens of one causal window; 0 leaves attention's own products out (packed dialogues: about 1 %).
+    """
+    d, inner = shape.n_embd, shape.n_inner or 4 * shape.n_embd
+    qkv, rest = 3 * d * d, d * d + 2 * d * inner
+    everywhere = shape.n_layer * qkv + (shape.n_layer - 1) * rest
+    attention = shape.n_layer * d * window
+    return 6.0 * (tokens * (everywhere + attention) + targets * (rest + shape.vocab_size * d))
+
+
+def graphed(at: Setting, compiled: bool) -> dict[str, Any]:
+    """The paper's protocol with forward and backward recorded once and replayed, by `torch.cuda.make_graphed_callables`.
+
+    On a device without CUDA graphs the same passes run unrecorded: that is for testing this script.
+    """
+    import torch
+
+    from tunesmith.batching import Batches
+    from tunesmith.datasets import open_dataset
+    from tunesmith.device import peak_memory_gb
+    from tunesmith.optim import build_optimizer
+    from tunesmith.options import DataOptions
+    from tunesmith.prefetch import made_ahead
+    from tunesmith.step import optimizer_step
+    from tunesmith.tokenizer import Tokenizer
+    from tunesmith.tokenstore import tokenise
+    from tunesmith.weights import load_model
+
+    device, model = torch.device(at.device), load_model(at.work / "model")
+    tokenizer = Tokenizer.load(at.work / "model")
+    store = tokenise(open_dataset(DataOptions(name="sample")), "train", tokenizer, form="texts")
+    batches = Batches(
+        store, range(len(store)), batching="windows", block_size=at.block_size, batch_size=1, loss_on="auto"
+    )
+    model.to(device).train()
+    if compiled:
+        model.compile_blocks(backend="eager" if at.tiny else "inductor")
+    micro_step = recorded(model, at.precision, batches[0].to(device))
+    optimizer = build_optimizer(model, "adamw", lr=1e-4)
+    steps, warmup, losses = (4, 2, []) if at.tiny else (300, 50, [])
+    with made_ahead(lambda i: batches[i].to(device), device) as batch_number:
+        for i in range(warmup + steps):
+            if i == warmup:
+                synchronise(at)
+                start = time.perf_counter()
+            losses.append(optimizer_step(model, [batch_number(i)], micro_step, optimizer, max_norm=1.0).loss)
+        synchronise(at)
+        seconds = time.perf_counter() - start
+    operations = products(model.config, steps * at.block_size, steps * at.block_size, at.block_size)
+    return {
+        "tokens_per_s": round(steps * at.block_size / seconds, 1), "peak_gb": round(peak_memory_gb(device), 3),
+        "iterations_per_s": round(steps / seconds, 3), "minutes": round(PAPER_ITERATIONS * seconds / steps / 60, 1),
+        "tflop_per_s": round(operations / seconds / 1e12, 3), "first_loss": losses[0], "last_loss": losses[-1],
+    }  # fmt: skip
+
+
+def recorded(model: Any, precision: Any, sample: Any) -> Callable[[Any], Any]:
+    """`nll_sum` of batches shaped like `sample`, without packing, replayed from a CUDA graph where there are such.
+
+    Gradients lie in the graph's own memory, where the next replay writes: one micro-batch a step, no accumulation.
+    """
+    import torch
+    from torch import nn
+
+    from tunesmith.batching import Batch
+    from tunesmith.evaluate import nll_sum
+
+    assert sample.documents is None
+    assert sample.filler == 0
+    kind = sample.input_ids.device.type
+
+    class MicroStep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: Any, rows: Any, targets: Any) -> Any:
+            with torch.autocast(
+                kind, enabled=False, cache_enabled=False
+            ):  # casts belong into the graph, not into a cache
+                return nll_sum(self.model, Batch(input_ids, rows, targets, None, input_ids.numel(), ()), precision)
+
+    step: Any = MicroStep().train()
+    if kind == "cuda":
+        tensors = tuple(t.clone() for t in (sample.input_ids, sample.rows, sample.targets))
+        step = torch.cuda.make_graphed_callables(step, tensors)
+    return lambda batch: step(batch.input_ids, batch.rows, batch.targets)
+
+
+def trl(at: Setting, rank: int, batch_size: int) -> dict[str, Any]:
+    """TRL's SFTTrainer on the same dialogues: bf16, packed, fused AdamW, no checkpointing; with PEFT where a rank is given."""
+    missing = [
+        name for name in ("transformers", "trl", "datasets", *(["peft"] * bool(rank))) if find_spec(name) is None
+    ]
+    if missing:
+        return {"note": f"not run: {', '.join(missing)} not installed (benchmarks/rivals.txt)"}
+    import datasets
+    import torch
+    import transformers
+    import trl as library
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tunesmith.datasets import open_dataset
+    from tunesmith.options import DataOptions
+    from tunesmith.tokenizer import Tokenizer
+    from tunesmith.tokenstore import tokenise
+
+    tokenizer = Tokenizer.load(at.work / "model")
+    store = tokenise(open_dataset(DataOptions(name="sample")), "train", tokenizer)
+    rows = []
+    for i in range(len(store)):
+        ids, targets = store.row(i, "assistant")
+        if len(ids) <= at.block_size:
+            mask = [0, *(int(t >= 0) for t in targets[:-1])]
+            rows.append({"input_ids": ids.tolist(), "completion_mask": mask})
+    steps, on_cpu = 4 if at.tiny else 40, at.device == "cpu"
+    arguments = library.SFTConfig(
+        output_dir=str(at.work / "trl"), max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=1e-4,
+        lr_scheduler_type="constant", max_grad_norm=1.0, logging_steps=1, save_strategy="no", report_to=[], seed=0,
+        bf16=not at.tiny, gradient_checkpointing=False, optim="adamw_torch_fused", packing=True, max_length=at.block_size,
+        use_cpu=on_cpu, disable_tqdm=True, dataloader_pin_memory=not on_cpu,
+    )  # fmt: skip
+    more: dict[str, Any] = {}
+    if rank:
+        import peft
+
+        targets = ["c_attn", "c_proj", "c_fc"]
+        more["peft_config"] = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, fan_in_fan_out=True)
+    model = AutoModelForCausalLM.from_pretrained(at.work / "model", activation_function="gelu_pytorch_tanh")
+    trainer = library.SFTTrainer(
+        model.train(), arguments, train_dataset=datasets.Dataset.from_list(rows * (1 if at.tiny else 8)),
+        processing_class=AutoTokenizer.from_pretrained(at.work / "model"), **more,
+    )  # fmt: skip
+    marks, tokens = [], []
+
+    class Marks(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, _arguments: Any, state: Any, *_: Any, **__: Any) -> None:
+            synchronise(at)
+            marks.append(time.perf_counter())
+
+    collate = trainer.data_collator
+
+    def counting(examples: Any) -> Any:
+        batch = collate(examples)
+        tokens.append(int((batch["input_ids"] != trainer.processing_class.pad_token_id).sum()))
+        return batch
+
+    trainer.data_collator = counting
+    trainer.train()
+    half = len(marks) // 2
+    seconds = marks[-1] - marks[half - 1]
+    found = {"tokens_per_s": round(sum(tokens[half : len(marks)]) / seconds, 1), "steps": len(marks) - half}
+    if not on_cpu:
+        found["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+    return found
+
+
+def child(part: Part, at: Setting) -> None:
+    """Measure one part and print its figures as the last line."""
+    functions: dict[str, Callable[..., dict[str, Any]]] = {"ceiling": ceiling, "graphed": graphed, "trl": trl}
+    found = functions[part.run](at, **part.options) if part.run in functions else train(at, part.run, part.options)
+    print("RESULT " + json.dumps(found))
+
+
+# ---- all of them ----------------------------------------------------------------------------------------------------
+
+
+def measured(part: Part, at: Setting, seconds: float) -> dict[str, Any]:
+    """The figures of a part, or a note that says why there are none."""
+    command = [sys.executable, __file__, "--child", part.name, "--work", str(at.work), "--device", at.device]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TUNESMITH_CACHE": str(at.work / "cache")}
+    process = subprocess.Popen(
+        command + ["--tiny"] * at.tiny, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # with the compiler's workers
+        process.communicate()
+        return {"note": f"stopped after {seconds:.0f} s"}
+    line = next((x for x in reversed(out.splitlines()) if x.startswith("RESULT ")), None)
+    if line is None:
+        said = [x for x in errors.splitlines() if x.strip()]
+        return {"note": f"failed: {said[-1][:300] if said else f'exit code {process.returncode}'}"}
+    found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
+    return found
+
+
+def judged(part: Part, found: dict[str, Any], best_rate: float | None) -> dict[str, Any]:
+    """A part's row: its figures, its share of the ceiling, its target and whether that was reached."""
+    row = {"part": part.name, **found}
+    if best_rate and "tflop_per_s" in found and part.run != "ceiling":
+        row["share_of_ceiling"] = round(found["tflop_per_s"] / best_rate, 3)
+    if part.target:
+        figure, sign, value = part.target
+        row["target"] = f"{figure.replace('_', ' ')} {sign} {value:g}"
+        if figure in row:
+            row["reached"] = row[figure] <= value if sign == "<=" else row[figure] >= value
+    return row
+
+
+def run_all(chosen: list[Part], at: Setting, minutes: float) -> Iterator[dict[str, Any]]:
+    """The rows one after the other, until the time is up."""
+    deadline, best_rate = time.monotonic() + 60 * minutes, None
+    for part in chosen:
+        limit = 600 if at.tiny else part.limit  # a busy processor is no failure
+        left = min(limit, deadline - time.monotonic())
+        if left < SECONDS_TO_START:
+            yield judged(part, {"note": "not run: the time was up"}, best_rate)
+            continue
+        found = measured(part, at, left)
+        best_rate = found.get("tflop_per_s", best_rate) if part.run == "ceiling" else best_rate
+        yield judged(part, found, best_rate)
+
+
+def save_model(work: Path, tiny: bool) -> None:
+    """Random weights of GPT-2 medium, or of a tiny model with the sample's tokenizer."""
+    import torch
+
+    from tunesmith import weights
+    from tunesmith.gpt import GPT, SIZES, GPTConfig
+    from tunesmith.models import SAMPLE
+    from tunesmith.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(SAMPLE) if tiny else Tokenizer.gpt2()
+    small = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=tokenizer.vocab_size, block_size=128)
+    model = GPT(small if tiny else SIZES["gpt2-medium"])
+    model.init_weights(torch.Generator().manual_seed(0))
+    weights.save_model(model, tokenizer, work / "model")
+
+
+def about(device: str) -> dict[str, Any]:
+    """Device and versions."""
+    import torch
+
+    from tunesmith.device import describe
+
+    tools: dict[str, str] = {"torch": torch.__version__, "python": platform.python_version()}
+    for name in ("triton", "torchao", "transformers", "trl", "peft"):
+        try:
+            tools[name] = version(name)
+        except PackageNotFoundError:
+            tools[name] = "not installed"
+    return {"device": describe(torch.device(device)), "cuda": torch.version.cuda, "versions": tools}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu with --tiny")
+    parser.add_argument("--tiny", action="store_true", help="whether it runs: a tiny model in fp32, a few steps")
+    parser.add_argument(
+        "--only", nargs="+", metavar="WORD", help="parts whose name holds one of these words; default all"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=8.5, help="parts that would begin later than this are left out"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file, written after each part")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(next(p for p in parts(args.tiny) if p.name == args.child), Setting(args.work, args.device, args.tiny))
+        return
+    import torch
+
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device here. --device cpu --tiny shows whether the script runs")
+    began, rows = time.monotonic(), []
+    chosen = [p for p in parts(args.tiny) if not args.only or any(word in p.name for word in args.only)]
+    if not chosen:
+        raise SystemExit(f"no part is called so; there are: {', '.join(p.name for p in parts(args.tiny))}")
+    result = about(args.device) | {"settings": {"model": "tiny" if args.tiny else "gpt2-medium"}, "parts": rows}
+    print(f"{result['device']}, torch {torch.__version__}", flush=True)
+    with tempfile.TemporaryDirectory() as work:
+        save_model(Path(work), args.tiny)
+        minutes = args.minutes - (time.monotonic() - began) / 60
+        for row in run_all(chosen, Setting(Path(work), args.device, args.tiny), minutes):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            if args.out:
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""What only a GPU can show. The suite hides GPUs: CUDA_VISIBLE_DEVICES=0 python -m pytest tests/test_gpu.py"""
+
+import contextlib
+import dataclasses
+
+import pytest
+import torch
+
+import tunesmith as ts
+from reference import random_model
+from test_documents import gradients, laid_out, one_by_one
+from tiny_runs import comparable, tiny_config
+from tunesmith import prefetch
+from tunesmith.batching import Batches
+from tunesmith.datasets import open_dataset
+from tunesmith.documents import Documents, attend_documents, attention_path, flash_capability
+from tunesmith.evaluate import nll_sum
+from tunesmith.generation import Sampling, decode
+from tunesmith.gpt import GPTConfig
+from tunesmith.models import SAMPLE
+from tunesmith.optim import build_optimizer
+from tunesmith.options import DataOptions, PairDataOptions
+from tunesmith.pairs import PairBatches, PairStore
+from tunesmith.preferences import PreferenceLoss, dpo_loss_sum
+from tunesmith.prefetch import made_ahead
+from tunesmith.tokenizer import Tokenizer
+from tunesmith.tokenstore import tokenise
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="no CUDA device is visible; where one is: CUDA_VISIBLE_DEVICES=0 python -m pytest tests/test_gpu.py",
+)
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+SHAPE = GPTConfig(n_layer=3, n_head=2, n_embd=64, vocab_size=4096, block_size=256)
+HALF = [torch.float16, torch.bfloat16]
+NEAR = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@pytest.fixture(scope="module")
+def batches():
+    store = tokenise(open_dataset(DataOptions(name="sample")), "train", Tokenizer.load(SAMPLE))
+    options = {"batching": "packed", "block_size": 256, "batch_size": 2, "loss_on": "assistant", "fill_to": 64}
+    return Batches(store, range(len(store)), **options)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    store = tokenise(open_dataset(PairDataOptions(name="sample")), "train", Tokenizer.load(SAMPLE), form="pairs")
+    return PairBatches(PairStore(store), range(60), batching="packed", block_size=256, batch_size=2, steady=True)
+
+
+def halves():
+    """The half precisions whose packed attention is the flash kernel's here."""
+    return [t for t in HALF if attention_path(flash_capability(CUDA), t, 32) == "varlen"]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_the_variable_length_kernel_gives_what_torch_gives_for_each_joined_text(dtype):
+    """With stretches that continue others, and the empty ones at the end of the borders; forward and backward."""
+    if dtype not in halves():
+        pytest.skip(f"this card has no flash kernel for {dtype}")
+    lengths, parents = laid_out([[(50, 30, 41), (20, 10, 5)], [(60,), (16, 7, 70)], [(156,)]])
+    documents = Documents.from_rows(lengths, CUDA, parents)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, weight = (torch.randn(3, 156, 2, 32, generator=generator).to(CUDA, dtype) for _ in range(4))
+    found = []
+    for kind in (dtype, torch.float32):
+        inputs = [z.detach().to(kind).requires_grad_() for z in (q, k, v)]
+        y = (
+            attend_documents(*inputs, documents).flatten(0, 1)
+            if kind is dtype
+            else one_by_one(*inputs, lengths, parents)
+        )
+        found.append([y, *torch.autograd.grad((y * weight.to(kind).flatten(0, 1)).sum(), inputs)])
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours.float(), exact, rtol=NEAR[dtype], atol=NEAR[dtype])
+
+
+def test_stretch_by_stretch_attention_is_exact_on_the_card_too():
+    rows = [[(5, 3, 4), (2, 1, 5)], [(6,), (1, 7, 2)], [(20,)]]
+    lengths, parents = laid_out(rows)
+    documents = Documents.from_rows(lengths, CUDA, parents)
+    on_card = gradients(lambda *z: attend_documents(*(t.to(CUDA) for t in z), documents).cpu(), rows)
+    for ours, theirs in zip(on_card, gradients(lambda *z: one_by_one(*z, lengths, parents), rows), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("precision", "near"), [("fp32", 1e-4), ("fp16", 3e-3), ("bf16", 2e-2)])
+def test_losses_on_the_card_are_near_those_of_the_processor(batches, pairs, precision, near):
+    model = random_model(SHAPE).train()
+    loss, reference = PreferenceLoss(beta=1.0), torch.zeros(2, 2)
+
+    def losses(device, precision):
+        model.to(device)
+        batch, pair = batches[0].to(device), pairs[0].to(device)
+        held = reference.new_zeros(pair.count, 2).to(device)
+        found = (
+            nll_sum(model, batch, precision) / batch.count,
+            dpo_loss_sum(model, pair, held, loss, precision)[0] / pair.count,
+        )
+        return [x.item() for x in found]
+
+    assert losses(CUDA, precision) == pytest.approx(losses(CPU, "fp32"), rel=near)
+
+
+def train(model, batch_number, steps, precision="bf16"):
+    """Losses of a few steps."""
+    optimizer = build_optimizer(model, "adamw", lr=1e-3)
+    losses = []
+    for i in range(steps):
+        batch = batch_number(i)
+        loss = nll_sum(model, batch, precision) / batch.count
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.detach())
+    return torch.stack(losses).tolist()
+
+
+def test_batches_made_ahead_on_a_stream_of_their_own_train_the_same(batches):
+    """The copies must be over when the step reads them, and their memory must not be given away before the step is over."""
+    found = []
+    for ahead in (True, False):
+        model = random_model(SHAPE).to(CUDA).train()
+        make = lambda i: batches[i].to(CUDA)  # noqa: E731
+        with made_ahead(make, CUDA) if ahead else contextlib.nullcontext(make) as batch_number:
+            assert isinstance(batch_number, prefetch.Prefetch) is ahead
+            found.append(train(model, batch_number, 40, "fp32"))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_a_step_up_to_its_numbers_never_waits_for_the_card(batches, pairs):
+    """Forward, backward, clipping and a fused update; reading loss and norm is the one wait of a step, and outside."""
+    model = random_model(SHAPE).to(CUDA).train()
+    optimizer, held = build_optimizer(model, "adamw", lr=1e-3), torch.zeros(pairs[0].count, 2, device=CUDA)
+
+    def step():
+        batch, pair = batches[0].to(CUDA), pairs[0].to(CUDA)
+        (nll_sum(model, batch, "bf16") / batch.count).backward()
+        (dpo_loss_sum(model, pair, held, PreferenceLoss(), "bf16")[0] / pair.count).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    if not halves():
+        pytest.skip("an older card goes stretch by stretch; what waits there is not promised")
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        norm = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert 0 < norm.item() < float("inf")
+
+
+def test_compiled_blocks_give_the_eager_losses_and_are_compiled_once(batches):
+    plain, compiled = (random_model(SHAPE).to(CUDA).train() for _ in range(2))
+    torch._dynamo.reset()
+    compiled.compile_blocks()
+    batch_number = lambda i: batches[i].to(CUDA)  # noqa: E731
+    expected = train(plain, batch_number, 12)
+    torch._dynamo.utils.counters.clear()
+    first = train(compiled, batch_number, 4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    torch._dynamo.utils.counters.clear()
+    later = train(compiled, lambda i: batch_number(i + 4), 8)
+    assert torch._dynamo.utils.counters["stats"].get("unique_graphs", 0) == 0
+    assert first == pytest.approx(expected[:4], rel=2e-2)
+    assert len(later) == 8
+
+
+def test_a_recorded_step_replays_the_plain_losses_and_gradients(batches):
+    """`torch.cuda.make_graphed_callables` over forward and backward of windows, as benchmarks/gpu.py measures it."""
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    import gpu
+
+    store = tokenise(open_dataset(DataOptions(name="sample")), "train", Tokenizer.load(SAMPLE), form="texts")
+    windows = Batches(store, range(len(store)), batching="windows", block_size=256, batch_size=1, loss_on="auto")
+    plain, own = (random_model(SHAPE).to(CUDA).train() for _ in range(2))
+    step = gpu.recorded(own, "bf16", windows[0].to(CUDA))
+    for i in range(4):
+        batch = windows[i].to(CUDA)
+        for model, loss in ((plain, nll_sum(plain, batch, "bf16")), (own, step(batch))):
+            model.zero_grad(set_to_none=True)
+            (loss / batch.count).backward()
+            model.found = loss.item()
+        assert own.found == pytest.approx(plain.found, rel=1e-4)
+        for (name, a), (_, b) in zip(own.named_parameters(), plain.named_parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-2, atol=1e-4, msg=name)
+
+
+def test_greedy_answers_are_those_of_the_processor():
+    tokenizer = Tokenizer.load(SAMPLE)
+    model = random_model(SHAPE)
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9], [9]]
+    answers = []
+    for device in (CPU, CUDA):
+        rows = [[] for _ in prompts]
+        for row, token, _ in decode(model.to(device), tokenizer, prompts, Sampling(temperature=0), 20):
+            rows[row].append(token)
+        answers.append(rows)
+    assert answers[0] == answers[1]
+
+
+LEAN = {"train__activation_checkpointing": True, "train__optimizer_in_backward": True, "train__grad_clip": 0}
+MODES = {
+    "plain": {},
+    "selective": {"train__activation_checkpointing": "selective"},
+    "checkpointing": {"train__activation_checkpointing": True},
+    "lean": LEAN,
+    "bf16 weights": {**LEAN, "train__weights": "bf16"},
+}
+
+
+def test_each_memory_mode_takes_less_than_the_plain_step(tmp_path):
+    """One command after the other in this process, the meter set back before each."""
+    from tunesmith.weights import save_model
+
+    tokenizer = Tokenizer.load(SAMPLE)
+    shape = dataclasses.replace(SHAPE, n_layer=6, n_embd=256, n_head=4)
+    save_model(random_model(shape), tokenizer, tmp_path / "model")
+    shared = {"train__device": "cuda", "train__precision": "bf16", "train__compile": False, "eval__at_start": False}
+    peaks, losses = {}, {}
+    for name, options in MODES.items():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        run = ts.sft(tiny_config(tmp_path / "model", tmp_path / name, data__block_size=256, **shared, **options))
+        peaks[name] = run.metrics("train")[-1]["peak_memory_gb"]
+        losses[name] = [line["loss"] for line in comparable(run) if line["event"] == "train"]
+    assert all(peaks[name] < peaks["plain"] for name in MODES if name != "plain"), peaks
+    assert peaks["bf16 weights"] < peaks["lean"] < peaks["checkpointing"], peaks
+    for name in ("selective", "checkpointing"):
+        assert losses[name] == pytest.approx(losses["plain"], rel=1e-4)

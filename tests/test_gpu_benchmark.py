@@ -1,0 +1,112 @@
+"""The benchmark of a GPU, as far as a CPU can tell: that it runs, what it counts, and how it takes failures."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+
+from reference import random_model
+from tunesmith.batching import Batch
+from tunesmith.evaluate import nll_sum
+from tunesmith.gpt import GPTConfig
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SHAPE = GPTConfig(n_layer=3, n_head=2, n_embd=16, vocab_size=300, block_size=64)
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    sys.path.insert(0, str(BENCHMARKS))
+    import gpu
+
+    return gpu
+
+
+def window(tokens, targets):
+    ids = torch.randint(0, 300, (1, tokens), generator=torch.Generator().manual_seed(1))
+    return Batch(ids, torch.arange(targets), ids[0, :targets].clone(), None, tokens, ())
+
+
+def test_it_runs_on_a_cpu_and_its_result_makes_a_table(tmp_path):
+    out = tmp_path / "gpu.json"
+    command = ["--device", "cpu", "--tiny", "--minutes", "90", "--only"]
+    command += ["matrix", "SFT packed, batch 1", "LoRA rank 1, bf16", "DPO, all"]
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "gpu.py"), *command, "--out", str(out)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    result = json.loads(out.read_text())
+    names = ["matrix products", "SFT packed, batch 1", "LoRA rank 1, bf16 base, checkpointing", "DPO, all weights"]
+    assert [row["part"] for row in result["parts"]] == names
+    assert not [row for row in result["parts"] if "note" in row]
+    assert [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")] == result["parts"]
+    _, packed, lora, dpo = result["parts"]
+    assert 0 < packed["share_of_ceiling"] <= 1
+    assert 0 < packed["supervised_share"] < 1
+    assert lora["supervised_share"] == 1, "windows carry loss on every token"
+    assert all(row["tokens_per_s"] > 0 and row["peak_gb"] > 0 for row in (packed, lora, dpo))
+    assert dpo["first_loss"] == pytest.approx(0.693, abs=1e-3)
+    made = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "table.py"), str(out)], capture_output=True, text=True, check=True
+    )
+    lines = made.stdout.splitlines()
+    assert len(lines) == 2 + len(names)
+    assert all(name in line for name, line in zip(names, lines[2:], strict=True))
+
+
+def test_operations_are_those_that_torch_counts(benchmark, monkeypatch):
+    from tunesmith import linear
+
+    monkeypatch.setattr(linear, "_has_onednn", lambda: False)  # the counter knows torch's own products
+    model, in_place = random_model(SHAPE).train(), {torch.ops.aten.addmm_: addmm_flop}  # which it leaves out
+    for tokens, targets in ((24, 24), (24, 10)):
+        with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+            nll_sum(model, window(tokens, targets)).backward()
+        counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+        assert benchmark.products(SHAPE, tokens, targets) == counted
+    own = benchmark.products(SHAPE, 24, 24, window=24) - benchmark.products(SHAPE, 24, 24)
+    assert own == 3 * SHAPE.n_layer * 24 * (24 / 2) * 2 * 2 * SHAPE.n_embd, "each token meets half of the window, twice"
+
+
+def test_the_recorded_step_gives_the_plain_loss_and_gradients(benchmark):
+    """Without CUDA it is not recorded: that it passes everything on is what a CPU can show."""
+    model, batches = random_model(SHAPE).train(), [window(24, 24), window(24, 24)]
+    step = benchmark.recorded(model, "fp32", batches[0])
+    for batch in batches:
+        found = []
+        for loss in (step(batch), nll_sum(model, batch)):
+            model.zero_grad()
+            loss.backward()
+            found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_targets_are_judged_and_shares_are_of_the_ceiling(benchmark):
+    part = benchmark.Part("p", "sft", target=("peak_gb", "<=", 5))
+    row = benchmark.judged(part, {"peak_gb": 5.1, "tflop_per_s": 300.0}, 600.0)
+    assert (row["reached"], row["share_of_ceiling"], row["target"]) == (False, 0.5, "peak gb <= 5")
+    part = benchmark.Part("p", "sft", target=("share_of_ceiling", ">=", 0.5))
+    assert benchmark.judged(part, {"tflop_per_s": 300.0}, 600.0)["reached"] is True
+    assert "reached" not in benchmark.judged(part, {"note": "failed"}, 600.0)
+
+
+def test_a_part_that_fails_and_a_time_that_is_up_are_notes(benchmark, tmp_path):
+    at = benchmark.Setting(tmp_path, "cpu", True)
+    unknown = benchmark.Part("no such part", "sft", target=("peak_gb", "<=", 5))
+    (failed,) = benchmark.run_all([unknown], at, 10.0)
+    assert failed["note"].startswith("failed: StopIteration")
+    (late,) = benchmark.run_all([unknown], at, 0.1)
+    assert late == {"part": "no such part", "note": "not run: the time was up", "target": "peak gb <= 5"}
+    assert "stopped after 0" in benchmark.measured(unknown, at, 0.01)["note"]
+
+
+def test_every_target_of_the_issue_is_a_part(benchmark):
+    wanted = {p.target for p in benchmark.parts(tiny=False) if p.target}
+    memory = {("peak_gb", "<=", gb) for gb in (5, 2.5, 1.6, 6, 2)}
+    assert wanted == memory | {("share_of_ceiling", ">=", 0.5), ("minutes", "<=", 16)}
+    assert len({p.name for p in benchmark.parts(tiny=False)}) == len(benchmark.parts(tiny=False))
