@@ -140,6 +140,15 @@ def test_files_stay_short_enough_to_read():
     assert not long
 
 
+def test_answers_are_given_without_torchs_compiler():
+    code = (
+        "import sys, tunesmith as ts; model, tokenizer = ts.load('sample', device='cpu')\n"
+        "ts.generate(model, tokenizer, [[{'role': 'user', 'content': 'Hello'}]], max_new_tokens=3)\n"
+        "import tunesmith.recipes.chat, tunesmith.training; sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_importing_opens_no_socket_and_prints_nothing():
     code = (
         "import socket, pkgutil, importlib, tunesmith\n"

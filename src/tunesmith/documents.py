@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from typing import Literal
 
@@ -136,8 +137,6 @@ def attend_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents, drop
     return y
 
 
-# A Python loop over lengths that change with every batch would be compiled anew each time: it stays outside.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attend_one_by_one(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: float) -> Tensor:
     # On a CPU attention is float32 under bf16 autocast too: it is 1.6 times as fast at these lengths, and torch keeps
     # a bf16 kernel for every length that it ever met, 30 MB a step here.
@@ -173,9 +172,20 @@ def attention_path(
     return "varlen" if there and half and fits and dropout == 0.0 else "stretches"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def flash_capability(device: torch.device) -> tuple[int, int] | None:
     """Compute capability of a CUDA card, or None: no card, or a torch that was built without flash attention."""
     if device.type != "cuda" or not torch.backends.cuda.is_flash_attention_available():
         return None
     return torch.cuda.get_device_capability(device)
+
+
+@cache
+def prepare_for_compiling() -> None:
+    """Make this module ready for compiled callers. Before, torch's compiler is not loaded: 70 MB and a second for nothing.
+
+    A Python loop over lengths that change with every batch would be compiled anew each time: it stays outside. What a
+    card can do is asked once.
+    """
+    global _attend_one_by_one, flash_capability
+    _attend_one_by_one = torch.compiler.disable(_attend_one_by_one)  # type: ignore[no-untyped-call]
+    flash_capability = torch.compiler.assume_constant_result(flash_capability)  # type: ignore[no-untyped-call]

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tunesmith.documents import Documents, attend_documents
+from tunesmith.documents import Documents, attend_documents, prepare_for_compiling
 from tunesmith.errors import UserError
 from tunesmith.linear import Linear
 from tunesmith.recompute import Chain, plain, recomputed
@@ -287,6 +287,7 @@ class GPT(nn.Module):
         estimates, a last short batch and a reference pass together need more.
         """
         self.compiled = True
+        prepare_for_compiling()
         dynamo: Any = torch._dynamo.config
         dynamo.recompile_limit = max(dynamo.recompile_limit, MOST_COMPILED)
         for block in self.h:
