@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 SLOTS: Mapping[str, int] = {"adamw": 2, "adam": 2, "sgd": 0, "sgd-momentum": 1, "sgd-nesterov": 1, "adamw8bit": 2}
 """Numbers that an optimizer keeps for every trained one."""
 EIGHT_BIT_FROM, EIGHT_BIT_BLOCK = 4096, 256  # torchao: smaller weights keep their state in float32
-BF16_UPDATE = 22  # bytes a number: the float32 copy of weight and gradient, and what rounding makes on the way
+BF16_UPDATE = 20  # bytes a number: the float32 copies of weight and gradient, and what rounding makes on the way
 LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
@@ -51,8 +51,10 @@ class Memory:
     activations: int
     logits: int
     moments: Mapping[str, int]
+    heap: int
+    """Activations of one block, with what oneDNN copies in its backward: what a heap on a CPU may need once more."""
     largest: int
-    """The largest block that comes and goes in every step."""
+    """The largest single block that comes and goes in every step."""
 
     @property
     def peak(self) -> int:
@@ -166,16 +168,25 @@ def block_bytes(shape: Shape, work: Work, *, last: bool = False, selective: bool
     return n * per_token + out * per_left + weights
 
 
-def activation_bytes(shape: Shape, work: Work) -> tuple[int, int]:
-    """Bytes that autograd keeps between forward and backward, and what one block adds while it is computed again."""
+def activation_bytes(shape: Shape, work: Work) -> int:
+    """Bytes that autograd keeps between forward and backward."""
     c = shape.n_embd
     ends = work.losses * ((4 * c + 8) + 4 * c)  # last norm, and the gradient that the head's loss keeps
     if work.checkpointing is True:
-        return shape.n_layer * work.tokens * 4 * c + ends, block_bytes(shape, work)
+        return shape.n_layer * work.tokens * 4 * c + ends
     selective = work.checkpointing == "selective"
     blocks = [block_bytes(shape, work, last=i == shape.n_layer - 1, selective=selective) for i in range(shape.n_layer)]
-    width, again = 2 if work.half else 4, work.tokens * linear_sizes(shape)["mlp.c_fc"][1] * 4
-    return sum(blocks) + ends - _unused(shape, work, width), again if selective else 0
+    return sum(blocks) + ends - _unused(shape, work, 2 if work.half else 4)
+
+
+def backward_bytes(shape: Shape, work: Work, *, last: bool) -> int:
+    """Bytes that come and go in the backward pass of one block: gradients on their way, and what is computed again."""
+    c, inner, width = shape.n_embd, linear_sizes(shape)["mlp.c_fc"][1], 2 if work.half else 4
+    tokens = work.losses if last else work.tokens
+    passing = tokens * width * ((1 if work.rank else 2) * inner + c)
+    if work.checkpointing is True:
+        return passing + block_bytes(shape, work, last=last)
+    return passing + (tokens * width * inner if work.checkpointing == "selective" else 0)
 
 
 def _unused(shape: Shape, work: Work, width: int) -> int:
@@ -228,8 +239,8 @@ def adapter_sizes(shape: Shape, rank: int, targets: Sequence[str]) -> list[int]:
 def predict_memory(shape: Shape, work: Work) -> Memory:
     """Bytes of a training step.
 
-    Four moments: the head's loss at the end of forward, with the first logits; the beginning of backward; its end, when
-    the gradients are there and a tied embedding's comes beside the head's; and the update.
+    The moments: the head's loss at the end of forward, with the first logits; the beginning of backward, in the last block,
+    and when that is done; its end, when the gradients are there and a tied embedding's comes beside the head's; the update.
     """
     vocabulary, c = shape.vocab_size * shape.n_embd, shape.n_embd
     sizes = tensor_sizes(shape)
@@ -239,7 +250,7 @@ def predict_memory(shape: Shape, work: Work) -> Memory:
     parameters = work.copies * (base * 4 - matrices * (4 - stored)) + 4 * adapters
     gradients = 4 * adapters if work.rank else base * 4 - matrices * (4 - stored)
     state = state_bytes(shape, work)
-    kept, again = activation_bytes(shape, work)
+    kept, again = activation_bytes(shape, work), backward_bytes(shape, work, last=True)
 
     whole = not work.rank
     chunk = min(work.chunk, work.losses) if work.head else 0
@@ -247,20 +258,29 @@ def predict_memory(shape: Shape, work: Work) -> Memory:
     head = 4 * vocabulary * (whole and work.head)
     logits = chunk * shape.vocab_size * (6 if work.half else 4)
     product = 2 * vocabulary if work.half and head else 0
-    inner = linear_sizes(shape)["mlp.c_fc"][1]
-    block = work.tokens * exact * (2 * inner + 3 * c) + again
     tied = stored * vocabulary if head and shape.tied_head else 0
     earlier = gradients if work.micro_batches > 1 else 0
     left = gradients
     if work.in_backward:
         left = max(stored * max(sizes), tied) if whole else 4 * max(adapter_sizes(shape, work.rank, work.targets))
-    largest = max(sizes) if whole else 0
-    update = BF16_UPDATE * largest if work.bf16_weights else 0
+    update = BF16_UPDATE * max(sizes) if work.bf16_weights and whole else 0
     fixed = parameters + state
+    waiting = earlier + (stored * vocabulary if head else 0)
     moments = {
         "the head's loss": fixed + earlier + kept + head + converted + logits + product,
-        "the beginning of backward": fixed + earlier + kept + (stored * vocabulary if head else 0) + block,
-        "the end of backward": fixed + left + max(tied, block) + (tied if work.micro_batches > 1 else 0),
+        "the beginning of backward": fixed + waiting + kept + again,
+        "the end of backward": fixed + left + tied + (tied if work.micro_batches > 1 else 0),
         "the update": fixed + left + update,
     }
-    return Memory(parameters, left, state, kept + again, logits, moments, max(logits, head))
+    if shape.n_layer > 1:
+        freed = shape.n_embd * 4 * work.tokens if work.checkpointing is True else block_bytes(
+            shape, work, last=True, selective=work.checkpointing == "selective"
+        )  # fmt: skip
+        block = backward_bytes(shape, work, last=False)
+        there = 0 if work.rank or work.in_backward else stored * sum(i * o for i, o in linear_sizes(shape).values())
+        moments["the middle of backward"] = fixed + waiting + kept - freed + there + block
+    scratch = 0 if work.rank else work.tokens * exact * linear_sizes(shape)["mlp.c_fc"][1]
+    return Memory(
+        parameters, left, state, kept, logits, moments,
+        heap=scratch + block_bytes(shape, work, selective=work.checkpointing == "selective"), largest=max(logits, head),
+    )  # fmt: skip

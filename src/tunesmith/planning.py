@@ -56,7 +56,7 @@ class Setting:
     @property
     def peak(self) -> float:
         """Bytes at the peak over the program's base: counted, and on a CPU with what libraries and the heap's holes take."""
-        return self.memory.peak + (LIBRARIES + HOLES * self.memory.largest if self.place.cpu else 0.0)
+        return self.memory.peak + (LIBRARIES + self.memory.heap + HOLES * self.memory.largest if self.place.cpu else 0.0)
 
     @property
     def total(self) -> float:

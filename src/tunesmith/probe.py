@@ -70,7 +70,7 @@ def probe_step(config: AnyConfig, shape: GPTConfig, rows: Rows) -> StepTime:
     return StepTime(whole("micro_batch"), whole("update"))
 
 
-def make_step(config: AnyConfig, shape: GPTConfig, rows: Rows) -> Callable[[], StepTime]:
+def make_step(config: AnyConfig, shape: GPTConfig, rows: Rows, micro_batches: int = 1) -> Callable[[], StepTime]:
     """A model of this shape with random weights, and a function that trains it one step on random tokens and tells the time."""
     device = torch.device(config.train.device)
     gpt = GPT(shape)
@@ -100,12 +100,12 @@ def make_step(config: AnyConfig, shape: GPTConfig, rows: Rows) -> Callable[[], S
         handle = plain.register_step_pre_hook(backward_done)
         _wait(device)
         began = time.perf_counter()
-        optimizer_step(model, [batch], loss_sum, optimizer, max_norm=config.train.grad_clip)
+        optimizer_step(model, [batch] * micro_batches, loss_sum, optimizer, max_norm=config.train.grad_clip)
         _wait(device)
         ended = time.perf_counter()
         handle.remove()
         update_from = ended if in_backward or not marks else marks[0]
-        return StepTime(update_from - began, ended - update_from)
+        return StepTime((update_from - began) / micro_batches, ended - update_from)
 
     return timed
 
