@@ -278,7 +278,8 @@ def predict_memory(shape: Shape, work: Work) -> Memory:
         )  # fmt: skip
         block = backward_bytes(shape, work, last=False)
         there = 0 if work.rank or work.in_backward else stored * sum(i * o for i, o in linear_sizes(shape).values())
-        moments["the middle of backward"] = fixed + waiting + kept - freed + there + block
+        ends = 8 * shape.n_embd * work.losses
+        moments["the middle of backward"] = fixed + waiting + kept - freed - ends + there + block
     scratch = 0 if work.rank else work.tokens * exact * linear_sizes(shape)["mlp.c_fc"][1]
     return Memory(
         parameters, left, state, kept, logits, moments,

@@ -86,8 +86,9 @@ def make_step(config: AnyConfig, shape: GPTConfig, rows: Rows, micro_batches: in
     gpt.activation_checkpointing = False if mode == "auto" else mode
     o, in_backward = config.optimizer, config.train.optimizer_in_backward
     plain = build_optimizer(model, o.name, lr=o.lr or 1e-6, weight_decay=o.weight_decay, momentum=o.momentum)
-    one_by_one = in_backward or (config.train.weights == "bf16" and not config.lora.rank)
-    optimizer = OneByOne(plain, in_backward=in_backward) if one_by_one else plain
+    one_by_one = OneByOne(plain, in_backward=in_backward)
+    one_by_one.allocate_state()
+    optimizer = one_by_one if in_backward or (config.train.weights == "bf16" and not config.lora.rank) else plain
     batch, loss_sum = _work(config, model, gpt, rows, device)
 
     def timed() -> StepTime:
