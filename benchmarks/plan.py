@@ -132,7 +132,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=CASES, help="configurations; default all")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--memory_only", action="store_true", help="no probe, two steps: where the machine is not quiet")
+    parser.add_argument(
+        "--memory_only", action="store_true", help="no probe, two steps: where the machine is not quiet"
+    )
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     parser.add_argument("--child", choices=["predict", "measure"], help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -124,7 +124,9 @@ def test_report_is_rendered_without_importing_torch():
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["sft", "--help"], ["pretrain", "--help"], ["data", "--help"], ["plan", "--help"]], ids=" ".join
+    "argv",
+    [["--help"], ["sft", "--help"], ["pretrain", "--help"], ["data", "--help"], ["plan", "--help"]],
+    ids=" ".join,
 )
 def test_help_comes_in_half_a_second(argv):
     times = []

@@ -41,8 +41,19 @@ def told(capsys, *argv, code=0):
 
 
 def test_a_plan_for_a_card_says_what_is_counted_and_what_is_assumed(capsys, tmp_path):
-    out = told(capsys, *PLAN, "--out", str(tmp_path / "plan.json"), "--train.steps", "1000", "--data.batching", "windows")
-    for word in ("parameters", "gradients", "optimizer state", "activations", "logits", "peak", "tokens/s", "1,000 steps"):
+    out = told(
+        capsys, *PLAN, "--out", str(tmp_path / "plan.json"), "--train.steps", "1000", "--data.batching", "windows"
+    )
+    for word in (
+        "parameters",
+        "gradients",
+        "optimizer state",
+        "activations",
+        "logits",
+        "peak",
+        "tokens/s",
+        "1,000 steps",
+    ):
         assert word in out
     assert "data sheet, not measured" in out
     assert "assumed" in out

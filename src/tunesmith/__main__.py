@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import UsageError, UserError
 
@@ -132,7 +132,8 @@ def _plan(argv: Argv) -> None:
     rest = argv[1:] if argv and argv[0] == command else argv
     if rest and not rest[0].startswith("-"):
         raise UsageError(f"plan {rest[0]}: expected one of {', '.join(PLANS)} (sft where none is given), then options")
-    options, _ = parse(PLANS[command], rest, prog=f"tunesmith plan {command}")
+    kind: type[Any] = PLANS[command]
+    options, _ = parse(kind, rest, prog=f"tunesmith plan {command}")
     from tunesmith.recipes.plan import plan
 
     plan(options)

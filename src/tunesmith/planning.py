@@ -56,7 +56,9 @@ class Setting:
     @property
     def peak(self) -> float:
         """Bytes at the peak over the program's base: counted, and on a CPU with what libraries and the heap's holes take."""
-        return self.memory.peak + (LIBRARIES + self.memory.heap + HOLES * self.memory.largest if self.place.cpu else 0.0)
+        return self.memory.peak + (
+            LIBRARIES + self.memory.heap + HOLES * self.memory.largest if self.place.cpu else 0.0
+        )
 
     @property
     def total(self) -> float:
@@ -95,7 +97,7 @@ def size_in_bytes(text: str) -> float:
         raise UsageError(f"--fit {text}: expected a size as 16GB or 800MB, or `device`")
     unit = (match[2] or "gb")[0]
     step = 1024 if "i" in (match[2] or "") else 1000
-    return float(match[1]) * step ** {"b": 0, "k": 1, "m": 2, "g": 3}[unit]
+    return float(match[1]) * float(step) ** {"b": 0, "k": 1, "m": 2, "g": 3}[unit]
 
 
 def make_setting(config: AnyConfig, shape: GPTConfig, rows: Rows, place: Place, changes: Mapping[str, Any]) -> Setting:

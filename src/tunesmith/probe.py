@@ -64,7 +64,7 @@ def probe_step(config: AnyConfig, shape: GPTConfig, rows: Rows) -> StepTime:
             break
 
     def whole(part: str) -> float:
-        one, more = (statistics.median(getattr(t, part) for t in found[n]) for n in (1, few))
+        one, more = (float(statistics.median(getattr(t, part) for t in found[n])) for n in (1, few))
         return one if few == 1 else max(one, one + (shape.n_layer - 1) * (more - one) / (few - 1))
 
     return StepTime(whole("micro_batch"), whole("update"))

@@ -26,7 +26,7 @@ from tunesmith.plan_options import PlanDPO, PlanPretrain, PlanReward, PlanSFT
 from tunesmith.planning import Setting, alternatives, choose, effect, find_place, is_exact, make_setting, size_in_bytes
 from tunesmith.pretrain_options import PretrainConfig
 from tunesmith.probe import StepTime, probe_step
-from tunesmith.scratch import resolve_shape
+from tunesmith.scratch import problems_of, resolve_shape
 from tunesmith.settings import check_options, check_pair_options
 from tunesmith.trainee import AnyConfig
 from tunesmith.workload import Rows
@@ -67,7 +67,7 @@ def plan(options: PlanConfig) -> dict[str, Any]:
             raise UserError(_nothing_fits(asked, every, room))
         chosen, told = found, _reasons(asked, found, every, room)
     time = None if place.card else probe_step(chosen.config, shape, chosen.rows)
-    record = _record(asked, chosen, time, options)
+    record = _record(asked, chosen, time)
     for line in [*_header(chosen, record), *_memory_lines(chosen), *_time_lines(chosen, record), *told]:
         print(line)
     if options.out:
@@ -77,13 +77,13 @@ def plan(options: PlanConfig) -> dict[str, Any]:
 
 def _resolved(options: PlanConfig) -> tuple[AnyConfig, GPTConfig]:
     """The training's configuration, checked, and the shape of its model."""
-    problems = check_pair_options(options.data) if isinstance(options, PlanDPO | PlanReward) else []
-    check_options(options, problems)
     if isinstance(options, PretrainConfig):
         if known_shape(options.model.name) is None:
             raise UserError(_unknown(options.model.name))
         config, shape = resolve_shape(options)
-        return config, dataclasses.replace(shape, vocab_size=config.tokenizer.vocab_size or shape.vocab_size)
+        check_options(config, [p for p in problems_of(config) if not p.startswith("--data.name")])  # no data is read
+        return config, dataclasses.replace(shape, vocab_size=_vocabulary(config, shape))
+    check_options(options, check_pair_options(options.data) if isinstance(options, PlanDPO | PlanReward) else [])
     found = known_shape(options.model.name)
     if found is None:
         raise UserError(_unknown(options.model.name))
@@ -93,6 +93,14 @@ def _resolved(options: PlanConfig) -> tuple[AnyConfig, GPTConfig]:
             f"for {found.block_size:,} tokens. Use {found.block_size} or less"
         )
     return options, found
+
+
+def _vocabulary(config: PretrainConfig, shape: GPTConfig) -> int:
+    """Tokens of a new tokenizer, or of the one that is named, where its model's shape tells them."""
+    if config.tokenizer.vocab_size:
+        return config.tokenizer.vocab_size
+    named = known_shape(config.tokenizer.name)
+    return named.vocab_size if named else shape.vocab_size
 
 
 def _unknown(name: str) -> str:
@@ -105,7 +113,7 @@ def _unknown(name: str) -> str:
 # ---- time ------------------------------------------------------------------------------------------------------------
 
 
-def _record(asked: Setting, s: Setting, time: StepTime | None, options: PlanConfig) -> dict[str, Any]:
+def _record(asked: Setting, s: Setting, time: StepTime | None) -> dict[str, Any]:
     """The plan as plain values: bytes, seconds, and where each is from."""
     t, e, m = s.config.train, s.config.eval, s.memory
     seconds = time.step(t.accumulate) if time else s.estimate
@@ -212,7 +220,9 @@ def _reasons(asked: Setting, chosen: Setting, every: Sequence[Setting], room: fl
             continue
         saved, cost = effect(asked, name, value)
         inexact = "" if is_exact({name: value}) else "; not exact"
-        lines.append(f"  {name} {_value(value)}: {GAINS[name]}; alone saves {_gb(saved)}, about {cost:+.0%} time{inexact}")
+        lines.append(
+            f"  {name} {_value(value)}: {GAINS[name]}; alone saves {_gb(saved)}, about {cost:+.0%} time{inexact}"
+        )
     faster = sorted((s for s in every if s.total > room and s.estimate < chosen.estimate), key=lambda s: s.estimate)
     for s in faster[:4]:
         lines.append(f"  faster but {_gb(s.total - room)} too large: {_words(s.changes) or 'as asked'}")

@@ -50,7 +50,6 @@ def shapes_of(plan: Plan) -> dict[str, GPTConfig | None]:
 
 def memory_of(run: PlannedRun, shape: GPTConfig | None) -> Memory | None:
     """Bytes of the run's step by component; None where the shape is not known."""
-    s = run.settings
     if shape is None:
         return None
     work = _step_of(run, half=_precision(run, shape) != "fp32")
@@ -63,7 +62,11 @@ def _step_of(run: PlannedRun, *, half: bool = False) -> Work | None:
     targets = adapted_layers(s["lora.targets"]) if s["lora.rank"] else ()
     if targets is None:
         return None
-    mode, tokens, reward = s["train.activation_checkpointing"], s["train.batch_size"] * s["data.block_size"], run.command == "reward"
+    mode, tokens, reward = (
+        s["train.activation_checkpointing"],
+        s["train.batch_size"] * s["data.block_size"],
+        run.command == "reward",
+    )
     return Work(
         tokens, s["optimizer.name"], supervised=tokens, packed=s["data.batching"] != "windows",
         micro_batches=s["train.accumulate"], rank=s["lora.rank"], targets=targets, half=half, chunk=1024 if half else 256,
