@@ -24,9 +24,9 @@ from tunesmith.trainee import AnyConfig
 from tunesmith.workload import Rows
 
 LIBRARIES = 32e6  # bytes that threads, oneDNN's kernels and the like take with the first step on a CPU; measured
-HOLES = {True: (2.0, 0.0), False: (0.8, 1.1)}
-"""What a CPU's heap cannot use again: times one block's activations, times the largest single block; with LoRA and without.
-Fitted to measured peaks (benchmarks/plan.py): glibc places a freed block's size anew only where its alignment happens to fit."""
+HOLES = {True: (0.6, 0.0, 0.3), False: (0.8, 1.1, 0.0)}
+"""What a CPU's heap cannot use again: times one block's activations, the largest single block, all activations; with LoRA and
+without. Fitted to measured peaks (benchmarks/plan.py): glibc gives a freed place anew only where its alignment happens to fit."""
 CPU = Card("this processor", 0.0, 1e10, {"fp32": 1e11, "bf16": 1e11, "fp16": 1e11})  # only to compare settings with
 
 
@@ -60,8 +60,8 @@ class Setting:
         """Bytes at the peak over the program's base: counted, and on a CPU with what libraries and the heap's holes take."""
         if not self.place.cpu:
             return self.memory.peak
-        block, largest = HOLES[self.work.rank > 0]
-        return self.memory.peak + LIBRARIES + block * self.memory.heap + largest * self.memory.largest
+        m, (block, largest, activations) = self.memory, HOLES[self.work.rank > 0]
+        return m.peak + LIBRARIES + block * m.heap + largest * m.largest + activations * m.activations
 
     @property
     def total(self) -> float:
