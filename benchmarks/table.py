@@ -13,6 +13,8 @@ from typing import Any
 
 def table(result: dict[str, Any]) -> str:
     """One row a contestant: tokens/s (lowest and highest), peak memory, tunesmith's speed and memory against it."""
+    if "plan" in result:
+        return plan_table(result["plan"])
     if result.get("ladder"):
         return ladder(result["summary"])
     unit = result.get("rates_of", "step")
@@ -59,6 +61,22 @@ def gpu_table(result: dict[str, Any]) -> str:
         minutes = f"{row['minutes']:.0f}" if "protocol" in row["part"] else ""
         target = f"{row['target']}: {'yes' if row['reached'] else 'no'}" if "reached" in row else ""
         lines.append(f"| {row['part']} | {' | '.join(cells)} | {minutes} | {target} |")
+    return "\n".join(lines)
+
+
+def plan_table(rows: list[dict[str, Any]]) -> str:
+    """One row a configuration: peak and seconds a step, planned and measured, and the plan's errors."""
+    lines = [
+        "| | planned GB | measured | error | planned s a step | measured | error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        p, m = row["predicted"], row["measured"]
+        time = ("", "", "")
+        if "time_error" in row:
+            time = (f"{p['seconds']:.3f}", f"{m['seconds']:.3f}", f"{row['time_error']:+.1%}")
+        cells = (f"{p['peak_gb']:.3f}", f"{m['peak_gb']:.3f}", f"{row['memory_error']:+.1%}", *time)
+        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

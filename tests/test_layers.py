@@ -14,19 +14,19 @@ LAYERS = [
     {"errors", "linear", "outofmemory", "recompute"},
     {"options", "command_options", "config", "hub", "runlog", "prompts", "progress", "tokenizer", "dialogue", "device", "readers"}
     | {"study.stats", "study.page", "documents", "losses", "lora", "optim", "answers", "choice", "endpoint", "pretrain_options"}
-    | {"prefetch"},
+    | {"prefetch", "plan_options"},
     {"gpt", "step", "splitting", "datasets", "judge", "rowchecks", "bits", "study.read", "study.claims", "study.figures", "memory"}
     | {"study.files"},
-    {"weights", "tokenstore", "overlap", "study.select", "study.plan"},
+    {"weights", "tokenstore", "overlap", "study.select", "study.plan", "workload"},
     {"adapters", "reward", "checkpoint", "batching", "study.lines", "study.tables", "study.verdicts", "study.ledger"}
-    | {"study.executors"},
+    | {"study.executors", "cards"},
     {"models", "pairs", "evaluate", "study.plots", "study.parts", "study.view", "study.on_ray"},
     {"generation", "fit", "preferences", "trainee", "scoring", "cutchecks", "scratch", "study.study_page", "study.run"}
     | {"study.forecast"},
-    {"judging", "settings", "reference", "logprobs", "study.comparison", "audit"},
-    {"training", "study.comparison_page"},
+    {"judging", "settings", "reference", "logprobs", "study.comparison", "audit", "planning"},
+    {"training", "study.comparison_page", "probe"},
     {"recipes.sft", "recipes.dpo", "recipes.reward", "recipes.data", "recipes.evaluate", "recipes.score"}
-    | {"recipes.compare", "recipes.chat", "recipes.pretrain"},
+    | {"recipes.compare", "recipes.chat", "recipes.pretrain", "recipes.plan"},
     {"study.report"},
     {"recipes.study"},
     {"demo"},
@@ -51,6 +51,9 @@ WITHOUT_TORCH = {
     "answers",
     "choice",
     "memory",
+    "workload",
+    "cards",
+    "plan_options",
     "study.files",
     "study.plan",
     "study.ledger",
@@ -121,7 +124,9 @@ def test_report_is_rendered_without_importing_torch():
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["sft", "--help"], ["pretrain", "--help"], ["data", "--help"]], ids=" ".join
+    "argv",
+    [["--help"], ["sft", "--help"], ["pretrain", "--help"], ["data", "--help"], ["plan", "--help"]],
+    ids=" ".join,
 )
 def test_help_comes_in_half_a_second(argv):
     times = []

@@ -12,7 +12,7 @@ from tunesmith.errors import UserError
 from tunesmith.recipes.study import tell
 from tunesmith.study.executors import Ended, Job, Local, launch, slot_environment
 from tunesmith.study.files import read_study
-from tunesmith.study.forecast import Work, probe, shapes_of, times, work_of
+from tunesmith.study.forecast import RunWork, probe, shapes_of, times, work_of
 from tunesmith.study.ledger import Ledger, only_one, position
 from tunesmith.study.plan import make_plan
 from tunesmith.study.run import conduct
@@ -178,10 +178,10 @@ def test_two_studies_at_once_in_one_directory_are_refused(tmp_path):
 def test_time_comes_from_finished_runs_alike_then_from_others_then_from_the_probe(go):
     _, _, ledger = go(wanted=["a-s1", "b-s1"])
     works = {
-        "a-s1": Work(100.0, ("k",)),
-        "b-s1": Work(50.0, ("other",)),
-        "f-s1": Work(200.0, ("k",)),
-        "d-s1": Work(10.0, ("new",)),
+        "a-s1": RunWork(100.0, ("k",)),
+        "b-s1": RunWork(50.0, ("other",)),
+        "f-s1": RunWork(200.0, ("k",)),
+        "d-s1": RunWork(10.0, ("new",)),
     }
     ledger.runs["a-s1"]["seconds"], ledger.runs["b-s1"]["seconds"] = 13.0, 53.0
     found = times(works, ledger)

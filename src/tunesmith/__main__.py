@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import UsageError, UserError
 
@@ -124,6 +124,21 @@ def _chat(argv: Argv) -> None:
     chat(named["model"], options)
 
 
+def _plan(argv: Argv) -> None:
+    from tunesmith.config import parse
+    from tunesmith.plan_options import PLANS
+
+    command = argv[0] if argv and argv[0] in PLANS else "sft"
+    rest = argv[1:] if argv and argv[0] == command else argv
+    if rest and not rest[0].startswith("-"):
+        raise UsageError(f"plan {rest[0]}: expected one of {', '.join(PLANS)} (sft where none is given), then options")
+    kind: type[Any] = PLANS[command]
+    options, _ = parse(kind, rest, prog=f"tunesmith plan {command}")
+    from tunesmith.recipes.plan import plan
+
+    plan(options)
+
+
 def _report(argv: Argv) -> None:
     from tunesmith.command_options import ReportCommand
     from tunesmith.config import Positional, parse
@@ -167,6 +182,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Argv], None]]] = {
     "score": ("answers to a set of prompts, scored by a reward model, with intervals", _score),
     "compare": ("the same prompts to two models, side by side", _compare),
     "chat": ("talk to a model in the terminal", _chat),
+    "plan": ("memory and time of a training before it runs; --fit 16GB finds the settings that fit", _plan),
     "study": ("a matrix of runs from one file (paper is built in); skips what is done, resumes what was cut", _study),
     "report": ("one HTML page of finished runs, or of a study with its verdicts", _report),
 }

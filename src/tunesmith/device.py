@@ -157,6 +157,13 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def resident_memory() -> float:
+    """Bytes of this process that are in memory now; 0 where the system does not tell (it is Linux that does)."""
+    with contextlib.suppress(OSError):
+        return float(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+    return 0.0
+
+
 def environment(device: torch.device) -> dict[str, str | int]:
     """What a run's result depends on beside its configuration: versions, system and hardware; no names of machines or users."""
     from tunesmith import __version__

@@ -1,18 +1,20 @@
 """What a training step holds in memory, counted from the model's shape: no torch, nothing measured.
 
 Parameters, gradients and optimizer state are exact. Activations are what autograd keeps for backward, counted tensor by tensor;
-with dropout 0 and float32 they are exact too when every token carries loss. Logits are the block that exists at a time.
-What the process itself needs (Python and torch, about 0.3 GB on a CPU; the CUDA context on a GPU) comes on top.
+with dropout 0 and float32 they are exact too. They are not all there at one time: the peak is the largest of four moments of a
+step (`Memory.moments`). What the process itself needs (Python and torch, `PROCESS`; the CUDA context on a GPU) comes on top.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 SLOTS: Mapping[str, int] = {"adamw": 2, "adam": 2, "sgd": 0, "sgd-momentum": 1, "sgd-nesterov": 1, "adamw8bit": 2}
 """Numbers that an optimizer keeps for every trained one."""
+EIGHT_BIT_FROM, EIGHT_BIT_BLOCK = 4096, 256  # torchao: smaller weights keep their state in float32
+BF16_UPDATE = 20  # bytes a number: the float32 copies of weight and gradient, and what rounding makes on the way
 LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
@@ -37,17 +39,31 @@ class Shape(Protocol):
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one training step, by what they are for."""
+    """Bytes of one training step.
+
+    The components are what each takes at its largest: gradients where `optimizer_in_backward` frees them are the largest
+    one, logits the block that exists at a time. moments: name -> bytes that are there together; the peak is the largest.
+    """
 
     parameters: int
     gradients: int
     optimizer: int
     activations: int
     logits: int
+    moments: Mapping[str, int]
+    heap: int
+    """Activations of one block, with what oneDNN copies in its backward: what a heap on a CPU may need once more."""
+    largest: int
+    """The largest single block that comes and goes in every step."""
 
     @property
-    def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.logits
+    def peak(self) -> int:
+        return max(self.moments.values())
+
+    @property
+    def moment(self) -> str:
+        """When the peak is."""
+        return max(self.moments, key=self.moments.__getitem__)
 
 
 def linear_sizes(shape: Shape) -> dict[str, tuple[int, int]]:
@@ -88,86 +104,184 @@ def adapted_layers(targets: str) -> tuple[str, ...] | None:
     return tuple(dict.fromkeys(found))
 
 
-def activation_bytes(
-    shape: Shape,
-    tokens: int,
-    *,
-    packed: bool = True,
-    half: bool = False,
-    adapted: Sequence[str] | None = None,
-    rank: int = 0,
-    checkpointed: bool = False,
-) -> int:
-    """Bytes that autograd keeps between forward and backward, for `tokens` tokens in one micro-batch.
+@dataclass(frozen=True)
+class Work:
+    """What decides a step's memory and time, besides the model's shape.
 
-    A block keeps: the input of each norm with its mean and deviation, the input of each linear layer that learns, queries, keys
-    and values, what attention gave with its log-sum-exp, and the input of GELU. half: autocast to 16 bits, in which matrix
-    products keep halves (and a copy of their weights), norms and the residual stream keep floats.
-
-    Args:
-        packed: documents share rows, so what attention gave is kept a second time, put together again for the projection.
-        adapted: names of the layers that learn, with LoRA; None: all of them.
-        checkpointed: every block is computed again in backward, so only its input stays, and one block at a time.
+    tokens: through the model in one micro-batch. supervised: how many of them carry loss; None: all, each through all of the
+        last block. packed: documents share rows. micro_batches: in one step.
+    rank, targets: of LoRA adapters, and the names of the layers that have one (`adapted_layers`); rank 0 trains all weights.
+    half: fp16 or bf16 arithmetic. chunk: tokens whose logits exist at a time.
+    checkpointing, in_backward, bf16_weights: as the options train.activation_checkpointing, .optimizer_in_backward, .weights.
+    copies: of the weights: 2 with a second model as DPO's reference. head: False for a reward model, which gives no logits.
     """
-    c, sizes = shape.n_embd, linear_sizes(shape)
-    inner, width = sizes["mlp.c_fc"][1], 2 if half else 4
-    learns = LINEARS if adapted is None else adapted
-    stream = 2 * (4 * c + 8)  # two norms: input, mean, deviation
-    again = LINEARS if packed else [name for name in LINEARS if name != "attn.c_proj"]  # else attention's result itself
-    inputs = sum(width * sizes[name][0] for name in again if name in learns)
-    attention = width * 4 * c + 4 * shape.n_head
-    low_rank = 0 if adapted is None else 4 * rank * sum(name in learns for name in LINEARS)
-    block = tokens * (stream + inputs + attention + width * inner + low_rank)
-    weights = 2 * sum(i * o for i, o in sizes.values()) if half else 0
-    ends = tokens * ((4 * c + 8) + 4 * c)  # last norm, and the gradient that the head's loss keeps
-    if checkpointed:
-        return shape.n_layer * tokens * 4 * c + block + weights + ends
+
+    tokens: int
+    optimizer: str = "adamw"
+    supervised: int | None = None
+    packed: bool = True
+    micro_batches: int = 1
+    rank: int = 0
+    targets: tuple[str, ...] = ()
+    half: bool = False
+    chunk: int = 256
+    checkpointing: bool | Literal["selective"] = False
+    in_backward: bool = False
+    bf16_weights: bool = False
+    copies: int = 1
+    head: bool = True
+
+    @property
+    def losses(self) -> int:
+        """Tokens that carry loss."""
+        return self.tokens if self.supervised is None else self.supervised
+
+    def learns(self, name: str) -> bool:
+        """Whether a linear layer of the blocks, or its adapter, is trained."""
+        return not self.rank or name in self.targets
+
+
+def block_bytes(shape: Shape, work: Work, *, last: bool = False, selective: bool = False) -> int:
+    """Bytes that autograd keeps of one block between forward and backward.
+
+    The input of each norm with its mean and deviation, the input of each linear layer that learns, queries, keys and values,
+    what attention gave with its log-sum-exp, and the input of GELU. Where documents share a row, what attention gave is
+    there a second time, put together again for the projection. Half: matrix products keep halves, norms and the residual
+    stream floats. selective: what norms and GELU give is computed again.
+
+    last: only tokens that carry loss leave its attention.
+    """
+    c, sizes, width = shape.n_embd, linear_sizes(shape), 2 if work.half else 4
+    inner = sizes["mlp.c_fc"][1]
+    fewer = last and work.supervised is not None
+    n, out = work.tokens, work.losses if fewer else work.tokens
+    low = 4 * work.rank
+    per_token = (4 * c + 8) + width * 4 * c + 4 * shape.n_head
+    per_token += (0 if selective else width * c) * work.learns("attn.c_attn") + low * ("attn.c_attn" in work.targets)
+    per_left = (4 * c + 8) + width * inner
+    if work.packed or fewer:
+        per_left += width * c * work.learns("attn.c_proj")
+    if not selective:
+        per_left += width * (c * work.learns("mlp.c_fc") + inner * work.learns("mlp.c_proj"))
+    per_left += low * sum(name in work.targets for name in LINEARS[1:])
+    weights = 2 * sum(i * o for i, o in sizes.values()) if work.half and not work.bf16_weights else 0
+    return n * per_token + out * per_left + weights
+
+
+def activation_bytes(shape: Shape, work: Work) -> int:
+    """Bytes that autograd keeps between forward and backward."""
+    c = shape.n_embd
+    ends = work.losses * ((4 * c + 8) + 4 * c)  # last norm, and the gradient that the head's loss keeps
+    if work.checkpointing is True:
+        return shape.n_layer * work.tokens * 4 * c + ends
+    selective = work.checkpointing == "selective"
+    blocks = [block_bytes(shape, work, last=i == shape.n_layer - 1, selective=selective) for i in range(shape.n_layer)]
+    return sum(blocks) + ends - _unused(shape, work, 2 if work.half else 4)
+
+
+def backward_bytes(shape: Shape, work: Work, *, last: bool) -> int:
+    """Bytes that come and go in the backward pass of one block: gradients on their way, and what is computed again."""
+    c, inner, width = shape.n_embd, linear_sizes(shape)["mlp.c_fc"][1], 2 if work.half else 4
+    tokens = work.losses if last else work.tokens
+    passing = tokens * width * ((1 if work.rank else 2) * inner + c)
+    if work.checkpointing is True:
+        return passing + block_bytes(shape, work, last=last)
+    return passing + (tokens * width * inner if work.checkpointing == "selective" else 0)
+
+
+def _unused(shape: Shape, work: Work, width: int) -> int:
+    """Bytes that the first block does not keep: with LoRA nothing in it learns before its first adapter."""
+    if not work.rank:
+        return 0
+    c, tokens = shape.n_embd, work.tokens
     norm = tokens * (4 * c + 8)
-    spared = 0 if adapted is None else norm  # nothing in the first block learns before its first adapter
-    if "attn.c_attn" not in learns:
-        own_result = width * c if "attn.c_proj" in learns and not packed else 0
-        spared += tokens * (attention - own_result)
-        if "attn.c_proj" not in learns:
-            spared += norm + (tokens * width * inner if "mlp.c_fc" not in learns else 0)
-    return shape.n_layer * (block + weights) + ends - spared
+    if work.learns("attn.c_attn"):
+        return norm
+    own_result = width * c if work.learns("attn.c_proj") and not work.packed else 0
+    spared = norm + tokens * (width * 4 * c + 4 * shape.n_head - own_result)
+    if not work.learns("attn.c_proj"):
+        inner = linear_sizes(shape)["mlp.c_fc"][1]
+        spared += norm + (tokens * width * inner if not work.learns("mlp.c_fc") else 0)
+    return spared
 
 
-def predict_memory(
-    shape: Shape,
-    *,
-    tokens: int,
-    optimizer: str,
-    packed: bool = True,
-    rank: int = 0,
-    targets: str = "all-linear",
-    half: bool = False,
-    checkpointed: bool = False,
-    chunk: int = 256,
-) -> Memory | None:
-    """Bytes of a training step; None where `targets` does not name whole kinds of layers.
+def state_bytes(shape: Shape, work: Work) -> int:
+    """Bytes of optimizer state. In 8 bits: one byte a number, a float32 scale a block of 256; what is small stays float32."""
+    slots = SLOTS[work.optimizer]
+    sizes = [count_adapters(shape, work.rank, work.targets)] if work.rank else tensor_sizes(shape)
+    if work.optimizer != "adamw8bit":
+        return 4 * slots * sum(sizes)
+    if work.rank:
+        sizes = adapter_sizes(shape, work.rank, work.targets)
+    return slots * sum(n + 4 * (n // EIGHT_BIT_BLOCK) if _in_8_bits(n) else 4 * n for n in sizes)
 
-    Args:
-        tokens: in one micro-batch: rows times block size.
-        rank, targets: of LoRA adapters; rank 0 trains all weights.
-        half: fp16 or bf16 arithmetic (weights and optimizer stay in float32).
-        chunk: tokens whose logits exist at a time.
+
+def _in_8_bits(n: int) -> bool:
+    return n >= EIGHT_BIT_FROM and n % EIGHT_BIT_BLOCK == 0
+
+
+def tensor_sizes(shape: Shape) -> list[int]:
+    """Numbers in each of the model's weights; a tied head counts once."""
+    c = shape.n_embd
+    block = [n for i, o in linear_sizes(shape).values() for n in (i * o, o)] + [c] * 4
+    ends = [shape.vocab_size * c, shape.block_size * c, c, c] + ([] if shape.tied_head else [shape.vocab_size * c])
+    return block * shape.n_layer + ends
+
+
+def adapter_sizes(shape: Shape, rank: int, targets: Sequence[str]) -> list[int]:
+    """Numbers in each matrix of the adapters."""
+    sizes = linear_sizes(shape)
+    block = [rank * n for name in targets if name in sizes for n in sizes[name]]
+    head = [rank * shape.n_embd, rank * shape.vocab_size] if "lm_head" in targets else []
+    return block * shape.n_layer + head
+
+
+def predict_memory(shape: Shape, work: Work) -> Memory:
+    """Bytes of a training step.
+
+    The moments: the head's loss at the end of forward, with the first logits; the beginning of backward, in the last block,
+    and when that is done; its end, when the gradients are there and a tied embedding's comes beside the head's; the update.
     """
-    adapted = adapted_layers(targets) if rank else None
-    if rank and adapted is None:
-        return None
-    base = count_parameters(shape)
-    adapters = count_adapters(shape, rank, adapted or ())
-    trained = adapters if rank else base
-    head = (
-        4 * shape.vocab_size * shape.n_embd if not rank and shape.tied_head else 0
-    )  # its gradient waits for the embedding's
+    vocabulary, c = shape.vocab_size * shape.n_embd, shape.n_embd
+    sizes = tensor_sizes(shape)
+    base, adapters = sum(sizes), count_adapters(shape, work.rank, work.targets)
+    matrices = base - (shape.n_layer * (sum(o for _, o in linear_sizes(shape).values()) + 4 * c) + 2 * c)
+    stored, exact = 2 if work.bf16_weights else 4, 2 if work.half else 4
+    parameters = work.copies * (base * 4 - matrices * (4 - stored)) + 4 * adapters
+    gradients = 4 * adapters if work.rank else base * 4 - matrices * (4 - stored)
+    state = state_bytes(shape, work)
+    kept, again = activation_bytes(shape, work), backward_bytes(shape, work, last=True)
+
+    whole = not work.rank
+    chunk = min(work.chunk, work.losses) if work.head else 0
+    converted = exact * vocabulary if work.head and exact != stored else 0  # the head's weight in the arithmetic's type
+    head = 4 * vocabulary * (whole and work.head)
+    logits = chunk * shape.vocab_size * (6 if work.half else 4)
+    product = 2 * vocabulary if work.half and head else 0
+    tied = stored * vocabulary if head and shape.tied_head else 0
+    earlier = gradients if work.micro_batches > 1 else 0
+    left = gradients
+    if work.in_backward:
+        left = max(stored * max(sizes), tied) if whole else 4 * max(adapter_sizes(shape, work.rank, work.targets))
+    update = BF16_UPDATE * max(sizes) if work.bf16_weights and whole else 0
+    fixed = parameters + state
+    waiting = earlier + (stored * vocabulary if head else 0)
+    moments = {
+        "the head's loss": fixed + earlier + kept + head + converted + logits + product,
+        "the beginning of backward": fixed + waiting + kept + again,
+        "the end of backward": fixed + left + tied + (tied if work.micro_batches > 1 else 0),
+        "the update": fixed + left + update,
+    }
+    if shape.n_layer > 1:
+        freed = shape.n_embd * 4 * work.tokens if work.checkpointing is True else block_bytes(
+            shape, work, last=True, selective=work.checkpointing == "selective"
+        )  # fmt: skip
+        block = backward_bytes(shape, work, last=False)
+        there = 0 if work.rank or work.in_backward else stored * sum(i * o for i, o in linear_sizes(shape).values())
+        ends = 8 * shape.n_embd * work.losses
+        moments["the middle of backward"] = fixed + waiting + kept - freed - ends + there + block
+    scratch = 0 if work.rank else work.tokens * exact * linear_sizes(shape)["mlp.c_fc"][1]
     return Memory(
-        parameters=4 * (base + adapters),
-        gradients=4 * trained,
-        optimizer=4 * trained * SLOTS[optimizer],
-        activations=head
-        + activation_bytes(
-            shape, tokens, packed=packed, half=half, adapted=adapted, rank=rank, checkpointed=checkpointed
-        ),
-        logits=2 * 4 * chunk * shape.vocab_size,
-    )
+        parameters, left, state, kept, logits, moments,
+        heap=scratch + block_bytes(shape, work, selective=work.checkpointing == "selective"), largest=max(logits, head),
+    )  # fmt: skip

@@ -196,6 +196,21 @@ def shape_of(name: str) -> GPTConfig:
     return SIZES[name] if name in SIZES else config_from_hf(read_json(find_model(name) / "config.json"))
 
 
+def known_shape(model: str) -> GPTConfig | None:
+    """The shape of a MODEL that is here, or whose name says it; None for one that would have to be downloaded to be known."""
+    if model in SIZES:
+        return SIZES[model]
+    if model != "sample" and not Path(model.rpartition("@")[0] or model).expanduser().exists():
+        return None
+    try:
+        directory = find_model(model)
+        if is_adapter(directory):
+            directory = _base_directory(directory, read_adapter(directory))
+        return config_from_hf(read_json(directory / "config.json"))
+    except (UserError, OSError):  # nothing that could be trained: the run will tell
+        return None
+
+
 def tokenizer_of(name: str) -> Tokenizer:
     """Tokenizer of a named size, which comes with the package, or of a MODEL."""
     return Tokenizer.gpt2() if name in SIZES else load_tokenizer(find_model(name))

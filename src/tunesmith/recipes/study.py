@@ -192,9 +192,9 @@ def show(plan: Plan, out: Path, wanted: Sequence[str], shapes: dict[str, Any], w
         state = ledger.state(name)
         rows.append((
             name, run.command, "; ".join(shown_as.get(name, [])), ", ".join(run.needs), state,
-            f"{memory.total / 1e9:.2f} GB" if memory else "?", span(seconds.value) if seconds else "?",
+            f"{memory.peak / 1e9:.2f} GB" if memory else "?", span(seconds.value) if seconds else "?",
         ))  # fmt: skip
-        largest = max(largest, memory.total if memory else 0)
+        largest = max(largest, memory.peak if memory else 0)
         if seconds is None:
             unknown += 1
         elif state == "waiting":

@@ -5,26 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from tunesmith.device import autocast, resolve_device, resolve_precision
 from tunesmith.errors import UserError
-from tunesmith.gpt import SIZES, Block, GPTConfig
-from tunesmith.memory import Memory, adapted_layers, count_adapters, linear_sizes, predict_memory
-from tunesmith.models import find_model
+from tunesmith.gpt import Block, GPTConfig
+from tunesmith.memory import Memory, Work, adapted_layers, linear_sizes, predict_memory
+from tunesmith.models import known_shape
 from tunesmith.study.ledger import DONE, Ledger
 from tunesmith.study.plan import Plan, PlannedRun, reference
-from tunesmith.weights import config_from_hf, read_json
+from tunesmith.workload import forward_operations, step_operations
 
 START = 3.0  # seconds in which a run's process gets ready, on the machine of docs/performance.md
 ESTIMATES = 40  # the most that `eval.every` gives when it is left out
 
 
 @dataclass(frozen=True)
-class Work:
+class RunWork:
     """Floating-point operations of a run (an upper bound: estimates on small data are shorter), and what is like it."""
 
     operations: float
@@ -45,33 +44,34 @@ def shapes_of(plan: Plan) -> dict[str, GPTConfig | None]:
     for name, run in plan.runs.items():
         model = run.settings["model.name"]
         target = reference(model)
-        found[name] = found[target[0]] if target else shape_of(str(model))
+        found[name] = found[target[0]] if target else known_shape(str(model))
     return found
-
-
-def shape_of(model: str) -> GPTConfig | None:
-    """The shape of a MODEL that is here, or whose name says it; None for any other."""
-    if model in SIZES:
-        return SIZES[model]
-    if model != "sample" and not Path(model).expanduser().exists():
-        return None
-    try:
-        directory = find_model(model)
-        return config_from_hf(read_json(directory / "config.json"))
-    except (UserError, OSError):  # an adapter, or nothing that could be trained: the run will tell
-        return None
 
 
 def memory_of(run: PlannedRun, shape: GPTConfig | None) -> Memory | None:
     """Bytes of the run's step by component; None where the shape is not known."""
-    s = run.settings
     if shape is None:
         return None
-    half = _precision(run, shape) != "fp32"
-    return predict_memory(
-        shape, tokens=s["train.batch_size"] * s["data.block_size"], optimizer=s["optimizer.name"],
-        packed=s["data.batching"] != "windows", rank=s["lora.rank"], targets=s["lora.targets"], half=half,
-        checkpointed=s["train.activation_checkpointing"] is True, chunk=1024 if half else 256,
+    work = _step_of(run, half=_precision(run, shape) != "fp32")
+    return predict_memory(shape, work) if work else None
+
+
+def _step_of(run: PlannedRun, *, half: bool = False) -> Work | None:
+    """The run's step, every token carrying loss; None where adapters are on single blocks, which is not counted."""
+    s = run.settings
+    targets = adapted_layers(s["lora.targets"]) if s["lora.rank"] else ()
+    if targets is None:
+        return None
+    mode, tokens, reward = (
+        s["train.activation_checkpointing"],
+        s["train.batch_size"] * s["data.block_size"],
+        run.command == "reward",
+    )
+    return Work(
+        tokens, s["optimizer.name"], supervised=tokens, packed=s["data.batching"] != "windows",
+        micro_batches=s["train.accumulate"], rank=s["lora.rank"], targets=targets, half=half, chunk=1024 if half else 256,
+        checkpointing=False if mode == "auto" else mode, in_backward=s["train.optimizer_in_backward"],
+        bf16_weights=s["train.weights"] == "bf16", copies=2 if s.get("dpo.reference") == "model" else 1, head=not reward,
     )  # fmt: skip
 
 
@@ -83,23 +83,16 @@ def _precision(run: PlannedRun, shape: GPTConfig) -> str:
     return resolve_precision(run.settings["train.precision"], device, shape.n_embd)
 
 
-def work_of(plan: Plan, run: PlannedRun, shape: GPTConfig | None) -> Work | None:
+def work_of(plan: Plan, run: PlannedRun, shape: GPTConfig | None) -> RunWork | None:
     """How much a run computes; None where shape or steps are not known (`train.epochs` depends on the data)."""
     s = run.settings
     if shape is None or s["train.steps"] is None:
         return None
     block, rank, steps = s["data.block_size"], s["lora.rank"], s["train.steps"]
     done = plan.runs[run.continues].settings["train.steps"] or 0 if run.continues else 0
-    forward = 2.0 * (
-        shape.n_layer * sum(i * o for i, o in linear_sizes(shape).values()) + shape.vocab_size * shape.n_embd
-    )
-    forward += 2.0 * shape.n_layer * block * shape.n_embd  # causal attention: half of both products
-    step = 3 * forward
-    if rank:
-        adapters = count_adapters(shape, rank, adapted_layers(s["lora.targets"]) or ())
-        step = 2 * forward + 6.0 * adapters
-    if run.command == "dpo":
-        step += forward  # the reference
+    step_work = _step_of(run) or Work(block, rank=rank)
+    forward = forward_operations(shape, attended=block)
+    step = step_operations(shape, step_work, attended=block, reference=run.command == "dpo")
     rows = s["train.batch_size"] * block
     estimates = s["eval.at_start"] + (steps - done) / (s["eval.every"] or max(1, steps // ESTIMATES))
     operations = rows * ((steps - done) * s["train.accumulate"] * step + estimates * 2 * s["eval.iters"] * forward)
@@ -107,11 +100,11 @@ def work_of(plan: Plan, run: PlannedRun, shape: GPTConfig | None) -> Work | None
         run.command, s["model.name"], s["data.name"], s["data.max_rows"], s["data.batching"], block, bool(rank),
         s["optimizer.name"], s["train.precision"], s.get("eval.reward"),
     )  # fmt: skip
-    return Work(operations, kind)
+    return RunWork(operations, kind)
 
 
 def times(
-    works: Mapping[str, Work | None], ledger: Ledger, rates: Mapping[str, float] | None = None
+    works: Mapping[str, RunWork | None], ledger: Ledger, rates: Mapping[str, float] | None = None
 ) -> dict[str, Seconds | None]:
     """Expected seconds of every run: measured, from finished runs alike, scaled from others, or from a probe.
 

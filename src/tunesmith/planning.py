@@ -1,0 +1,236 @@
+"""What a training will take, from its configuration alone, and which settings fit: memory counted, time from a probe or a card.
+
+No data is read and no weights are loaded. `Setting` is a configuration with what follows from it; `alternatives` are the
+same training in less memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tunesmith.cards import CARDS, CONTEXT, Card, card_seconds
+from tunesmith.device import resident_memory, resolve_device, resolve_precision
+from tunesmith.errors import UsageError
+from tunesmith.evaluate import head_chunk
+from tunesmith.gpt import GPTConfig
+from tunesmith.memory import Memory, Work, adapted_layers, predict_memory
+from tunesmith.options import DPOConfig, RewardConfig
+from tunesmith.trainee import AnyConfig
+from tunesmith.workload import Rows
+
+LIBRARIES = 32e6  # bytes that threads, oneDNN's kernels and the like take with the first step on a CPU; measured
+HOLES = {True: (0.6, 0.0, 0.3), False: (0.8, 1.5, 0.0)}
+"""What a CPU's heap cannot use again: times one block's activations, the largest single block, all activations; with LoRA and
+without. Fitted to measured peaks (benchmarks/plan.py): glibc gives a freed place anew only where its alignment happens to fit."""
+CPU = Card("this processor", 0.0, 1e10, {"fp32": 1e11, "bf16": 1e11, "fp16": 1e11})  # only to compare settings with
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the training will run. name: as --device has it; card: None where it is this machine."""
+
+    name: str
+    card: Card | None
+    cpu: bool
+    memory: float
+    """Bytes that there are."""
+    base: float
+    """Bytes that the program takes before it has a model."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A configuration with its counted memory. changes: options that differ from what was asked."""
+
+    config: AnyConfig
+    shape: GPTConfig
+    rows: Rows
+    work: Work
+    memory: Memory
+    place: Place
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def peak(self) -> float:
+        """Bytes at the peak over the program's base: counted, and on a CPU with what libraries and the heap's holes take."""
+        if not self.place.cpu:
+            return self.memory.peak
+        m, (block, largest, activations) = self.memory, HOLES[self.work.rank > 0]
+        return m.peak + LIBRARIES + block * m.heap + largest * m.largest + activations * m.activations
+
+    @property
+    def total(self) -> float:
+        """Bytes that the whole process needs."""
+        return self.place.base + self.peak
+
+    @property
+    def estimate(self) -> float:
+        """Seconds of a step by the card's data sheet; on this machine only good to compare settings with."""
+        card = self.place.card or CPU
+        return card_seconds(
+            card, self.config.train.precision, self.shape, self.work, self.memory,
+            attended=self.rows.text_tokens, reference=live_reference(self.config),
+        )  # fmt: skip
+
+
+def find_place(name: str) -> Place:
+    """The device that `--device` names. Raises: UsageError listing what there is."""
+    if name in CARDS:
+        return Place(name, CARDS[name], False, CARDS[name].memory, CONTEXT)
+    if name != "auto" and name.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"--device {name}: expected auto, cpu, cuda or one of the cards {', '.join(CARDS)}")
+    device = resolve_device(name, "--device")
+    if device.type == "cuda":
+        import torch
+
+        return Place(str(device), None, False, torch.cuda.get_device_properties(device).total_memory, CONTEXT)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Place(str(device), None, device.type == "cpu", float(memory), resident_memory())
+
+
+def size_in_bytes(text: str) -> float:
+    """`16GB` (10^9), `16GiB`, `800MB` in bytes. Raises: UsageError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?b?|b)?", text.strip().lower())
+    if not match or not float(match[1]):
+        raise UsageError(f"--fit {text}: expected a size as 16GB or 800MB, or `device`")
+    unit = (match[2] or "gb")[0]
+    step = 1024 if "i" in (match[2] or "") else 1000
+    return float(match[1]) * float(step) ** {"b": 0, "k": 1, "m": 2, "g": 3}[unit]
+
+
+def make_setting(config: AnyConfig, shape: GPTConfig, rows: Rows, place: Place, changes: Mapping[str, Any]) -> Setting:
+    """A configuration, its defaults decided for `place` and with `changes` made, and its counted memory.
+
+    Raises: UsageError if the LoRA targets name no whole kinds of layers, whose memory is not counted.
+    """
+    config = _changed(config, changes)
+    t = config.train
+    if place.card:
+        precision = place.card.precision if t.precision == "auto" else t.precision
+    else:
+        precision = resolve_precision(t.precision, resolve_device(place.name), shape.n_embd)
+    config = _changed(config, {"train.precision": precision} | ({} if place.card else {"train.device": place.name}))
+    if isinstance(config, DPOConfig) and config.dpo.reference == "auto":
+        reference = "model" if config.dpo.reference_device else "cached"
+        config = _changed(config, {"dpo.reference": reference})
+    rows = rows_of(config, rows)
+    work = work_of(config, rows)
+    return Setting(config, shape, rows, work, predict_memory(shape, work), place, changes)
+
+
+def rows_of(config: AnyConfig, rows: Rows) -> Rows:
+    """What the rows will be like: random windows and padded rows hold one text each."""
+    d = config.data
+    everything = d.loss_on == "all" or (d.loss_on == "auto" and d.batching == "windows")
+    alone = d.batching != "packed"
+    texts = d.block_size if alone else min(rows.text_tokens, d.block_size)
+    return Rows(texts, 1.0 if everything else rows.supervised)
+
+
+def work_of(config: AnyConfig, rows: Rows) -> Work:
+    """What decides the step's memory and time. Raises: UsageError, as `make_setting`."""
+    t, d, lora = config.train, config.data, config.lora
+    targets = adapted_layers(lora.targets) if lora.rank else ()
+    if targets is None:
+        raise UsageError(
+            f"--lora.targets {lora.targets}: a plan counts adapters on whole kinds of layers; name these (c_attn, attn.c_proj, "
+            "mlp.c_fc, mlp.c_proj, lm_head, all-linear)"
+        )
+    tokens = t.batch_size * d.block_size
+    reward, half = isinstance(config, RewardConfig), t.precision != "fp32"
+    supervised = round(rows.supervised * tokens)
+    if reward:
+        supervised = 2 * max(1, round(tokens / rows.text_tokens))
+    mode = t.activation_checkpointing
+    return Work(
+        tokens, config.optimizer.name, supervised=max(1, supervised), packed=d.batching == "packed" or reward,
+        micro_batches=t.accumulate, rank=lora.rank, targets=targets, half=half,
+        chunk=head_chunk(t.precision) if t.precision != "auto" else 256,
+        checkpointing=False if mode == "auto" else mode, in_backward=t.optimizer_in_backward,
+        bf16_weights=t.weights == "bf16", copies=2 if _second_model(config) else 1, head=not reward,
+    )  # fmt: skip
+
+
+def _second_model(config: AnyConfig) -> bool:
+    return isinstance(config, DPOConfig) and config.dpo.reference == "model" and config.dpo.reference_device is None
+
+
+def live_reference(config: AnyConfig) -> bool:
+    """Whether DPO computes its reference in every step."""
+    return isinstance(config, DPOConfig) and config.dpo.reference in ("model", "adapter")
+
+
+def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
+    """The configuration with dotted options set."""
+    for name, value in changes.items():
+        group, key = name.split(".")
+        config = dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **{key: value})})
+    return config
+
+
+# ---- the same training in less memory --------------------------------------------------------------------------------
+
+INEXACT = ("train.weights", "optimizer.name", "train.grad_clip")
+
+
+def is_exact(changes: Mapping[str, Any]) -> bool:
+    """Whether the result stays the same, to rounding."""
+    return not any(name in changes for name in INEXACT)
+
+
+def alternatives(config: AnyConfig, *, inexact: bool) -> Iterator[dict[str, Any]]:
+    """Changes of options that leave the training what it is; with `inexact` also those that change its result a little.
+
+    Rows of a step, rank and block size stay. A micro-batch is split only into equal parts.
+    """
+    t = config.train
+    modes = ["selective", True] if t.activation_checkpointing in ("auto", False) else []
+    splits = [n for n in range(1, t.batch_size + 1) if t.batch_size % n == 0]
+    precisions = ["fp32", "bf16"] if inexact and t.weights == "fp32" else [t.weights]
+    optimizers = [config.optimizer.name, "adamw8bit"] if inexact and config.optimizer.name == "adamw" else [None]
+    cached = [{}, {"dpo.reference": "cached"}] if live_reference(config) else [{}]
+    for parts in splits:
+        accumulate = t.accumulate * parts
+        early = not t.optimizer_in_backward and accumulate == 1 and (inexact or t.grad_clip == 0)
+        if t.optimizer_in_backward and accumulate > 1:
+            continue
+        for mode in [None, *modes]:
+            for in_backward in (False, True) if early else (False,):
+                for weights in precisions:
+                    for optimizer in optimizers:
+                        for reference in cached:
+                            changes: dict[str, Any] = dict(reference)
+                            if mode is not None:
+                                changes["train.activation_checkpointing"] = mode
+                            if parts > 1:
+                                changes |= {"train.batch_size": t.batch_size // parts, "train.accumulate": accumulate}
+                            if in_backward:
+                                changes["train.optimizer_in_backward"] = True
+                                if t.grad_clip:
+                                    changes["train.grad_clip"] = 0.0
+                            if weights != t.weights:
+                                changes["train.weights"] = weights
+                            if optimizer not in (None, config.optimizer.name):
+                                changes["optimizer.name"] = optimizer
+                            yield changes
+
+
+def choose(settings: list[Setting], room: float) -> Setting | None:
+    """The fastest that fits in `room` bytes, an exact one where there is one; of equals the one that changes least."""
+    fitting = [s for s in settings if s.total <= room]
+    exact = [s for s in fitting if is_exact(s.changes)]
+    return min(exact or fitting, key=lambda s: (s.estimate, len(s.changes)), default=None)
+
+
+def effect(before: Setting, name: str, value: Any) -> tuple[float, float]:
+    """Bytes saved at the peak, and the share of the step's time that it costs, when this one option is changed."""
+    changes = {name: value}
+    if name == "train.batch_size":
+        changes["train.accumulate"] = before.config.train.accumulate * (before.config.train.batch_size // value)
+    after = make_setting(before.config, before.shape, before.rows, before.place, changes)
+    return before.peak - after.peak, after.estimate / before.estimate - 1

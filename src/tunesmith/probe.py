@@ -1,0 +1,170 @@
+"""How long a training step takes here: the step itself, timed on random weights and tokens with one block and with a few.
+
+A step's time is linear in the number of blocks, so t(n) = t(1) + (n - 1) (t(k) - t(1)) / (k - 1). Everything else is as it
+will be: width, rows, documents, precision, adapters, memory modes, the update.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tunesmith.batching import Batch
+from tunesmith.documents import Documents
+from tunesmith.evaluate import nll_sum
+from tunesmith.gpt import GPT, GPTConfig
+from tunesmith.lora import apply_lora
+from tunesmith.optim import OneByOne, build_optimizer
+from tunesmith.options import DPOConfig, RewardConfig
+from tunesmith.pairs import PairBatch, join_pairs
+from tunesmith.preferences import PreferenceLoss, dpo_loss_sum, reward_loss_sum
+from tunesmith.reference import adapter_off, second_model
+from tunesmith.reward import RewardModel
+from tunesmith.settings import precision_of
+from tunesmith.step import optimizer_step
+from tunesmith.trainee import AnyConfig, alpha_of, store_in_bf16
+from tunesmith.workload import Rows
+
+BLOCKS = 4  # of the larger of the two models
+BUDGET, REPEATS = 8.0, 5  # seconds after the warm-up, and most steps of each
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one micro-batch, forward and backward, and of the update after them."""
+
+    micro_batch: float
+    update: float
+
+    def step(self, micro_batches: int) -> float:
+        """Seconds of an optimizer step."""
+        return micro_batches * self.micro_batch + self.update
+
+
+def probe_step(config: AnyConfig, shape: GPTConfig, rows: Rows) -> StepTime:
+    """Time steps of a resolved configuration on its device, in about ten seconds (longer where a single step is)."""
+    few = min(BLOCKS, shape.n_layer)
+    steps = {n: make_step(config, dataclasses.replace(shape, n_layer=n), rows) for n in {1, few}}
+    for step in steps.values():
+        step()
+    found: dict[int, list[StepTime]] = {n: [] for n in steps}
+    began = time.perf_counter()
+    for _ in range(REPEATS):
+        for n, step in steps.items():  # in turn, so that a drift of the machine meets both
+            found[n].append(step())
+        if time.perf_counter() - began > BUDGET:
+            break
+
+    def whole(part: str) -> float:
+        one, more = (float(statistics.median(getattr(t, part) for t in found[n])) for n in (1, few))
+        return one if few == 1 else max(one, one + (shape.n_layer - 1) * (more - one) / (few - 1))
+
+    return StepTime(whole("micro_batch"), whole("update"))
+
+
+def make_step(config: AnyConfig, shape: GPTConfig, rows: Rows, micro_batches: int = 1) -> Callable[[], StepTime]:
+    """A model of this shape with random weights, and a function that trains it one step on random tokens and tells the time."""
+    device = torch.device(config.train.device)
+    gpt = GPT(shape)
+    gpt.init_weights(torch.Generator().manual_seed(0))
+    model: nn.Module = RewardModel(gpt) if isinstance(config, RewardConfig) else gpt
+    if config.lora.rank:
+        lora = config.lora
+        apply_lora(gpt, lora.targets, rank=lora.rank, alpha=alpha_of(lora), dropout=lora.dropout)
+    if config.train.weights == "bf16":
+        store_in_bf16(model)
+    model.to(device).train()
+    mode = config.train.activation_checkpointing
+    gpt.activation_checkpointing = False if mode == "auto" else mode
+    o, in_backward = config.optimizer, config.train.optimizer_in_backward
+    plain = build_optimizer(model, o.name, lr=o.lr or 1e-6, weight_decay=o.weight_decay, momentum=o.momentum)
+    one_by_one = OneByOne(plain, in_backward=in_backward)
+    one_by_one.allocate_state()
+    optimizer = one_by_one if in_backward or (config.train.weights == "bf16" and not config.lora.rank) else plain
+    batch, loss_sum = _work(config, model, gpt, rows, device)
+
+    def timed() -> StepTime:
+        marks: list[float] = []
+
+        def backward_done(*_: Any) -> None:
+            _wait(device)
+            marks.append(time.perf_counter())
+
+        handle = plain.register_step_pre_hook(backward_done)
+        _wait(device)
+        began = time.perf_counter()
+        optimizer_step(model, [batch] * micro_batches, loss_sum, optimizer, max_norm=config.train.grad_clip)
+        _wait(device)
+        ended = time.perf_counter()
+        handle.remove()
+        update_from = ended if in_backward or not marks else marks[0]
+        return StepTime((update_from - began) / micro_batches, ended - update_from)
+
+    return timed
+
+
+def _work(
+    config: AnyConfig, model: Any, gpt: GPT, rows: Rows, device: torch.device
+) -> tuple[Any, Callable[[Any], Tensor]]:
+    """A micro-batch of random tokens and the loss of the command."""
+    precision = precision_of(config)
+    if isinstance(config, RewardConfig):
+        return pair_batch(config, gpt.config, rows).to(device), lambda b: reward_loss_sum(model, b, precision)
+    if not isinstance(config, DPOConfig):
+        return text_batch(config, gpt.config, rows).to(device), lambda b: nll_sum(gpt, b, precision)
+    pairs = pair_batch(config, gpt.config, rows).to(device)
+    held = torch.zeros(pairs.count, 2, device=device)
+    mode = config.dpo.reference
+    reference: Callable[[PairBatch], Tensor] = lambda _: held  # noqa: E731
+    if mode == "adapter":
+        reference = adapter_off(gpt, precision)
+    elif mode == "model":
+        reference = second_model(gpt, torch.device(config.dpo.reference_device or device), precision)
+    settings = PreferenceLoss(config.dpo.beta, config.dpo.loss, config.dpo.label_smoothing or 0.0)
+    return pairs, lambda b: dpo_loss_sum(gpt, b, reference(b), settings, precision)
+
+
+def text_batch(config: AnyConfig, shape: GPTConfig, rows: Rows) -> Batch:
+    """Random texts in rows as the configuration batches them; the end of each carries loss."""
+    b, t = config.train.batch_size, config.data.block_size
+    generator = torch.Generator().manual_seed(1)
+    packed = config.data.batching == "packed"
+    lengths = split_evenly(t, rows.text_tokens) if packed else [t]
+    row = torch.cat([torch.arange(n) >= n - round(rows.supervised * n) for n in lengths])
+    chosen = row.repeat(b).nonzero()[:, 0]
+    ids = torch.randint(shape.vocab_size, (b, t), generator=generator)
+    targets = torch.randint(shape.vocab_size, (len(chosen),), generator=generator)
+    documents = Documents.from_rows([lengths] * b) if packed else None
+    return Batch(ids, chosen, targets, documents, b * t, (0,))
+
+
+def pair_batch(config: AnyConfig, shape: GPTConfig, rows: Rows) -> PairBatch:
+    """Random pairs that fill the rows; the two answers have the share of each pair's tokens that carries loss."""
+    tokens, draw = config.train.batch_size * config.data.block_size, np.random.default_rng(1)
+    parts = []
+    for n in split_evenly(tokens, rows.text_tokens):
+        answer = max(1, round(rows.supervised * n / 2))
+        prompt, chosen, rejected = (
+            draw.integers(shape.vocab_size, size=k) for k in (max(1, n - 2 * answer), answer, answer)
+        )
+        parts.append((prompt, chosen, rejected))
+    return join_pairs(parts, [(True, True)] * len(parts), shape.vocab_size - 1, config.data.block_size)
+
+
+def split_evenly(tokens: int, size: int) -> list[int]:
+    """Lengths of texts of about `size` tokens that fill `tokens`, none longer than the others by more than one."""
+    count = max(1, round(tokens / size))
+    return [tokens // count + (i < tokens % count) for i in range(count)]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,268 @@
+"""Memory and time of a training before it runs.
+
+    tunesmith plan sft --model.name gpt2-medium --lora.rank 8
+    tunesmith plan dpo --config my.yaml --fit 16GB
+    tunesmith plan --config paper/e1 --device p100
+
+Memory is counted from the shape, component by component; time comes from a probe of about ten seconds on this machine, or is
+estimated from a card's data sheet. `--fit` looks among the memory modes that leave the result what it is, and says what each
+saves and costs. Left out: the evaluation's answers and a reward model beside the training, and dropout's masks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tunesmith.device import keep_freed_memory
+from tunesmith.errors import UsageError, UserError
+from tunesmith.gpt import SIZES, GPTConfig
+from tunesmith.models import known_shape
+from tunesmith.options import DPOConfig, RewardConfig
+from tunesmith.plan_options import PlanDPO, PlanPretrain, PlanReward, PlanSFT
+from tunesmith.planning import Setting, alternatives, choose, effect, find_place, is_exact, make_setting, size_in_bytes
+from tunesmith.pretrain_options import PretrainConfig
+from tunesmith.probe import StepTime, probe_step
+from tunesmith.scratch import problems_of, resolve_shape
+from tunesmith.settings import check_options, check_pair_options
+from tunesmith.trainee import AnyConfig
+from tunesmith.workload import Rows
+
+PlanConfig = PlanSFT | PlanDPO | PlanReward | PlanPretrain
+ESTIMATES = 40  # as `settings.resolve_length` spreads them
+GAINS = {
+    "train.activation_checkpointing": "activations are computed again in backward",
+    "train.batch_size": "fewer rows at a time; the gradient is the same sum",
+    "train.optimizer_in_backward": "each gradient is freed as soon as it is used",
+    "train.weights": "matrices in two bytes a number, updated with stochastic rounding",
+    "optimizer.name": "optimizer state in one byte a number",
+    "train.grad_clip": "what the update inside backward asks for; clipping is lost",
+    "dpo.reference": "no second set of weights; computed once before the training",
+}
+
+
+def plan(options: PlanConfig) -> dict[str, Any]:
+    """Print the plan of a training; returns what `--out` holds.
+
+    Raises: UserError if the options are wrong, the model's shape is not known without a download, or nothing fits.
+    """
+    keep_freed_memory()
+    config, shape = _resolved(options)
+    place = find_place(options.device)
+    if not 0 < options.supervised <= 1 or options.text_tokens < 4:
+        raise UsageError("--supervised is a share of tokens, more than 0 and at most 1, and --text_tokens at least 4")
+    rows = Rows(options.text_tokens, options.supervised)
+    room = None
+    if options.fit is not None:
+        room = place.memory if options.fit == "device" else size_in_bytes(options.fit)
+    asked = make_setting(config, shape, rows, place, {})
+    chosen, told = asked, []
+    if room is not None:
+        every = [make_setting(config, shape, rows, place, c) for c in alternatives(config, inexact=options.fit_inexact)]
+        found = choose(every, room)
+        if found is None:
+            raise UserError(_nothing_fits(asked, every, room))
+        chosen, told = found, _reasons(asked, found, every, room)
+    time = None if place.card else probe_step(chosen.config, shape, chosen.rows)
+    record = _record(asked, chosen, time)
+    for line in [*_header(chosen, record), *_memory_lines(chosen), *_time_lines(chosen, record), *told]:
+        print(line)
+    if options.out:
+        Path(options.out).write_text(json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def _resolved(options: PlanConfig) -> tuple[AnyConfig, GPTConfig]:
+    """The training's configuration, checked, and the shape of its model."""
+    if isinstance(options, PretrainConfig):
+        if known_shape(options.model.name) is None:
+            raise UserError(_unknown(options.model.name))
+        config, shape = resolve_shape(options)
+        check_options(config, [p for p in problems_of(config) if not p.startswith("--data.name")])  # no data is read
+        return config, dataclasses.replace(shape, vocab_size=_vocabulary(config, shape))
+    check_options(options, check_pair_options(options.data) if isinstance(options, PlanDPO | PlanReward) else [])
+    found = known_shape(options.model.name)
+    if found is None:
+        raise UserError(_unknown(options.model.name))
+    if options.data.block_size > found.block_size:
+        raise UserError(
+            f"--data.block_size {options.data.block_size:,} is more than {options.model.name} can hold: it has positions "
+            f"for {found.block_size:,} tokens. Use {found.block_size} or less"
+        )
+    return options, found
+
+
+def _vocabulary(config: PretrainConfig, shape: GPTConfig) -> int:
+    """Tokens of a new tokenizer, or of the one that is named, where its model's shape tells them."""
+    if config.tokenizer.vocab_size:
+        return config.tokenizer.vocab_size
+    named = known_shape(config.tokenizer.name)
+    return named.vocab_size if named else shape.vocab_size
+
+
+def _unknown(name: str) -> str:
+    return (
+        f"the shape of {name} is not known without a download; name a directory that holds it, or the size that it has: "
+        f"{', '.join(SIZES)}"
+    )
+
+
+# ---- time ------------------------------------------------------------------------------------------------------------
+
+
+def _record(asked: Setting, s: Setting, time: StepTime | None) -> dict[str, Any]:
+    """The plan as plain values: bytes, seconds, and where each is from."""
+    t, e, m = s.config.train, s.config.eval, s.memory
+    seconds = time.step(t.accumulate) if time else s.estimate
+    tokens = s.work.tokens * t.accumulate
+    every = e.every or max(1, (t.steps or 1000) // ESTIMATES)
+    forward = (time.micro_batch if time else seconds / t.accumulate) / 3
+    estimates = (e.at_start + (t.steps or 1000) / every) * 2 * e.iters * forward
+    return {
+        "command": _command(s.config), "model": s.config.model.name, "device": s.place.name,
+        "precision": t.precision, "changes": dict(s.changes), "exact": is_exact(s.changes),
+        "memory": {
+            "parameters": m.parameters, "gradients": m.gradients, "optimizer": m.optimizer, "activations": m.activations,
+            "logits": m.logits, "counted_peak": m.peak, "moment": m.moment, "moments": dict(m.moments),
+            "peak": round(s.peak), "base": round(s.place.base), "total": round(s.total),
+        },
+        "asked_total": round(asked.total), "memory_source": "counted",
+        "tokens_per_step": tokens, "seconds_per_step": seconds, "tokens_per_s": tokens / seconds,
+        "steps": t.steps, "training_seconds": (t.steps or 1000) * seconds, "estimates_seconds": estimates,
+        "time_source": "probed here" if time else "estimated from the data sheet, not measured",
+        "text_tokens": s.rows.text_tokens, "supervised": s.rows.supervised,
+    }  # fmt: skip
+
+
+def _command(config: AnyConfig) -> str:
+    if isinstance(config, PretrainConfig):
+        return "pretrain"
+    return "dpo" if isinstance(config, DPOConfig) else "reward" if isinstance(config, RewardConfig) else "sft"
+
+
+def _time_lines(s: Setting, record: dict[str, Any]) -> list[str]:
+    steps, source = record["steps"], record["time_source"]
+    count = f"{steps:,} steps" if steps else "1,000 steps (how many an epoch has depends on the data)"
+    whole = record["training_seconds"] + record["estimates_seconds"]
+    lines = [
+        f"time                    {source}",
+        f"  tokens a step         {record['tokens_per_step']:,}, of them {s.rows.supervised:.0%} with loss, "
+        f"in texts of {s.rows.text_tokens:,} (--supervised, --text_tokens)",
+        f"  seconds a step        {record['seconds_per_step']:.3f}",
+        f"  tokens/s              {record['tokens_per_s']:,.0f}",
+        f"  {count}: {_span(record['training_seconds'])}, with the loss estimates {_span(whole)}",
+    ]
+    if isinstance(s.config, DPOConfig) and s.config.dpo.reference == "cached":
+        lines.append("  and a forward pass over all pairs before the first step, where the reference is not known yet")
+    if s.place.card:
+        lines.append(
+            f"  assumed: products reach 45 % of the {s.place.card.title}'s dense peak, the rest 70 % of its bandwidth"
+        )
+    return lines
+
+
+def _span(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def _header(s: Setting, record: dict[str, Any]) -> list[str]:
+    rank = f"LoRA rank {s.work.rank}" if s.work.rank else "all weights"
+    where = s.place.card.title if s.place.card else s.place.name
+    return [
+        f"{record['command']} of {s.config.model.name} ({s.shape.n_layer} blocks, width {s.shape.n_embd}), {rank}, "
+        f"{s.config.optimizer.name}, {s.config.train.precision}, on {where}"
+    ]
+
+
+def _memory_lines(s: Setting) -> list[str]:
+    m = s.memory
+    parts = {
+        "parameters": m.parameters, "gradients": m.gradients, "optimizer state": m.optimizer,
+        "activations": m.activations, "logits": m.logits,
+    }  # fmt: skip
+    lines = ["memory                  counted; not all of it is there at one time"]
+    lines += [f"  {name:<20}  {_gb(size)}" for name, size in parts.items()]
+    lines.append(f"  {'peak':<20}  {_gb(m.peak)}, at {m.moment}")
+    if s.place.cpu:
+        lines.append(
+            f"  {'process at the peak':<20}  {_gb(s.total)}: {_gb(s.place.base)} for Python and torch, {_gb(s.peak - m.peak)} for "
+            "libraries and holes in the heap"
+        )
+    else:
+        lines.append(f"  {'process at the peak':<20}  {_gb(s.total)}: {_gb(s.place.base)} assumed for the CUDA context")
+    return lines
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 5e6 else f"{size / 1e6:.2f} MB"
+
+
+# ---- what fits -------------------------------------------------------------------------------------------------------
+
+
+def _reasons(asked: Setting, chosen: Setting, every: Sequence[Setting], room: float) -> list[str]:
+    """What was changed and why, and what did not fit."""
+    lines = [f"fits in {_gb(room)} with {_gb(room - chosen.total)} to spare"]
+    if not chosen.changes:
+        return [*lines, "  as it is: nothing has to be changed"]
+    lines[0] += f"; as asked it would need {_gb(asked.total)}, {_gb(asked.total - room)} too much"
+    lines.append(f"  add: {_words(chosen.changes)}")
+    for name, value in chosen.changes.items():
+        if name in ("train.accumulate", "train.grad_clip") and name != list(chosen.changes)[-1]:
+            continue
+        saved, cost = effect(asked, name, value)
+        inexact = "" if is_exact({name: value}) else "; not exact"
+        lines.append(
+            f"  {name} {_value(value)}: {GAINS[name]}; alone saves {_gb(saved)}, about {cost:+.0%} time{inexact}"
+        )
+    faster = sorted((s for s in every if s.total > room and s.estimate < chosen.estimate), key=lambda s: s.estimate)
+    for s in faster[:4]:
+        lines.append(f"  faster but {_gb(s.total - room)} too large: {_words(s.changes) or 'as asked'}")
+    return lines
+
+
+def _words(changes: Any) -> str:
+    return " ".join(f"--{name} {_value(value)}" for name, value in changes.items())
+
+
+def _value(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _nothing_fits(asked: Setting, every: Sequence[Setting], room: float) -> str:
+    """Why nothing fits, and what would: changes of the training itself, that only the user can decide."""
+    least = min(every, key=lambda s: s.total)
+    ideas: list[str] = []
+    leanest = dict(least.changes)
+
+    def idea(words: str, more: dict[str, Any]) -> None:
+        s = make_setting(asked.config, asked.shape, asked.rows, asked.place, leanest | more)
+        ideas.append(f"{words} needs {_gb(s.total)}" + ("" if s.total <= room else ", too much as well"))
+
+    if not asked.work.rank and not isinstance(asked.config, PretrainConfig):
+        idea("--lora.rank 8", {"lora.rank": 8})
+    half = asked.config.data.block_size // 2
+    if half >= 64:
+        idea(f"--data.block_size {half}", {"data.block_size": half})
+    if all(is_exact(s.changes) for s in every):
+        inexact = [
+            make_setting(asked.config, asked.shape, asked.rows, asked.place, c)
+            for c in alternatives(asked.config, inexact=True)
+        ]
+        s = min(inexact, key=lambda s: s.total)
+        ideas.append(
+            f"--fit_inexact true ({_words(s.changes)}) needs {_gb(s.total)}"
+            + ("" if s.total <= room else ", too much as well")
+        )
+    return (
+        f"--fit: nothing fits in {_gb(room)}; the leanest ({_words(least.changes) or 'as asked'}) needs {_gb(least.total)}, "
+        f"{_gb(least.total - room)} too much. {'; '.join(ideas)}"
+    )
