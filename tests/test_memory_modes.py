@@ -19,6 +19,7 @@ from tunesmith.errors import UserError
 from tunesmith.evaluate import nll_sum
 from tunesmith.gpt import GPTConfig
 from tunesmith.lora import apply_lora
+from tunesmith.memory import BF16_SLICE
 from tunesmith.optim import OneByOne, build_optimizer, round_stochastically, set_learning_rate
 from tunesmith.step import optimizer_step
 from tunesmith.trainee import store_in_bf16
@@ -238,6 +239,30 @@ def test_rounding_is_to_a_neighbour_and_right_in_the_mean():
     ) / gap  # of a mean of 400 draws, each off by at most 1 and with a deviation of at most 1/2
     assert error.abs().max() < 6 * 0.5 / math.sqrt(400)
     assert abs(float(error.mean())) < 5 * 0.5 / math.sqrt(400 * x.numel())
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd-momentum", "sgd"])
+def test_a_matrix_updated_in_pieces_is_the_matrix_updated_whole(name, monkeypatch):
+    """With nearest rounding, which draws nothing; two steps, so that the state goes through it too."""
+    monkeypatch.setattr(optim, "round_stochastically", lambda x: x.to(torch.bfloat16))
+    results = []
+    for size in (2**22, 70):
+        monkeypatch.setattr(optim, "SLICE", size)
+        weight = torch.nn.Parameter(torch.linspace(-1, 1, 33 * 7).view(33, 7).to(torch.bfloat16))
+        plain = build_optimizer(torch.nn.ParameterList([weight]), name, lr=0.1, weight_decay=0.1)
+        optimizer = OneByOne(plain, in_backward=False)
+        optimizer.allocate_state()
+        for step in range(3):
+            weight.grad = torch.sin(weight.detach() * (step + 3))
+            optimizer.step()
+        results.append([weight.detach(), *optimizer.state.get(weight, {}).values()])
+    assert len(results[0]) == {"adamw": 4, "sgd-momentum": 2, "sgd": 1}[name]
+    for whole, pieces in zip(*results, strict=True):
+        torch.testing.assert_close(pieces, whole)  # to a rounding: kernels round the ends of a tensor otherwise
+
+
+def test_the_planner_knows_the_size_of_a_piece():
+    assert BF16_SLICE == optim.SLICE
 
 
 def test_numbers_that_bfloat16_has_stay_and_so_do_infinities():

@@ -15,6 +15,7 @@ SLOTS: Mapping[str, int] = {"adamw": 2, "adam": 2, "sgd": 0, "sgd-momentum": 1, 
 """Numbers that an optimizer keeps for every trained one."""
 EIGHT_BIT_FROM, EIGHT_BIT_BLOCK = 4096, 256  # torchao: smaller weights keep their state in float32
 BF16_UPDATE = 20  # bytes a number: the float32 copies of weight and gradient, and what rounding makes on the way
+BF16_SLICE = 2**22  # numbers that are updated at a time (optim.SLICE); with 8-bit state a whole matrix
 LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
@@ -263,7 +264,8 @@ def predict_memory(shape: Shape, work: Work) -> Memory:
     left = gradients
     if work.in_backward:
         left = max(stored * max(sizes), tied) if whole else 4 * max(adapter_sizes(shape, work.rank, work.targets))
-    update = BF16_UPDATE * max(sizes) if work.bf16_weights and whole else 0
+    at_once = max(sizes) if work.optimizer == "adamw8bit" else min(max(sizes), BF16_SLICE)
+    update = BF16_UPDATE * at_once if work.bf16_weights and whole else 0
     fixed = parameters + state
     waiting = earlier + (stored * vocabulary if head else 0)
     moments = {

@@ -98,6 +98,9 @@ def set_learning_rate(optimizer: Optimizer | OneByOne, lr: float) -> None:
             group["lr"] = lr
 
 
+SLICE = 2**22  # numbers of a bfloat16 parameter that are in float32 at a time
+
+
 class OneByOne:
     """An optimizer made to update one parameter at a time, so that what an update needs exists for one of them only.
 
@@ -166,22 +169,38 @@ class OneByOne:
 
     @torch.no_grad()
     def _update(self, p: Tensor, **settings: Any) -> None:
-        whole, state, exact = self.optimizer.param_groups, self.optimizer.state, p
-        if p.dtype is torch.bfloat16:
-            assert p.grad is not None
-            exact = p.detach().float()
-            exact.grad, p.grad = p.grad.float(), None
-            if p in state:
-                state[exact] = state.pop(p)
+        if p.dtype is not torch.bfloat16:
+            self._step(p, p, settings)
+            return
+        assert p.grad is not None
+        held = self.state.pop(p, {})
+        apart = bool(held) and not any(hasattr(value, "qmap") for value in held.values())
+        rows = max(1, SLICE * len(p) // p.numel()) if apart else len(p)
+        for piece in (slice(start, start + rows) for start in range(0, len(p), rows)):
+            exact = p[piece].float()
+            exact.grad = p.grad[piece].float()
+            if (
+                held
+            ):  # what is kept for every number goes by rows; the step's number would be counted up with each piece
+                parts = {k: v[piece] if v.shape == p.shape else v.clone() for k, v in held.items()}
+                self.state[exact] = parts if apart else held
+            self._step(exact, p, settings)
+            p[piece] = round_stochastically(exact)
+            made = self.state.pop(exact, {})
+        if apart:
+            self.state[p] = {k: v if v.shape == p.shape else made[k] for k, v in held.items()}
+        elif made:
+            self.state[p] = made
+        p.grad = None
+
+    def _step(self, exact: Tensor, p: Tensor, settings: dict[str, Any]) -> None:
+        """One step of the optimizer that sees `exact` only, as a parameter of p's group."""
+        whole = self.optimizer.param_groups
         self.optimizer.param_groups = [{**whole[self.group[p]], "params": [exact], **settings}]
         try:
             self.optimizer.step()
         finally:
             self.optimizer.param_groups = whole
-        if exact is not p:
-            if exact in state:
-                state[p] = state.pop(exact)
-            p.copy_(round_stochastically(exact))
 
 
 def round_stochastically(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from tunesmith.errors import UserError
 from tunesmith.gpt import GPT, GPTConfig
@@ -161,14 +162,20 @@ def load_model(directory: Path, *, dropout: float | None = None) -> GPT:
     return model.eval()
 
 
+class _Unset(TorchFunctionMode):
+    """Inside, the functions of torch.nn.init leave tensors as they are."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else named["tensor"]
+        return func(*args, **named)
+
+
 def empty_model(config: GPTConfig) -> GPT:
     """A model of that shape on the CPU, whose weights are not set yet."""
-    with torch.device("meta"):
-        model = GPT(config)
-    model.to_empty(device="cpu")
-    if config.tied_head:
-        model.lm_head.weight = model.wte.weight
-    return model
+    with _Unset():
+        return GPT(config)
 
 
 def stored_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
