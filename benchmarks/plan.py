@@ -22,7 +22,7 @@ from typing import Any
 GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768}
 MEDIUM = {"n_layer": 24, "n_head": 16, "n_embd": 1024}
 SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 384}
-SAMPLE = {"n_layer": 4, "n_head": 4, "n_embd": 256, "vocab_size": 4096}
+SAMPLE = {"n_layer": 6, "n_head": 4, "n_embd": 256, "vocab_size": 6144}
 LORA = {"lora.rank": 8}
 EARLY = {"train.optimizer_in_backward": True, "train.grad_clip": 0.0}
 SELECTIVE, RECOMPUTE = ({"train.activation_checkpointing": mode} for mode in ("selective", True))
@@ -34,13 +34,13 @@ def _rows(batch: int, block: int) -> dict[str, Any]:
 
 
 CASES: dict[str, tuple[str, dict[str, int], dict[str, Any]]] = {  # name: (command, shape, options)
-    "sample 4 x 256": ("sft", SAMPLE, _rows(4, 512)),
-    "sample 4 x 256, long": ("sft", SAMPLE, _rows(4, 1024)),
-    "sample 4 x 256, SGD": ("sft", SAMPLE, _rows(2, 1024) | {"optimizer.name": "sgd"}),
-    "sample 4 x 256, LoRA": ("sft", SAMPLE, _rows(4, 1024) | LORA),
-    "sample 4 x 256, DPO": ("dpo", SAMPLE, _rows(4, 1024)),
-    "sample 4 x 256, reward model": ("reward", SAMPLE, _rows(4, 1024)),
-    "sample 4 x 256, windows": ("sft", SAMPLE, _rows(4, 1024) | {"data.batching": "windows"}),
+    "sample 6 x 256": ("sft", SAMPLE, _rows(4, 512)),
+    "sample 6 x 256, long": ("sft", SAMPLE, _rows(4, 1024)),
+    "sample 6 x 256, SGD": ("sft", SAMPLE, _rows(2, 1024) | {"optimizer.name": "sgd"}),
+    "sample 6 x 256, LoRA": ("sft", SAMPLE, _rows(4, 1024) | LORA),
+    "sample 6 x 256, DPO": ("dpo", SAMPLE, _rows(4, 1024)),
+    "sample 6 x 256, reward model": ("reward", SAMPLE, _rows(4, 1024)),
+    "sample 6 x 256, windows": ("sft", SAMPLE, _rows(4, 1024) | {"data.batching": "windows"}),
     "6 x 384": ("sft", SMALL, _rows(1, 1024)),
     "6 x 384, batch 4": ("sft", SMALL, _rows(4, 1024)),
     "6 x 384, batch 2 x 2": ("sft", SMALL, _rows(2, 1024) | {"train.accumulate": 2}),

@@ -43,7 +43,7 @@ def scripted_model(script: Mapping[int, Sequence[float]], block_size: int, vocab
     return model.eval()
 
 
-def saying(ids: Sequence[int], prompt_length: int, block_size: int = 64, vocab_size: int = 4096) -> GPT:
+def saying(ids: Sequence[int], prompt_length: int, block_size: int = 64, vocab_size: int = 6144) -> GPT:
     """A model that, after a prompt of this many tokens, says `ids` for certain."""
     script = {prompt_length - 1 + i: [100.0 * (v == token) for v in range(vocab_size)] for i, token in enumerate(ids)}
     return scripted_model(script, block_size, vocab_size)

@@ -26,8 +26,8 @@ from tunesmith.tokenizer import Tokenizer
 from tunesmith.weights import load_model, save_model, weights_fingerprint
 
 TOLERANCE = 1e-5
-SHAPE = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=4096, block_size=64)
-IDS = torch.randint(0, 4096, (2, 24), generator=torch.Generator().manual_seed(0))
+SHAPE = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=6144, block_size=64)
+IDS = torch.randint(0, 6144, (2, 24), generator=torch.Generator().manual_seed(0))
 TRAINED = {
     "lora__rank": 4, "train__steps": 4, "optimizer__lr": 0.05, "eval__every": 2, "checkpoint__every": 2, "eval__iters": 1,
 }  # fmt: skip

@@ -173,7 +173,7 @@ def test_colours_differ_in_more_than_hue():
 def test_different_tokenizers_are_told_before_anything_is_generated(compare, models, tokenizer, tmp_path):
     other = directory(tmp_path / "gpt2", 1, tokenizer)
     *_, printed = compare(models[0], other, "--logprobs", code=1)
-    for part in ("--logprobs", str(models[0]), "4,096", "50,257", "different tokenizers", "leave --logprobs out"):
+    for part in ("--logprobs", str(models[0]), "6,144", "50,257", "different tokenizers", "leave --logprobs out"):
         assert part in printed.err
     assert printed.out == ""
     summary, *_ = compare(models[0], other)

@@ -209,7 +209,7 @@ def test_trl_makes_the_same_tokens_of_the_same_texts(trl_trainer):
     store = PairStore(tokenise(open_dataset(PairDataOptions(name="sample")), "test", tokenizer, form="pairs"))
     ours = [[part.tolist() for part in store.tokens(i)] for i in range(len(store))]
     rows = [dict(zip(("prompt", "chosen", "rejected"), map(tokenizer.decode, parts), strict=True)) for parts in ours]
-    small = random_model(GPTConfig(n_layer=1, n_head=1, n_embd=4, vocab_size=4096, block_size=8))
+    small = random_model(GPTConfig(n_layer=1, n_head=1, n_embd=4, vocab_size=6144, block_size=8))
     trainer = trl_trainer(small, small, rows, PreferenceLoss())
     assert len(rows) == 40
     for (prompt, *answers), theirs in zip(ours, trainer.train_dataset, strict=True):

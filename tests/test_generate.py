@@ -28,7 +28,7 @@ from tunesmith.linear import packable
 from tunesmith.models import SAMPLE
 from tunesmith.tokenizer import Tokenizer
 
-SHAPE = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=4096, block_size=96)
+SHAPE = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=6144, block_size=96)
 GREEDY = Sampling(temperature=0)
 READ = generation._read
 QUESTIONS = ["Hi", "What is love?", "Name three rivers of Asia, and say where they end.", "Why?", "And now, " * 9]
@@ -49,7 +49,7 @@ def tok():
 @pytest.fixture(scope="module")
 def model():
     """Float64, so that another order of summation cannot tip a close decision."""
-    return random_model(SHAPE, dtype=torch.float64)
+    return random_model(SHAPE, 10, dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +103,9 @@ def test_greedy_tokens_are_those_of_transformers_in_one_padded_batch(model, tok,
 def test_rows_leave_the_batch_as_they_end_and_the_others_do_not_notice(monkeypatch):
     """A token that a random model says now and then is made the end of text."""
     model = random_model(SHAPE, dtype=torch.float64)
-    prompts = [torch.randint(0, 4096, (3 + 7 * i % 11,)).tolist() for i in range(24)]
+    prompts = [torch.randint(0, 6144, (3 + 7 * i % 11,)).tolist() for i in range(24)]
     endless = [greedy(model, p, 30, -1) for p in prompts]
-    end = max(range(4096), key=lambda t: len({row.index(t) for row in endless if t in row}))
+    end = max(range(6144), key=lambda t: len({row.index(t) for row in endless if t in row}))
     expected = [greedy(model, p, 30, end) for p in prompts]
     assert len({len(row) for row in expected}) > 4
     sizes = []

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(
     reason="no CUDA device is visible; where one is: CUDA_VISIBLE_DEVICES=0 python -m pytest tests/test_gpu.py",
 )
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
-SHAPE = GPTConfig(n_layer=3, n_head=2, n_embd=64, vocab_size=4096, block_size=256)
+SHAPE = GPTConfig(n_layer=3, n_head=2, n_embd=64, vocab_size=6144, block_size=256)
 HALF = [torch.float16, torch.bfloat16]
 NEAR = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
 

@@ -16,7 +16,7 @@ from tunesmith.models import SAMPLE, load_for_training
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.weights import save_model
 
-SHAPE = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=4096, block_size=24)
+SHAPE = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=6144, block_size=24)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_a_run_without_estimates_means_its_last_checkpoint(run):
 def test_the_embedded_sample_loads_in_the_asked_dtype():
     model, tokenizer = ts.load("sample", device="cpu", dtype=torch.bfloat16)
     assert model.wte.weight.dtype == torch.bfloat16
-    assert model.config.vocab_size == tokenizer.vocab_size == 4096
+    assert model.config.vocab_size == tokenizer.vocab_size == 6144
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_a_run_without_checkpoints_says_so(run):
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, small_tokenizer):
     save_model(random_model(replace(SHAPE, vocab_size=100)), small_tokenizer, tmp_path)
-    with pytest.raises(UserError, match=r"4,096 tokens.*100"):
+    with pytest.raises(UserError, match=r"6,144 tokens.*100"):
         ts.load(str(tmp_path), device="cpu")
 
 

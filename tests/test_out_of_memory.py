@@ -82,7 +82,7 @@ def test_halves_hold_the_same_documents_targets_and_sources(batching, fill_to):
         assert all(len(part.targets) % part.fill_to == 0 for part in parts)
         for half in batch.halves():
             assert half.size == batch.size // 2
-        model = random_model(GPTConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=4096, block_size=256))
+        model = random_model(GPTConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=6144, block_size=256))
         assert sum(batch_nll(model, part)[0] for part in parts) == pytest.approx(
             batch_nll(model, batch)[0], rel=FLOAT64
         )
@@ -142,7 +142,7 @@ def case(kind):
     """A model in float64, two micro-batches, and the summed loss."""
     pairs = kind in ("dpo", "reward")
     torch.manual_seed(0)
-    shape = {"vocab_size": 500 if pairs else 4096, "block_size": 256 if not pairs else 64}
+    shape = {"vocab_size": 500 if pairs else 6144, "block_size": 256 if not pairs else 64}
     model = random_model(GPTConfig(n_layer=2, n_head=2, n_embd=16, **shape), dtype=torch.float64).train()
     if not pairs:
         batching, _, steady = kind.partition(" ")

@@ -32,10 +32,10 @@ from tunesmith.training import load_splits
 from tunesmith.weights import save_model
 
 FLOAT32, FLOAT64 = 1e-5, 1e-10
-SHAPE = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=4096, block_size=256)
+SHAPE = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=6144, block_size=256)
 FEW = {"train__steps": 4, "optimizer__lr": 1e-2, "eval__every": 2, "checkpoint__every": 2, "data__block_size": 200}
 LORA = {"lora__rank": 4, "lora__dropout": 0.1, "lora__targets": "c_attn,mlp.c_fc"}
-TEXTS = [torch.randint(1, 4096, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (9, 1, 40, 17)]
+TEXTS = [torch.randint(1, 6144, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (9, 1, 40, 17)]
 
 
 def train(model, out, **options):

@@ -63,7 +63,7 @@ def test_metrics_lines_have_the_promised_keys_and_sane_values(run):
     assert all({"train_loss", "validation_loss", "validation_perplexity"} <= set(line) for line in estimates)
     assert [line["lr"] for line in train] == pytest.approx([0.00025, 0.0005, 0.00075, 0.001, 0.001, 0.001])
     assert all(a["tokens"] < b["tokens"] <= 2 * 128 * b["step"] for a, b in itertools.pairwise(train))
-    assert train[0]["loss"] == pytest.approx(math.log(4096), abs=0.1)  # new weights know nothing
+    assert train[0]["loss"] == pytest.approx(math.log(6144), abs=0.1)  # new weights know nothing
     for line in estimates:
         assert line["validation_perplexity"] == pytest.approx(math.exp(line["validation_loss"]))
     assert 0.05 < train[-1]["peak_memory_gb"] < 64
@@ -153,7 +153,7 @@ def test_four_micro_batches_of_one_row_equal_one_of_four(tiny_directory, tmp_pat
 def test_estimates_weigh_every_token_alike_and_leave_mode_and_random_state(tiny_directory, tmp_path, batching):
     config = tiny_config(tiny_directory, tmp_path, data__batching=batching)
     train, validation, _ = text_batches(load_splits(config.data, Tokenizer.load(SAMPLE)), config)
-    shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 4096, "block_size": 128}
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 6144, "block_size": 128}
     model, plain = random_model(GPTConfig(**shape, dropout=0.5)).train(), random_model(GPTConfig(**shape))
     state = torch.get_rng_state()
     for batches in (train, validation):

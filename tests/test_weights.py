@@ -16,8 +16,8 @@ from tunesmith.models import SAMPLE
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.weights import load_model, save_model
 
-SHAPE = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=4096, block_size=24)
-IDS = torch.randint(0, 4096, (2, 24), generator=torch.Generator().manual_seed(0))
+SHAPE = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=6144, block_size=24)
+IDS = torch.randint(0, 6144, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
