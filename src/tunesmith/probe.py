@@ -22,7 +22,7 @@ from tunesmith.documents import Documents
 from tunesmith.evaluate import nll_sum
 from tunesmith.gpt import GPT, GPTConfig
 from tunesmith.lora import apply_lora
-from tunesmith.optim import OneByOne, build_optimizer
+from tunesmith.optim import OneByOne
 from tunesmith.options import DPOConfig, RewardConfig
 from tunesmith.pairs import PairBatch, join_pairs
 from tunesmith.preferences import PreferenceLoss, dpo_loss_sum, reward_loss_sum
@@ -30,7 +30,7 @@ from tunesmith.reference import adapter_off, second_model
 from tunesmith.reward import RewardModel
 from tunesmith.settings import precision_of
 from tunesmith.step import optimizer_step
-from tunesmith.trainee import AnyConfig, alpha_of, store_in_bf16
+from tunesmith.trainee import AnyConfig, alpha_of, make_optimizer, store_in_bf16
 from tunesmith.workload import Rows
 
 BLOCKS = 4  # of the larger of the two models
@@ -84,11 +84,8 @@ def make_step(config: AnyConfig, shape: GPTConfig, rows: Rows, micro_batches: in
     model.to(device).train()
     mode = config.train.activation_checkpointing
     gpt.activation_checkpointing = False if mode == "auto" else mode
-    o, in_backward = config.optimizer, config.train.optimizer_in_backward
-    plain = build_optimizer(model, o.name, lr=o.lr or 1e-6, weight_decay=o.weight_decay, momentum=o.momentum)
-    one_by_one = OneByOne(plain, in_backward=in_backward)
-    one_by_one.allocate_state()
-    optimizer = one_by_one if in_backward or (config.train.weights == "bf16" and not config.lora.rank) else plain
+    optimizer, in_backward = make_optimizer(model, with_rate(config)), config.train.optimizer_in_backward
+    plain = optimizer.optimizer if isinstance(optimizer, OneByOne) else optimizer
     batch, loss_sum = _work(config, model, gpt, rows, device)
 
     def timed() -> StepTime:
@@ -109,6 +106,13 @@ def make_step(config: AnyConfig, shape: GPTConfig, rows: Rows, micro_batches: in
         return StepTime((update_from - began) / micro_batches, ended - update_from)
 
     return timed
+
+
+def with_rate(config: Any) -> AnyConfig:
+    """The configuration with some learning rate: a plan has decided none, and none changes the time."""
+    rate = 1e-6 if config.optimizer.lr is None else config.optimizer.lr
+    changed: AnyConfig = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=rate))
+    return changed
 
 
 def _work(

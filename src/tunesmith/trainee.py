@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from tunesmith import adapters
 from tunesmith.adapters import load_adapter, read_adapter, save_adapter
@@ -15,7 +16,9 @@ from tunesmith.errors import UserError
 from tunesmith.gpt import GPT
 from tunesmith.lora import apply_lora
 from tunesmith.models import lasting_name, load_for_training
+from tunesmith.optim import OneByOne, build_optimizer
 from tunesmith.options import DPOConfig, LoRAOptions, RewardConfig, SFTConfig
+from tunesmith.outofmemory import is_out_of_memory
 from tunesmith.pretrain_options import PretrainConfig
 from tunesmith.reward import RewardModel, load_reward_weights, save_reward_model, set_score
 from tunesmith.tokenizer import Tokenizer
@@ -113,6 +116,25 @@ def prepare_model(trainee: Trainee, config: AnyConfig) -> torch.device:
     if config.train.compile:
         trainee.gpt.compile_blocks()
     return device
+
+
+def make_optimizer(model: nn.Module, config: AnyConfig) -> Optimizer | OneByOne:
+    """The optimizer of a resolved configuration, its state made. Raises: UserError if that does not fit into memory."""
+    o, t = config.optimizer, config.train
+    assert o.lr is not None
+    plain = build_optimizer(model, o.name, lr=o.lr, weight_decay=o.weight_decay, momentum=o.momentum)
+    one_by_one = OneByOne(plain, in_backward=t.optimizer_in_backward)
+    try:
+        one_by_one.allocate_state()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory making the state of {o.name} for {config.model.name}: take an optimizer with less of it (adamw8bit: "
+            "a quarter of adamw's; sgd: none), or train fewer weights (--lora.rank 8); tunesmith plan tells what fits"
+        ) from None
+    in_bf16 = any(p.dtype is torch.bfloat16 and p.requires_grad for p in model.parameters())
+    return one_by_one if t.optimizer_in_backward or in_bf16 else plain
 
 
 def alpha_of(lora: LoRAOptions) -> float:

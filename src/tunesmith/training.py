@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
-from torch.optim import Optimizer
 
 from tunesmith.answers import measures, reward_summary, write_answers
 from tunesmith.batching import Batches
@@ -26,7 +25,7 @@ from tunesmith.device import (
 from tunesmith.errors import UserError
 from tunesmith.fit import MicroBatch, fit
 from tunesmith.judging import answer_prompts
-from tunesmith.optim import OneByOne, build_optimizer, schedule_factor
+from tunesmith.optim import schedule_factor
 from tunesmith.options import (
     DataOptions,
     DPOConfig,
@@ -36,7 +35,6 @@ from tunesmith.options import (
     RewardConfig,
     SFTConfig,
 )
-from tunesmith.outofmemory import is_out_of_memory
 from tunesmith.pairs import PairBatches, PairStore
 from tunesmith.prefetch import made_ahead
 from tunesmith.pretrain_options import PretrainConfig
@@ -47,7 +45,7 @@ from tunesmith.settings import Command, as_dict, precision_of
 from tunesmith.splitting import Splitting
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.tokenstore import Form, TokenStore, tokenise
-from tunesmith.trainee import AnyConfig, Trainee
+from tunesmith.trainee import AnyConfig, Trainee, make_optimizer
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 
@@ -180,7 +178,7 @@ def run_training(
     steps, every, save_every, peak = t.steps, config.eval.every, config.checkpoint.every, o.lr
     assert steps is not None and every is not None and save_every is not None and peak is not None  # noqa: PT018
     judge = make_judge(config.eval, trainee, path, device) if config.eval.reward else None
-    optimizer = make_optimizer(trainee, config)
+    optimizer = make_optimizer(trainee.model, config)
     trained = sum(p.numel() for p in trainee.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in trainee.model.parameters())
     size = f"{total:,} parameters" + (
@@ -215,24 +213,6 @@ def run_training(
             log.status("failed", step, f"{type(error).__name__}: {error}")
             raise
     return Run(path)
-
-
-def make_optimizer(trainee: Trainee, config: AnyConfig) -> Optimizer | OneByOne:
-    """The optimizer of a resolved configuration, its state made. Raises: UserError if that does not fit into memory."""
-    o, t = config.optimizer, config.train
-    assert o.lr is not None
-    plain = build_optimizer(trainee.model, o.name, lr=o.lr, weight_decay=o.weight_decay, momentum=o.momentum)
-    one_by_one = OneByOne(plain, in_backward=t.optimizer_in_backward)
-    try:
-        one_by_one.allocate_state()
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"out of memory making the state of {o.name} for {config.model.name}: take an optimizer with less of it (adamw8bit: "
-            "a quarter of adamw's; sgd: none), or train fewer weights (--lora.rank 8); tunesmith plan tells what fits"
-        ) from None
-    return one_by_one if t.optimizer_in_backward or (t.weights == "bf16" and not trainee.lora) else plain
 
 
 def splitting_of(config: AnyConfig, device: torch.device) -> Splitting:
