@@ -15,7 +15,7 @@ from tunesmith.errors import UsageError
 from tunesmith.gpt import SIZES, GPTConfig
 from tunesmith.memory import Work, count_parameters, linear_sizes
 from tunesmith.options import DPOConfig, RewardConfig, SFTConfig
-from tunesmith.planning import alternatives, choose, find_place, is_exact, make_setting, size_in_bytes
+from tunesmith.planning import alternatives, candidates, choose, find_place, is_exact, make_setting, size_in_bytes
 from tunesmith.probe import make_step, pair_batch, probe_step, split_evenly, text_batch
 from tunesmith.settings import check_options
 from tunesmith.workload import Rows, forward_operations, step_operations
@@ -149,6 +149,21 @@ def test_alternatives_never_change_what_is_learned(options):
         assert (config.lora, config.data) == (asked.lora, asked.data)
     early = any("train.optimizer_in_backward" in c for c in found)
     assert early == (asked.train.grad_clip == 0)
+
+
+def test_where_the_loss_is_scaled_nothing_is_offered_that_fp16_forbids():
+    asked = from_settings(SFTConfig, {"train.grad_clip": 0.0}, "test")
+    offered = {
+        name: {
+            option
+            for s in candidates(make_setting(asked, TINY, ROWS, find_place(name), {}), inexact=True)
+            for option in s.changes
+        }
+        for name in ("t4", "h100")
+    }
+    forbidden = {"train.optimizer_in_backward", "train.weights"}
+    assert offered["h100"] - offered["t4"] == forbidden
+    assert not offered["t4"] & forbidden
 
 
 def test_a_second_model_may_become_a_cached_reference():

@@ -220,6 +220,19 @@ def alternatives(config: AnyConfig, *, inexact: bool) -> Iterator[dict[str, Any]
                             yield changes
 
 
+def candidates(asked: Setting, *, inexact: bool) -> list[Setting]:
+    """The settings of `alternatives`, without those that fp16's loss scaling forbids."""
+    found = (
+        make_setting(asked.config, asked.shape, asked.rows, asked.place, c)
+        for c in alternatives(asked.config, inexact=inexact)
+    )
+    return [
+        s
+        for s in found
+        if s.config.train.precision != "fp16" or not {"train.optimizer_in_backward", "train.weights"} & set(s.changes)
+    ]
+
+
 def choose(settings: list[Setting], room: float) -> Setting | None:
     """The fastest that fits in `room` bytes, an exact one where there is one; of equals the one that changes least."""
     fitting = [s for s in settings if s.total <= room]

@@ -23,7 +23,7 @@ from tunesmith.gpt import SIZES, GPTConfig
 from tunesmith.models import known_shape
 from tunesmith.options import DPOConfig, RewardConfig
 from tunesmith.plan_options import PlanDPO, PlanPretrain, PlanReward, PlanSFT
-from tunesmith.planning import Setting, alternatives, choose, effect, find_place, is_exact, make_setting, size_in_bytes
+from tunesmith.planning import Setting, candidates, choose, effect, find_place, is_exact, make_setting, size_in_bytes
 from tunesmith.pretrain_options import PretrainConfig
 from tunesmith.probe import StepTime, probe_step
 from tunesmith.scratch import problems_of, resolve_shape
@@ -61,7 +61,7 @@ def plan(options: PlanConfig) -> dict[str, Any]:
     asked = make_setting(config, shape, rows, place, {})
     chosen, told = asked, []
     if room is not None:
-        every = [make_setting(config, shape, rows, place, c) for c in alternatives(config, inexact=options.fit_inexact)]
+        every = candidates(asked, inexact=options.fit_inexact)
         found = choose(every, room)
         if found is None:
             raise UserError(_nothing_fits(asked, every, room))
@@ -253,11 +253,7 @@ def _nothing_fits(asked: Setting, every: Sequence[Setting], room: float) -> str:
     if half >= 64:
         idea(f"--data.block_size {half}", {"data.block_size": half})
     if all(is_exact(s.changes) for s in every):
-        inexact = [
-            make_setting(asked.config, asked.shape, asked.rows, asked.place, c)
-            for c in alternatives(asked.config, inexact=True)
-        ]
-        s = min(inexact, key=lambda s: s.total)
+        s = min(candidates(asked, inexact=True), key=lambda s: s.total)
         ideas.append(
             f"--fit_inexact true ({_words(s.changes)}) needs {_gb(s.total)}"
             + ("" if s.total <= room else ", too much as well")
