@@ -47,7 +47,7 @@ def save_checkpoint(
     try:
         write_weights(aside)
         (aside / STATE).mkdir()
-        tensors, scalars = _flatten(optimizer)
+        tensors, scalars = _flatten(optimizer) if step else ({}, {})  # before the first step it is all zeros
         tensors["rng.cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
