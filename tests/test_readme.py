@@ -122,7 +122,7 @@ def test_demo_in_its_shortest_form(folder):
     assert "How does blockchain technology work" in page
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/performance.md", "docs/planning.md"])
 def test_tables_are_those_of_the_measured_results(page):
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from table import table
