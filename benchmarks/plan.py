@@ -100,6 +100,7 @@ def measure(name: str, steps: int) -> dict[str, Any]:
 
     keep_freed_memory()
     import torch
+    import torch._dynamo  # torch's optimizers load it with their first use
 
     from tunesmith.probe import make_step
 

@@ -117,6 +117,7 @@ class Work:
     half: fp16 or bf16 arithmetic. chunk: tokens whose logits exist at a time.
     checkpointing, in_backward, bf16_weights: as the options train.activation_checkpointing, .optimizer_in_backward, .weights.
     copies: of the weights: 2 with a second model as DPO's reference. head: False for a reward model, which gives no logits.
+    shared_keys: keys and values, of all tokens, that are put together anew for answers that share a prompt.
     """
 
     tokens: int
@@ -133,6 +134,7 @@ class Work:
     bf16_weights: bool = False
     copies: int = 1
     head: bool = True
+    shared_keys: int = 0
 
     @property
     def losses(self) -> int:
@@ -168,7 +170,7 @@ def block_bytes(shape: Shape, work: Work, *, last: bool = False, selective: bool
         per_left += width * (c * work.learns("mlp.c_fc") + inner * work.learns("mlp.c_proj"))
     per_left += low * sum(name in work.targets for name in LINEARS[1:])
     weights = 2 * sum(i * o for i, o in sizes.values()) if work.half and not work.bf16_weights else 0
-    return n * per_token + out * per_left + weights
+    return n * per_token + out * per_left + 2 * width * c * work.shared_keys + weights
 
 
 def activation_bytes(shape: Shape, work: Work) -> int:

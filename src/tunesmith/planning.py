@@ -24,6 +24,7 @@ from tunesmith.trainee import AnyConfig
 from tunesmith.workload import Rows
 
 LIBRARIES = 32e6  # bytes that threads, oneDNN's kernels and the like take with the first step on a CPU; measured
+COMPILER = 0.44e9  # bytes of torch's compiler and what it makes, for adamw8bit; measured once
 HOLES = {True: (0.6, 0.0, 0.3), False: (0.8, 1.5, 0.0)}
 """What a CPU's heap cannot use again: times one block's activations, the largest single block, all activations; with LoRA and
 without. Fitted to measured peaks (benchmarks/plan.py): glibc gives a freed place anew only where its alignment happens to fit."""
@@ -61,7 +62,8 @@ class Setting:
         if not self.place.cpu:
             return self.memory.peak
         m, (block, largest, activations) = self.memory, HOLES[self.work.rank > 0]
-        return m.peak + LIBRARIES + block * m.heap + largest * m.largest + activations * m.activations
+        compiler = COMPILER * (self.work.optimizer == "adamw8bit")
+        return m.peak + LIBRARIES + compiler + block * m.heap + largest * m.largest + activations * m.activations
 
     @property
     def total(self) -> float:
@@ -89,6 +91,8 @@ def find_place(name: str) -> Place:
         import torch
 
         return Place(str(device), None, False, torch.cuda.get_device_properties(device).total_memory, CONTEXT)
+    import torch._dynamo  # 70 MB that torch's optimizers load with their first use: a part of what every training has
+
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Place(str(device), None, device.type == "cpu", float(memory), resident_memory())
 
@@ -144,6 +148,10 @@ def work_of(config: AnyConfig, rows: Rows) -> Work:
     tokens = t.batch_size * d.block_size
     reward, half = isinstance(config, RewardConfig), t.precision != "fp32"
     supervised = round(rows.supervised * tokens)
+    pairs = isinstance(config, DPOConfig | RewardConfig)
+    shared_keys = (
+        round(tokens * (2 - rows.supervised)) if pairs else 0
+    )  # each of two answers reads the prompt and itself
     if reward:
         supervised = 2 * max(1, round(tokens / rows.text_tokens))
     mode = t.activation_checkpointing
@@ -153,6 +161,7 @@ def work_of(config: AnyConfig, rows: Rows) -> Work:
         chunk=head_chunk(t.precision) if t.precision != "auto" else 256,
         checkpointing=False if mode == "auto" else mode, in_backward=t.optimizer_in_backward,
         bf16_weights=t.weights == "bf16", copies=2 if _second_model(config) else 1, head=not reward,
+        shared_keys=shared_keys,
     )  # fmt: skip
 
 
