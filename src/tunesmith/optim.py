@@ -29,11 +29,12 @@ def _adamw8bit(groups: list[dict[str, Any]], lr: float) -> Optimizer:
         raise UserError(
             "--optimizer.name adamw8bit compiles its update and finds no C++ compiler here; install one, or take adamw"
         )
-    logging.disable(logging.WARNING)  # at import torchao warns of GPU kernels that nobody asked for
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))  # at import torchao warns of GPU kernels that nobody asked for
     try:
         from torchao.optim import AdamW8bit
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
     warnings.filterwarnings("ignore", "OptimState8bit does not implement", UserWarning)
     optimizer: Optimizer = AdamW8bit(groups, lr)
     return optimizer
@@ -107,8 +108,8 @@ class OneByOne:
     in_backward: each parameter is updated as soon as backward has its gradient, which is freed at once (as in Lv et al. 2023,
         arXiv 2306.09782). The weights are those of the usual order, to the bit; but the norm of the whole gradient is known
         too late to clip by it or to leave out a step.
-    Parameters in bfloat16 are updated in float32, state included, and rounded stochastically: to the nearest bfloat16 most
-        changes by a small learning rate would be lost, so are none in the mean.
+    Parameters in bfloat16 are updated in float32, state included, and rounded stochastically: rounded to the nearest, most
+        changes by a small learning rate would be lost; so, none are in the mean.
     """
 
     def __init__(self, optimizer: Optimizer, *, in_backward: bool) -> None:
@@ -180,10 +181,11 @@ class OneByOne:
             exact = p[piece].float()
             exact.grad = p.grad[piece].float()
             if (
-                held
+                apart
             ):  # what is kept for every number goes by rows; the step's number would be counted up with each piece
-                parts = {k: v[piece] if v.shape == p.shape else v.clone() for k, v in held.items()}
-                self.state[exact] = parts if apart else held
+                self.state[exact] = {k: v[piece] if v.shape == p.shape else v.clone() for k, v in held.items()}
+            elif held:
+                self.state[exact] = held
             self._step(exact, p, settings)
             p[piece] = round_stochastically(exact)
             made = self.state.pop(exact, {})

@@ -97,9 +97,8 @@ def clip(model: nn.Module, max_norm: float) -> Tensor:
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not any(g.dtype is torch.bfloat16 for g in gradients):
         return nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
-    norms = [
-        torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients
-    ]  # torch would round them to three digits
+    # torch would round the norms of bfloat16 gradients to three digits
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     if max_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
