@@ -18,10 +18,10 @@ from typing import Any
 
 import sft
 from preferences import RANK, run_trl_sft
-from sft import Found, Run, measure, summary, write_result
+from sft import Found, Tasks, measure, run_tasks, summary, write_result
 
 ours, lora = sft.run_ours, partial(sft.run_ours, rank=RANK)
-TASKS: dict[str, dict[str, tuple[Run, bool]]] = {  # task: name: (function, tuned)
+TASKS: Tasks = {
     "full": {
         "Trainer, tuned": (sft.run_trainer, True),
         "tunesmith": (ours, False),
@@ -87,20 +87,5 @@ def compare(task: str, args: argparse.Namespace) -> None:
         write_result(path, settings, rows, found, ladder=True)
 
 
-def main() -> None:
-    parser = sft.options(__doc__ or "")
-    names = {name: None for contestants in TASKS.values() for name in contestants}
-    parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS), help="default both")
-    parser.add_argument("--only", nargs="+", choices=names, help="rows; default all of each task")
-    parser.add_argument("--out", type=Path, help="directory for the results, a JSON file a task")
-    args = parser.parse_args()
-    if args.child:
-        run, tuned = TASKS[args.task[0]][args.child]
-        sft.child(run, args.work, args.steps, args.warmup, tuned)
-        return
-    for task in args.task:
-        compare(task, args)
-
-
 if __name__ == "__main__":
-    main()
+    run_tasks(sft.options(__doc__ or ""), TASKS, compare)

@@ -226,7 +226,7 @@ def run_trl_sft(work: Path, steps: int, warmup: int, tuned: bool) -> tuple[list[
     return sft.run_trl(work, steps, warmup, tuned, peft_config=adapter_config())
 
 
-TASKS: dict[str, dict[str, tuple[sft.Run, bool]]] = {  # task: name: (function, tuned)
+TASKS: sft.Tasks = {
     "dpo": {
         "tunesmith": (partial(run_ours, reference="pass"), False),
         CACHED: (partial(run_ours, reference="known"), False),
@@ -309,18 +309,8 @@ def compare(task: str, args: argparse.Namespace) -> None:
 def main() -> None:
     parser = sft.options(__doc__ or "")
     parser.set_defaults(steps=10)
-    names = {name: None for contestants in TASKS.values() for name in contestants}
-    parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS), help="default all")
-    parser.add_argument("--only", nargs="+", choices=names, help="contestants; default all of each task")
     parser.add_argument("--pairs", type=int, default=2, help="preference pairs a step")
-    parser.add_argument("--out", type=Path, help="directory for the results, a JSON file a task")
-    args = parser.parse_args()
-    if args.child:
-        run, tuned = TASKS[args.task[0]][args.child]
-        sft.child(run, args.work, args.steps, args.warmup, tuned)
-        return
-    for task in args.task:
-        compare(task, args)
+    sft.run_tasks(parser, TASKS, compare)
 
 
 if __name__ == "__main__":

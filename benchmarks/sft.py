@@ -144,9 +144,9 @@ def run_ours(
 
     from tunesmith.evaluate import nll_sum
     from tunesmith.lora import apply_lora
-    from tunesmith.optim import OneByOne, build_optimizer
+    from tunesmith.options import OptimizerOptions, SFTConfig, TrainOptions
     from tunesmith.step import optimizer_step
-    from tunesmith.trainee import store_in_bf16
+    from tunesmith.trainee import make_optimizer, store_in_bf16
     from tunesmith.weights import load_model
 
     batches = torch.load(work / "rows.pt", weights_only=False)
@@ -156,10 +156,8 @@ def run_ours(
     if bf16:
         store_in_bf16(model)
     model.activation_checkpointing = checkpointing
-    plain = build_optimizer(model, name, lr=1e-4)
-    one_by_one = OneByOne(plain, in_backward=in_backward)
-    one_by_one.allocate_state()
-    optimizer = one_by_one if in_backward or (bf16 and not rank) else plain
+    train, rule = TrainOptions(optimizer_in_backward=in_backward), OptimizerOptions(name=name, lr=1e-4)
+    optimizer = make_optimizer(model, SFTConfig(train=train, optimizer=rule))
     clock, losses = Clock(warmup), []
     for i in range(warmup + steps):
         stats = optimizer_step(model, [batches[i % len(batches)]], lambda b: nll_sum(model, b), optimizer)
@@ -386,6 +384,27 @@ def options(about: str) -> argparse.ArgumentParser:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     return parser
+
+
+Tasks = dict[str, dict[str, tuple[Run, bool]]]
+"""Task -> name of a contestant -> (function, tuned)."""
+
+
+def run_tasks(
+    parser: argparse.ArgumentParser, tasks: Tasks, compare: Callable[[str, argparse.Namespace], None]
+) -> None:
+    """The command line of a script with several tasks: `compare` for each that is asked for, or one contestant as a child."""
+    names = {name: None for contestants in tasks.values() for name in contestants}
+    parser.add_argument("--task", nargs="+", choices=tasks, default=list(tasks), help="default all")
+    parser.add_argument("--only", nargs="+", choices=names, help="contestants; default all of each task")
+    parser.add_argument("--out", type=Path, help="directory for the results, a JSON file a task")
+    args = parser.parse_args()
+    if args.child:
+        run, tuned = tasks[args.task[0]][args.child]
+        child(run, args.work, args.steps, args.warmup, tuned)
+        return
+    for task in args.task:
+        compare(task, args)
 
 
 def main() -> None:
