@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from itertools import pairwise
 from typing import Literal
 
@@ -84,6 +85,22 @@ class Documents:
             return max(self.lengths)
         return max(n + (self.lengths[p] if p >= 0 else 0) for n, p in zip(self.lengths, self.parents, strict=True))
 
+    @cached_property
+    def _masks(self) -> dict[tuple[int, torch.dtype], Tensor]:
+        return {}
+
+    def mask(self, stretch: int, dtype: torch.dtype) -> Tensor:
+        """What is added to the scores of a stretch that continues another: (its tokens, the parent's and its own), 0 or -inf.
+
+        Made once, so that all layers keep the same one for backward.
+        """
+        if (found := self._masks.get((stretch, dtype))) is None:
+            own, before = self.lengths[stretch], self.lengths[self.parents[stretch]]
+            hidden = torch.ones(own, before + own, dtype=torch.bool, device=self.positions.device).triu(before + 1)
+            found = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -math.inf)
+            self._masks[stretch, dtype] = found
+        return found
+
     def moved(self, move: Callable[[Tensor], Tensor]) -> Documents:
         """The same with `move` applied to every tensor: to put it on another device."""
         positions, cu_seqlens = move(self.positions), move(self.cu_seqlens)
@@ -150,8 +167,7 @@ def _attend_one_by_one(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dr
             own, seen, held, mask = queries[i], keys[i], values[i], None
             if parent >= 0:
                 seen, held = torch.cat([keys[parent], seen], 2), torch.cat([values[parent], held], 2)
-                mask = torch.ones(own.shape[2], seen.shape[2], dtype=torch.bool, device=q.device)
-                mask = mask.tril(seen.shape[2] - own.shape[2])
+                mask = documents.mask(i, dtype)
             parts.append(F.scaled_dot_product_attention(own, seen, held, mask, dropout, is_causal=mask is None))
     return torch.cat(parts, 2)[0].transpose(0, 1).reshape(q.shape).to(q.dtype)
 
