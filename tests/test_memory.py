@@ -23,6 +23,7 @@ from tunesmith.memory import (
 from tunesmith.optim import OPTIMIZERS, OneByOne, build_optimizer, state_parts
 from tunesmith.step import optimizer_step
 from tunesmith.trainee import store_in_bf16
+from tunesmith.workload import shared_keys
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=11, block_size=64)
 
@@ -100,6 +101,17 @@ def test_activations_are_what_autograd_keeps(targets, packed, checkpointing, sup
         found += 4 * 3 * (128 * len(chains) + sum(left))
     counted = work(targets=targets, packed=packed, checkpointing=checkpointing, supervised=supervised)
     assert activation_bytes(SHAPE, counted) == found
+
+
+def test_answers_that_share_a_prompt_keep_their_keys_and_values_put_together():
+    """Each of two answers has the prompt's keys before its own; the masks are there once, for all layers."""
+    model, stretches = model_of(), [20, 10, 14, 30, 34, 20]  # two pairs: prompt, chosen, rejected
+    documents = Documents.from_rows([stretches], parents=[-1, 0, 0, -1, 3, 3])
+    keys = 2 * (20 + 30) + 10 + 14 + 34 + 20
+    found = kept_by_autograd(model, torch.randint(11, (1, 128)), documents)
+    masks = 4 * (10 * 30 + 14 * 34 + 34 * 64 + 20 * 50)
+    assert activation_bytes(SHAPE, work(shared_keys=keys)) + masks == found
+    assert keys == shared_keys(128, (10 + 14 + 34 + 20) / 128)
 
 
 def test_checkpointing_keeps_the_inputs_of_all_blocks():

@@ -29,32 +29,20 @@ class PlanOptions:
 class PlanSFT(PlanOptions, SFTConfig):
     """Memory and time of supervised fine-tuning before it runs. No data is read, no weights are loaded."""
 
-    out: str | None = None
-    """Also write the plan to this JSON file."""
-
 
 @dataclass(frozen=True)
 class PlanDPO(PlanOptions, DPOConfig):
     """Memory and time of preference optimisation before it runs. No data is read, no weights are loaded."""
-
-    out: str | None = None
-    """Also write the plan to this JSON file."""
 
 
 @dataclass(frozen=True)
 class PlanReward(PlanOptions, RewardConfig):
     """Memory and time of a reward model's training before it runs. No data is read, no weights are loaded."""
 
-    out: str | None = None
-    """Also write the plan to this JSON file."""
-
 
 @dataclass(frozen=True)
 class PlanPretrain(PlanOptions, PretrainConfig):
     """Memory and time of pretraining before it runs. No data is read, no weights are loaded."""
-
-    out: str | None = None
-    """Also write the plan to this JSON file."""
 
 
 PLANS = {"sft": PlanSFT, "pretrain": PlanPretrain, "dpo": PlanDPO, "reward": PlanReward}

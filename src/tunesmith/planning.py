@@ -21,7 +21,7 @@ from tunesmith.gpt import GPTConfig
 from tunesmith.memory import Memory, Work, adapted_layers, predict_memory
 from tunesmith.options import DPOConfig, RewardConfig
 from tunesmith.trainee import AnyConfig
-from tunesmith.workload import Rows
+from tunesmith.workload import Rows, shared_keys
 
 LIBRARIES = 32e6  # bytes that threads, oneDNN's kernels and the like take with the first step on a CPU; measured
 COMPILER = 0.44e9  # bytes of torch's compiler and what it makes, for adamw8bit; measured once
@@ -149,9 +149,6 @@ def work_of(config: AnyConfig, rows: Rows) -> Work:
     reward, half = isinstance(config, RewardConfig), t.precision != "fp32"
     supervised = round(rows.supervised * tokens)
     pairs = isinstance(config, DPOConfig | RewardConfig)
-    shared_keys = (
-        round(tokens * (2 - rows.supervised)) if pairs else 0
-    )  # each of two answers reads the prompt and itself
     if reward:
         supervised = 2 * max(1, round(tokens / rows.text_tokens))
     mode = t.activation_checkpointing
@@ -161,7 +158,7 @@ def work_of(config: AnyConfig, rows: Rows) -> Work:
         chunk=head_chunk(t.precision) if t.precision != "auto" else 256,
         checkpointing=False if mode == "auto" else mode, in_backward=t.optimizer_in_backward,
         bf16_weights=t.weights == "bf16", copies=2 if _second_model(config) else 1, head=not reward,
-        shared_keys=shared_keys,
+        shared_keys=shared_keys(tokens, rows.supervised) if pairs else 0,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.batching import Batch
+from tunesmith.device import resolve_compile
 from tunesmith.documents import Documents
 from tunesmith.evaluate import nll_sum
 from tunesmith.gpt import GPT, GPTConfig
@@ -30,7 +31,7 @@ from tunesmith.reference import adapter_off, second_model
 from tunesmith.reward import RewardModel
 from tunesmith.settings import precision_of
 from tunesmith.step import optimizer_step
-from tunesmith.trainee import AnyConfig, alpha_of, make_optimizer, store_in_bf16
+from tunesmith.trainee import AnyConfig, alpha_of, make_optimizer, prepare_model, store_in_bf16
 from tunesmith.workload import Rows
 
 BLOCKS = 4  # of the larger of the two models
@@ -72,7 +73,7 @@ def probe_step(config: AnyConfig, shape: GPTConfig, rows: Rows) -> StepTime:
 
 def make_step(config: AnyConfig, shape: GPTConfig, rows: Rows, micro_batches: int = 1) -> Callable[[], StepTime]:
     """A model of this shape with random weights, and a function that trains it one step on random tokens and tells the time."""
-    device = torch.device(config.train.device)
+    config = decided(config)
     gpt = GPT(shape)
     gpt.init_weights(torch.Generator().manual_seed(0))
     model: nn.Module = RewardModel(gpt) if isinstance(config, RewardConfig) else gpt
@@ -81,10 +82,8 @@ def make_step(config: AnyConfig, shape: GPTConfig, rows: Rows, micro_batches: in
         apply_lora(gpt, lora.targets, rank=lora.rank, alpha=alpha_of(lora), dropout=lora.dropout)
     if config.train.weights == "bf16":
         store_in_bf16(model)
-    model.to(device).train()
-    mode = config.train.activation_checkpointing
-    gpt.activation_checkpointing = False if mode == "auto" else mode
-    optimizer, in_backward = make_optimizer(model, with_rate(config)), config.train.optimizer_in_backward
+    device = prepare_model(model, gpt, config)
+    optimizer, in_backward = make_optimizer(model, config), config.train.optimizer_in_backward
     plain = optimizer.optimizer if isinstance(optimizer, OneByOne) else optimizer
     batch, loss_sum = _work(config, model, gpt, rows, device)
 
@@ -108,10 +107,12 @@ def make_step(config: AnyConfig, shape: GPTConfig, rows: Rows, micro_batches: in
     return timed
 
 
-def with_rate(config: Any) -> AnyConfig:
-    """The configuration with some learning rate: a plan has decided none, and none changes the time."""
-    rate = 1e-6 if config.optimizer.lr is None else config.optimizer.lr
-    changed: AnyConfig = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=rate))
+def decided(config: Any) -> AnyConfig:
+    """The configuration with what a plan leaves open: whether blocks are compiled, and some learning rate (none changes the time)."""
+    t, o = config.train, config.optimizer
+    train = dataclasses.replace(t, compile=resolve_compile(t.compile, torch.device(t.device)))
+    optimizer = dataclasses.replace(o, lr=1e-6 if o.lr is None else o.lr)
+    changed: AnyConfig = dataclasses.replace(config, train=train, optimizer=optimizer)
     return changed
 
 

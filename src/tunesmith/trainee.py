@@ -107,14 +107,14 @@ def store_in_bf16(model: nn.Module) -> None:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def prepare_model(trainee: Trainee, config: AnyConfig) -> torch.device:
-    """Put the model on its device and into training mode, compiled where asked for."""
+def prepare_model(model: nn.Module, gpt: GPT, config: AnyConfig) -> torch.device:
+    """Put the model on its device and into training mode, compiled where that is resolved so. gpt: in `model`, or itself."""
     device = resolve_device(config.train.device)
-    trainee.model.to(device).train()
+    model.to(device).train()
     mode = config.train.activation_checkpointing
-    trainee.gpt.activation_checkpointing = False if mode == "auto" else mode
-    if config.train.compile:
-        trainee.gpt.compile_blocks()
+    gpt.activation_checkpointing = False if mode == "auto" else mode
+    if config.train.compile is True:
+        gpt.compile_blocks()
     return device
 
 

@@ -15,6 +15,14 @@ class Rows:
     supervised: float
 
 
+def shared_keys(tokens: int, supervised: float) -> int:
+    """Keys that are put together anew in `tokens` tokens of preference pairs: each of two answers reads the prompt and itself.
+
+    supervised: the two answers' share of the tokens.
+    """
+    return round(tokens * (2 - supervised))
+
+
 def forward_operations(shape: Shape, *, attended: float, supervised: float = 1.0) -> float:
     """Floating-point operations of a forward pass, a token.
 

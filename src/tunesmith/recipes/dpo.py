@@ -115,7 +115,7 @@ def dpo(config: DPOConfig) -> Run:
     if config.resume and (path / "config.yaml").exists():
         check_resumable(Run(path).config, config)
     sft_rows, more_notes = load_sft_rows(config, trainee)
-    device, precision = prepare_model(trainee, config), precision_of(config)
+    device, precision = prepare_model(trainee.model, trainee.gpt, config), precision_of(config)
     d = config.dpo
     settings = PreferenceLoss(d.beta, d.loss, d.label_smoothing or 0.0)
     iters, steps = config.eval.iters, config.train.steps or 0

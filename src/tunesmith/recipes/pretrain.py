@@ -45,7 +45,7 @@ def pretrain(config: PretrainConfig) -> Run:
     config = resolve_length(config, train, validation)
     if config.resume and (path / "config.yaml").exists():
         check_resumable(Run(path).config, config)
-    device, precision = prepare_model(trainee, config), precision_of(config)
+    device, precision = prepare_model(trainee.model, trainee.gpt, config), precision_of(config)
     size = held_out_bytes(validation, tokenizer, config)
 
     def evaluate() -> tuple[dict[str, float], Sums]:

@@ -46,7 +46,7 @@ def train_reward_model(config: RewardConfig) -> Run:
     config = resolve_length(config, train, validation)
     if config.resume and (path / "config.yaml").exists():
         check_resumable(Run(path).config, config)
-    device, precision = prepare_model(trainee, config), precision_of(config)
+    device, precision = prepare_model(trainee.model, trainee.gpt, config), precision_of(config)
 
     def evaluate() -> tuple[dict[str, float], Sums]:
         seen, _ = estimate_reward(model, train.fixed(config.eval.iters), precision)

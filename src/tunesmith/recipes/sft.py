@@ -36,7 +36,7 @@ def sft(config: SFTConfig) -> Run:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, loss_on=train.loss_on))
     if config.resume and (path / "config.yaml").exists():
         check_resumable(Run(path).config, config)
-    device, precision = prepare_model(trainee, config), precision_of(config)
+    device, precision = prepare_model(trainee.model, trainee.gpt, config), precision_of(config)
 
     def evaluate() -> tuple[dict[str, float], Sums]:
         on_train = estimate_loss(model, train.fixed(config.eval.iters), precision)

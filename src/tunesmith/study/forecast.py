@@ -16,7 +16,7 @@ from tunesmith.memory import Memory, Work, adapted_layers, linear_sizes, predict
 from tunesmith.models import known_shape
 from tunesmith.study.ledger import DONE, Ledger
 from tunesmith.study.plan import Plan, PlannedRun, reference
-from tunesmith.workload import forward_operations, step_operations
+from tunesmith.workload import forward_operations, shared_keys, step_operations
 
 START = 3.0  # seconds in which a run's process gets ready, on the machine of docs/performance.md
 ESTIMATES = 40  # the most that `eval.every` gives when it is left out
@@ -62,16 +62,13 @@ def _step_of(run: PlannedRun, *, half: bool = False) -> Work | None:
     targets = adapted_layers(s["lora.targets"]) if s["lora.rank"] else ()
     if targets is None:
         return None
-    mode, tokens, reward = (
-        s["train.activation_checkpointing"],
-        s["train.batch_size"] * s["data.block_size"],
-        run.command == "reward",
-    )
+    mode, tokens = s["train.activation_checkpointing"], s["train.batch_size"] * s["data.block_size"]
     return Work(
         tokens, s["optimizer.name"], supervised=tokens, packed=s["data.batching"] != "windows",
         micro_batches=s["train.accumulate"], rank=s["lora.rank"], targets=targets, half=half, chunk=1024 if half else 256,
         checkpointing=False if mode == "auto" else mode, in_backward=s["train.optimizer_in_backward"],
-        bf16_weights=s["train.weights"] == "bf16", copies=2 if s.get("dpo.reference") == "model" else 1, head=not reward,
+        bf16_weights=s["train.weights"] == "bf16", copies=2 if s.get("dpo.reference") == "model" else 1, head=run.command != "reward",
+        shared_keys=shared_keys(tokens, 1.0) if run.command in ("dpo", "reward") else 0,
     )  # fmt: skip
 
 
