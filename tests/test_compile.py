@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch.nn.attention import varlen
 
+import tunesmith as ts
 from reference import random_model
+from tiny_runs import tiny_config
 from tunesmith import documents as module
 from tunesmith.batching import Batches
 from tunesmith.datasets import open_dataset
 from tunesmith.evaluate import estimate_loss, nll_sum
-from tunesmith.gpt import GPTConfig
+from tunesmith.gpt import GPT, GPTConfig
 from tunesmith.lora import apply_lora
 from tunesmith.models import SAMPLE, load_for_training
 from tunesmith.options import DataOptions, PairDataOptions
@@ -142,3 +144,13 @@ def test_nor_in_dpo_with_a_reference_pass_for_every_batch(stores, as_on_a_card):
     assert warm > 0
     estimate_and_steps(5)
     assert as_on_a_card() == warm
+
+
+@pytest.mark.parametrize(("asked", "times"), [(True, 1), ("auto", 0), (False, 0)])
+def test_blocks_are_compiled_where_that_is_asked_for_and_on_a_cpu_not_by_itself(
+    monkeypatch, tiny_directory, tmp_path, asked, times
+):
+    calls = []
+    monkeypatch.setattr(GPT, "compile_blocks", lambda self, **_options: calls.append(self))
+    ts.sft(tiny_config(tiny_directory, tmp_path / "run", train__steps=1, train__compile=asked))
+    assert len(calls) == times

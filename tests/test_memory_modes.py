@@ -19,9 +19,10 @@ from tunesmith.errors import UserError
 from tunesmith.evaluate import nll_sum
 from tunesmith.gpt import GPTConfig
 from tunesmith.lora import apply_lora
+from tunesmith.losses import head_nll_sum
 from tunesmith.memory import BF16_SLICE
 from tunesmith.optim import OneByOne, build_optimizer, round_stochastically, set_learning_rate
-from tunesmith.step import optimizer_step
+from tunesmith.step import clip, optimizer_step
 from tunesmith.trainee import store_in_bf16
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=128, block_size=32)
@@ -257,6 +258,7 @@ def test_a_matrix_updated_in_pieces_is_the_matrix_updated_whole(name, monkeypatc
             optimizer.step()
         results.append([weight.detach(), *optimizer.state.get(weight, {}).values()])
     assert len(results[0]) == {"adamw": 4, "sgd-momentum": 2, "sgd": 1}[name]
+    assert all(value == 3 for result in results for value in result if value.dim() == 0)  # the step's number
     for whole, pieces in zip(*results, strict=True):
         torch.testing.assert_close(pieces, whole)  # to a rounding: kernels round the ends of a tensor otherwise
 
@@ -303,6 +305,29 @@ def test_the_state_of_bf16_weights_is_float32_and_their_gradients_are_clipped_by
     norm = math.sqrt(sum(float(m.double().square().sum()) for m in first)) * 10
     assert norm == pytest.approx(1e-3, rel=0.01)
     assert stats.grad_norm > 1
+
+
+def test_the_norm_of_bf16_gradients_is_not_rounded():
+    model = random_model(SHAPE)
+    store_in_bf16(model)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())).to(p.dtype)
+    true = math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters()))
+    assert float(clip(model, 0.0)) == pytest.approx(true, rel=1e-5)
+
+
+def test_the_heads_gradient_of_bf16_weights_is_summed_in_float32_and_rounded_once():
+    generator = torch.Generator().manual_seed(2)
+    hidden, head = (
+        torch.randn(64, 32, generator=generator),
+        torch.randn(128, 32, generator=generator).to(torch.bfloat16),
+    )
+    targets, found = torch.randint(128, (64,), generator=generator), []
+    for weight in (head.clone(), head.float()):
+        head_nll_sum(hidden, weight.requires_grad_(), targets, chunk=2).backward()
+        found.append(weight.grad)
+    assert found[0].dtype is torch.bfloat16
+    assert torch.equal(found[0], found[1].to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

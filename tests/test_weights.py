@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from reference import in_transformers, oriented, random_model
 from tunesmith.errors import UserError
-from tunesmith.gpt import GPTConfig
+from tunesmith.gpt import GPT, GPTConfig
 from tunesmith.models import SAMPLE
 from tunesmith.tokenizer import Tokenizer
-from tunesmith.weights import load_model, save_model
+from tunesmith.weights import empty_model, load_model, save_model
 
 SHAPE = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=6144, block_size=24)
 IDS = torch.randint(0, 6144, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -262,3 +262,11 @@ def test_a_directory_without_weights_is_told_what_was_looked_for(saved):
     (saved / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"neither model\.safetensors .* nor pytorch_model\.bin"):
         load_model(saved)
+
+
+def test_a_model_to_be_filled_draws_nothing():
+    before = torch.get_rng_state()
+    found = empty_model(SHAPE)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert found.lm_head.weight is found.wte.weight
+    assert {n: p.shape for n, p in found.named_parameters()} == {n: p.shape for n, p in GPT(SHAPE).named_parameters()}
