@@ -31,8 +31,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import sft
-from sft import Found, measure, rival_model, save_weights, show, summary, write_result
+from contest import Found, measure, peak_gb, show, summary, write_result
+from sft import rival_model, save_weights
 
 Rows = list[list[int]]
 Run = Callable[[Path, Rows, int, int, bool], dict[str, Any]]
@@ -76,7 +76,7 @@ def run_ours(
             rows[row].append(token)
         return rows
 
-    found = timed(answer, prompts, new, together) | {"peak_gb": sft.peak_gb()}
+    found = timed(answer, prompts, new, together) | {"peak_gb": peak_gb()}
     return found | machine_rates(model)
 
 
@@ -97,7 +97,7 @@ def run_transformers(
         rows = out[:, width:].tolist()
         return [row[: row.index(end) + 1] if end in row else row for row in rows]
 
-    return timed(answer, prompts, new, together) | {"peak_gb": sft.peak_gb()}
+    return timed(answer, prompts, new, together) | {"peak_gb": peak_gb()}
 
 
 TASKS: dict[str, dict[str, tuple[Run, bool]]] = {  # task: name: (function, tuned)

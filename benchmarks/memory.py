@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import sft
+from contest import Found, Tasks, measure, options, run_tasks, summary, write_result
 from preferences import RANK, run_trl_sft
-from sft import Found, Tasks, measure, run_tasks, summary, write_result
 
 ours, lora = sft.run_ours, partial(sft.run_ours, rank=RANK)
 TASKS: Tasks = {
@@ -88,4 +88,4 @@ def compare(task: str, args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_tasks(sft.options(__doc__ or ""), TASKS, compare)
+    run_tasks(options(__doc__ or ""), TASKS, compare)

@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import sft
-from sft import TRAINER, Clock, Found, drive, measure, rival_model, save_weights, show, summary, write_result
+from contest import Clock, Found, Tasks, measure, options, run_tasks, show, summary, write_result
+from sft import TRAINER, drive, rival_model, save_weights
 
 RANK, BETA, LONGEST, PACKED = 8, 0.1, 512, 2048
 LEARNING_RATE = {"dpo": 1e-6, "dpo-lora": 1e-5}  # those that `tunesmith dpo` takes by itself; lora-sft has sft.py's
@@ -226,7 +227,7 @@ def run_trl_sft(work: Path, steps: int, warmup: int, tuned: bool) -> tuple[list[
     return sft.run_trl(work, steps, warmup, tuned, peft_config=adapter_config())
 
 
-TASKS: sft.Tasks = {
+TASKS: Tasks = {
     "dpo": {
         "tunesmith": (partial(run_ours, reference="pass"), False),
         CACHED: (partial(run_ours, reference="known"), False),
@@ -307,10 +308,10 @@ def compare(task: str, args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = sft.options(__doc__ or "")
+    parser = options(__doc__ or "")
     parser.set_defaults(steps=10)
     parser.add_argument("--pairs", type=int, default=2, help="preference pairs a step")
-    sft.run_tasks(parser, TASKS, compare)
+    run_tasks(parser, TASKS, compare)
 
 
 if __name__ == "__main__":

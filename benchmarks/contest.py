@@ -1,0 +1,155 @@
+"""What the comparisons share: contestants in processes of their own, in turn, their figures, and the result file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+Run = Callable[[Path, int, int, bool], tuple[list[float], list[float]]]
+"""A contestant: (work, steps, warmup, tuned) -> seconds of each step after the warm-up, and the losses of all steps."""
+
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**40), "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)}
+
+
+class Clock:
+    """Seconds of each step, the first ones left out."""
+
+    def __init__(self, warmup: int) -> None:
+        self.warmup, self.marks = warmup, [time.perf_counter()]
+
+    def mark(self) -> None:
+        self.marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)][self.warmup :]
+
+
+def child(run: Run, work: Path, steps: int, warmup: int, tuned: bool) -> None:
+    """Run one contestant and print its figures as the last line."""
+    seconds, losses = run(work, steps, warmup, tuned)
+    print("RESULT " + json.dumps({"seconds": seconds, "losses": [float(x) for x in losses], "peak_gb": peak_gb()}))
+
+
+def peak_gb() -> float:
+    """This process's peak resident set. Not getrusage's: a new process inherits there the peak of the one it came from."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
+
+
+Found = dict[str, list[dict[str, Any]]]
+"""The figures of each contestant, round by round."""
+Rates = Callable[[dict[str, Any]], list[float]]
+"""The figures of one contestant in one round -> its rates, tokens a second: one a step, or one for the whole round."""
+
+
+def measure(script: str, contestants: dict[str, bool], arguments: list[str], rounds: int, rates: Rates) -> Found:
+    """All contestants in turn, `rounds` times, each as a new process of `script`. contestants: name -> tuned."""
+    found: Found = {name: [] for name in contestants}
+    for number in range(rounds):
+        for name, tuned in contestants.items():
+            environment = {**os.environ, **(ALLOCATOR if tuned else {}), "HF_HUB_OFFLINE": "1"}
+            done = subprocess.run(
+                [sys.executable, script, "--child", name, *arguments],
+                env=environment, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
+            if line is None:
+                raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
+            last = json.loads(line.removeprefix("RESULT "))
+            found[name].append(last)
+            rate = statistics.median(rates(last))
+            print(f"round {number + 1}: {name:36} {rate:7.1f} tokens/s  {last['peak_gb']:.2f} GB", flush=True)
+    return found
+
+
+def summary(found: Found, rates: Rates) -> list[dict[str, Any]]:
+    """A row a contestant: its median rate, its peak memory, and the first contestant's against it, paired by round."""
+    first = next(iter(found.values()))
+    rows = []
+    for name, runs in found.items():
+        all_rates = [rate for run in runs for rate in rates(run)]
+        ratios = [
+            statistics.median(rates(own)) / statistics.median(rates(theirs))
+            for own, theirs in zip(first, runs, strict=True)
+        ]
+        memory = [own["peak_gb"] / theirs["peak_gb"] for own, theirs in zip(first, runs, strict=True)]
+        rows.append(
+            {
+                "name": name,
+                "tokens_per_s": round(statistics.median(all_rates), 1),
+                "slowest": round(min(all_rates), 1),
+                "fastest": round(max(all_rates), 1),
+                "peak_gb": round(statistics.median(r["peak_gb"] for r in runs), 3),
+                "our_speed_ratio": round(statistics.median(ratios), 3),
+                "our_memory_ratio": round(statistics.median(memory), 3),
+            }
+        )
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """The summary in the terminal."""
+    print(f"\n{'':36} tokens/s (min-max)         GB   ours: speed x   memory x")
+    for r in rows:
+        spread = f"{r['tokens_per_s']:7.1f} ({r['slowest']:.0f}-{r['fastest']:.0f})"
+        print(
+            f"{r['name']:36} {spread:22} {r['peak_gb']:5.2f}  {r['our_speed_ratio']:10.2f}  {r['our_memory_ratio']:10.2f}"
+        )
+
+
+def write_result(path: Path, settings: dict[str, Any], rows: list[dict[str, Any]], found: Found, **more: Any) -> None:
+    """The JSON file: machine, versions, settings, summary, whatever else is given, and the runs."""
+    import torch
+
+    from tunesmith.device import describe
+
+    machine = {"device": describe(torch.device("cpu")), "processor": platform.processor() or platform.machine()}
+    tools = {name: version(name) for name in ("transformers", "trl", "peft")}
+    versions = {"torch": torch.__version__, "python": platform.python_version(), **tools}
+    result = {"machine": machine, "versions": versions, "settings": settings, "summary": rows, **more, "runs": found}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def options(about: str) -> argparse.ArgumentParser:
+    """The options that the comparisons share."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="gpt2", help="gpt2, gpt2-medium, ... or small (6 layers, width 384)")
+    parser.add_argument("--root", help="HH-RLHF in the publisher's layout; default: the embedded sample")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+Tasks = dict[str, dict[str, tuple[Run, bool]]]
+"""Task -> name of a contestant -> (function, tuned)."""
+
+
+def run_tasks(
+    parser: argparse.ArgumentParser, tasks: Tasks, compare: Callable[[str, argparse.Namespace], None]
+) -> None:
+    """The command line of a script with several tasks: `compare` for each that is asked for, or one contestant as a child."""
+    names = {name: None for contestants in tasks.values() for name in contestants}
+    parser.add_argument("--task", nargs="+", choices=tasks, default=list(tasks), help="default all")
+    parser.add_argument("--only", nargs="+", choices=names, help="contestants; default all of each task")
+    parser.add_argument("--out", type=Path, help="directory for the results, a JSON file a task")
+    args = parser.parse_args()
+    if args.child:
+        run, tuned = tasks[args.task[0]][args.child]
+        child(run, args.work, args.steps, args.warmup, tuned)
+        return
+    for task in args.task:
+        compare(task, args)
