@@ -265,3 +265,31 @@ def test_new_weights_have_gpt2s_scales_and_depend_on_the_seed_only():
             assert bool((p == 1).all())
         else:  # Radford et al. 2019, section 2.3: residual projections scaled by 1 / sqrt(number of residual layers)
             assert p.std().item() == pytest.approx(0.02 / 4 if "c_proj" in name else 0.02, rel=0.1), name
+
+
+@pytest.mark.parametrize("head_used", [True, False])
+def test_a_tied_embeddings_gradient_added_into_the_heads_is_that_of_two_matrices(head_used):
+    """Against autograd's own sum of both; tokens that come several times, two micro-batches, and a loss without the head."""
+    shape = GPTConfig(n_layer=2, n_head=2, n_embd=8, vocab_size=11, block_size=16)
+    models = [GPT(shape).double() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for tokens in torch.tensor([[[1, 1, 4, 1, 10, 0, 3]], [[2, 1, 0, 0, 9, 9, 9]]]):
+        targets, rows = torch.tensor([3, 1, 1]), torch.tensor([1, 4, 6])
+        hidden, weight = models[0].states_and_head(tokens, rows=rows)
+        plain = models[1](tokens, rows=rows)
+        for states, head in ((hidden, weight), (plain, models[1].lm_head.weight)):
+            loss = head_nll_sum(states, head, targets, chunk=2) if head_used else states.square().sum()
+            loss.backward()
+    for (name, one), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, msg=lambda m, name=name: f"{name}: {m}")
+    assert models[0].wte.weight.grad[2].abs().sum() > 0  # looked up in the second batch only
+
+
+def test_without_gradients_or_a_tied_head_the_loss_takes_the_heads_own_weight():
+    shape = GPTConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=11, block_size=16)
+    tokens = torch.tensor([[1, 2]])
+    tied, apart = GPT(shape), GPT(replace(shape, tied_head=False))
+    with torch.no_grad():
+        assert tied.states_and_head(tokens)[1] is tied.wte.weight
+    assert apart.states_and_head(tokens)[1] is apart.lm_head.weight
+    assert torch.equal(tied.states_and_head(tokens)[0], tied(tokens))

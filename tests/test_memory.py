@@ -7,8 +7,9 @@ import torch
 
 from tunesmith.batching import Batch
 from tunesmith.documents import Documents
+from tunesmith.evaluate import states_and_head
 from tunesmith.gpt import GPT, SIZES, GPTConfig
-from tunesmith.lora import apply_lora, head_parts
+from tunesmith.lora import apply_lora
 from tunesmith.losses import head_nll_sum
 from tunesmith.memory import (
     SLOTS,
@@ -186,8 +187,7 @@ def peak_of_a_step(shape, counted):
     batch = Batch(torch.randint(shape.vocab_size, (1, counted.tokens)), rows, targets, documents, counted.tokens, (0,))
 
     def loss_sum(b):
-        hidden = model(b.input_ids, b.documents, rows=b.rows)
-        weight, low_rank = head_parts(model.lm_head, hidden)
+        hidden, weight, low_rank = states_and_head(model, b)
         return head_nll_sum(hidden, weight, b.targets, low_rank=low_rank, chunk=counted.chunk)
 
     def step():

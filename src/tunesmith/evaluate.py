@@ -6,17 +6,19 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tunesmith.batching import Batch, Batches
 from tunesmith.device import Precision, autocast
 from tunesmith.dialogue import END
+from tunesmith.documents import Documents
 from tunesmith.gpt import GPT
 from tunesmith.lora import head_parts
-from tunesmith.losses import IGNORE_INDEX, head_nll_sum, token_nll
+from tunesmith.losses import IGNORE_INDEX, LowRank, head_nll_sum, token_nll
 from tunesmith.splitting import within_memory
 
 
@@ -50,6 +52,17 @@ class AnswerLoss:
     nats: float
 
 
+class Targets(Protocol):
+    """Batches whose targets are predicted by the states in some of their rows."""
+
+    @property
+    def input_ids(self) -> Tensor: ...
+    @property
+    def documents(self) -> Documents | None: ...
+    @property
+    def rows(self) -> Tensor: ...
+
+
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """No dropout and no gradients inside; training or evaluation mode as it was afterwards."""
@@ -64,20 +77,24 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             model.train()
 
 
-def nll_sum(model: GPT, batch: Batch, precision: Precision = "fp32") -> torch.Tensor:
+def states_and_head(model: GPT, batch: Targets) -> tuple[Tensor, Tensor, LowRank | None]:
+    """What a loss takes of a batch: hidden states of its targets (n, C), the head's weight (V, C), and what an adapter adds."""
+    hidden, weight = model.states_and_head(batch.input_ids, batch.documents, rows=batch.rows)
+    return hidden, *head_parts(model.lm_head, weight, hidden)
+
+
+def nll_sum(model: GPT, batch: Batch, precision: Precision = "fp32") -> Tensor:
     """Summed -log p of a batch's targets: scalar float32, nats. Trunk and head run only where a target needs them."""
     with autocast(batch.input_ids.device, precision):
-        hidden = model(batch.input_ids, batch.documents, rows=batch.rows)
-        weight, low_rank = head_parts(model.lm_head, hidden)
+        hidden, weight, low_rank = states_and_head(model, batch)
         chunk = head_chunk(precision)
         return head_nll_sum(hidden, weight, batch.targets, low_rank=low_rank, chunk=chunk, count=batch.count)
 
 
-def target_nll(model: GPT, batch: Batch, precision: Precision = "fp32") -> torch.Tensor:
+def target_nll(model: GPT, batch: Batch, precision: Precision = "fp32") -> Tensor:
     """-log p of each of a batch's targets: (count,) float32, nats. Without gradients."""
     with evaluation_mode(model), autocast(batch.input_ids.device, precision):
-        hidden = model(batch.input_ids, batch.documents, rows=batch.rows)
-        weight, low_rank = head_parts(model.lm_head, hidden)
+        hidden, weight, low_rank = states_and_head(model, batch)
         return token_nll(hidden, weight, batch.targets, low_rank=low_rank, chunk=head_chunk(precision))[: batch.count]
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from tunesmith.documents import Documents, attend_documents, prepare_for_compiling
@@ -194,6 +195,21 @@ class Block(nn.Module):
         return x + F.dropout(self.mlp(x, self.ln_2, chain), self.dropout, self.training)
 
 
+class _Tied(torch.autograd.Function):
+    """(tokens (...), weight (V, C)) -> the tokens' rows (..., C), and the weight for the head that is tied to them."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(tokens)
+        return F.embedding(tokens, weight), weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_rows: Tensor, d_weight: Tensor) -> tuple[None, Tensor]:
+        (tokens,) = ctx.saved_tensors
+        return None, d_weight.index_put_((tokens.flatten(),), d_rows.flatten(0, -2), accumulate=True)
+
+
 def _mark_what_varies(rows: Tensor | None, documents: Documents | None) -> None:
     """Tell torch.compile which lengths change from batch to batch: compiled for one, code would be made again for the next."""
     varying = [rows]
@@ -246,6 +262,31 @@ class GPT(nn.Module):
         Returns: (B, T, C), or (n, C) with `rows`. Logits are `model.lm_head(hidden)`.
         Raises: UserError if a document is longer than `block_size`.
         """
+        return self._states(self.wte(tokens), documents, rows, cache)
+
+    def states_and_head(
+        self, tokens: Tensor, documents: Documents | None = None, *, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As calling the model, and the weight that a loss of these states shall take for the head, (V, C).
+
+        Where the head is tied, the embedding's gradient is added to the rows of the head's that were looked up: no second
+        matrix of that size is made, filled with zeros and added.
+        """
+        tied = self.wte.weight
+        if (
+            self.config.tied_head
+            and tied.requires_grad
+            and torch.is_grad_enabled()
+            and tied.dtype is not torch.bfloat16
+        ):
+            embedded, head = _Tied.apply(tokens, tied)  # type: ignore[no-untyped-call]
+        else:
+            embedded, head = self.wte(tokens), tied if self.config.tied_head else self.lm_head.weight
+        return self._states(embedded, documents, rows, None), head
+
+    def _states(
+        self, embedded: Tensor, documents: Documents | Tensor | None, rows: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
         if isinstance(documents, Tensor):
             documents = Documents.from_ids(documents)
         if cache is not None and documents is None:
@@ -253,15 +294,15 @@ class GPT(nn.Module):
         elif documents is not None:
             positions, longest = documents.positions, documents.reach
         else:
-            longest = tokens.shape[1]
-            positions = torch.arange(longest, device=tokens.device)[None]
+            longest = embedded.shape[1]
+            positions = torch.arange(longest, device=embedded.device)[None]
         if longest > self.config.block_size:
             raise UserError(
                 f"a text has {longest:,} tokens; the model has positions for {self.config.block_size:,} "
                 "(a fixed part of its weights). Shorten the text, or cut it with --data.truncation keep_end."
             )
         exact = self.ln_f.weight.dtype  # of the residual stream; matrices may be kept in less
-        x = self.wte(tokens).to(exact) + self.wpe(positions).to(exact)
+        x = embedded.to(exact) + self.wpe(positions).to(exact)
         x = F.dropout(x, self.config.dropout, self.training)  # (B, T, C)
         chain = recomputed if self.activation_checkpointing == "selective" else plain
         if self.compiled:

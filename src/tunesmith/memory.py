@@ -244,8 +244,9 @@ def adapter_sizes(shape: Shape, rank: int, targets: Sequence[str]) -> list[int]:
 def predict_memory(shape: Shape, work: Work) -> Memory:
     """Bytes of a training step.
 
-    The moments: the head's loss at the end of forward, with the first logits; the beginning of backward, in the last block,
-    and when that is done; its end, when the gradients are there and a tied embedding's comes beside the head's; the update.
+    The moments: the head's loss at the end of forward, with the first logits; backward in the model's last block, in the one
+    before it, and in its first, when the gradients of all others are there; the end of backward, when all are, and a tied
+    embedding's in bfloat16 comes beside the head's; the update.
     """
     vocabulary, c = shape.vocab_size * shape.n_embd, shape.n_embd
     sizes = tensor_sizes(shape)
@@ -275,19 +276,22 @@ def predict_memory(shape: Shape, work: Work) -> Memory:
     moments = {
         "the head's loss": fixed + earlier + kept + head + converted + logits + product,
         "the beginning of backward": fixed + waiting + kept + again,
-        "the end of backward": fixed + left + tied + (tied if work.micro_batches > 1 else 0),
+        "the end of backward": fixed + left + tied * ((work.micro_batches > 1) + work.bf16_weights),
         "the update": fixed + left + update,
     }
+    selective = work.checkpointing == "selective"
     if shape.n_layer > 1:
-        freed = shape.n_embd * 4 * work.tokens if work.checkpointing is True else block_bytes(
-            shape, work, last=True, selective=work.checkpointing == "selective"
-        )  # fmt: skip
-        block = backward_bytes(shape, work, last=False)
-        there = 0 if work.rank or work.in_backward else stored * sum(i * o for i, o in linear_sizes(shape).values())
-        ends = 8 * shape.n_embd * work.losses
-        moments["the middle of backward"] = fixed + waiting + kept - freed - ends + there + block
+        block, ends = backward_bytes(shape, work, last=False), 8 * shape.n_embd * work.losses
+        made = 0 if work.rank or work.in_backward else stored * sum(i * o for i, o in linear_sizes(shape).values())
+        freed = [
+            shape.n_embd * 4 * work.tokens if work.checkpointing is True
+            else block_bytes(shape, work, last=last, selective=selective) for last in (True, False)
+        ]  # fmt: skip
+        for name, done in {"the second block of backward": 1, "the last block of backward": shape.n_layer - 1}.items():
+            left_over = kept - ends - freed[0] - (done - 1) * freed[1]
+            moments[name] = fixed + waiting + max(0, left_over) + done * made + block
     scratch = 0 if work.rank else work.tokens * exact * linear_sizes(shape)["mlp.c_fc"][1]
     return Memory(
         parameters, left, state, kept, logits, moments,
-        heap=scratch + block_bytes(shape, work, selective=work.checkpointing == "selective"), largest=max(logits, head),
+        heap=scratch + block_bytes(shape, work, selective=selective), largest=max(logits, head),
     )  # fmt: skip

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from tunesmith.choice import Sums
 from tunesmith.device import Precision, autocast
-from tunesmith.evaluate import evaluation_mode, head_chunk
+from tunesmith.evaluate import evaluation_mode, head_chunk, states_and_head
 from tunesmith.gpt import GPT
-from tunesmith.lora import head_parts
 from tunesmith.losses import bradley_terry_loss, dpo_loss, sequence_loss_sum, sum_sequences, token_nll
 from tunesmith.pairs import PairBatch
 from tunesmith.reward import RewardModel
@@ -57,8 +56,7 @@ def answer_logps(model: GPT, batch: PairBatch, precision: Precision = "fp32") ->
 def target_logps(model: GPT, batch: PairBatch, precision: Precision = "fp32") -> Tensor:
     """Log-probability of every target of a batch, in the order of `batch.targets`: (n,) float32, nats."""
     with autocast(batch.input_ids.device, precision):
-        hidden = model(batch.input_ids, batch.documents, rows=batch.rows)
-        weight, low_rank = head_parts(model.lm_head, hidden)
+        hidden, weight, low_rank = states_and_head(model, batch)
         return -token_nll(hidden, weight, batch.targets, low_rank=low_rank, chunk=head_chunk(precision))
 
 
@@ -70,8 +68,7 @@ def dpo_loss_sum(
     reference: (pairs, 2), what the frozen model gives for the same answers. Only the loss carries a gradient.
     """
     with autocast(batch.input_ids.device, precision):
-        hidden = model(batch.input_ids, batch.documents, rows=batch.rows)
-        weight, low_rank = head_parts(model.lm_head, hidden)
+        hidden, weight, low_rank = states_and_head(model, batch)
         loss, policy = sequence_loss_sum(
             hidden, weight, batch.targets, batch.lengths, lambda logps, which: settings(logps, reference[which])[0],
             low_rank=low_rank, chunk=head_chunk(precision),
