@@ -67,7 +67,7 @@ CASES: dict[str, tuple[str, dict[str, int], dict[str, Any]]] = {  # name: (comma
 }
 
 
-def setting_of(name: str) -> Any:
+def setting_of(name: str, allocator: str) -> Any:
     """The case as the planner has it."""
     from tunesmith.config import from_settings
     from tunesmith.gpt import GPTConfig
@@ -77,34 +77,34 @@ def setting_of(name: str) -> Any:
 
     command, shape, options = CASES[name]
     kinds: dict[str, Any] = {"sft": SFTConfig, "dpo": DPOConfig, "reward": RewardConfig}
-    config = from_settings(kinds[command], {"train.precision": "fp32", **options}, name)
+    config = from_settings(kinds[command], {"train.precision": "fp32", "train.allocator": allocator, **options}, name)
     text = 170 if command == "sft" else 250
     return make_setting(config, GPTConfig(**shape), Rows(text, 0.5), find_place("cpu"), {})
 
 
-def predict(name: str, with_time: bool) -> dict[str, Any]:
+def predict(name: str, allocator: str, with_time: bool) -> dict[str, Any]:
     """What the plan says."""
-    from tunesmith.device import keep_freed_memory
+    from tunesmith.device import keep_freed_memory, return_memory_at_once
     from tunesmith.probe import probe_step
 
-    keep_freed_memory()
-    s, began = setting_of(name), time.perf_counter()
+    (return_memory_at_once if allocator == "lean" else keep_freed_memory)()
+    s, began = setting_of(name, allocator), time.perf_counter()
     seconds = probe_step(s.config, s.shape, s.rows).step(s.config.train.accumulate) if with_time else None
     found = {"counted_gb": s.memory.peak / 1e9, "moment": s.memory.moment, "peak_gb": s.peak / 1e9}
     return found | {"seconds": seconds, "probe_seconds": time.perf_counter() - began}
 
 
-def measure(name: str, steps: int) -> dict[str, Any]:
+def measure(name: str, allocator: str, steps: int) -> dict[str, Any]:
     """What a training of the whole model takes."""
-    from tunesmith.device import keep_freed_memory, peak_memory_gb, resident_memory
+    from tunesmith.device import keep_freed_memory, peak_memory_gb, resident_memory, return_memory_at_once
 
-    keep_freed_memory()
+    (return_memory_at_once if allocator == "lean" else keep_freed_memory)()
     import torch
     import torch._dynamo  # torch's optimizers load it with their first use
 
     from tunesmith.probe import make_step
 
-    s = setting_of(name)
+    s = setting_of(name, allocator)
     base = resident_memory() / 1e9
     step = make_step(s.config, s.shape, s.rows, s.config.train.accumulate)
     times = [step() for _ in range(steps)]
@@ -133,6 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=CASES, help="configurations; default all")
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--allocator", choices=["fast", "lean"], default="fast", help="as --train.allocator")
     parser.add_argument(
         "--memory_only", action="store_true", help="no probe, two steps: where the machine is not quiet"
     )
@@ -142,10 +143,11 @@ def main() -> None:
     steps = 3 if args.memory_only else args.steps
     if args.child:
         name = args.only[0]
-        found = measure(name, steps) if args.child == "measure" else predict(name, not args.memory_only)
+        how = name, args.allocator
+        found = measure(*how, steps) if args.child == "measure" else predict(*how, not args.memory_only)
         print("RESULT " + json.dumps(found))
         return
-    flags = ["--steps", str(steps), *(["--memory_only"] if args.memory_only else [])]
+    flags = ["--steps", str(steps), "--allocator", args.allocator, *(["--memory_only"] if args.memory_only else [])]
     rows = []
     for name in args.only or CASES:
         predicted, measured = child("predict", name, *flags), child("measure", name, *flags)

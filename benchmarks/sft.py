@@ -112,11 +112,12 @@ def run_ours(
     checkpointing: Any = False,
     in_backward: bool = False,
     bf16: bool = False,
+    allocator: str = "fast",
 ) -> tuple[list[float], list[float]]:
-    """rank: of LoRA adapters. checkpointing, in_backward, bf16, name: the memory modes, as `tunesmith sft` sets them up."""
-    from tunesmith.device import keep_freed_memory
+    """rank: of LoRA adapters. checkpointing, in_backward, bf16, name, allocator: the memory modes, as `tunesmith sft` sets them up."""
+    from tunesmith.device import keep_freed_memory, return_memory_at_once
 
-    keep_freed_memory()  # as `tunesmith sft` does by itself
+    (return_memory_at_once if allocator == "lean" else keep_freed_memory)()  # as `tunesmith sft` does by itself
     import torch
 
     from tunesmith.evaluate import nll_sum

@@ -73,6 +73,8 @@ class TrainOptions:
     """Update each weight as soon as backward has its gradient and free that; the same result. Wants accumulate 1, grad_clip 0."""
     weights: Literal["fp32", "bf16"] = "fp32"
     """How matrices are kept. bf16: in half the memory, updated with stochastic rounding; with LoRA the frozen base only."""
+    allocator: Literal["fast", "lean"] = "fast"
+    """On a CPU. fast: freed memory is kept for the next step; lean: it is given back at once, which takes less of it and more time."""
     seed: int = 1234
     """Seed of new weights and of dropout."""
     device: str = "auto"

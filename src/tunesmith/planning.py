@@ -7,6 +7,9 @@ same training in less memory.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
+import operator
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -23,6 +26,7 @@ from tunesmith.options import DPOConfig, RewardConfig
 from tunesmith.trainee import AnyConfig
 from tunesmith.workload import Rows, shared_keys
 
+LEAN_TIME = 1.25  # of a step with --train.allocator lean, in times of one with fast; measured (docs/performance.md)
 LIBRARIES = 32e6  # bytes that threads, oneDNN's kernels and the like take with the first step on a CPU; measured
 COMPILER = 0.44e9  # bytes of torch's compiler and what it makes, for adamw8bit; measured once
 HOLES = {True: (0.6, 0.0, 0.3), False: (0.8, 1.5, 0.0)}
@@ -59,11 +63,14 @@ class Setting:
     @property
     def peak(self) -> float:
         """Bytes at the peak over the program's base: counted, and on a CPU with what libraries and the heap's holes take."""
+        m = self.memory
         if not self.place.cpu:
-            return self.memory.peak
-        m, (block, largest, activations) = self.memory, HOLES[self.work.rank > 0]
-        compiler = COMPILER * (self.work.optimizer == "adamw8bit")
-        return m.peak + LIBRARIES + compiler + block * m.heap + largest * m.largest + activations * m.activations
+            return m.peak
+        libraries = LIBRARIES + COMPILER * (self.work.optimizer == "adamw8bit")
+        if self.config.train.allocator == "lean":
+            return m.peak + libraries
+        block, largest, activations = HOLES[self.work.rank > 0]
+        return m.peak + libraries + block * m.heap + largest * m.largest + activations * m.activations
 
     @property
     def total(self) -> float:
@@ -73,11 +80,11 @@ class Setting:
     @property
     def estimate(self) -> float:
         """Seconds of a step by the card's data sheet; on this machine only good to compare settings with."""
-        card = self.place.card or CPU
-        return card_seconds(
-            card, self.config.train.precision, self.shape, self.work, self.memory,
+        seconds = card_seconds(
+            self.place.card or CPU, self.config.train.precision, self.shape, self.work, self.memory,
             attended=self.rows.text_tokens, reference=live_reference(self.config),
         )  # fmt: skip
+        return seconds * (LEAN_TIME if self.config.train.allocator == "lean" else 1.0)
 
 
 def find_place(name: str) -> Place:
@@ -194,43 +201,35 @@ def alternatives(config: AnyConfig, *, inexact: bool) -> Iterator[dict[str, Any]
 
     Rows of a step, rank and block size stay. A micro-batch is split only into equal parts.
     """
-    t = config.train
+    t, name = config.train, config.optimizer.name
     modes = ["selective", True] if t.activation_checkpointing in ("auto", False) else []
     splits = [n for n in range(1, t.batch_size + 1) if t.batch_size % n == 0]
-    precisions = ["fp32", "bf16"] if inexact and t.weights == "fp32" else [t.weights]
-    optimizers = [config.optimizer.name, "adamw8bit"] if inexact and config.optimizer.name == "adamw" else [None]
-    cached = [{}, {"dpo.reference": "cached"}] if live_reference(config) else [{}]
+    weights = ["bf16"] if inexact and t.weights == "fp32" else []
+    optimizers = ["adamw8bit"] if inexact and name == "adamw" else []
+    cached = ["cached"] if live_reference(config) else []
+    allocators = ["lean"] if t.allocator == "fast" else []
     for parts in splits:
         accumulate = t.accumulate * parts
-        early = not t.optimizer_in_backward and accumulate == 1 and (inexact or t.grad_clip == 0)
+        may_be_early = not t.optimizer_in_backward and accumulate == 1 and (inexact or t.grad_clip == 0)
         if t.optimizer_in_backward and accumulate > 1:
             continue
-        for mode in [None, *modes]:
-            for in_backward in (False, True) if early else (False,):
-                for weights in precisions:
-                    for optimizer in optimizers:
-                        for reference in cached:
-                            changes: dict[str, Any] = dict(reference)
-                            if mode is not None:
-                                changes["train.activation_checkpointing"] = mode
-                            if parts > 1:
-                                changes |= {"train.batch_size": t.batch_size // parts, "train.accumulate": accumulate}
-                            if in_backward:
-                                changes["train.optimizer_in_backward"] = True
-                                if t.grad_clip:
-                                    changes["train.grad_clip"] = 0.0
-                            if weights != t.weights:
-                                changes["train.weights"] = weights
-                            if optimizer not in (None, config.optimizer.name):
-                                changes["optimizer.name"] = optimizer
-                            yield changes
+        fewer = {"train.batch_size": t.batch_size // parts, "train.accumulate": accumulate} if parts > 1 else {}
+        early = {"train.optimizer_in_backward": True} | ({"train.grad_clip": 0.0} if t.grad_clip else {})
+        free: dict[str, list[Any]] = {
+            "dpo.reference": cached, "train.activation_checkpointing": modes, "train.weights": weights,
+            "optimizer.name": optimizers, "train.allocator": allocators,
+        }  # fmt: skip
+        choices: list[list[dict[str, Any]]] = [[{}, *({key: v} for v in values)] for key, values in free.items()]
+        for some in itertools.product(*choices, [{}, early] if may_be_early else [{}]):
+            yield functools.reduce(operator.or_, some, fewer)
 
 
 def candidates(asked: Setting, *, inexact: bool) -> list[Setting]:
-    """The settings of `alternatives`, without those that fp16's loss scaling forbids."""
+    """The settings of `alternatives`, without those that fp16's loss scaling forbids and, on a GPU, a CPU's allocator."""
     found = (
         make_setting(asked.config, asked.shape, asked.rows, asked.place, c)
         for c in alternatives(asked.config, inexact=inexact)
+        if asked.place.cpu or "train.allocator" not in c
     )
     return [
         s

@@ -88,6 +88,10 @@ def resolve_machine(config: Config, n_embd: int, command: Command) -> Config:
             "--train.precision fp16 scales the loss and may have to drop an update, which goes with neither "
             "--train.optimizer_in_backward nor --train.weights bf16; use bf16 or fp32"
         )
+    if t.allocator == "lean" and device.type != "cpu":
+        raise UsageError(
+            f"--train.allocator lean is for a CPU's memory; here it is {device}, where torch has its own: leave it out"
+        )
     train = dataclasses.replace(
         t,
         device=str(device),

@@ -20,6 +20,7 @@ from tunesmith.device import (
     describe,
     environment,
     keep_freed_memory,
+    return_memory_at_once,
     seed_everything,
 )
 from tunesmith.errors import UserError
@@ -141,7 +142,7 @@ def begin(config: AnyConfig, command: Command) -> Path:
     """Settle where the run goes, and make the process ready: allocator and seeds. Raises: UserError if `out` is taken."""
     default = f"runs/{command}-{_short(config.model.name)}-{_short(config.data.name)}"
     path = new_run_directory(config.out, default, config.resume)
-    keep_freed_memory()
+    (return_memory_at_once if config.train.allocator == "lean" else keep_freed_memory)()
     seed_everything(config.train.seed)
     return path
 

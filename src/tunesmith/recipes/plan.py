@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tunesmith.device import keep_freed_memory
+from tunesmith.device import keep_freed_memory, return_memory_at_once
 from tunesmith.errors import UsageError, UserError
 from tunesmith.gpt import SIZES, GPTConfig
 from tunesmith.models import known_shape
@@ -37,6 +37,7 @@ GAINS = {
     "train.activation_checkpointing": "activations are computed again in backward",
     "train.batch_size": "fewer rows at a time; the gradient is the same sum",
     "train.optimizer_in_backward": "each gradient is freed as soon as it is used",
+    "train.allocator": "freed memory goes back at once, and the heap has no holes",
     "train.weights": "matrices in two bytes a number, updated with stochastic rounding",
     "optimizer.name": "optimizer state in one byte a number",
     "train.grad_clip": "what the update inside backward asks for; clipping is lost",
@@ -54,6 +55,8 @@ def plan(options: PlanConfig) -> dict[str, Any]:
     place = find_place(options.device)
     if not 0 < options.supervised <= 1 or options.text_tokens < 4:
         raise UsageError("--supervised is a share of tokens, more than 0 and at most 1, and --text_tokens at least 4")
+    if config.train.allocator == "lean" and not place.cpu:
+        raise UsageError(f"--train.allocator lean is for a CPU's memory, not for {place.name}: leave it out")
     rows = Rows(options.text_tokens, options.supervised)
     room = None
     if options.fit is not None:
@@ -66,6 +69,8 @@ def plan(options: PlanConfig) -> dict[str, Any]:
         if found is None:
             raise UserError(_nothing_fits(asked, every, room))
         chosen, told = found, _reasons(asked, found, every, room)
+    if chosen.config.train.allocator == "lean":
+        return_memory_at_once()
     time = None if place.card else probe_step(chosen.config, shape, chosen.rows)
     record = _record(asked, chosen, time)
     for line in [*_header(chosen, record), *_memory_lines(chosen), *_time_lines(chosen, record), *told]:
@@ -194,7 +199,7 @@ def _memory_lines(s: Setting) -> list[str]:
     if s.place.cpu:
         lines.append(
             f"  {'process at the peak':<20}  {_gb(s.total)}: {_gb(s.place.base)} for Python and torch, {_gb(s.peak - m.peak)} for "
-            "libraries and holes in the heap"
+            f"libraries{'' if s.config.train.allocator == 'lean' else ' and holes in the heap'}"
         )
     else:
         lines.append(f"  {'process at the peak':<20}  {_gb(s.total)}: {_gb(s.place.base)} assumed for the CUDA context")
