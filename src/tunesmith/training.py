@@ -227,7 +227,10 @@ def splitting_of(config: AnyConfig, device: torch.device) -> Splitting:
     if tuning and not lora:
         smaller.append("--lora.rank 8")
     weights = f" with {t.weights} weights" if t.weights != "fp32" else ""
-    setup = f"{config.model.name}{lora}, {precision_of(config)}{weights} on {describe(device)}{checkpointing}"
+    allocator = f", allocator {t.allocator}" * (t.allocator != "fast")
+    if device.type == "cpu" and not allocator:
+        smaller.append("--train.allocator lean")
+    setup = f"{config.model.name}{lora}, {precision_of(config)}{weights} on {describe(device)}{checkpointing}{allocator}"
     return Splitting(setup, ", ".join(smaller), t.batch_size, repeatable=not t.optimizer_in_backward)
 
 
