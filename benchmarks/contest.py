@@ -10,15 +10,20 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 Run = Callable[[Path, int, int, bool], tuple[list[float], list[float]]]
 """A contestant: (work, steps, warmup, tuned) -> seconds of each step after the warm-up, and the losses of all steps."""
 
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**40), "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)}
+ALLOCATORS = {  # what a rival is given: True, tuned for speed; "lean", for memory: as our two settings of glibc's allocator
+    True: {"MALLOC_MMAP_THRESHOLD_": str(2**40), "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)},
+    "lean": {"MALLOC_MMAP_THRESHOLD_": str(2**17), "MALLOC_TRIM_THRESHOLD_": str(2**17), "THP_MEM_ALLOC_ENABLE": "1"},
+    False: {},
+}
+Tuned = bool | Literal["lean"]
 
 
 class Clock:
@@ -34,9 +39,9 @@ class Clock:
         return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)][self.warmup :]
 
 
-def child(run: Run, work: Path, steps: int, warmup: int, tuned: bool) -> None:
+def child(run: Run, work: Path, steps: int, warmup: int, tuned: Tuned) -> None:
     """Run one contestant and print its figures as the last line."""
-    seconds, losses = run(work, steps, warmup, tuned)
+    seconds, losses = run(work, steps, warmup, bool(tuned))
     print("RESULT " + json.dumps({"seconds": seconds, "losses": [float(x) for x in losses], "peak_gb": peak_gb()}))
 
 
@@ -52,12 +57,12 @@ Rates = Callable[[dict[str, Any]], list[float]]
 """The figures of one contestant in one round -> its rates, tokens a second: one a step, or one for the whole round."""
 
 
-def measure(script: str, contestants: dict[str, bool], arguments: list[str], rounds: int, rates: Rates) -> Found:
+def measure(script: str, contestants: Mapping[str, Tuned], arguments: list[str], rounds: int, rates: Rates) -> Found:
     """All contestants in turn, `rounds` times, each as a new process of `script`. contestants: name -> tuned."""
     found: Found = {name: [] for name in contestants}
     for number in range(rounds):
         for name, tuned in contestants.items():
-            environment = {**os.environ, **(ALLOCATOR if tuned else {}), "HF_HUB_OFFLINE": "1"}
+            environment = {**os.environ, **ALLOCATORS[tuned], "HF_HUB_OFFLINE": "1"}
             done = subprocess.run(
                 [sys.executable, script, "--child", name, *arguments],
                 env=environment, capture_output=True, text=True, check=False,
@@ -134,7 +139,7 @@ def options(about: str) -> argparse.ArgumentParser:
     return parser
 
 
-Tasks = dict[str, dict[str, tuple[Run, bool]]]
+Tasks = dict[str, dict[str, tuple[Run, Tuned]]]
 """Task -> name of a contestant -> (function, tuned)."""
 
 

@@ -195,7 +195,9 @@ def run_loop(work: Path, steps: int, warmup: int, tuned: bool) -> tuple[list[flo
     return clock.seconds(), losses
 
 
-def run_trainer(work: Path, steps: int, warmup: int, tuned: bool) -> tuple[list[float], list[float]]:
+def run_trainer(
+    work: Path, steps: int, warmup: int, tuned: bool, checkpointing: bool = False
+) -> tuple[list[float], list[float]]:
     import torch
     import transformers
 
@@ -205,6 +207,7 @@ def run_trainer(work: Path, steps: int, warmup: int, tuned: bool) -> tuple[list[
         max_steps=warmup + steps,
         **TRAINER,
         optim="adamw_torch_fused",
+        gradient_checkpointing=checkpointing,
     )
     return drive(transformers.Trainer(rival_model(work, tuned), arguments, train_dataset=rows), warmup)
 

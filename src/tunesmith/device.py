@@ -128,13 +128,13 @@ def keep_freed_memory() -> bool:
 
 
 def return_memory_at_once() -> bool:
-    """Tell glibc to give every tensor of a megabyte or more back to the kernel when it is freed; returns whether it was done.
+    """Tell glibc to give every tensor of 128 KB or more back to the kernel when it is freed; returns whether it was done.
 
     The process then takes what its tensors take, without a heap's holes, and no longer by chance: 0.4 GB less for a step
     of GPT-2 at 1,024 tokens, for more time (docs/performance.md). Huge pages, where the kernel has them for who asks,
     win a part of that back. TUNESMITH_ALLOCATOR=system leaves the allocator as it is here too.
     """
-    done = _tell_allocator({M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 2**20, M_TRIM_THRESHOLD: 2**20, M_TOP_PAD: 0})
+    done = _tell_allocator({M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 2**17, M_TRIM_THRESHOLD: 2**17, M_TOP_PAD: 0})
     if done:
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it with its first tensor
         return_freed_memory()

@@ -27,7 +27,7 @@ from tunesmith.trainee import AnyConfig
 from tunesmith.workload import Rows, shared_keys
 
 LEAN_TIME = 1.25  # of a step with --train.allocator lean, in times of one with fast; measured (docs/performance.md)
-LIBRARIES = 32e6  # bytes that threads, oneDNN's kernels and the like take with the first step on a CPU; measured
+LIBRARIES = 42e6  # bytes that threads, oneDNN's kernels and the like take with the first step on a CPU; measured
 COMPILER = 0.44e9  # bytes of torch's compiler and what it makes, for adamw8bit; measured once
 HOLES = {True: (0.6, 0.0, 0.3), False: (0.8, 1.5, 0.0)}
 """What a CPU's heap cannot use again: times one block's activations, the largest single block, all activations; with LoRA and
