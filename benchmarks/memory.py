@@ -3,8 +3,8 @@
     python benchmarks/memory.py --root DIR_OF_HH_RLHF --rounds 2 --steps 3 --out benchmarks/results
 
 Two tasks, in the setting of sft.py (the same weights and packed rows of 1,024 tokens, fp32, one row a step): `full` trains all
-weights beside `Trainer`, tuned for speed and for memory, `lora` adapters of rank 8 beside TRL with PEFT. Memory is the process's peak resident set,
-imports included. `exact`: the losses of all steps are those of the plain row, to the bit; the script compares them.
+weights beside `Trainer`, tuned for speed and for memory, `lora` adapters of rank 8 beside TRL with PEFT. Memory is the process's
+peak resident set, imports included. `exact`: the losses of all steps are those of the plain row, to the bit; the script compares them.
 """
 
 from __future__ import annotations
