@@ -12,6 +12,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+HEAVY = ("test_zz_smoke_study.py", "test_study_ray.py", "test_readme.py", "test_study_processes.py")
+
+
+def pytest_collection_modifyitems(items):
+    """For `make test`, which has several processes: a file stays in one of them, and files whose tests start many are in one."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("heavy" if item.path.name in HEAVY else item.path.name))
+    items.sort(key=lambda item: item.path.name not in HEAVY)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
     """Tokens are cached per session: nothing is read from or left in the user's cache."""

@@ -29,7 +29,7 @@ def states(out):
     return {name: run["state"] for name, run in json.loads((out / "progress.json").read_text())["runs"].items()}
 
 
-def wait_for(condition, process=None, seconds=120):
+def wait_for(condition, process=None, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert process is None or process.poll() is None, process.communicate()

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from tunesmith import adapters
 from tunesmith.adapters import load_adapter, read_adapter, save_adapter
-from tunesmith.device import resolve_device
+from tunesmith.device import resolve_device, return_freed_memory
 from tunesmith.errors import UserError
 from tunesmith.gpt import GPT
 from tunesmith.lora import apply_lora
@@ -105,6 +105,7 @@ def store_in_bf16(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2 and not name.endswith(("lora_A", "lora_B")) and name != "score.weight":
             parameter.data = parameter.data.to(torch.bfloat16)
+    return_freed_memory()  # where the float32 weights were
 
 
 def prepare_model(model: nn.Module, gpt: GPT, config: AnyConfig) -> torch.device:

@@ -230,7 +230,9 @@ def splitting_of(config: AnyConfig, device: torch.device) -> Splitting:
     allocator = f", allocator {t.allocator}" * (t.allocator != "fast")
     if device.type == "cpu" and not allocator:
         smaller.append("--train.allocator lean")
-    setup = f"{config.model.name}{lora}, {precision_of(config)}{weights} on {describe(device)}{checkpointing}{allocator}"
+    setup = (
+        f"{config.model.name}{lora}, {precision_of(config)}{weights} on {describe(device)}{checkpointing}{allocator}"
+    )
     return Splitting(setup, ", ".join(smaller), t.batch_size, repeatable=not t.optimizer_in_backward)
 
 
