@@ -65,19 +65,26 @@ def gpu_table(result: dict[str, Any]) -> str:
 
 
 def plan_table(rows: list[dict[str, Any]]) -> str:
-    """One row a configuration: peak and seconds a step, planned and measured, and the plan's errors."""
-    lines = [
-        "| | planned GB | measured | error | planned s a step | measured | error |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """One row a configuration: its peak as planned and measured, with each allocator, and seconds a step; the plan's errors."""
+    by_name: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
-        p, m = row["predicted"], row["measured"]
-        time = ("", "", "")
-        if "time_error" in row:
-            time = (f"{p['seconds']:.3f}", f"{m['seconds']:.3f}", f"{row['time_error']:+.1%}")
-        cells = (f"{p['peak_gb']:.3f}", f"{m['peak_gb']:.3f}", f"{row['memory_error']:+.1%}", *time)
-        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+        by_name.setdefault(row["name"], {})[row["allocator"]] = row
+    lines = [
+        "| | planned GB | measured | error | lean: planned GB | measured | error | planned s a step | measured | error |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, kinds in by_name.items():
+        cells = []
+        for row in (kinds.get("fast"), kinds.get("lean")):
+            cells += [""] * 3 if row is None else [*_pair(row, "peak_gb"), f"{row['memory_error']:+.1%}"]
+        first = next(iter(kinds.values()))
+        cells += [*_pair(first, "seconds"), f"{first['time_error']:+.1%}"] if "time_error" in first else [""] * 3
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _pair(row: dict[str, Any], figure: str) -> list[str]:
+    return [f"{row[kind][figure]:.3f}" for kind in ("predicted", "measured")]
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ def folder(tmp_path_factory):
 
 
 def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    plain = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}  # as a user: all cores
+    beside = "PYTEST_XDIST_WORKER" in os.environ  # other tests run at the same time; else all cores, as a user has them
+    plain = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS" or beside}
     environment = {**plain, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     return subprocess.run(
         command,

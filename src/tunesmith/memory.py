@@ -273,15 +273,16 @@ def predict_memory(shape: Shape, work: Work) -> Memory:
     update = BF16_UPDATE * at_once if work.bf16_weights and whole else 0
     fixed = parameters + state
     waiting = earlier + (stored * vocabulary if head else 0)
+    ends = 8 * shape.n_embd * work.losses  # the last norm's input, and the gradient that the head's loss made
     moments = {
         "the head's loss": fixed + earlier + kept + head + converted + logits + product,
-        "the beginning of backward": fixed + waiting + kept + again,
+        "the beginning of backward": fixed + waiting + kept - ends + again,
         "the end of backward": fixed + left + tied * ((work.micro_batches > 1) + work.bf16_weights),
         "the update": fixed + left + update,
     }
     selective = work.checkpointing == "selective"
     if shape.n_layer > 1:
-        block, ends = backward_bytes(shape, work, last=False), 8 * shape.n_embd * work.losses
+        block = backward_bytes(shape, work, last=False)
         made = 0 if work.rank or work.in_backward else stored * sum(i * o for i, o in linear_sizes(shape).values())
         freed = [
             shape.n_embd * 4 * work.tokens if work.checkpointing is True

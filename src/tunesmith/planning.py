@@ -21,7 +21,7 @@ from tunesmith.device import resident_memory, resolve_device, resolve_precision
 from tunesmith.errors import UsageError
 from tunesmith.evaluate import head_chunk
 from tunesmith.gpt import GPTConfig
-from tunesmith.memory import Memory, Work, adapted_layers, predict_memory
+from tunesmith.memory import Memory, Work, adapted_layers, count_parameters, predict_memory
 from tunesmith.options import DPOConfig, RewardConfig
 from tunesmith.trainee import AnyConfig
 from tunesmith.workload import Rows, shared_keys
@@ -29,9 +29,13 @@ from tunesmith.workload import Rows, shared_keys
 LEAN_TIME = 1.25  # of a step with --train.allocator lean, in times of one with fast; measured (docs/performance.md)
 LIBRARIES = 42e6  # bytes that threads, oneDNN's kernels and the like take with the first step on a CPU; measured
 COMPILER = 0.44e9  # bytes of torch's compiler and what it makes, for adamw8bit; measured once
-HOLES = {True: (0.6, 0.0, 0.3), False: (0.8, 1.5, 0.0)}
-"""What a CPU's heap cannot use again: times one block's activations, the largest single block, all activations; with LoRA and
-without. Fitted to measured peaks (benchmarks/plan.py): glibc gives a freed place anew only where its alignment happens to fit."""
+HOLES = {True: (0.0, 0.3, 0.8, 0.2), False: (40e6, 0.8, 0.8, 0.0)}
+"""What a CPU's heap cannot use again with --train.allocator fast: bytes, and times one block's activations, the largest single
+block, all activations; with LoRA and without. Fitted to measured peaks (benchmarks/plan.py): glibc gives a freed place anew only
+where its alignment happens to fit, so that the same training differs by some percent from run to run."""
+CONVERTED = (
+    0.4  # of the float32 weights that bfloat16 ones were made from: what stays of their places, where all are trained
+)
 CPU = Card("this processor", 0.0, 1e10, {"fp32": 1e11, "bf16": 1e11, "fp16": 1e11})  # only to compare settings with
 
 
@@ -69,8 +73,10 @@ class Setting:
         libraries = LIBRARIES + COMPILER * (self.work.optimizer == "adamw8bit")
         if self.config.train.allocator == "lean":
             return m.peak + libraries
-        block, largest, activations = HOLES[self.work.rank > 0]
-        return m.peak + libraries + block * m.heap + largest * m.largest + activations * m.activations
+        some, block, largest, activations = HOLES[self.work.rank > 0]
+        read = 4 * count_parameters(self.shape) if self.work.bf16_weights and not self.work.rank else 0
+        holes = some + block * m.heap + largest * m.largest + activations * m.activations + CONVERTED * read
+        return m.peak + libraries + holes
 
     @property
     def total(self) -> float:
