@@ -15,11 +15,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 HEAVY = ("test_zz_smoke_study.py", "test_study_ray.py", "test_readme.py", "test_study_processes.py")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+def pytest_itemcollected(item):
+    """For `make test`, which has several processes: a file stays in one of them, and files that start many are in one."""
+    item.add_marker(pytest.mark.xdist_group("heavy" if item.path.name in HEAVY else item.path.name))
+
+
 def pytest_collection_modifyitems(items):
-    """For `make test`, which has several processes: a file stays in one of them, and files whose tests start many are in one."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("heavy" if item.path.name in HEAVY else item.path.name))
+    """What takes longest begins first."""
     items.sort(key=lambda item: item.path.name not in HEAVY)
 
 
