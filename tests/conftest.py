@@ -15,9 +15,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 HEAVY = ("test_zz_smoke_study.py", "test_study_ray.py", "test_readme.py", "test_study_processes.py")
 
 
-def pytest_itemcollected(item):
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
     """For `make test`, which has several processes: a file stays in one of them, and files that start many are in one."""
-    item.add_marker(pytest.mark.xdist_group("heavy" if item.path.name in HEAVY else item.path.name))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            name = nodeid.partition("::")[0].rpartition("/")[2]
+            return "heavy" if name in HEAVY else name
+
+    return ByFile(config, log)
 
 
 def pytest_collection_modifyitems(items):
