@@ -32,7 +32,9 @@ def _card(title: str, gb: float, gb_per_s: float, fp32: float, fp16: float, *, b
     return Card(title, gb * 1e9, gb_per_s * 1e9, peak)
 
 
-CARDS = {  # NVIDIA's data sheets of each product; matrix units with sums in fp32, without sparsity
+# NVIDIA's data sheets (P100 PCIe, V100, T4, L4, A100 80 GB, H100, H200) and white papers (GA102, AD102), looked up in November 2026 as
+# public pages quote them; matrix units with sums in fp32, half of what is stated with sparsity.
+CARDS = {
     "p100": _card("Tesla P100 PCIe 16 GB", 16, 732, 9.3, 18.7, bf16=False),
     "v100": _card("Tesla V100 SXM2 16 GB", 16, 900, 15.7, 125, bf16=False),
     "t4": _card("Tesla T4 16 GB", 16, 320, 8.1, 65, bf16=False),
