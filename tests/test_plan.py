@@ -166,6 +166,20 @@ def test_where_the_loss_is_scaled_nothing_is_offered_that_fp16_forbids():
     assert not offered["t4"] & forbidden
 
 
+def test_on_a_cpu_the_lean_allocator_is_offered_and_taken_where_it_is_enough():
+    config = from_settings(SFTConfig, {"train.precision": "fp32", "train.grad_clip": 0.0}, "test")
+    here, card = (make_setting(config, GPTConfig(), ROWS, find_place(name), {}) for name in ("cpu", "p100"))
+    lean = make_setting(config, here.shape, ROWS, here.place, {"train.allocator": "lean"})
+    assert lean.peak < here.peak - 0.1e9
+    assert lean.estimate > here.estimate
+    offered = candidates(here, inexact=False)
+    assert lean.changes in [s.changes for s in offered]
+    least = min(s.total for s in offered if "train.allocator" not in s.changes)
+    assert choose(offered, least - 1).config.train.allocator == "lean"
+    assert "train.allocator" not in choose(offered, here.total).changes
+    assert not any("train.allocator" in s.changes for s in candidates(card, inexact=False))
+
+
 def test_a_second_model_may_become_a_cached_reference():
     s = setting(kind=DPOConfig, dpo__reference="model")
     assert {"dpo.reference": "cached"} in list(alternatives(s.config, inexact=False))
@@ -274,13 +288,13 @@ def test_a_place_that_is_not_here_is_told():
 
 
 def test_measured_memory_is_near_the_plan(tmp_path):
-    """A real run's own peak against the plan's, at the embedded sample: within 15 % of the whole process.
+    """A real run's own peak against the plan's, at the embedded sample, without a heap's holes: within 7 % of the whole process.
 
-    Wide, as the run also estimates, writes a checkpoint and has the tokenizer and data, and its texts are not of even length.
+    The run also estimates, writes a checkpoint and has the tokenizer and data, and its texts are not of even length.
     """
     options = ["--model.name", "sample", "--data.name", "sample", "--train.precision", "fp32", "--train.device", "cpu"]
     options += ["--train.steps", "3", "--train.batch_size", "4", "--eval.iters", "1", "--eval.at_start", "false"]
-    options += ["--data.block_size", "512"]
+    options += ["--data.block_size", "512", "--train.allocator", "lean"]
     run = [sys.executable, "-m", "tunesmith"]
     subprocess.run([*run, "sft", *options, "--out", str(tmp_path / "run")], check=True, capture_output=True)
     plan = ["plan", "sft", *options, "--device", "cpu", "--out", str(tmp_path / "plan.json")]
@@ -288,4 +302,4 @@ def test_measured_memory_is_near_the_plan(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     measured = max(line["peak_memory_gb"] for line in lines if line["event"] == "train")
     predicted = json.loads((tmp_path / "plan.json").read_text())["memory"]["total"] / 1e9
-    assert predicted == pytest.approx(measured, rel=0.15)
+    assert predicted == pytest.approx(measured, rel=0.07)
