@@ -12,7 +12,7 @@ import torch
 
 import tunesmith as ts
 from tiny_runs import comparable, last_digest, tiny_config
-from tunesmith import fit, prefetch
+from tunesmith import prefetch, training
 from tunesmith.documents import Documents
 from tunesmith.options import DPOConfig
 from tunesmith.pairs import PairBatches
@@ -138,7 +138,7 @@ def test_a_resumed_run_goes_on_at_its_own_batch(tiny_directory, tmp_path, forced
 
 
 def test_a_signal_stops_the_run_and_its_thread(tiny_directory, tmp_path, forced, monkeypatch):
-    step, calls = fit.optimizer_step, []
+    step, calls = training.optimizer_step, []
 
     def stepping(*args, **kwargs):
         calls.append(1)
@@ -146,7 +146,7 @@ def test_a_signal_stops_the_run_and_its_thread(tiny_directory, tmp_path, forced,
             os.kill(os.getpid(), signal.SIGTERM)
         return step(*args, **kwargs)
 
-    monkeypatch.setattr(fit, "optimizer_step", stepping)
+    monkeypatch.setattr(training, "optimizer_step", stepping)
     run = ts.sft(tiny_config(tiny_directory, tmp_path / "r"))
     assert (run.status["state"], run.status["step"]) == ("stopped", 2)
 

@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
@@ -24,7 +23,7 @@ from tunesmith.optim import OneByOne, set_learning_rate
 from tunesmith.progress import Progress
 from tunesmith.runlog import RunLog
 from tunesmith.splitting import Split, Splittable, Splitting, step_in_memory
-from tunesmith.step import StepStats, optimizer_step
+from tunesmith.step import StepStats
 
 SMALLEST_SCALE = 2.0**-20  # fp16 gradients may overflow and are then scaled anew; below this they are simply infinite
 UNSPOKEN = ("train_accuracy", "_reward", "_drift_chosen", "_drift_rejected")  # metrics that go to the log only
@@ -41,6 +40,23 @@ class MicroBatch(Splittable, Protocol):
 
 
 B = TypeVar("B", bound=MicroBatch)
+
+
+class Readable(Protocol):
+    """A step that was launched; `read` waits for it where the device is still at it."""
+
+    def read(self) -> StepStats: ...
+
+
+@dataclass(frozen=True)
+class Launched(Generic[B]):
+    """A step that the device was given and that the host has not looked at yet. number: from 1; began: clock, in seconds."""
+
+    number: int
+    batches: Sequence[B]
+    lr: float
+    began: float
+    seen: Readable
 
 
 @dataclass
@@ -86,14 +102,14 @@ class StopSignals:
 def fit(
     *,
     log: RunLog,
-    model: nn.Module,
     device: torch.device,
     write_weights: Callable[[Path], None],
     read_weights: Callable[[Path], None],
     optimizer: Optimizer | OneByOne,
     scaler: GradScaler | None,
     micro_batch: Callable[[int], B],
-    loss_sum: Callable[[B], Tensor],
+    take_step: Callable[[Sequence[B]], Readable],
+    ahead: bool,
     splitting: Splitting,
     learning_rate: Callable[[int], float],
     evaluate: Callable[[], tuple[dict[str, float], Sums]],
@@ -104,7 +120,6 @@ def fit(
     judge: Callable[[int], dict[str, Any]] | None = None,
     steps: int,
     accumulate: int,
-    max_norm: float,
     eval_every: int,
     eval_at_start: bool,
     patience: int | None = None,
@@ -117,12 +132,15 @@ def fit(
 
     Args:
         micro_batch: number from 0 -> batch on the device; the same number always gives the same batch.
+        take_step: micro-batches -> `step.optimizer_step` of them, or a step that is read later.
+        ahead: launch a step before the one before it is read, so that the device never waits for the host. What is logged,
+            saved and decided is the same; `take_step` must leave the weights alone after a step that was not finite.
         splitting: what to do with a micro-batch that does not fit into memory; a resumed run goes on with the limit that it found.
         evaluate: -> metrics, `validation_loss` among them, and that loss batch by batch.
         describe_rows: says where the rows of the given batches come from, for the message about a divergence.
         write_weights, read_weights: put the model into a checkpoint's directory, and back.
         counted: what the log calls the number of examples that the loss is a mean over.
-        observed: names of what `loss_sum` gives beside the loss.
+        observed: names of what a step gives beside the loss.
         opening: (event, values) to log at the very start of a run.
         judge: step -> what to log of the rewards of its answers, which then choose the best checkpoint; without, the
             validation loss does.
@@ -140,6 +158,10 @@ def fit(
         log.rewind(0)  # a run that was cut before its first checkpoint begins anew
         for event, values in opening:
             log.record(event, 0, **values)
+
+    losses = deque(state.recent, maxlen=diverge_after or 1)
+    waiting: deque[Launched[B]] = deque()  # at most two
+    trouble, read_at = "", 0.0
 
     def save() -> None:
         progress = {"progress": vars(state), "log_size": log.size()}
@@ -168,12 +190,67 @@ def fit(
             state.best_step = chosen.best_step if chosen else state.lowest_step
 
     def tell(split: Split) -> None:
+        read_all()  # what was before comes first in the log
+        if trouble:
+            return
         state.split_limit, state.split_setup = split.limit, splitting.setup
         log.record("split", state.step + 1, tokens=split.failed, limit=split.limit)
         bar.say(f"step {state.step + 1:,}: {split.line}")
 
-    def take_step(micro_batches: Sequence[B]) -> StepStats:
-        return optimizer_step(model, micro_batches, loss_sum, optimizer, max_norm=max_norm, scaler=scaler)
+    def launch() -> None:
+        began, number = time.perf_counter(), state.step + len(waiting) + 1
+        try:
+            first = (number - 1) * accumulate
+            batches = [micro_batch(first + i) for i in range(accumulate)]
+            lr = learning_rate(number)
+            set_learning_rate(optimizer, lr)
+            seen = step_in_memory(batches, take_step, optimizer, splitting, tell, device)
+        except BaseException as error:
+            read_all()
+            if trouble and isinstance(error, Exception):
+                return  # the run is over before this step
+            raise
+        if not trouble:
+            waiting.append(Launched(number, batches, lr, began, seen))
+
+    def read_one() -> None:
+        """Wait for the oldest step and log it; or find that the training has diverged, and forget what came after."""
+        nonlocal trouble, read_at
+        done = waiting.popleft()
+        stats = done.seen.read()
+        losses.append(stats.loss)
+        trouble = _divergence(stats, scaler, losses, state.first_loss, diverge_after)
+        if trouble:
+            where, way_out = (
+                describe_rows(done.batches),
+                f"lower --optimizer.lr (now {done.lr:g}) or look at these rows",
+            )
+            trouble += f" at step {done.number:,} (rows {where}); {way_out}"
+            log.record("diverged", done.number, loss=stats.loss, grad_norm=stats.grad_norm, lr=done.lr)
+            waiting.clear()
+            return
+        state.step = done.number
+        state.tokens += (tokens := sum(b.tokens for b in done.batches))
+        state.examples += stats.count
+        state.recent = list(losses)
+        if state.first_loss is None:
+            state.first_loss = stats.loss
+        began, read_at = max(done.began, read_at), time.perf_counter()
+        log.record(
+            "train", state.step, loss=stats.loss, **dict(zip(observed, stats.observed, strict=True)), lr=done.lr,
+            grad_norm=stats.grad_norm, tokens=state.tokens, **{counted: state.examples},
+            tokens_per_s=round(tokens / (read_at - began), 1), peak_memory_gb=round(peak_memory_gb(device), 3),
+        )  # fmt: skip
+        bar.advance(state.step, stats.loss, tokens)
+
+    def read_all() -> None:
+        while waiting:
+            read_one()
+
+    def pauses(number: int) -> bool:
+        """Whether something is to be done between this step and the next."""
+        due = number % eval_every == 0 or number % checkpoint_every == 0 or number == steps
+        return due or bool(signals.received)
 
     def end(kind: str, reason: str = "") -> None:
         choice = choose_checkpoint(log.run, [step for step, _ in log.run.checkpoints()])
@@ -193,42 +270,20 @@ def fit(
             bar.say(line)
         bar.say(f"{kind} at step {state.step:,}{': ' + reason if reason else ''}")
 
-    losses = deque(state.recent, maxlen=diverge_after or 1)
     log.status("running", state.step, steps=steps, best_step=state.best_step)
     with Progress(steps, state.step) as bar, StopSignals() as signals:
         if not saved and eval_at_start:
             estimate()
             save()
-        while state.step < steps:
-            began = time.perf_counter()
-            first = state.step * accumulate
-            batches = [micro_batch(first + i) for i in range(accumulate)]
-            lr = learning_rate(state.step + 1)
-            set_learning_rate(optimizer, lr)
-            stats = step_in_memory(batches, take_step, optimizer, splitting, tell, device)
-            losses.append(stats.loss)
-            trouble = _divergence(stats, scaler, losses, state.first_loss, diverge_after)
-            if trouble:
-                step, where = state.step + 1, describe_rows(batches)
-                log.record("diverged", step, loss=stats.loss, grad_norm=stats.grad_norm, lr=lr)
-                end(
-                    "diverged",
-                    f"{trouble} at step {step:,} (rows {where}); lower --optimizer.lr (now {lr:g}) or look at these rows",
-                )
-                return
-            state.step += 1
-            state.tokens += (tokens := sum(b.tokens for b in batches))
-            state.examples += stats.count
-            state.recent = list(losses)
-            if state.first_loss is None:
-                state.first_loss = stats.loss
-            rate = tokens / (time.perf_counter() - began)
-            log.record(
-                "train", state.step, loss=stats.loss, **dict(zip(observed, stats.observed, strict=True)), lr=lr,
-                grad_norm=stats.grad_norm, tokens=state.tokens, **{counted: state.examples},
-                tokens_per_s=round(rate, 1), peak_memory_gb=round(peak_memory_gb(device), 3),
-            )  # fmt: skip
-            bar.advance(state.step, stats.loss, tokens)
+        while state.step < steps and not trouble:
+            if not waiting:
+                launch()
+            if ahead and waiting and not pauses(waiting[-1].number):
+                launch()
+            if waiting:
+                read_one()
+            if waiting or trouble:
+                continue
             last = state.step == steps
             stopping = bool(signals.received)
             if state.step % eval_every == 0 or last:
@@ -246,7 +301,7 @@ def fit(
                     f"the validation loss has not fallen for {patience} estimates, since step {state.lowest_step:,}",
                 )
                 return
-        end("finished")
+        end("diverged" if trouble else "finished", trouble)
 
 
 def _bounds(found: dict[str, Any]) -> str:

@@ -99,6 +99,11 @@ def set_learning_rate(optimizer: Optimizer | OneByOne, lr: float) -> None:
             group["lr"] = lr
 
 
+def decides_on_device(optimizer: Optimizer | OneByOne) -> bool:
+    """Whether its updates are torch's fused ones: they leave everything as it is where `found_inf`, on the device, is 1."""
+    return isinstance(optimizer, Adam | SGD) and all(group["fused"] for group in optimizer.param_groups)
+
+
 SLICE = 2**22  # numbers of a bfloat16 parameter that are in float32 at a time
 
 

@@ -64,6 +64,8 @@ class TrainOptions:
     """auto: bf16 where the device is faster with it (measured on a CPU), fp16 on older cards, else fp32."""
     compile: Switch = "auto"
     """torch.compile of the blocks; auto: on a GPU."""
+    cuda_graphs: Switch = "auto"
+    """Record a step as a CUDA graph and replay it. Wants data.batching windows; auto: where it can be and batches are small."""
     grad_clip: float = 1.0
     """Largest gradient norm; 0 = off."""
     activation_checkpointing: Literal["auto", "selective"] | bool = "auto"

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, TypeVar
 
+import torch
+
 from tunesmith.device import Precision, resolve_compile, resolve_device, resolve_precision
 from tunesmith.errors import UsageError, UserError
 from tunesmith.optim import DEFAULT_WEIGHT_DECAY
@@ -97,6 +99,7 @@ def resolve_machine(config: Config, n_embd: int, command: Command) -> Config:
         device=str(device),
         precision=precision,
         compile=resolve_compile(t.compile, device),
+        cuda_graphs=resolve_cuda_graphs(config, device, precision),
         activation_checkpointing=False if t.activation_checkpointing == "auto" else t.activation_checkpointing,
     )
     rate = LEARNING_RATE[command] * (LORA_FACTOR if lora.rank else 1)
@@ -108,6 +111,35 @@ def resolve_machine(config: Config, n_embd: int, command: Command) -> Config:
     if lora.rank and not isinstance(config, PretrainConfig):
         config = dataclasses.replace(config, lora=dataclasses.replace(lora, alpha=alpha_of(lora)))
     return dataclasses.replace(config, train=train, optimizer=optimizer)
+
+
+RECORDS_ON = ("cuda",)
+SMALL_BATCH = (
+    8192  # tokens in a micro-batch up to which a card is taken to wait for its kernels' launches; not measured
+)
+
+
+def resolve_cuda_graphs(config: AnyConfig, device: torch.device, precision: Precision) -> bool:
+    """Whether steps are recorded and replayed; auto: where they can be and a batch is small.
+
+    Raises: UsageError where it was asked for and cannot be, with all reasons.
+    """
+    t, d = config.train, config.data
+    against = {
+        f"--train.device is {device}, and it takes a CUDA device": device.type not in RECORDS_ON,
+        f"--data.batching {d.batching} changes lengths and counts from step to step (windows never does)": d.batching != "windows",
+        "--train.precision fp16 has its loss scale looked at by the host": precision == "fp16",
+        "--train.optimizer_in_backward decides before backward, on the host": t.optimizer_in_backward,
+        "--train.weights bf16 moves the optimizer's state to other memory at every update": t.weights == "bf16" and not config.lora.rank,
+        "--optimizer.name adamw8bit cannot leave out an update by itself": config.optimizer.name == "adamw8bit",
+        "--train.activation_checkpointing true reads the random state inside the step": t.activation_checkpointing is True,
+    }  # fmt: skip
+    reasons = [reason for reason, holds in against.items() if holds]
+    if t.cuda_graphs is True and reasons:
+        raise UsageError(f"--train.cuda_graphs true: {'; '.join(reasons)}. Use false, or auto")
+    return not reasons and (
+        t.cuda_graphs is True or (t.cuda_graphs == "auto" and t.batch_size * d.block_size <= SMALL_BATCH)
+    )
 
 
 class Countable(Protocol):

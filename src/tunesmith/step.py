@@ -39,6 +39,10 @@ class StepStats:
     updated: bool
     observed: tuple[float, ...] = ()
 
+    def read(self) -> StepStats:
+        """Itself: nothing is outstanding."""
+        return self
+
 
 def optimizer_step(
     model: nn.Module,
@@ -64,31 +68,107 @@ def optimizer_step(
     Raises: OutOfMemory if a micro-batch does not fit; gradients may then be left, but nothing has moved
         (unless the optimizer updates in backward).
     """
-    in_backward = isinstance(optimizer, OneByOne) and optimizer.in_backward
-    assert not in_backward or (len(micro_batches) == 1 and max_norm == 0 and scaler is None)
-    count = sum(batch.count for batch in micro_batches)  # host numbers: no device sync
-    total = torch.zeros(())
-    for number, batch in enumerate(micro_batches):
-        with in_micro_batch(number):
-            sums = loss_sum(batch).reshape(-1)
-            scaled = sums[0] / count
-            total = total.to(sums.device) + sums.detach()
-            if in_backward and not torch.isfinite(scaled):
-                break
-            (scaler.scale(scaled) if scaler else scaled).backward()  # type: ignore[no-untyped-call]
-    if scaler:
-        scaler.unscale_(optimizer)  # type: ignore[arg-type]
-    norm = optimizer.take_norm() if isinstance(optimizer, OneByOne) and in_backward else clip(model, max_norm)
-    seen = torch.cat([norm.double()[None], total.double() / count]).tolist()  # the one sync of a step
-    grad_norm, mean, *observed = seen
-    updated = bool(torch.isfinite(torch.tensor([mean, grad_norm])).all())
+    numbers = _gradients(model, micro_batches, loss_sum, optimizer, max_norm, scaler)
+    grad_norm, mean, *observed = numbers.tolist()  # the one wait for the device in a step
+    updated = bool(_finite(torch.tensor([mean, grad_norm])))
     if scaler:
         scaler.step(optimizer)  # type: ignore[arg-type]  # skips the update by itself where a gradient overflowed, and lowers the scale
         scaler.update()
     elif updated:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepStats(mean, count, grad_norm, updated, tuple(observed))
+    return StepStats(mean, _count(micro_batches), grad_norm, updated, tuple(observed))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a step on the device saw, still there. numbers: (3 + k,) float64: halted, gradient norm, loss, k observed."""
+
+    numbers: Tensor
+    count: int
+
+
+def step_on_device(
+    model: nn.Module,
+    micro_batches: Sequence[B],
+    loss_sum: Callable[[B], Tensor],
+    optimizer: Optimizer,
+    *,
+    max_norm: float,
+    halted: Tensor,
+) -> Seen:
+    """The same step with nothing for the host to wait for: whether to update is decided on the device.
+
+    Args:
+        optimizer: one of torch's fused ones, which read `found_inf` (see `optim.decides_on_device`).
+        halted: scalar float32 on the device, 0 at first. A loss or gradient that is not finite makes it 1; from then on
+            no step moves weights or state, so that steps launched before the host has seen the bad one do no harm.
+    Raises: as `optimizer_step`.
+    """
+    numbers = _gradients(model, micro_batches, loss_sum, optimizer, max_norm)
+    halted.copy_(torch.maximum(halted, (~_finite(numbers[:2])).to(halted.dtype)))
+    optimizer.found_inf = halted  # type: ignore[attr-defined]  # where GradScaler puts its verdict too
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
+    optimizer.zero_grad(set_to_none=True)
+    return Seen(torch.cat([halted.double()[None], numbers]), _count(micro_batches))
+
+
+class Unread:
+    """What a step on the device saw, on its way to the host."""
+
+    def __init__(self, seen: Seen) -> None:
+        numbers, self.count = seen.numbers, seen.count
+        self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=numbers.is_cuda)
+        self._host.copy_(numbers, non_blocking=True)
+        self._copied = torch.cuda.current_stream(numbers.device).record_event() if numbers.is_cuda else None
+
+    def read(self) -> StepStats:
+        """Waits for this step, not for what was launched after it."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        halted, grad_norm, mean, *observed = self._host.tolist()
+        return StepStats(mean, self.count, grad_norm, not halted, tuple(observed))
+
+
+def _gradients(
+    model: nn.Module,
+    micro_batches: Sequence[B],
+    loss_sum: Callable[[B], Tensor],
+    optimizer: Optimizer | OneByOne,
+    max_norm: float,
+    scaler: GradScaler | None = None,
+) -> Tensor:
+    """Forward, backward, clip: gradients are left, clipped. Returns (2 + k,) float64: their norm before, loss, k observed."""
+    in_backward = isinstance(optimizer, OneByOne) and optimizer.in_backward
+    assert not in_backward or (len(micro_batches) == 1 and max_norm == 0 and scaler is None)
+    count = _count(micro_batches)
+    total: Tensor | None = None
+    for number, batch in enumerate(micro_batches):
+        with in_micro_batch(number):
+            sums = loss_sum(batch).reshape(-1)
+            scaled = sums[0] / count
+            total = sums.detach() if total is None else total + sums.detach()
+            if in_backward and not torch.isfinite(scaled):
+                break
+            (scaler.scale(scaled) if scaler else scaled).backward()  # type: ignore[no-untyped-call]
+    assert total is not None
+    if scaler:
+        scaler.unscale_(optimizer)  # type: ignore[arg-type]
+    norm = optimizer.take_norm() if isinstance(optimizer, OneByOne) and in_backward else clip(model, max_norm)
+    return torch.cat([norm.double()[None].to(total.device), total.double() / count])
+
+
+def _count(micro_batches: Sequence[Counted]) -> int:
+    """Terms of the whole step's loss: host numbers, for which no device is waited."""
+    return sum(batch.count for batch in micro_batches)
+
+
+def _finite(numbers: Tensor) -> Tensor:
+    """Whether all are numbers that float32 has: a scalar."""
+    return torch.isfinite(numbers.float()).all()
 
 
 def clip(model: nn.Module, max_norm: float) -> Tensor:

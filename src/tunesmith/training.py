@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.optim import Optimizer
 
 from tunesmith.answers import measures, reward_summary, write_answers
 from tunesmith.batching import Batches
@@ -24,9 +26,10 @@ from tunesmith.device import (
     seed_everything,
 )
 from tunesmith.errors import UserError
-from tunesmith.fit import MicroBatch, fit
+from tunesmith.fit import MicroBatch, Readable, fit
+from tunesmith.graphs import RecordedStep, recorder
 from tunesmith.judging import answer_prompts
-from tunesmith.optim import schedule_factor
+from tunesmith.optim import OneByOne, decides_on_device, schedule_factor
 from tunesmith.options import (
     DataOptions,
     DPOConfig,
@@ -44,6 +47,7 @@ from tunesmith.runlog import Run, new_run_directory, open_log, step_name
 from tunesmith.scoring import load_scorer
 from tunesmith.settings import Command, as_dict, precision_of
 from tunesmith.splitting import Splitting
+from tunesmith.step import Seen, Unread, optimizer_step, step_on_device
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.tokenstore import Form, TokenStore, tokenise
 from tunesmith.trainee import AnyConfig, Trainee, make_optimizer
@@ -180,6 +184,8 @@ def run_training(
     assert steps is not None and every is not None and save_every is not None and peak is not None  # noqa: PT018
     judge = make_judge(config.eval, trainee, path, device) if config.eval.reward else None
     optimizer = make_optimizer(trainee.model, config)
+    scaler = GradScaler(device.type) if precision == "fp16" else None
+    take_step, ahead = stepper(config, trainee.model, optimizer, scaler, loss_sum, device)
     trained = sum(p.numel() for p in trainee.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in trainee.model.parameters())
     size = f"{total:,} parameters" + (
@@ -200,12 +206,11 @@ def run_training(
         )
         try:
             fit(
-                log=log, model=trainee.model, device=device, write_weights=trainee.write, read_weights=trainee.read,
-                optimizer=optimizer, scaler=GradScaler(device.type) if precision == "fp16" else None,
-                micro_batch=batch_number, loss_sum=loss_sum, splitting=splitting_of(config, device),
+                log=log, device=device, write_weights=trainee.write, read_weights=trainee.read, optimizer=optimizer, scaler=scaler,
+                micro_batch=batch_number, take_step=take_step, ahead=ahead, splitting=splitting_of(config, device),
                 learning_rate=lambda step: peak * schedule_factor(o.schedule, step, steps=steps, warmup_steps=o.warmup_steps),
                 evaluate=evaluate, describe_rows=describe_rows, counted=counted, observed=observed, opening=opening,
-                judge=judge, steps=steps, accumulate=t.accumulate, max_norm=t.grad_clip,
+                judge=judge, steps=steps, accumulate=t.accumulate,
                 eval_every=every, eval_at_start=config.eval.at_start, patience=config.eval.patience, checkpoint_every=save_every,
                 keep=config.checkpoint.keep, diverge_after=t.diverge_after, resume=config.resume,
             )  # fmt: skip
@@ -214,6 +219,35 @@ def run_training(
             log.status("failed", step, f"{type(error).__name__}: {error}")
             raise
     return Run(path)
+
+
+READ_LATE_ON = ("cuda",)  # devices that would have nothing to do while the host reads a step's numbers
+
+
+def stepper(
+    config: AnyConfig,
+    model: nn.Module,
+    optimizer: Optimizer | OneByOne,
+    scaler: GradScaler | None,
+    loss_sum: Callable[[B], Tensor],
+    device: torch.device,
+) -> tuple[Callable[[Sequence[B]], Readable], bool]:
+    """What takes a step of a resolved configuration, and whether the next one may be launched before it is read."""
+    max_norm = config.train.grad_clip
+
+    def plain(micro_batches: Sequence[B]) -> Readable:
+        return optimizer_step(model, micro_batches, loss_sum, optimizer, max_norm=max_norm, scaler=scaler)
+
+    if device.type not in READ_LATE_ON or scaler or not decides_on_device(optimizer):
+        return plain, False
+    assert isinstance(optimizer, Optimizer)
+    halted = torch.zeros((), device=device)
+    launch: Callable[[Sequence[B]], Seen] = partial(
+        step_on_device, model, loss_sum=loss_sum, optimizer=optimizer, max_norm=max_norm, halted=halted
+    )
+    if config.train.cuda_graphs is True:
+        launch = RecordedStep(launch, optimizer, recorder(device), device)
+    return lambda micro_batches: Unread(launch(micro_batches)), True
 
 
 def splitting_of(config: AnyConfig, device: torch.device) -> Splitting:

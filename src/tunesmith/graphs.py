@@ -1,0 +1,155 @@
+"""A training step recorded as a CUDA graph and replayed: the host launches one thing a step and not a thousand kernels.
+
+Worth it where a batch is so small that the device waits for its kernels, as at the paper's batch of 1 x 1,024 tokens.
+A recording is kernels with the addresses and host numbers that they were launched with. So everything that changes
+from step to step lies on the device at an address that stays: inputs are copied into the recording's own, the learning
+rate is a tensor, and whether to update is decided there (`step.step_on_device`). What a step takes from the host beside
+that (shapes, counts) is its signature, and a recording is for one signature.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from tunesmith.step import Seen
+
+B = TypeVar("B")
+Record = Callable[[Callable[[], Seen]], Callable[[], Seen]]
+"""Work that is recorded, not done -> what does it once more on the same memory, at every call."""
+
+WARM_UP = 3  # plain steps of one signature before it is recorded: by then kernels are chosen, compiled and loaded
+
+
+@dataclass(frozen=True)
+class Recording(Generic[B]):
+    """What is replayed. inputs: the micro-batches that it reads."""
+
+    signature: object
+    inputs: Sequence[B]
+    replay: Callable[[], Seen]
+
+
+class RecordedStep(Generic[B]):
+    """`step`, recorded when WARM_UP steps in a row had one signature, and replayed for batches of that signature.
+
+    Every step is a training step, those of the warm-up too. A step with another signature is done plainly; if WARM_UP
+    of them follow each other, they are recorded in place of the former. Where recording fails nothing has been done by
+    it: one line says so, and all steps are plain from then on.
+
+    Args:
+        step: micro-batches without nested tensors -> what it saw, without a wait for the device.
+        optimizer: its learning rate becomes a tensor here, float32, so that it can change under a recording.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[Sequence[B]], Seen],
+        optimizer: Optimizer,
+        record: Record,
+        device: torch.device,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.step, self.optimizer, self.record, self.say = step, optimizer, record, say
+        self.recording: Recording[B] | None = None
+        self.failed = False
+        self.last: object = None  # signature of the step before, if that was plain
+        self.repeats = 0  # how many plain steps before it had the same
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(float(group["lr"]), device=device)
+
+    def __call__(self, micro_batches: Sequence[B]) -> Seen:
+        signature = [signature_of(batch) for batch in micro_batches]
+        if self.recording is None or self.recording.signature != signature:
+            self.repeats, self.last = self.repeats + 1 if signature == self.last else 0, signature
+            if self.failed or self.repeats < WARM_UP or not self._recorded(signature, micro_batches):
+                return self.step(micro_batches)
+        assert self.recording is not None
+        self.last = None
+        for held, batch in zip(self.recording.inputs, micro_batches, strict=True):
+            for name, tensor in own_tensors(held).items():
+                tensor.copy_(getattr(batch, name), non_blocking=True)
+        return self.recording.replay()
+
+    def _recorded(self, signature: object, micro_batches: Sequence[B]) -> bool:
+        """Make the recording; False where that failed."""
+        self.recording = None  # its memory is free for the next
+        try:
+            inputs = [with_own_tensors(batch) for batch in micro_batches]
+            with capturable(self.optimizer):
+                replay = self.record(lambda: self.step(inputs))
+        except Exception as error:
+            self.failed = True
+            first = error.__context__ or error  # what ends a recording complains once more
+            reason = (str(first).strip().splitlines() or [type(first).__name__])[0]
+            self.say(
+                f"note: steps are not recorded as a CUDA graph ({reason}); they are taken one kernel after the other"
+            )
+        else:
+            self.recording = Recording(signature, inputs, replay)
+        self.optimizer.zero_grad(set_to_none=True)  # gradients of a recording that failed were never computed
+        return not self.failed
+
+
+def signature_of(batch: Any) -> dict[str, Any]:
+    """What a step takes from the host of a batch: shape and type of its tensors, and every number as it is."""
+    return {k: (v.shape, v.dtype) if isinstance(v, Tensor) else v for k, v in vars(batch).items()}
+
+
+def own_tensors(batch: Any) -> dict[str, Tensor]:
+    """The tensors of a batch by name, without those of objects in it."""
+    return {k: v for k, v in vars(batch).items() if isinstance(v, Tensor)}
+
+
+def with_own_tensors(batch: B) -> B:
+    """A copy of a batch with tensors that nobody else has."""
+    copied = copy.copy(batch)
+    vars(copied).update({k: v.clone() for k, v in own_tensors(batch).items()})
+    return copied
+
+
+@contextlib.contextmanager
+def capturable(optimizer: Optimizer) -> Iterator[None]:
+    """Inside, torch lets the optimizer be recorded. Fused ones always can be; said outside, torch warns of the cost to others."""
+    groups = [group for group in optimizer.param_groups if "capturable" in group]
+    for group in groups:
+        group["capturable"] = True
+    try:
+        yield
+    finally:
+        for group in groups:
+            group["capturable"] = False
+
+
+def recorder(device: torch.device) -> Record:
+    """Records on a CUDA device."""
+
+    def record(work: Callable[[], Seen]) -> Callable[[], Seen]:
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+            try:
+                # other threads may allocate meanwhile: batches are made ahead (prefetch.py)
+                stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+                with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+                    seen = work()
+            except BaseException:
+                # After some errors torch leaves its stream in force (put back above) and its allocator recording, which
+                # then never gives back memory that two streams have used.
+                with contextlib.suppress(RuntimeError):
+                    torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+                raise
+
+        def replay() -> Seen:
+            graph.replay()
+            return seen
+
+        return replay
+
+    return record
