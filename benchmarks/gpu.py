@@ -13,7 +13,8 @@ and the last block's MLP only where a token carries loss, recomputation not coun
 the best rate that this card multiplied large matrices at, in the same precision, a moment before.
 
 The paper's own protocol is batch 1 x 1,024 tokens of random windows with AdamW; `minutes` is the time for its 80,000
-iterations. `as a CUDA graph` replays one recorded forward and backward pass: no command does that yet.
+iterations: kernel by kernel, and with the whole step recorded as a CUDA graph and replayed (`--train.cuda_graphs`; on a
+CPU nothing is recorded).
 """
 
 from __future__ import annotations
@@ -55,14 +56,17 @@ class Part:
 def parts(tiny: bool) -> list[Part]:
     """Everything, the most wanted first."""
     steps = {"train.steps": 4 if tiny else 40}
-    few = {"train.steps": 2 if tiny else 6, "train.compile": False}
+    few = {"train.steps": 2 if tiny else 6, "train.compile": False, "train.cuda_graphs": False}
+    paper = {**WINDOWS, "train.steps": 4 if tiny else 200}
+    recorded = {**paper, "train.cuda_graphs": "auto" if tiny else True}  # on a CPU true is refused
+    minutes = ("minutes", "<=", 16)
     share, sizes = ("share_of_ceiling", ">=", 0.5), (1,) if tiny else (8, 16, 1, 4, 2)
     return [
         Part("matrix products", "ceiling", limit=45),
         *(Part(f"SFT packed, batch {n}", "sft", {**steps, "train.batch_size": n}, 90, share) for n in sizes[:2]),
-        Part("paper's protocol", "sft", {**steps, **WINDOWS, "train.steps": 4 if tiny else 200}, 90, ("minutes", "<=", 16)),
-        Part("paper's protocol as a CUDA graph", "graphed", {"compiled": False}, 60, ("minutes", "<=", 16)),
-        Part("paper's protocol as a CUDA graph, compiled", "graphed", {"compiled": True}, 90, ("minutes", "<=", 16)),
+        Part("paper's protocol as a CUDA graph", "sft", recorded, 90, minutes),
+        Part("paper's protocol as a CUDA graph, not compiled", "sft", {**recorded, "train.compile": False}, 60, minutes),
+        Part("paper's protocol, kernel by kernel", "sft", {**paper, "train.cuda_graphs": False}, 90, minutes),
         Part("full AdamW, plain", "sft", {**few, **WINDOWS}),
         Part("full AdamW, lean and exact", "sft", {**few, **WINDOWS, **LEAN}, target=("peak_gb", "<=", 5)),
         Part(
@@ -193,85 +197,6 @@ def products(shape: Any, tokens: int, targets: int, window: int = 0) -> float:
     return 6.0 * (tokens * (everywhere + attention) + targets * (rest + shape.vocab_size * d))
 
 
-def graphed(at: Setting, compiled: bool) -> dict[str, Any]:
-    """The paper's protocol with forward and backward recorded once and replayed, by `torch.cuda.make_graphed_callables`.
-
-    On a device without CUDA graphs the same passes run unrecorded: that is for testing this script.
-    """
-    import torch
-
-    from tunesmith.batching import Batches
-    from tunesmith.datasets import open_dataset
-    from tunesmith.device import peak_memory_gb
-    from tunesmith.optim import build_optimizer
-    from tunesmith.options import DataOptions
-    from tunesmith.prefetch import made_ahead
-    from tunesmith.step import optimizer_step
-    from tunesmith.tokenizer import Tokenizer
-    from tunesmith.tokenstore import tokenise
-    from tunesmith.weights import load_model
-
-    device, model = torch.device(at.device), load_model(at.work / "model")
-    tokenizer = Tokenizer.load(at.work / "model")
-    store = tokenise(open_dataset(DataOptions(name="sample")), "train", tokenizer, form="texts")
-    batches = Batches(
-        store, range(len(store)), batching="windows", block_size=at.block_size, batch_size=1, loss_on="auto"
-    )
-    model.to(device).train()
-    if compiled:
-        model.compile_blocks(backend="eager" if at.tiny else "inductor")
-    micro_step = recorded(model, at.precision, batches[0].to(device))
-    optimizer = build_optimizer(model, "adamw", lr=1e-4)
-    steps, warmup, losses = (4, 2, []) if at.tiny else (300, 50, [])
-    with made_ahead(lambda i: batches[i].to(device), device) as batch_number:
-        for i in range(warmup + steps):
-            if i == warmup:
-                synchronise(at)
-                start = time.perf_counter()
-            losses.append(optimizer_step(model, [batch_number(i)], micro_step, optimizer, max_norm=1.0).loss)
-        synchronise(at)
-        seconds = time.perf_counter() - start
-    operations = products(model.config, steps * at.block_size, steps * at.block_size, at.block_size)
-    return {
-        "tokens_per_s": round(steps * at.block_size / seconds, 1), "peak_gb": round(peak_memory_gb(device), 3),
-        "iterations_per_s": round(steps / seconds, 3), "minutes": round(PAPER_ITERATIONS * seconds / steps / 60, 1),
-        "tflop_per_s": round(operations / seconds / 1e12, 3), "first_loss": losses[0], "last_loss": losses[-1],
-    }  # fmt: skip
-
-
-def recorded(model: Any, precision: Any, sample: Any) -> Callable[[Any], Any]:
-    """`nll_sum` of batches shaped like `sample`, without packing, replayed from a CUDA graph where there are such.
-
-    Gradients lie in the graph's own memory, where the next replay writes: one micro-batch a step, no accumulation.
-    """
-    import torch
-    from torch import nn
-
-    from tunesmith.batching import Batch
-    from tunesmith.evaluate import nll_sum
-
-    assert sample.documents is None
-    assert sample.filler == 0
-    kind = sample.input_ids.device.type
-
-    class MicroStep(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, input_ids: Any, rows: Any, targets: Any) -> Any:
-            with torch.autocast(
-                kind, enabled=False, cache_enabled=False
-            ):  # casts belong into the graph, not into a cache
-                return nll_sum(self.model, Batch(input_ids, rows, targets, None, input_ids.numel(), ()), precision)
-
-    step: Any = MicroStep().train()
-    if kind == "cuda":
-        tensors = tuple(t.clone() for t in (sample.input_ids, sample.rows, sample.targets))
-        step = torch.cuda.make_graphed_callables(step, tensors)
-    return lambda batch: step(batch.input_ids, batch.rows, batch.targets)
-
-
 def trl(at: Setting, rank: int, batch_size: int) -> dict[str, Any]:
     """TRL's SFTTrainer on the same dialogues: bf16, packed, fused AdamW, no checkpointing; with PEFT where a rank is given."""
     missing = [
@@ -342,7 +267,7 @@ def trl(at: Setting, rank: int, batch_size: int) -> dict[str, Any]:
 
 def child(part: Part, at: Setting) -> None:
     """Measure one part and print its figures as the last line."""
-    functions: dict[str, Callable[..., dict[str, Any]]] = {"ceiling": ceiling, "graphed": graphed, "trl": trl}
+    functions: dict[str, Callable[..., dict[str, Any]]] = {"ceiling": ceiling, "trl": trl}
     found = functions[part.run](at, **part.options) if part.run in functions else train(at, part.run, part.options)
     print("RESULT " + json.dumps(found))
 

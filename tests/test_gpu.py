@@ -9,6 +9,7 @@ import torch
 import tunesmith as ts
 from reference import random_model
 from test_documents import gradients, laid_out, one_by_one
+from test_resume import interrupted
 from tiny_runs import comparable, tiny_config
 from tunesmith import prefetch
 from tunesmith.batching import Batches
@@ -17,12 +18,14 @@ from tunesmith.documents import Documents, attend_documents, attention_path, fla
 from tunesmith.evaluate import nll_sum
 from tunesmith.generation import Sampling, decode
 from tunesmith.gpt import GPTConfig
+from tunesmith.graphs import WARM_UP, RecordedStep, recorder
 from tunesmith.models import SAMPLE
-from tunesmith.optim import build_optimizer
+from tunesmith.optim import OneByOne, build_optimizer, set_learning_rate
 from tunesmith.options import DataOptions, PairDataOptions
 from tunesmith.pairs import PairBatches, PairStore
 from tunesmith.preferences import PreferenceLoss, dpo_loss_sum
 from tunesmith.prefetch import made_ahead
+from tunesmith.step import Unread, step_on_device
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.tokenstore import tokenise
 
@@ -129,30 +132,47 @@ def test_batches_made_ahead_on_a_stream_of_their_own_train_the_same(batches):
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
-def test_a_step_up_to_its_numbers_never_waits_for_the_card(batches, pairs):
-    """Forward, backward, clipping and a fused update; reading loss and norm is the one wait of a step, and outside."""
-    model = random_model(SHAPE).to(CUDA).train()
-    optimizer, held = build_optimizer(model, "adamw", lr=1e-3), torch.zeros(pairs[0].count, 2, device=CUDA)
-
-    def step():
-        batch, pair = batches[0].to(CUDA), pairs[0].to(CUDA)
-        (nll_sum(model, batch, "bf16") / batch.count).backward()
-        (dpo_loss_sum(model, pair, held, PreferenceLoss(), "bf16")[0] / pair.count).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return norm
-
+def test_a_step_decided_on_the_card_never_waits_for_it(batches, pairs):
+    """From forward to update and the copy of its numbers; reading them is the one wait of a step."""
     if not halves():
         pytest.skip("an older card goes stretch by stretch; what waits there is not promised")
-    step()
+    model = random_model(SHAPE).to(CUDA).train()
+    optimizer, held = build_optimizer(model, "adamw", lr=1e-3), torch.zeros(pairs[0].count, 2, device=CUDA)
+    on_texts, on_pairs = [batches[i].to(CUDA) for i in (0, 1)], [pairs[0].to(CUDA)]
+    halted = torch.zeros((), device=CUDA)
+    more = {"optimizer": optimizer, "max_norm": 1.0, "halted": halted}
+
+    def steps():
+        loss = PreferenceLoss()
+        text = step_on_device(model, on_texts, lambda b: nll_sum(model, b, "bf16"), **more)
+        pair = step_on_device(model, on_pairs, lambda b: dpo_loss_sum(model, b, held, loss, "bf16")[0], **more)
+        return [Unread(seen) for seen in (text, pair)]
+
+    steps()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        norm = step()
+        unread = steps()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert 0 < norm.item() < float("inf")
+    assert all(0 < seen.read().grad_norm < float("inf") for seen in unread)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "sgd-momentum", "sgd-nesterov"])
+def test_after_a_loss_that_is_no_number_the_card_moves_nothing_any_more(batches, name):
+    model = random_model(SHAPE).to(CUDA).train()
+    optimizer, halted = build_optimizer(model, name, lr=1e-2), torch.zeros((), device=CUDA)
+    OneByOne(optimizer, in_backward=False).allocate_state()
+    seen, kept = [], []
+    for factor in (1.0, float("nan"), 1.0):
+        loss_sum = lambda b, f=factor: f * nll_sum(model, b)  # noqa: E731
+        more = {"optimizer": optimizer, "max_norm": 1.0, "halted": halted}
+        seen.append(Unread(step_on_device(model, [batches[0].to(CUDA)], loss_sum, **more)))
+        state = [v.clone() for s in optimizer.state.values() for v in s.values()]
+        kept.append([p.detach().clone() for p in model.parameters()] + state)
+    assert [s.read().updated for s in seen] == [True, False, False]
+    for after in kept[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(kept[0], after, strict=True))
 
 
 def test_compiled_blocks_give_the_eager_losses_and_are_compiled_once(batches):
@@ -171,27 +191,102 @@ def test_compiled_blocks_give_the_eager_losses_and_are_compiled_once(batches):
     assert len(later) == 8
 
 
-def test_a_recorded_step_replays_the_plain_losses_and_gradients(batches):
-    """`torch.cuda.make_graphed_callables` over forward and backward of windows, as benchmarks/gpu.py measures it."""
-    import sys
-    from pathlib import Path
+# ---- steps recorded as CUDA graphs -----------------------------------------------------------------------------------
 
-    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-    import gpu
 
+@pytest.fixture(scope="module")
+def windows():
     store = tokenise(open_dataset(DataOptions(name="sample")), "train", Tokenizer.load(SAMPLE), form="texts")
-    windows = Batches(store, range(len(store)), batching="windows", block_size=256, batch_size=1, loss_on="auto")
-    plain, own = (random_model(SHAPE).to(CUDA).train() for _ in range(2))
-    step = gpu.recorded(own, "bf16", windows[0].to(CUDA))
-    for i in range(4):
-        batch = windows[i].to(CUDA)
-        for model, loss in ((plain, nll_sum(plain, batch, "bf16")), (own, step(batch))):
-            model.zero_grad(set_to_none=True)
-            (loss / batch.count).backward()
-            model.found = loss.item()
-        assert own.found == pytest.approx(plain.found, rel=1e-4)
-        for (name, a), (_, b) in zip(own.named_parameters(), plain.named_parameters(), strict=True):
-            torch.testing.assert_close(a.grad, b.grad, rtol=1e-2, atol=1e-4, msg=name)
+    return Batches(store, range(len(store)), batching="windows", block_size=256, batch_size=1, loss_on="auto")
+
+
+def stepped(
+    windows,
+    recorded,
+    *,
+    name="adamw",
+    precision="bf16",
+    dropout=0.0,
+    lr=2.0**-10,
+    same=False,
+    loss=nll_sum,
+    compiled=False,
+):
+    """Losses of 20 steps of two micro-batches, recorded or plain, the weights, how often was replayed, and what was said."""
+    torch.manual_seed(5)
+    model = random_model(dataclasses.replace(SHAPE, dropout=dropout)).to(CUDA).train()
+    if compiled:
+        model.compile_blocks()
+    optimizer, said, replays = build_optimizer(model, name, lr=lr), [], []
+    OneByOne(optimizer, in_backward=False).allocate_state()
+    more = {"loss_sum": lambda b: loss(model, b, precision), "optimizer": optimizer, "max_norm": 1.0}
+    halted = torch.zeros((), device=CUDA)
+    step = lambda batches: step_on_device(model, batches, halted=halted, **more)  # noqa: E731
+
+    on_card = recorder(CUDA)
+
+    def record(work):
+        replay = on_card(work)
+        return lambda: replays.append(1) or replay()
+
+    taken = RecordedStep(step, optimizer, record, CUDA, said.append) if recorded else step
+    seen = []
+    for number in range(20):
+        set_learning_rate(optimizer, lr / (1 + number % 4))
+        seen.append(Unread(taken([windows[0 if same else 2 * number + i].to(CUDA) for i in range(2)])))
+    return [s.read().loss for s in seen], [p.detach() for p in model.parameters()], len(replays), said
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["adamw", "sgd-momentum"])
+def test_20_recorded_steps_are_the_plain_ones(windows, name, compiled):
+    torch._dynamo.reset()
+    plain, expected, _, _ = stepped(windows, False, name=name, precision="fp32", compiled=compiled)
+    losses, weights, replays, said = stepped(windows, True, name=name, precision="fp32", compiled=compiled)
+    assert (replays, said) == (20 - WARM_UP, [])
+    assert losses == pytest.approx(plain, rel=1e-4)
+    for p, q in zip(weights, expected, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-3)
+
+
+def test_a_recorded_step_draws_the_masks_of_the_plain_one(windows):
+    """The same batch at rate 0: what differs is the masks, and they come from the generator in the same order."""
+    recorded, plain = (stepped(windows, on, dropout=0.3, lr=0.0, same=True)[0] for on in (True, False))
+    assert len(set(recorded)) == 20
+    assert recorded == pytest.approx(plain, rel=1e-3)
+
+
+def test_a_step_that_waits_cannot_be_recorded_and_is_taken_plainly(windows):
+    """Dropout and later allocations work afterwards: nothing is left of the recording that broke off."""
+
+    def waits(model, batch, precision):
+        loss = nll_sum(model, batch, precision)
+        assert loss.item() > 0
+        return loss
+
+    losses, _, replays, said = stepped(windows, True, dropout=0.1, loss=waits)
+    assert (replays, len(said)) == (0, 1)
+    assert "not recorded as a CUDA graph" in said[0]
+    assert losses == pytest.approx(stepped(windows, False, dropout=0.1)[0], rel=1e-2)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert stepped(windows, True)[2] == 20 - WARM_UP, "and another one can be recorded"
+
+
+def test_a_recorded_run_is_the_plain_run_and_can_be_resumed(tmp_path, capsys):
+    options = {
+        "data__batching": "windows", "train__device": "cuda", "train__precision": "fp32", "train__compile": False,
+        "train__steps": 16, "eval__every": 8, "checkpoint__every": 8, "optimizer__schedule": "cosine",
+    }  # fmt: skip
+    runs = [
+        ts.sft(tiny_config(SAMPLE, tmp_path / str(asked), **options, train__cuda_graphs=asked))
+        for asked in (True, False)
+    ]
+    assert "not recorded" not in capsys.readouterr().out
+    losses = [[line["loss"] for line in run.metrics("train")] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    resumed = interrupted(runs[0], tmp_path / "cut", 8)
+    ts.sft(tiny_config(SAMPLE, resumed.path, **options, train__cuda_graphs=True, resume=True))
+    assert [line["loss"] for line in resumed.metrics("train")] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_greedy_answers_are_those_of_the_processor():

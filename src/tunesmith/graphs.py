@@ -130,20 +130,20 @@ def capturable(optimizer: Optimizer) -> Iterator[None]:
 
 def recorder(device: torch.device) -> Record:
     """Records on a CUDA device."""
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def record(work: Callable[[], Seen]) -> Callable[[], Seen]:
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+        with (
+            torch.cuda.device(device),
+            torch.cuda.stream(torch.cuda.current_stream(device)),
+        ):  # put back, whatever happens
             try:
                 # other threads may allocate meanwhile: batches are made ahead (prefetch.py)
-                stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
                 with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
                     seen = work()
             except BaseException:
-                # After some errors torch leaves its stream in force (put back above) and its allocator recording, which
-                # then never gives back memory that two streams have used.
-                with contextlib.suppress(RuntimeError):
-                    torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+                _leave(graph, pool)
                 raise
 
         def replay() -> Seen:
@@ -153,3 +153,17 @@ def recorder(device: torch.device) -> Record:
         return replay
 
     return record
+
+
+def _leave(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    """Give back the memory of a recording that broke off.
+
+    Where CUDA itself refused to go on, torch ends in the middle of its own way out: its allocator would go on recording,
+    and neither free this memory nor any that two streams have used.
+    """
+    try:
+        graph.pool()  # whole: it gives back its memory by itself
+    except RuntimeError:
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
