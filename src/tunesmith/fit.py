@@ -221,11 +221,8 @@ def fit(
         losses.append(stats.loss)
         trouble = _divergence(stats, scaler, losses, state.first_loss, diverge_after)
         if trouble:
-            where, way_out = (
-                describe_rows(done.batches),
-                f"lower --optimizer.lr (now {done.lr:g}) or look at these rows",
-            )
-            trouble += f" at step {done.number:,} (rows {where}); {way_out}"
+            where, way_out = describe_rows(done.batches), "or look at these rows"
+            trouble += f" at step {done.number:,} (rows {where}); lower --optimizer.lr (now {done.lr:g}) {way_out}"
             log.record("diverged", done.number, loss=stats.loss, grad_norm=stats.grad_norm, lr=done.lr)
             waiting.clear()
             return

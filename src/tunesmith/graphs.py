@@ -134,10 +134,8 @@ def recorder(device: torch.device) -> Record:
 
     def record(work: Callable[[], Seen]) -> Callable[[], Seen]:
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-        with (
-            torch.cuda.device(device),
-            torch.cuda.stream(torch.cuda.current_stream(device)),
-        ):  # put back, whatever happens
+        put_back = torch.cuda.stream(torch.cuda.current_stream(device))  # torch does not where a recording breaks off
+        with torch.cuda.device(device), put_back:
             try:
                 # other threads may allocate meanwhile: batches are made ahead (prefetch.py)
                 with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
