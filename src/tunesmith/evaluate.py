@@ -79,8 +79,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 def states_and_head(model: GPT, batch: Targets) -> tuple[Tensor, Tensor, LowRank | None]:
     """What a loss takes of a batch: hidden states of its targets (n, C), the head's weight (V, C), and what an adapter adds."""
-    hidden, weight = model.states_and_head(batch.input_ids, batch.documents, rows=batch.rows)
-    return hidden, *head_parts(model.lm_head, weight, hidden)
+    hidden, tied = model.states_and_head(batch.input_ids, batch.documents, rows=batch.rows)
+    return hidden, *head_parts(model.lm_head, hidden, tied)
 
 
 def nll_sum(model: GPT, batch: Batch, precision: Precision = "fp32") -> Tensor:

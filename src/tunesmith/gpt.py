@@ -266,22 +266,17 @@ class GPT(nn.Module):
 
     def states_and_head(
         self, tokens: Tensor, documents: Documents | None = None, *, rows: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """As calling the model, and the weight that a loss of these states shall take for the head, (V, C).
+    ) -> tuple[Tensor, Tensor | None]:
+        """As calling the model, and the weight (V, C) that a loss of these states shall take for a tied head that learns.
 
-        Where the head is tied, the embedding's gradient is added to the rows of the head's that were looked up: no second
-        matrix of that size is made, filled with zeros and added.
+        Of both together the gradient is made in one matrix: the embedding's is added to the rows of the head's that were
+        looked up, and none is filled with zeros for it. None: take the head's own.
         """
         tied = self.wte.weight
-        if (
-            self.config.tied_head
-            and tied.requires_grad
-            and torch.is_grad_enabled()
-            and tied.dtype is not torch.bfloat16
-        ):
-            embedded, head = _Tied.apply(tokens, tied)  # type: ignore[no-untyped-call]
-        else:
-            embedded, head = self.wte(tokens), tied if self.config.tied_head else self.lm_head.weight
+        learns = self.config.tied_head and tied.requires_grad and torch.is_grad_enabled()
+        if not learns or tied.dtype is torch.bfloat16:  # whose rows would be summed up in bfloat16
+            return self._states(self.wte(tokens), documents, rows, None), None
+        embedded, head = _Tied.apply(tokens, tied)  # type: ignore[no-untyped-call]
         return self._states(embedded, documents, rows, None), head
 
     def _states(

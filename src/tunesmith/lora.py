@@ -80,14 +80,15 @@ class LoRALinear(nn.Module):
         return f"rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout:g}"
 
 
-def head_parts(head: nn.Module, weight: Tensor, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+def head_parts(head: nn.Module, hidden: Tensor, tied: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """A head's weight, and what an adapter adds (`low_rank` in `losses`): the head is never computed in full.
 
-    weight: the plain head's, as `GPT.states_and_head` gives it.
+    tied: what to take for its weight (`GPT.states_and_head`), or None.
     """
     if isinstance(head, LoRALinear):
         return head.base.weight, (head.low(hidden), head.lora_B) if head.active else None
-    return weight, None
+    assert isinstance(head, nn.Linear)
+    return head.weight if tied is None else tied, None
 
 
 # ---- putting adapters on a model and taking them off -----------------------------------------------------------------
