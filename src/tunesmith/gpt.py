@@ -315,7 +315,7 @@ class GPT(nn.Module):
         return self._states(embedded, documents, rows, None), head
 
     def _states(
-        self, embedded: Tensor, documents: Documents | Tensor | None, rows: Tensor | None, cache: KVCache | None
+        self, embedded: Tensor, documents: Documents | Tensor | None, rows: Tensor | None, cache: Cache | None
     ) -> Tensor:
         if isinstance(documents, Tensor):
             documents = Documents.from_ids(documents)
