@@ -1,6 +1,5 @@
 """Recorded decoding steps against plain ones. What stands for a CUDA graph is as strict as one: see Tape."""
 
-import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -302,8 +301,13 @@ def test_nothing_is_recorded_without_a_card_for_few_steps_or_under_autocast():
     assert recorder(torch.device("cpu"), 1000) is None
     assert recorder(torch.device("mps"), 1000) is None
     assert recorder(torch.device("cuda"), ENOUGH_STEPS) is None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is no card to cast for
-        with torch.autocast("cuda", torch.bfloat16, enabled=True):
-            if torch.is_autocast_enabled("cuda"):
-                assert recorder(torch.device("cuda"), 1000) is None
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert recorder(torch.device("cuda"), 1000) is None
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+
+
+def test_a_card_records_where_steps_are_enough(monkeypatch):
+    monkeypatch.setattr(decoding, "cuda_graphs", lambda device: device)
+    assert recorder(torch.device("cuda", 1), ENOUGH_STEPS + 1) == torch.device("cuda", 1)

@@ -9,6 +9,7 @@ cache that they go into, the sequences' first columns. Attention reads all colum
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -146,9 +147,15 @@ def recorder(device: torch.device, steps: int) -> Record | None:
     return cuda_graphs(device)
 
 
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Where recordings are made, always: libraries keep workspaces of megabytes for every stream that they have met."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 def cuda_graphs(device: torch.device) -> Record:
     """Records on a CUDA device. Recordings share one memory pool: only the latest may be replayed."""
-    stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+    stream, pool = _stream(device), torch.cuda.graph_pool_handle()
 
     def record(work: Work) -> Work:
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
