@@ -112,13 +112,15 @@ def show(rows: list[dict[str, Any]]) -> None:
         )
 
 
-def write_result(path: Path, settings: dict[str, Any], rows: list[dict[str, Any]], found: Found, **more: Any) -> None:
+def write_result(
+    path: Path, settings: dict[str, Any], rows: list[dict[str, Any]], found: Found, device: str = "cpu", **more: Any
+) -> None:
     """The JSON file: machine, versions, settings, summary, whatever else is given, and the runs."""
     import torch
 
     from tunesmith.device import describe
 
-    machine = {"device": describe(torch.device("cpu")), "processor": platform.processor() or platform.machine()}
+    machine = {"device": describe(torch.device(device)), "processor": platform.processor() or platform.machine()}
     tools = {name: version(name) for name in ("transformers", "trl", "peft")}
     versions = {"torch": torch.__version__, "python": platform.python_version(), **tools}
     result = {"machine": machine, "versions": versions, "settings": settings, "summary": rows, **more, "runs": found}

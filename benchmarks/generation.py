@@ -12,6 +12,10 @@ packing, then oneDNN's products. `tuned` and `stock` are as in sft.py; `static c
 in place of the one that grows. Rates are new tokens by the time of the whole call, the reading of the prompts included, from
 ids to ids; a short call comes before the clock. Memory is the process's peak resident set, imports included.
 
+With `--device cuda` the row below `tunesmith` takes the recorded steps away, and `static cache` is compiled by transformers
+itself, as it does on a GPU, its length the same for all calls. A call of full length comes before the clock, for
+what is compiled and recorded; ours records in every call, so that is on the clock too. Memory is the allocator's peak.
+
 The limit. Every step reads all weights and the keys and values so far, and multiplies; neither can be faster than this
 machine reads (the sum of the embedding) and multiplies (an MLP's first layer at 1,024 tokens), both measured beside each of
 our runs. The floor adds up, step by step, the longer of the two; the bytes that a run must read by the time it
@@ -31,40 +35,47 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from contest import Found, measure, peak_gb, show, summary, write_result
+from contest import Found, measure, show, summary, write_result
 from sft import rival_model, save_weights
 
 Rows = list[list[int]]
-Run = Callable[[Path, Rows, int, int, bool], dict[str, Any]]
-"""A contestant: (work, prompts, new tokens, prompts at a time, tuned) -> {"seconds", "rows": the answers' ids}."""
+Run = Callable[[Path, Rows, int, int, bool, str], dict[str, Any]]
+"""A contestant: (work, prompts, new tokens, prompts at a time, tuned, device) -> {"seconds", "rows": the answers' ids, "peak_gb"}."""
 
 
 # ---- contestants: each runs in its own process and prints one JSON line ----------------------------------------------
 
 
-def timed(answer: Callable[[Rows, int], Rows], prompts: Rows, new: int, together: int) -> dict[str, Any]:
-    """Run a contestant's `answer` once shortly, then on the clock."""
+def timed(answer: Callable[[Rows, int], Rows], prompts: Rows, new: int, together: int, device: str) -> dict[str, Any]:
+    """Run a contestant's `answer` once shortly (on a GPU in full), then on the clock. Answers are on the host: nothing is waited for."""
+    import torch
+
+    from tunesmith.device import peak_memory_gb
+
     groups = [prompts[i : i + together] for i in range(0, len(prompts), together)]
-    answer(groups[0], 2)
+    answer(groups[0], 2 if device == "cpu" else new)
     start = time.perf_counter()
     rows = [row for group in groups for row in answer(group, new)]
-    return {"seconds": time.perf_counter() - start, "rows": rows}
+    return {"seconds": time.perf_counter() - start, "rows": rows, "peak_gb": peak_memory_gb(torch.device(device))}
 
 
 def run_ours(
-    work: Path, prompts: Rows, new: int, together: int, tuned: bool, packed: bool = True, onednn: bool = True
-) -> dict[str, Any]:
+    work: Path, prompts: Rows, new: int, together: int, tuned: bool, device: str,
+    packed: bool = True, onednn: bool = True, recorded: bool = True,
+) -> dict[str, Any]:  # fmt: skip
     from tunesmith.device import keep_freed_memory
 
     keep_freed_memory()  # as the commands do by themselves
-    from tunesmith import linear
+    from tunesmith import decoding, linear
     from tunesmith.generation import Sampling, decode, prepare
     from tunesmith.tokenizer import Tokenizer
     from tunesmith.weights import load_model
 
     if not onednn:
         linear._has_onednn = lambda: False
-    model, tokenizer = load_model(work / "model"), Tokenizer.load(work / "model")
+    if not recorded:
+        decoding.recorder = lambda device, steps: None
+    model, tokenizer = load_model(work / "model").to(device), Tokenizer.load(work / "model")
     pack_head = linear.packed_weights(model.lm_head)
     if packed:
         prepare(model)
@@ -76,31 +87,34 @@ def run_ours(
             rows[row].append(token)
         return rows
 
-    found = timed(answer, prompts, new, together) | {"peak_gb": peak_gb()}
+    found = timed(answer, prompts, new, together, device)
     return found | machine_rates(model)
 
 
 def run_transformers(
-    work: Path, prompts: Rows, new: int, together: int, tuned: bool, static: bool = False
+    work: Path, prompts: Rows, new: int, together: int, tuned: bool, device: str, static: bool = False
 ) -> dict[str, Any]:
     import torch
 
-    model = rival_model(work, tuned).eval()
+    model = rival_model(work, tuned).eval().to(device)
     end = model.config.eos_token_id
-    more: dict[str, Any] = {"cache_implementation": "static", "disable_compile": True} if static else {}
+    more: dict[str, Any] = {}
+    if static:  # of one length for all prompts: else each would be compiled for
+        more = {"cache_implementation": "static", "max_cache_len": max(map(len, prompts)) + new}
+        more["disable_compile"] = device == "cpu"
 
     def answer(group: Rows, n: int) -> Rows:
         width = max(map(len, group))
-        ids = torch.tensor([[end] * (width - len(p)) + p for p in group])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in group])
+        ids = torch.tensor([[end] * (width - len(p)) + p for p in group], device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in group], device=device)
         out = model.generate(ids, attention_mask=mask, max_new_tokens=n, do_sample=False, pad_token_id=end, **more)
         rows = out[:, width:].tolist()
         return [row[: row.index(end) + 1] if end in row else row for row in rows]
 
-    return timed(answer, prompts, new, together) | {"peak_gb": peak_gb()}
+    return timed(answer, prompts, new, together, device)
 
 
-TASKS: dict[str, dict[str, tuple[Run, bool]]] = {  # task: name: (function, tuned)
+TASKS: dict[str, dict[str, tuple[Run, bool]]] = {  # on a CPU; task: name: (function, tuned)
     "batch": {
         "tunesmith": (run_ours, False),
         "tunesmith, not packed": (partial(run_ours, packed=False), False),
@@ -116,13 +130,25 @@ TASKS: dict[str, dict[str, tuple[Run, bool]]] = {  # task: name: (function, tune
         "transformers, stock": (run_transformers, False),
     },
 }
+ON_A_GPU: dict[str, tuple[Run, bool]] = {  # in both tasks
+    "tunesmith": (run_ours, False),
+    "tunesmith, steps not recorded": (partial(run_ours, recorded=False), False),
+    "transformers, tuned": (run_transformers, True),
+    "transformers, tuned, static cache": (partial(run_transformers, static=True), True),
+    "transformers, stock": (run_transformers, False),
+}
 
 
-def child(task: str, name: str, work: Path) -> None:
+def child(task: str, name: str, work: Path, device: str) -> None:
     """Run one contestant and print its figures as the last line."""
     given = json.loads((work / f"{task}.json").read_text())
-    run, tuned = TASKS[task][name]
-    print("RESULT " + json.dumps(run(work, given["prompts"], given["new"], given["together"], tuned)))
+    run, tuned = contestants(task, device)[name]
+    print("RESULT " + json.dumps(run(work, given["prompts"], given["new"], given["together"], tuned, device)))
+
+
+def contestants(task: str, device: str) -> dict[str, tuple[Run, bool]]:
+    """Who takes part on a device: name -> (function, tuned)."""
+    return TASKS[task] if device == "cpu" else ON_A_GPU
 
 
 # ---- the limit ------------------------------------------------------------------------------------------------------
@@ -133,13 +159,19 @@ def machine_rates(model: Any) -> dict[str, float]:
     import torch
 
     table, layer = model.wte.weight, model.h[0].mlp.c_fc
-    x = torch.randn(1024, layer.in_features)
+    x = torch.randn(1024, layer.in_features, device=table.device)
+
+    def wait() -> None:
+        if table.is_cuda:
+            torch.cuda.synchronize(table.device)
 
     def best(work: Callable[[], Any]) -> float:
         seconds = []
         for _ in range(8):
+            wait()
             start = time.perf_counter()
             work()
+            wait()
             seconds.append(time.perf_counter() - start)
         return min(seconds)
 
@@ -219,7 +251,8 @@ def given_prompts(count: int) -> Rows:
 
 def compare(task: str, args: argparse.Namespace) -> None:
     """One task: its contestants, its table, its file."""
-    contestants = {n: tuned for n, (_, tuned) in TASKS[task].items() if not args.only or n in (*args.only, "tunesmith")}
+    all_of_them = contestants(task, args.device)
+    chosen = {n: tuned for n, (_, tuned) in all_of_them.items() if not args.only or n in (*args.only, "tunesmith")}
     count = args.prompts if task == "batch" else args.alone
     given = {"prompts": given_prompts(count), "new": args.new, "together": count if task == "batch" else 1}
     lengths = [len(p) for p in given["prompts"]]
@@ -236,7 +269,7 @@ def compare(task: str, args: argparse.Namespace) -> None:
         model = save_weights(Path(work), args.model)
         (Path(work) / f"{task}.json").write_text(json.dumps(given))
         print(f"\n{task}: {json.dumps(about)}", flush=True)
-        found = measure(__file__, contestants, ["--task", task, "--work", work], args.rounds, rates)
+        found = measure(__file__, chosen, ["--task", task, "--work", work, "--device", args.device], args.rounds, rates)
     rows = summary(found, rates)
     show(rows)
     limit, agreement = limits(model.config, given, found), same_tokens(model, given["prompts"], found)
@@ -256,16 +289,22 @@ def compare(task: str, args: argparse.Namespace) -> None:
             run["tokens"] = sum(map(len, run.pop("rows")))
         settings = {"task": task, "model": args.model, "rounds": args.rounds, "precision": "fp32", **about}
         settings["parameters"] = model.parameter_count()
-        path = args.out / f"generation-{task}-{args.model}-{os.cpu_count()}core.json"
-        write_result(path, settings, rows, found, rates_of="round", limit=limit, same_tokens=agreement)
+        where = f"{os.cpu_count()}core" if args.device == "cpu" else args.device
+        path = args.out / f"generation-{task}-{args.model}-{where}.json"
+        about = {"limit": limit, "same_tokens": agreement}
+        write_result(path, settings, rows, found, device=args.device, rates_of="round", **about)
 
 
 def main() -> None:
+    from tunesmith.device import resolve_device
+    from tunesmith.errors import UserError
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = {name: None for contestants in TASKS.values() for name in contestants}
+    names = {name: None for contestants in (*TASKS.values(), ON_A_GPU) for name in contestants}
     parser.add_argument("--model", default="gpt2", help="gpt2, gpt2-medium, ... or small (6 layers, width 384)")
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS), help="default all")
     parser.add_argument("--only", nargs="+", choices=names, help="contestants; default all of each task")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=40, help="prompts answered together")
     parser.add_argument("--alone", type=int, default=10, help="prompts answered one after the other")
@@ -278,8 +317,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        child(args.task[0], args.child, args.work)
+        child(args.task[0], args.child, args.work, args.device)
         return
+    try:
+        resolve_device(args.device, "--device")
+    except UserError as error:
+        parser.error(str(error))
     if args.quick:
         args.model, args.prompts, args.alone, args.new, args.rounds = "small", 3, 2, 4, 1
     for task in args.task:

@@ -32,7 +32,8 @@ def model():
 
 def test_quick_run_writes_a_result_with_the_same_tokens_and_the_machines_limit(tmp_path):
     pytest.importorskip("transformers")
-    command = ["--quick", "--task", "batch", "--only", "transformers, tuned", "--out", str(tmp_path)]
+    rivals = ["transformers, tuned", "transformers, tuned, static cache"]
+    command = ["--quick", "--task", "batch", "--only", *rivals, "--out", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "generation.py"), *command], capture_output=True, text=True, check=False
     )
@@ -40,7 +41,7 @@ def test_quick_run_writes_a_result_with_the_same_tokens_and_the_machines_limit(t
     assert "transformers, tuned" in done.stdout
     (file,) = tmp_path.glob("generation-batch-small-*core.json")
     result = json.loads(file.read_text())
-    assert [row["name"] for row in result["summary"]] == ["tunesmith", "transformers, tuned"]
+    assert [row["name"] for row in result["summary"]] == ["tunesmith", *rivals]
     assert all(found["equal"] == found["rows"] == 3 for found in result["same_tokens"].values())
     assert result["limit"]["share_of_floor"] > 0
     assert result["limit"]["floor_tokens_per_s"] > 0
@@ -74,3 +75,31 @@ def test_answers_that_differ_are_counted_with_their_distance(benchmark, model):
     assert agreement["tunesmith"] == {"rows": 3, "equal": 3, "largest_gap": 0.0}
     assert agreement["other"] == {"rows": 3, "equal": 2, "largest_gap": pytest.approx(gap, rel=1e-4)}
     assert gap > 0
+
+
+def test_a_gpus_contestants_answer_alike_where_there_is_none(benchmark, tmp_path, monkeypatch):
+    """Each in this process and on the processor: with recorded steps, without, and transformers' own three ways."""
+    pytest.importorskip("transformers")
+    from tunesmith import decoding
+
+    monkeypatch.setattr(decoding, "recorder", decoding.recorder)  # one contestant takes it away
+    monkeypatch.setattr(sys.modules["tunesmith.device"], "keep_freed_memory", lambda: False)  # as this process has it
+    benchmark.save_weights(tmp_path, "small")
+    prompts, found = [[1, 2, 3], [4, 5, 6, 7, 8]], {}
+    assert benchmark.contestants("batch", "cuda") is benchmark.contestants("alone", "cuda")
+    for name, (run, tuned) in benchmark.contestants("alone", "cuda").items():
+        found[name] = run(tmp_path, prompts, 5, 1, tuned, "cpu")
+    assert all(len(row) == 5 for row in found["tunesmith"]["rows"])
+    assert all(result["rows"] == found["tunesmith"]["rows"] for result in found.values())
+    assert decoding.recorder(torch.device("cuda"), 1000) is None  # the one without
+    assert found["tunesmith"]["read_gb_per_s"] > 0
+
+
+def test_a_device_that_is_not_there_is_told_in_a_line():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    command = [sys.executable, str(BENCHMARKS / "generation.py"), "--device", "cuda"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--device cuda is not to be had here" in done.stderr
+    assert "Traceback" not in done.stderr

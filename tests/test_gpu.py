@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+import warnings
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from reference import random_model
 from test_documents import gradients, laid_out, one_by_one
 from test_resume import interrupted
 from tiny_runs import comparable, tiny_config
-from tunesmith import prefetch
+from tunesmith import decoding, generation, prefetch
 from tunesmith.batching import Batches
 from tunesmith.datasets import open_dataset
 from tunesmith.documents import Documents, attend_documents, attention_path, flash_capability
@@ -300,6 +302,88 @@ def test_greedy_answers_are_those_of_the_processor():
             rows[row].append(token)
         answers.append(rows)
     assert answers[0] == answers[1]
+
+
+PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8], [9], [9], [10, 11]]
+
+
+def decoded(model, sampling, n):
+    """Tokens of the answers to PROMPTS."""
+    rows, tokenizer = [[] for _ in PROMPTS], Tokenizer.load(SAMPLE)
+    for row, token, _ in decode(model, tokenizer, PROMPTS, sampling, n):
+        rows[row].append(token)
+    return rows
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(1.0, 0.95), Sampling(1.0, 1.0, 20)], ids=str)
+def test_answers_from_recorded_steps_are_those_of_plain_ones(sampling, monkeypatch):
+    """Over a bound of the columns, by the weights of each call, no failure told. Float64: rounding must not tip a draw."""
+    recordings = []
+
+    def counting(device):
+        record = decoding_graphs(device)
+        return lambda work: (recordings.append(1), record(work))[1]
+
+    decoding_graphs = decoding.cuda_graphs
+    monkeypatch.setattr(decoding, "cuda_graphs", counting)
+    model = random_model(SHAPE, dtype=torch.float64).to(CUDA)
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            recorded = decoded(model, sampling, 200)
+        assert len(recordings) == 2
+        with monkeypatch.context() as without:
+            without.setattr(decoding, "recorder", lambda *_: None)
+            assert decoded(model, sampling, 200) == recorded
+        recordings.clear()
+        with torch.no_grad():
+            model.h[1].mlp.c_fc.weight.mul_(0.5)
+
+
+def begun(model):
+    """A cache that holds PROMPTS, and the logits after them."""
+    cache = model.new_cache([len(p) for p in PROMPTS], 155)
+    with torch.no_grad():
+        return cache, generation._read(model, cache, PROMPTS, CUDA)
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-4), (torch.float16, 1e-2), (torch.bfloat16, 1e-1)])
+def test_replayed_logits_are_near_the_plain_ones_and_no_replay_waits_for_the_card(dtype, near):
+    model = random_model(SHAPE).to(CUDA, dtype)
+    (plain, expected), (cache, logits) = begun(model), begun(model)
+    next_logits = functools.partial(generation._next, model)
+    steps = decoding.FixedSteps(next_logits, cache, logits, decoding.cuda_graphs(CUDA))
+    for step in range(100):
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(logits, expected, rtol=near, atol=near * scale)
+        tokens = expected.argmax(1)
+        if step == 20:
+            stay = torch.tensor(plain.drop([1]), device=CUDA)
+            cache.drop([1])
+            tokens = tokens[stay]
+        expected = next_logits(tokens, plain)
+        torch.cuda.set_sync_debug_mode("error" if step > 0 else "default")
+        try:
+            logits = steps(tokens, 150 - step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert steps.replay is not None
+
+
+def test_where_a_step_cannot_be_recorded_plain_ones_give_the_same_and_training_goes_on(batches):
+    """Reading a number on the host is what a recording cannot do."""
+    model = random_model(SHAPE).to(CUDA)
+    expected, sampling = decoded(model, Sampling(temperature=0), 40), Sampling(temperature=0)
+    hook = model.ln_f.register_forward_hook(lambda _, __, out: (out.sum().item(), None)[1])
+    with pytest.warns(UserWarning, match="not recorded as a CUDA graph"):
+        assert decoded(model, sampling, 40) == expected
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    hook.remove()
+    assert decoded(model, sampling, 40) == expected
+    losses = train(model.train(), lambda i: batches[i].to(CUDA), 3)
+    assert losses == pytest.approx(
+        train(random_model(SHAPE).to(CUDA).train(), lambda i: batches[i].to(CUDA), 3), rel=1e-2
+    )
 
 
 LEAN = {"train__activation_checkpointing": True, "train__optimizer_in_backward": True, "train__grad_clip": 0}

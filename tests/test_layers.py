@@ -17,7 +17,7 @@ LAYERS = [
     | {"prefetch", "plan_options"},
     {"gpt", "step", "splitting", "datasets", "judge", "rowchecks", "bits", "study.read", "study.claims", "study.figures", "memory"}
     | {"study.files"},
-    {"weights", "tokenstore", "graphs", "overlap", "study.select", "study.plan", "workload"},
+    {"weights", "tokenstore", "graphs", "overlap", "study.select", "study.plan", "workload", "decoding"},
     {"adapters", "reward", "checkpoint", "batching", "study.lines", "study.tables", "study.verdicts", "study.ledger"}
     | {"study.executors", "cards"},
     {"models", "pairs", "evaluate", "study.plots", "study.parts", "study.view", "study.on_ray"},

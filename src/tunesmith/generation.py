@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, groupby
 from typing import Any, Literal
 
@@ -13,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tunesmith import decoding
 from tunesmith.device import return_freed_memory
 from tunesmith.dialogue import STOP_TEXTS, BadRow, Message, cut_at_stop, parse_messages, prompt_segments
 from tunesmith.documents import Documents
 from tunesmith.errors import UsageError, UserError
 from tunesmith.evaluate import evaluation_mode
-from tunesmith.gpt import GPT
+from tunesmith.gpt import GPT, Cache
 from tunesmith.linear import pack_for_good, packed_weights
 from tunesmith.tokenizer import Tokenizer
 
@@ -212,26 +214,31 @@ def decode(
     """New tokens of a batch of prompts as they are made: (row, token, whether the row's answer ended itself with it).
 
     Prompts are read packed, without padding, and a prompt that is repeated beside itself is read once. A finished row
-    leaves the batch, so that the last long answer does not pay for the short ones.
+    leaves the batch, so that the last long answer does not pay for the short ones. On a CUDA device steps are recorded
+    and replayed (`decoding`).
 
     samples: what is added to `sampling.sample` for each prompt; None: nothing.
     """
     sampling.check()
     device, limit = model.wte.weight.device, model.config.block_size
     numbers = samples or [0] * len(prompts)
-    draws = [_stream_of(sampling, n, p, max_new_tokens) for p, n in zip(prompts, numbers, strict=True)]
+    streams = [_stream_of(sampling, n, p, max_new_tokens) for p, n in zip(prompts, numbers, strict=True)]
+    draws = torch.tensor(np.stack(streams), device=device)  # (B, steps): a copy a step would wait for a GPU
     room = [min(max_new_tokens, limit - len(p)) for p in prompts]
     read = [(prompt, len(list(same))) for prompt, same in groupby(prompts)]
+    record = decoding.recorder(device, max(room))
+    spare = 0 if record is None else decoding.spare_columns(max(map(len, prompts)) + max(room))
     with evaluation_mode(model):  # not around the yields: the caller's modes are the caller's
-        cache = model.new_cache([len(p) for p, _ in read], max(room), [copies for _, copies in read])
+        cache = model.new_cache([len(p) for p, _ in read], max(room) + spare, [copies for _, copies in read])
         logits = torch.cat([_read(model, cache, group, device) for group in _groups([p for p, _ in read])])
         if len(read) < len(prompts):
             logits = logits.repeat_interleave(torch.tensor([n for _, n in read], device=device), 0)  # (B, V)
+    next_logits = partial(_next, model)
+    fixed = None if record is None else decoding.FixedSteps(next_logits, cache, logits, record)
     rows = list(range(len(prompts)))
     tails: list[list[int]] = [[] for _ in prompts]
     for step in range(max_new_tokens):
-        uniform = torch.tensor([draws[r][step] for r in rows], dtype=torch.float64, device=device)
-        tokens = sample_tokens(logits, uniform, sampling)
+        tokens = sample_tokens(logits, draws[:, step], sampling)
         done = []
         for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
             tails[row] = [*tails[row][-STOP_TAIL:], token]
@@ -243,9 +250,16 @@ def decode(
             return
         if done:
             stay = cache.drop(done)
-            rows, tokens = [rows[i] for i in stay], tokens[torch.tensor(stay, device=device)]
-        with evaluation_mode(model):
-            logits = model.lm_head(model(tokens[:, None], cache=cache)[:, 0])
+            moved = torch.tensor(stay, device=device)
+            rows, tokens, draws = [rows[i] for i in stay], tokens[moved], draws[moved]
+        left = max(room[row] for row in rows) - step - 1
+        logits = next_logits(tokens, cache) if fixed is None else fixed(tokens, left)
+
+
+def _next(model: GPT, tokens: Tensor, cache: Cache) -> Tensor:
+    """Logits after one more token of every sequence. tokens: (B,) int64; the result: (B, V)."""
+    with evaluation_mode(model):
+        return model.lm_head(model(tokens[:, None], cache=cache)[:, 0])  # type: ignore[no-any-return]
 
 
 def _groups(prompts: Sequence[list[int]]) -> Iterator[list[list[int]]]:
@@ -295,6 +309,8 @@ def sample_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor
     ):  # sorting everything costs more than the model does: only rows with a flat distribution look further
         best, order = (p if len(rows) == len(p) else p[rows]).topk(width)
         whole = (best.sum(1) >= sampling.top_p) | (width == p.shape[1])
+        if len(rows) == len(p) and whole.all():  # the rule; choosing rows would wait for a GPU five times
+            return _from_nucleus(best, order, uniform, sampling.top_p)
         tokens[rows[whole]] = _from_nucleus(best[whole], order[whole], uniform[rows[whole]], sampling.top_p)
         rows, width = rows[~whole], min(p.shape[1], 16 * width)
     return tokens

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,23 @@ SIZES = {
 MOST_COMPILED = 64  # versions of a block's code
 
 
+class Cache(Protocol):
+    """What the model needs of keys and values that are held for growing sequences: a KVCache, or `decoding.FixedSteps`."""
+
+    @property
+    def reach(self) -> int:
+        """Tokens of the longest sequence when one more is added."""
+
+    def positions(self) -> Tensor:
+        """Of the next token of every sequence: (B, 1) int64."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+        """Store keys and values, of packed prompts or of one more token of every sequence, and attend. All (B, T, H, D)."""
+
+    def advance(self, documents: Documents | None) -> None:
+        """Every layer has stored them."""
+
+
 @dataclass
 class KVCache:
     """Keys and values of B growing sequences; made by `GPT.new_cache`.
@@ -87,6 +104,23 @@ class KVCache:
     def reach(self) -> int:
         """Tokens of the longest sequence when one more is added."""
         return self.end + 1 - min(self.starts)
+
+    def positions(self) -> Tensor:
+        """Of the next token of every sequence: (B, 1) int64."""
+        return (self.end - self.first_columns)[:, None]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+        """As `Cache` has it."""
+        if documents is None:
+            return self.attend_next(layer, q, k, v)
+        return self.attend_prompts(layer, q, k, v, documents)
+
+    def advance(self, documents: Documents | None) -> None:
+        """Every layer has stored them."""
+        if documents is None:
+            self.end += 1
+        else:
+            self.read += len(documents.lengths)
 
     def attend_prompts(self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
         """Store the keys of packed prompts, the next ones', and attend within each. q, k, v: (1, N, H, D)."""
@@ -132,16 +166,12 @@ class Attention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def mix(self, qkv: Tensor, documents: Documents | None, cache: KVCache | None) -> Tensor:
+    def mix(self, qkv: Tensor, documents: Documents | None, cache: Cache | None) -> Tensor:
         """Heads' outputs side by side, before the output projection. qkv: (B, T, 3 C); the result: (B, T, C)."""
         q, k, v = (torch.unflatten(z, 2, (self.n_head, -1)) for z in qkv.chunk(3, 2))  # (B, T, H, D)
         dropout = self.dropout if self.training else 0.0
         if cache is not None:
-            y = (
-                cache.attend_next(self.layer, q, k, v)
-                if documents is None
-                else cache.attend_prompts(self.layer, q, k, v, documents)
-            )
+            y = cache.attend(self.layer, q, k, v, documents)
         elif documents is not None:
             y = attend_documents(q, k, v, documents, dropout)
         else:
@@ -184,7 +214,7 @@ class Block(nn.Module):
         x: Tensor,
         documents: Documents | None,
         rows: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         chain: Chain = plain,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C); with `rows`, only those tokens leave attention and the result is (n, C)."""
@@ -248,7 +278,7 @@ class GPT(nn.Module):
         documents: Documents | Tensor | None = None,
         *,
         rows: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Hidden states after the last norm.
 
@@ -280,12 +310,12 @@ class GPT(nn.Module):
         return self._states(embedded, documents, rows, None), head
 
     def _states(
-        self, embedded: Tensor, documents: Documents | Tensor | None, rows: Tensor | None, cache: KVCache | None
+        self, embedded: Tensor, documents: Documents | Tensor | None, rows: Tensor | None, cache: Cache | None
     ) -> Tensor:
         if isinstance(documents, Tensor):
             documents = Documents.from_ids(documents)
         if cache is not None and documents is None:
-            positions, longest = (cache.end - cache.first_columns)[:, None], cache.reach
+            positions, longest = cache.positions(), cache.reach
         elif documents is not None:
             positions, longest = documents.positions, documents.reach
         else:
@@ -309,10 +339,7 @@ class GPT(nn.Module):
             else:
                 x = block(x, documents, wanted, cache, chain)
         if cache is not None:
-            if documents is None:
-                cache.end += 1
-            else:
-                cache.read += len(documents.lengths)
+            cache.advance(documents)
         return self.ln_f(x)  # type: ignore[no-any-return]
 
     def compile_blocks(self, **options: Any) -> None:
