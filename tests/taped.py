@@ -41,7 +41,7 @@ class Tape(TorchDispatchMode):
         return out
 
     def record(self, work: Callable[[], Any]) -> Callable[[], Any]:
-        """As `graphs.recorder` gives it."""
+        """As `capture.capture`."""
         state = torch.get_rng_state()
         try:
             with self:

@@ -1,13 +1,12 @@
-"""Recorded decoding steps against plain ones. What stands for a CUDA graph is as strict as one: see Tape."""
+"""Recorded decoding steps against plain ones. What stands for a CUDA graph is as strict as one: see taped.py."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from reference import greedy, random_model
+from taped import Tape
 from tunesmith import decoding, generation
 from tunesmith.decoding import ENOUGH_STEPS, FixedSteps, recorder
 from tunesmith.generation import Sampling, decode, encode_prompt, generate_answers
@@ -19,32 +18,6 @@ SHAPE = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=6144, block_size=96
 GREEDY, SAMPLED = Sampling(temperature=0), Sampling(1.0, 0.95)
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15], [16], [16], [17, 18]]
 ENDLESS = SimpleNamespace(end_of_text=-1, decode=lambda ids: "")
-
-
-class Tape(TorchDispatchMode):
-    """Operators as they are carried out, with the very tensors and numbers; played, they write the same memory again.
-
-    As under a CUDA graph, nothing of Python's state is seen in a replay, no shape and no address is another one, and
-    numbers must not be read on the host.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.done = []
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        if operator is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        out = operator(*args, **(kwargs or {}))
-        self.done.append((operator, args, kwargs or {}, out))
-        return out
-
-    @torch.no_grad()
-    def play(self):
-        for operator, args, kwargs, out in self.done:
-            for then, now in zip(tree_leaves(out), tree_leaves(operator(*args, **kwargs)), strict=True):
-                if isinstance(then, torch.Tensor) and then.data_ptr() != now.data_ptr():
-                    then.copy_(now)
 
 
 class Recorder:
@@ -59,16 +32,15 @@ class Recorder:
         if self.tried == self.fail_at:
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
         tape = Tape()
-        with tape:
-            work()
-        (mask,) = {out.shape for operator, _, _, out in tape.done if "masked_fill_" in str(operator)}
+        play = tape.record(work)
+        (mask,) = {out.shape for operator, _, _, out in tape.calls if "masked_fill_" in str(operator)}
         found = {"rows": mask[0], "extent": mask[3], "replays": 0}
         self.made.append(found)
 
         def replay():
             assert self.made[-1] is found  # they share memory: only the latest may be replayed
             found["replays"] += 1
-            tape.play()
+            play()
 
         return replay
 
@@ -287,11 +259,11 @@ def test_two_batches_taken_in_turn_do_not_disturb_each_other(model, monkeypatch)
 
 def test_the_tape_is_as_strict_as_a_graph():
     place, number = torch.zeros(2), [1.0]
-    tape = Tape()
-    with tape:
-        place.add_(number[0])
+    play = Tape().record(lambda: place.add_(number[0]))
+    assert place.tolist() == [0.0, 0.0], "recorded, not done"
     number[0] = 5.0
-    tape.play()
+    play()
+    play()
     assert place.tolist() == [2.0, 2.0]
     with pytest.raises(RuntimeError, match="capturing"), Tape():
         place[0].item()

@@ -1,9 +1,7 @@
 """Recorded steps against plain ones, to the bit. A tape stands for the card's graphs (taped.py); test_gpu.py has the card."""
 
-import contextlib
 import dataclasses
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +18,7 @@ from tunesmith.batching import Batch
 from tunesmith.errors import UsageError
 from tunesmith.evaluate import nll_sum
 from tunesmith.gpt import GPTConfig
-from tunesmith.graphs import WARM_UP, RecordedStep, recorder
+from tunesmith.graphs import WARM_UP, RecordedStep
 from tunesmith.lora import apply_lora
 from tunesmith.optim import build_optimizer, set_learning_rate
 from tunesmith.options import DPOConfig, SFTConfig
@@ -292,68 +290,3 @@ def test_auto_records_small_batches_on_a_card_and_true_large_ones_too():
     assert resolved(**paper, train__cuda_graphs=False) is False
     assert resolved(**paper, train__weights="bf16", lora__rank=4) is True, "the frozen base only"
     assert resolved(DPOConfig) is False
-
-
-class Card:
-    """What `recorder` calls of torch, noted. fails: where it breaks off, in the work or at the end of the recording."""
-
-    def __init__(self, monkeypatch, fails=""):
-        self.calls, self.fails, whole = [], fails, fails != "end"
-
-        def pool():
-            if not whole:
-                raise RuntimeError("Called CUDAGraph::pool() without a preceding successful capture.")
-
-        graph_of = lambda: SimpleNamespace(replay=lambda: self.calls.append("replay"), pool=pool)  # noqa: E731
-
-        @contextlib.contextmanager
-        def recording(graph, pool, stream, capture_error_mode):
-            assert (pool, stream, capture_error_mode) == ((0, 7), "own stream", "thread_local")
-            self.calls.append("begin")
-            try:
-                yield
-            finally:
-                self.calls.append("end")
-                if not whole:
-                    raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
-
-        fakes = {
-            "Stream": lambda device: "own stream", "CUDAGraph": graph_of, "graph_pool_handle": lambda: (0, 7), "graph": recording,
-            "device": lambda device: contextlib.nullcontext(), "current_stream": lambda device: "the stream",
-            "stream": self.stream, "current_device": lambda: 1,
-        }  # fmt: skip
-        for name, fake in fakes.items():
-            monkeypatch.setattr(torch.cuda, name, fake)
-        for name in ("endAllocateToPool", "releasePool"):
-            note = lambda device, pool, name=name: self.calls.append((name, device, pool))  # noqa: E731
-            monkeypatch.setattr(torch._C, f"_cuda_{name}", note, raising=False)
-
-    @contextlib.contextmanager
-    def stream(self, stream):
-        try:
-            yield
-        finally:
-            self.calls.append(f"back to {stream}")
-
-    def work(self):
-        self.calls.append("work")
-        if self.fails:
-            raise RuntimeError("operation not permitted")
-        return "seen"
-
-
-def test_on_a_card_work_is_recorded_once_and_replayed_without_python(monkeypatch):
-    card = Card(monkeypatch)
-    replay = recorder(torch.device("cuda:1"))(card.work)
-    assert [replay(), replay()] == ["seen", "seen"]
-    assert card.calls == ["begin", "work", "end", "back to the stream", "replay", "replay"]
-
-
-@pytest.mark.parametrize("fails", ["work", "end"])
-def test_a_recording_that_breaks_off_gives_its_memory_back_once(monkeypatch, fails):
-    card = Card(monkeypatch, fails)
-    with pytest.raises(RuntimeError) as caught:
-        recorder(torch.device("cuda:1"))(card.work)
-    left = [("endAllocateToPool", 1, (0, 7)), ("releasePool", 1, (0, 7))] if fails == "end" else []
-    assert card.calls == ["begin", "work", "end", *left, "back to the stream"]
-    assert str(caught.value.__context__ or caught.value) == "operation not permitted", "what the user is told"

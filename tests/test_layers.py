@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "tunesmith"
 
 LAYERS = [
-    {"errors", "linear", "outofmemory", "recompute"},
+    {"errors", "linear", "outofmemory", "recompute", "capture"},
     {"options", "command_options", "config", "hub", "runlog", "prompts", "progress", "tokenizer", "dialogue", "device", "readers"}
     | {"study.stats", "study.page", "documents", "losses", "lora", "optim", "answers", "choice", "endpoint", "pretrain_options"}
     | {"prefetch", "plan_options"},

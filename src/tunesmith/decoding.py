@@ -8,8 +8,6 @@ cache that they go into, the sequences' first columns. Attention reads all colum
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -18,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.capture import capture, reason_of
 from tunesmith.documents import Documents
 from tunesmith.gpt import Cache, KVCache
 
@@ -93,11 +92,8 @@ class FixedSteps:
             self.replay = record(self._step)
         except RuntimeError as error:
             self.record = self.replay = None
-            first = error.__context__ or error  # what ends a recording complains once more
-            reason = (str(first).strip().splitlines() or [type(first).__name__])[0]
-            note = (
-                f"decoding steps are not recorded as a CUDA graph ({reason}); they are taken one kernel after the other"
-            )
+            why = reason_of(error)
+            note = f"decoding steps are not recorded as a CUDA graph ({why}); they are taken one kernel after the other"
             warnings.warn(note, stacklevel=3)
         return self.replay is not None
 
@@ -147,32 +143,7 @@ def recorder(device: torch.device, steps: int) -> Record | None:
     return cuda_graphs(device)
 
 
-@functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """Where recordings are made, always: libraries keep workspaces of megabytes for every stream that they have met."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
 def cuda_graphs(device: torch.device) -> Record:
     """Records on a CUDA device. Recordings share one memory pool: only the latest may be replayed."""
-    stream, pool = _stream(device), torch.cuda.graph_pool_handle()
-
-    def record(work: Work) -> Work:
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
-        stream.wait_stream(current)
-        with torch.cuda.device(device), torch.cuda.stream(stream):
-            try:
-                work()  # libraries choose kernels and make their workspaces, which they cannot while recording
-                # other threads may allocate meanwhile: batches are made ahead in training (prefetch.py)
-                with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-                    work()
-            except BaseException:
-                # After some errors torch's allocator goes on recording, and keeps what two streams have used for ever.
-                with contextlib.suppress(RuntimeError):
-                    torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-                raise
-            finally:
-                current.wait_stream(stream)
-        return graph.replay
-
-    return record
+    pool = torch.cuda.graph_pool_handle()
+    return lambda work: capture(work, device, pool, rehearse=True)

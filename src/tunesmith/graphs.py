@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from tunesmith.capture import capture, reason_of
 from tunesmith.step import Seen
 
 B = TypeVar("B")
@@ -87,11 +88,8 @@ class RecordedStep(Generic[B]):
                 replay = self.record(lambda: self.step(inputs))
         except Exception as error:
             self.failed = True
-            first = error.__context__ or error  # what ends a recording complains once more
-            reason = (str(first).strip().splitlines() or [type(first).__name__])[0]
-            self.say(
-                f"note: steps are not recorded as a CUDA graph ({reason}); they are taken one kernel after the other"
-            )
+            why = reason_of(error)
+            self.say(f"note: steps are not recorded as a CUDA graph ({why}); they are taken one kernel after the other")
         else:
             self.recording = Recording(signature, inputs, replay)
         self.optimizer.zero_grad(set_to_none=True)  # gradients of a recording that failed were never computed
@@ -129,39 +127,9 @@ def capturable(optimizer: Optimizer) -> Iterator[None]:
 
 
 def recorder(device: torch.device) -> Record:
-    """Records on a CUDA device."""
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    """Records on a CUDA device, each recording in memory of its own."""
 
     def record(work: Callable[[], Seen]) -> Callable[[], Seen]:
-        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-        put_back = torch.cuda.stream(torch.cuda.current_stream(device))  # torch does not where a recording breaks off
-        with torch.cuda.device(device), put_back:
-            try:
-                # other threads may allocate meanwhile: batches are made ahead (prefetch.py)
-                with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-                    seen = work()
-            except BaseException:
-                _leave(graph, pool)
-                raise
-
-        def replay() -> Seen:
-            graph.replay()
-            return seen
-
-        return replay
+        return capture(work, device, torch.cuda.graph_pool_handle(), rehearse=False)
 
     return record
-
-
-def _leave(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
-    """Give back the memory of a recording that broke off.
-
-    Where CUDA itself refused to go on, torch ends in the middle of its own way out: its allocator would go on recording,
-    and neither free this memory nor any that two streams have used.
-    """
-    try:
-        graph.pool()  # whole: it gives back its memory by itself
-    except RuntimeError:
-        with contextlib.suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-            torch._C._cuda_releasePool(torch.cuda.current_device(), pool)

@@ -1,0 +1,75 @@
+"""Work recorded as a CUDA graph: steps of training (`graphs`) and of decoding (`decoding`)."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def capture(work: Callable[[], T], device: torch.device, pool: Any, *, rehearse: bool) -> Callable[[], T]:
+    """Record `work`, which is not done by that; returns what does it again on the same memory, and gives what it gave.
+
+    Args:
+        pool: of the memory that the recording takes, from `torch.cuda.graph_pool_handle`. Of recordings with one pool only the
+            latest may be replayed.
+        rehearse: do the work once before. Libraries choose kernels and make their workspaces then, which they cannot while
+            recording; needless where it has been done often.
+    Raises: whatever stood against it; the stream and the allocator are as before.
+    """
+    graph, current, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device), _stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.device(device), torch.cuda.stream(stream):  # torch does not go back where a recording breaks off
+        try:
+            if rehearse:
+                work()
+            given = _recorded(work, graph, pool, stream)
+        finally:
+            current.wait_stream(stream)
+
+    def replay() -> T:
+        graph.replay()
+        return given
+
+    return replay
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a recording broke off, in one line. What ends a recording complains once more: the first complaint counts."""
+    first = error.__context__ or error
+    return (str(first).strip().splitlines() or [type(first).__name__])[0]
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Where recordings are made, always: libraries keep workspaces of megabytes for every stream that they have met."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def _recorded(work: Callable[[], T], graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> T:
+    try:
+        # other threads may allocate meanwhile: batches are made ahead (prefetch.py)
+        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+            return work()
+    except BaseException:
+        _leave(graph, pool)
+        raise
+
+
+def _leave(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    """Give back the memory of a recording that broke off.
+
+    Where CUDA itself refused to go on, torch ends in the middle of its own way out: its allocator would go on recording,
+    and neither free this memory nor any that two streams have used.
+    """
+    try:
+        graph.pool()  # whole: it gives back its memory by itself
+    except RuntimeError:
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
