@@ -60,6 +60,13 @@ def test_a_lean_training_is_the_fast_one_to_the_bit(tiny_directory, tmp_path, mo
     assert losses[0] == losses[1]
 
 
+def test_where_the_allocator_stays_as_it_is_lean_is_refused(tiny_directory, tmp_path, monkeypatch):
+    monkeypatch.setenv("TUNESMITH_ALLOCATOR", "system")
+    with pytest.raises(UsageError, match="--train.allocator lean is a setting of glibc.*TUNESMITH_ALLOCATOR"):
+        ts.sft(tiny_config(tiny_directory, tmp_path / "r", train__allocator="lean"))
+    assert not (tmp_path / "r").exists()
+
+
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_on_a_gpu_it_is_refused_with_the_reason(device, tiny_directory, tmp_path, monkeypatch):
     monkeypatch.setattr(settings, "resolve_device", lambda name: torch.device(device))

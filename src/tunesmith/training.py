@@ -25,7 +25,7 @@ from tunesmith.device import (
     return_memory_at_once,
     seed_everything,
 )
-from tunesmith.errors import UserError
+from tunesmith.errors import UsageError, UserError
 from tunesmith.fit import MicroBatch, Readable, fit
 from tunesmith.graphs import RecordedStep, recorder
 from tunesmith.judging import answer_prompts
@@ -143,10 +143,19 @@ def describe_pairs(train: PairBatches, validation: PairBatches, iters: int) -> d
 
 
 def begin(config: AnyConfig, command: Command) -> Path:
-    """Settle where the run goes, and make the process ready: allocator and seeds. Raises: UserError if `out` is taken."""
+    """Settle where the run goes, and make the process ready: allocator and seeds.
+
+    Raises: UserError if `out` is taken, or the allocator cannot be had.
+    """
+    if config.train.allocator == "fast":
+        keep_freed_memory()
+    elif not return_memory_at_once():
+        raise UsageError(
+            "--train.allocator lean is a setting of glibc, which is not here or which TUNESMITH_ALLOCATOR=system keeps as it is: "
+            "leave it out, or unset that"
+        )
     default = f"runs/{command}-{_short(config.model.name)}-{_short(config.data.name)}"
     path = new_run_directory(config.out, default, config.resume)
-    (return_memory_at_once if config.train.allocator == "lean" else keep_freed_memory)()
     seed_everything(config.train.seed)
     return path
 
