@@ -62,7 +62,7 @@ def test_a_lean_training_is_the_fast_one_to_the_bit(tiny_directory, tmp_path, mo
 
 def test_where_the_allocator_stays_as_it_is_lean_is_refused(tiny_directory, tmp_path, monkeypatch):
     monkeypatch.setenv("TUNESMITH_ALLOCATOR", "system")
-    with pytest.raises(UsageError, match="--train.allocator lean is a setting of glibc.*TUNESMITH_ALLOCATOR"):
+    with pytest.raises(UsageError, match=r"--train\.allocator lean is a setting of glibc.*TUNESMITH_ALLOCATOR"):
         ts.sft(tiny_config(tiny_directory, tmp_path / "r", train__allocator="lean"))
     assert not (tmp_path / "r").exists()
 
