@@ -174,7 +174,10 @@ def from_log(lines: list[dict[str, Any]], at: Setting, options: dict[str, Any]) 
         targets = last["target_tokens"] - first["target_tokens"]
         window = at.block_size if options.get("data.batching") == "windows" else 0
         operations = products(model_shape(at.work), tokens, targets, window)
-        found |= {"supervised_share": round(targets / tokens, 3), "tflop_per_s": round(operations / seconds / 1e12, 3)}
+        found |= {
+            "supervised_share": round(targets / tokens, 3),
+            "tflop_per_s": float(f"{operations / seconds / 1e12:.4g}"),
+        }
     return found
 
 
@@ -301,7 +304,7 @@ def judged(part: Part, found: dict[str, Any], best_rate: float | None) -> dict[s
     """A part's row: its figures, its share of the ceiling, its target and whether that was reached."""
     row = {"part": part.name, **found}
     if best_rate and "tflop_per_s" in found and part.run != "ceiling":
-        row["share_of_ceiling"] = round(found["tflop_per_s"] / best_rate, 3)
+        row["share_of_ceiling"] = float(f"{found['tflop_per_s'] / best_rate:.3g}")
     if part.target:
         figure, sign, value = part.target
         row["target"] = f"{figure.replace('_', ' ')} {sign} {value:g}"

@@ -1,9 +1,9 @@
 """The house: who may import whom, what stays out of `--help`, and how long a file may be."""
 
 import ast
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -123,6 +123,12 @@ def test_report_is_rendered_without_importing_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def processor_seconds():
+    """Of all ended child processes: what else runs beside the tests does not count."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.mark.parametrize(
     "argv",
     [["--help"], ["sft", "--help"], ["pretrain", "--help"], ["data", "--help"], ["plan", "--help"]],
@@ -131,9 +137,9 @@ def test_report_is_rendered_without_importing_torch():
 def test_help_comes_in_half_a_second(argv):
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = processor_seconds()
         done = subprocess.run([sys.executable, "-m", "tunesmith", *argv], capture_output=True, text=True, check=True)
-        times.append(time.perf_counter() - start)
+        times.append(processor_seconds() - start)
         assert "usage: tunesmith" in done.stdout
     assert min(times) < 0.5
 
