@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import threading
@@ -62,15 +63,15 @@ def serving(answer: Callable[[int, str, str], Reply], port: int = 0) -> Iterator
                 server.most = max(server.most, server.open)
             try:
                 shown = dict(ANSWER.findall(body["messages"][1]["content"]))
-                self.send(answer(number, shown["1"], shown["2"]))
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # the client did not wait
+                reply = answer(number, shown["1"], shown["2"])
+                time.sleep(reply.delay)
             finally:
                 with lock:
-                    server.open -= 1
+                    server.open -= 1  # before it goes out: who has the answer may ask again at once
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client did not wait
+                self.send(reply)
 
         def send(self, reply: Reply) -> None:
-            time.sleep(reply.delay)
             message = {
                 "choices": [{"message": {"role": "assistant", "content": reply.text}}],
                 "usage": {"total_tokens": 7},
