@@ -22,6 +22,7 @@ for name in sys.argv[1:]:
     {"fast": keep_freed_memory, "lean": return_memory_at_once}[name]()
 before = resident_memory()
 several = [torch.ones(4_000_000) for _ in range(10)]
+small = torch.ones(10_000)  # on a heap it lies above them: what is below cannot just be cut off
 held = resident_memory() - before
 del several
 print(held / 1e6, (resident_memory() - before) / 1e6)
