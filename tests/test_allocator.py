@@ -21,8 +21,10 @@ from tunesmith.device import keep_freed_memory, resident_memory, return_memory_a
 for name in sys.argv[1:]:
     {"fast": keep_freed_memory, "lean": return_memory_at_once}[name]()
 before = resident_memory()
-several = [torch.ones(4_000_000) for _ in range(10)]
-small = torch.ones(10_000)  # on a heap it lies above them: what is below cannot just be cut off
+several, small = [], []  # on a heap small ones lie between the others, whose places cannot just be cut off at its end
+for _ in range(10):
+    several.append(torch.ones(4_000_000))
+    small.append(torch.ones(30_000))
 held = resident_memory() - before
 del several
 print(held / 1e6, (resident_memory() - before) / 1e6)
