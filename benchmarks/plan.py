@@ -72,7 +72,7 @@ CASES: dict[str, tuple[str, dict[str, int], dict[str, Any]]] = {  # name: (comma
 }
 
 
-def setting_of(name: str, allocator: str) -> Any:
+def setting_of(name: str, allocator: Any) -> Any:
     """The case as the planner has it."""
     from tunesmith.config import from_settings
     from tunesmith.gpt import GPTConfig
@@ -87,23 +87,23 @@ def setting_of(name: str, allocator: str) -> Any:
     return make_setting(config, GPTConfig(**shape), Rows(text, 0.5), find_place("cpu"), {})
 
 
-def predict(name: str, allocator: str, with_time: bool) -> dict[str, Any]:
+def predict(name: str, allocator: Any, with_time: bool) -> dict[str, Any]:
     """What the plan says."""
-    from tunesmith.device import keep_freed_memory, return_memory_at_once
+    from tunesmith.device import set_allocator
     from tunesmith.probe import probe_step
 
-    (return_memory_at_once if allocator == "lean" else keep_freed_memory)()
+    set_allocator(allocator)
     s, began = setting_of(name, allocator), time.perf_counter()
     seconds = probe_step(s.config, s.shape, s.rows).step(s.config.train.accumulate) if with_time else None
     found = {"counted_gb": s.memory.peak / 1e9, "moment": s.memory.moment, "peak_gb": s.peak / 1e9}
     return found | {"seconds": seconds, "probe_seconds": time.perf_counter() - began}
 
 
-def measure(name: str, allocator: str, steps: int) -> dict[str, Any]:
+def measure(name: str, allocator: Any, steps: int) -> dict[str, Any]:
     """What a training of the whole model takes."""
-    from tunesmith.device import keep_freed_memory, peak_memory_gb, resident_memory, return_memory_at_once
+    from tunesmith.device import peak_memory_gb, resident_memory, set_allocator
 
-    (return_memory_at_once if allocator == "lean" else keep_freed_memory)()
+    set_allocator(allocator)
     import torch
     import torch._dynamo  # torch's optimizers load it with their first use
 

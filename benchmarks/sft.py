@@ -17,7 +17,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from contest import Clock, child, measure, options, show, summary, write_result
 
@@ -112,12 +112,12 @@ def run_ours(
     checkpointing: Any = False,
     in_backward: bool = False,
     bf16: bool = False,
-    allocator: str = "fast",
+    allocator: Literal["fast", "lean"] = "fast",
 ) -> tuple[list[float], list[float]]:
     """rank: of LoRA adapters. checkpointing, in_backward, bf16, name, allocator: the memory modes, as `tunesmith sft` sets them up."""
-    from tunesmith.device import keep_freed_memory, return_memory_at_once
+    from tunesmith.device import set_allocator
 
-    (return_memory_at_once if allocator == "lean" else keep_freed_memory)()  # as `tunesmith sft` does by itself
+    set_allocator(allocator)  # as `tunesmith sft` does by itself
     import torch
 
     from tunesmith.evaluate import nll_sum

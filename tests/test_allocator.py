@@ -70,6 +70,17 @@ def test_where_the_allocator_stays_as_it_is_lean_is_refused(tiny_directory, tmp_
     assert not (tmp_path / "r").exists()
 
 
+def test_there_a_plan_neither_takes_it_nor_offers_it(monkeypatch, capsys):
+    monkeypatch.setenv("TUNESMITH_ALLOCATOR", "system")
+    asked = ["plan", "--model.name", "gpt2", "--device", "cpu", "--train.precision", "fp32"]
+    assert main([*asked, "--train.allocator", "lean"]) == 2
+    assert "--train.allocator lean is a setting of glibc" in capsys.readouterr().err
+    assert main([*asked, "--fit", "1GB"]) == 1
+    told = capsys.readouterr().err
+    assert "nothing fits" in told
+    assert "allocator" not in told
+
+
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_on_a_gpu_it_is_refused_with_the_reason(device, tiny_directory, tmp_path, monkeypatch):
     monkeypatch.setattr(settings, "resolve_device", lambda name: torch.device(device))

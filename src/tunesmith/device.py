@@ -141,6 +141,16 @@ def return_memory_at_once() -> bool:
     return done
 
 
+def set_allocator(kind: Literal["fast", "lean"]) -> bool:
+    """As --train.allocator has it; returns whether it was done."""
+    return return_memory_at_once() if kind == "lean" else keep_freed_memory()
+
+
+def has_lean_allocator() -> bool:
+    """Whether there is a glibc that may be told."""
+    return _tell_allocator({})
+
+
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4  # from <malloc.h>
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.cards import CARDS, CONTEXT, Card, card_seconds
-from tunesmith.device import resident_memory, resolve_device, resolve_precision
+from tunesmith.device import has_lean_allocator, resident_memory, resolve_device, resolve_precision
 from tunesmith.errors import UsageError
 from tunesmith.evaluate import head_chunk
 from tunesmith.gpt import GPTConfig
@@ -26,16 +26,15 @@ from tunesmith.options import DPOConfig, RewardConfig
 from tunesmith.trainee import AnyConfig
 from tunesmith.workload import Rows, shared_keys
 
-LEAN_TIME = 1.25  # of a step with --train.allocator lean, in times of one with fast; measured (docs/performance.md)
+LEAN_TIME = 1.25  # of a step with --train.allocator lean, in times of one with fast; measured with GPT-2, small models take more
 LIBRARIES = 42e6  # bytes that threads, oneDNN's kernels and the like take with the first step on a CPU; measured
 COMPILER = 0.44e9  # bytes of torch's compiler and what it makes, for adamw8bit; measured once
 HOLES = {True: (0.0, 0.3, 0.8, 0.2), False: (40e6, 0.8, 0.8, 0.0)}
 """What a CPU's heap cannot use again with --train.allocator fast: bytes, and times one block's activations, the largest single
 block, all activations; with LoRA and without. Fitted to measured peaks (benchmarks/plan.py): glibc gives a freed place anew only
 where its alignment happens to fit, so that the same training differs by some percent from run to run."""
-CONVERTED = (
-    0.4  # of the float32 weights that bfloat16 ones were made from: what stays of their places, where all are trained
-)
+CONVERTED = 0.4
+"""Where all weights are trained in bfloat16: of the float32 ones that they were made from, what stays of their places on that heap."""
 CPU = Card("this processor", 0.0, 1e10, {"fp32": 1e11, "bf16": 1e11, "fp16": 1e11})  # only to compare settings with
 
 
@@ -231,11 +230,12 @@ def alternatives(config: AnyConfig, *, inexact: bool) -> Iterator[dict[str, Any]
 
 
 def candidates(asked: Setting, *, inexact: bool) -> list[Setting]:
-    """The settings of `alternatives`, without those that fp16's loss scaling forbids and, on a GPU, a CPU's allocator."""
+    """The settings of `alternatives`, without those that fp16's loss scaling forbids and an allocator that is not there."""
+    may_be_lean = asked.place.cpu and has_lean_allocator()
     found = (
         make_setting(asked.config, asked.shape, asked.rows, asked.place, c)
         for c in alternatives(asked.config, inexact=inexact)
-        if asked.place.cpu or "train.allocator" not in c
+        if may_be_lean or "train.allocator" not in c
     )
     return [
         s

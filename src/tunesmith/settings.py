@@ -114,9 +114,7 @@ def resolve_machine(config: Config, n_embd: int, command: Command) -> Config:
 
 
 RECORDS_ON = ("cuda",)
-SMALL_BATCH = (
-    8192  # tokens in a micro-batch up to which a card is taken to wait for its kernels' launches; not measured
-)
+SMALL_BATCH = 8192  # tokens in a micro-batch up to which launching kernels is taken to hold a card up; not measured
 
 
 def resolve_cuda_graphs(config: AnyConfig, device: torch.device, precision: Precision) -> bool:

@@ -21,9 +21,8 @@ from tunesmith.datasets import holdout_rows, open_dataset
 from tunesmith.device import (
     describe,
     environment,
-    keep_freed_memory,
-    return_memory_at_once,
     seed_everything,
+    set_allocator,
 )
 from tunesmith.errors import UsageError, UserError
 from tunesmith.fit import MicroBatch, Readable, fit
@@ -147,9 +146,7 @@ def begin(config: AnyConfig, command: Command) -> Path:
 
     Raises: UserError if `out` is taken, or the allocator cannot be had.
     """
-    if config.train.allocator == "fast":
-        keep_freed_memory()
-    elif not return_memory_at_once():
+    if not set_allocator(config.train.allocator) and config.train.allocator == "lean":
         raise UsageError(
             "--train.allocator lean is a setting of glibc, which is not here or which TUNESMITH_ALLOCATOR=system keeps as it is: "
             "leave it out, or unset that"

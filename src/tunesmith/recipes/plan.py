@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tunesmith.device import keep_freed_memory, return_memory_at_once
+from tunesmith.device import has_lean_allocator, keep_freed_memory, return_memory_at_once
 from tunesmith.errors import UsageError, UserError
 from tunesmith.gpt import SIZES, GPTConfig
 from tunesmith.models import known_shape
@@ -57,6 +57,8 @@ def plan(options: PlanConfig) -> dict[str, Any]:
         raise UsageError("--supervised is a share of tokens, more than 0 and at most 1, and --text_tokens at least 4")
     if config.train.allocator == "lean" and not place.cpu:
         raise UsageError(f"--train.allocator lean is for a CPU's memory, not for {place.name}: leave it out")
+    if config.train.allocator == "lean" and not has_lean_allocator():
+        raise UsageError("--train.allocator lean is a setting of glibc, which cannot be told here: leave it out")
     rows = Rows(options.text_tokens, options.supervised)
     room = None
     if options.fit is not None:
