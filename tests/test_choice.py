@@ -34,7 +34,7 @@ def test_losses_are_told_apart_by_their_paired_difference():
 
 
 def test_the_difference_of_losses_is_that_of_the_ratios_and_its_interval_holds_the_truth(monkeypatch):
-    monkeypatch.setattr("tunesmith.study.stats.RESAMPLES", 1000)
+    monkeypatch.setattr("tunesmith.stats.RESAMPLES", 1000)
     held = []
     for seed in range(600):
         a, b = curve([2.3, 2.2], parts=True, seed=seed)
@@ -59,7 +59,7 @@ def test_with_rewards_the_lowest_loss_among_those_that_may_be_the_best_is_chosen
 
 def test_the_truly_best_is_ruled_out_in_at_most_5_of_100_cases(monkeypatch):
     """Ten checkpoints, one of them a little better; the highest of ten noisy means is often another one."""
-    monkeypatch.setattr("tunesmith.study.stats.RESAMPLES", 4000)
+    monkeypatch.setattr("tunesmith.stats.RESAMPLES", 4000)
     rng = np.random.default_rng(1)
     kept, lucky = [], []
     for _ in range(300):

@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from tunesmith.stats import Interval
 from tunesmith.study.claims import (
     FAILS,
     HOLDS,
@@ -20,7 +21,6 @@ from tunesmith.study.claims import (
     overfits,
     same_steps,
 )
-from tunesmith.study.stats import Interval
 
 
 @pytest.mark.parametrize(

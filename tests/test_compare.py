@@ -19,7 +19,7 @@ from tunesmith.logprobs import answer_logps, encode_answers, token_texts
 from tunesmith.models import SAMPLE, load
 from tunesmith.recipes.compare import COLOURS, coloured
 from tunesmith.reward import RewardModel, save_reward_model
-from tunesmith.study.stats import Interval
+from tunesmith.stats import Interval
 from tunesmith.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
 from tunesmith.weights import save_model
 

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "tunesmith"
 LAYERS = [
     {"errors", "linear", "outofmemory", "recompute", "capture"},
     {"options", "command_options", "config", "hub", "runlog", "prompts", "progress", "tokenizer", "dialogue", "device", "readers"}
-    | {"study.stats", "study.page", "documents", "losses", "lora", "optim", "answers", "choice", "endpoint", "pretrain_options"}
+    | {"stats", "page", "documents", "losses", "lora", "optim", "answers", "choice", "endpoint", "pretrain_options"}
     | {"prefetch", "plan_options"},
     {"gpt", "step", "splitting", "datasets", "judge", "rowchecks", "bits", "study.read", "study.claims", "study.figures", "memory"}
     | {"study.files"},
@@ -61,8 +61,8 @@ WITHOUT_TORCH = {
     "study.view",
     "study.on_ray",
     "study.run",
-    "study.stats",
-    "study.page",
+    "stats",
+    "page",
     "study.comparison",
     "study.comparison_page",
     "study.read",

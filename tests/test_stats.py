@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from tunesmith.study.stats import (
+from tunesmith.stats import (
     Wins,
     bootstrap_interval,
     count_wins,
@@ -69,7 +69,7 @@ def test_a_higher_level_gives_a_wider_interval():
 
 @pytest.mark.parametrize("kind", DRAWS)
 def test_the_bootstrap_interval_of_40_values_holds_the_true_mean_in_95_of_100_cases(kind, monkeypatch):
-    monkeypatch.setattr("tunesmith.study.stats.RESAMPLES", 1000)
+    monkeypatch.setattr("tunesmith.stats.RESAMPLES", 1000)
     rng = np.random.default_rng(1)
     held = np.mean([0 in bootstrap_interval(DRAWS[kind](rng, 40), seed=i) for i in range(2000)])
     assert 0.93 <= held <= 0.97
@@ -77,7 +77,7 @@ def test_the_bootstrap_interval_of_40_values_holds_the_true_mean_in_95_of_100_ca
 
 def test_the_difference_is_paired_and_holds_the_truth(monkeypatch):
     """What both share (the prompt's difficulty) is far larger than the difference; unpaired it would drown."""
-    monkeypatch.setattr("tunesmith.study.stats.RESAMPLES", 1000)
+    monkeypatch.setattr("tunesmith.stats.RESAMPLES", 1000)
     rng = np.random.default_rng(2)
     held, narrow = [], []
     for _ in range(1500):
@@ -93,7 +93,7 @@ def test_a_bootstrap_does_not_depend_on_how_many_are_drawn_at_once(monkeypatch):
     values = np.random.default_rng(3).normal(0, 1, 30)
     whole = bootstrap_interval(values)
     assert whole == bootstrap_interval(list(values))
-    monkeypatch.setattr("tunesmith.study.stats.AT_ONCE", 30 * 1000)
+    monkeypatch.setattr("tunesmith.stats.AT_ONCE", 30 * 1000)
     assert bootstrap_interval(values) == whole
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from tunesmith.dialogue import ROLE_NAMES
 from tunesmith.errors import UserError
 from tunesmith.runlog import write_atomically
-from tunesmith.study.stats import Interval, Wins, bootstrap_interval, count_wins, paired_difference, win_rate
+from tunesmith.stats import Interval, Wins, bootstrap_interval, count_wins, paired_difference, win_rate
 
 REPEATED = 4  # words of the sequences whose repetition is counted
 LIKE_LENGTH = 0.2  # answers are of like length where the shorter has at least 80 % of the longer one's tokens

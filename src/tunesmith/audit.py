@@ -30,7 +30,7 @@ from tunesmith.overlap import Overlap, Print, fingerprint, overlap
 from tunesmith.pairs import PairStore
 from tunesmith.readers import Report
 from tunesmith.rowchecks import CHECKS, DIALOGUES, FORMS, PAIRS, TEXTS, UNREADABLE, form_of, row_defects
-from tunesmith.study.stats import Interval, share_interval
+from tunesmith.stats import Interval, share_interval
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.tokenstore import tokenise
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from tunesmith.answers import read_answers, rewards
 from tunesmith.runlog import Run, step_name
-from tunesmith.study.stats import Interval, paired_difference, ratio_interval
+from tunesmith.stats import Interval, paired_difference, ratio_interval
 
 Sums = Sequence[tuple[float, int]]
 """A loss estimate batch by batch: (summed loss, how many it is a sum of)."""

@@ -19,7 +19,7 @@ from tunesmith.evaluate import evaluation_mode
 from tunesmith.models import find_model, is_adapter, load_reward
 from tunesmith.reward import RewardModel, is_reward_model
 from tunesmith.runlog import Run
-from tunesmith.study.stats import share_interval
+from tunesmith.stats import share_interval
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.weights import read_json
 

@@ -22,7 +22,7 @@ from tunesmith.losses import IGNORE_INDEX
 from tunesmith.models import find_model
 from tunesmith.options import DataOptions
 from tunesmith.rowchecks import DIALOGUES, PAIRS, TEXTS
-from tunesmith.study.stats import Interval
+from tunesmith.stats import Interval
 from tunesmith.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
 from tunesmith.tokenstore import TokenStore, tokenise
 

@@ -36,8 +36,8 @@ from tunesmith.pairs import PairBatches, PairStore
 from tunesmith.preferences import all_pair_scores, answer_logps
 from tunesmith.readers import Report
 from tunesmith.scoring import OwnScorer, load_scorer
+from tunesmith.stats import bootstrap_interval, ratio_interval, share_interval
 from tunesmith.study.comparison import interval_text
-from tunesmith.study.stats import bootstrap_interval, ratio_interval, share_interval
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.tokenstore import tokenise
 

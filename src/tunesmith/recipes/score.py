@@ -40,8 +40,8 @@ from tunesmith.models import checkpoints_of, load, run_and_step
 from tunesmith.prompts import load_prompts
 from tunesmith.runlog import step_name, write_atomically
 from tunesmith.scoring import load_scorer
+from tunesmith.stats import bootstrap_interval
 from tunesmith.study.comparison import interval_text
-from tunesmith.study.stats import bootstrap_interval
 
 Answers = Mapping[str, Sequence[ScoredAnswer]]
 SHOWN_WORDS = 60

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from tunesmith.study.stats import Interval, paired_difference, share_interval, t_interval
+from tunesmith.stats import Interval, paired_difference, share_interval, t_interval
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told"
 SEEDS = 2  # below, nothing is known of how much another seed would change

@@ -16,7 +16,7 @@ from tunesmith.answers import (
     reward_summary,
 )
 from tunesmith.judge import Judgement
-from tunesmith.study.stats import Wins, bootstrap_interval, share_interval, win_rate
+from tunesmith.stats import Wins, bootstrap_interval, share_interval, win_rate
 from tunesmith.tokenizer import END_OF_TEXT
 
 TokenLogps = Sequence[tuple[str, float, float]]

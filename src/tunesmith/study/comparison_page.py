@@ -7,6 +7,7 @@ from typing import Any
 
 from tunesmith.answers import ScoredAnswer
 from tunesmith.judge import Judgement
+from tunesmith.page import render_page
 from tunesmith.study.comparison import (
     VERSUS,
     Comparison,
@@ -24,7 +25,6 @@ from tunesmith.study.comparison import (
     rest_of,
     versus_rows,
 )
-from tunesmith.study.page import render_page
 from tunesmith.tokenizer import END_OF_TEXT
 
 # A is orange and B blue throughout (Okabe & Ito), and never by colour alone: words, underlines, the order on the page.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.runlog import Run
-from tunesmith.study.stats import wilson_interval
+from tunesmith.stats import wilson_interval
 
 BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY = "#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9"
 INK, GRID = "#1b1b1a", "#dcdcd8"

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 import tunesmith.study.figures as look
+from tunesmith.stats import wilson_interval
 from tunesmith.study.figures import Plate
 from tunesmith.study.lines import (
     comparable,
@@ -35,7 +36,6 @@ from tunesmith.study.select import (
     ranks,
     scorer_words,
 )
-from tunesmith.study.stats import wilson_interval
 
 LOSS = "loss, nats per target token"
 WIDE = 10.0  # largest over smallest value, from which on an axis is logarithmic

@@ -15,13 +15,13 @@ from typing import Any
 import yaml
 
 from tunesmith.errors import UsageError, UserError
+from tunesmith.page import render_page
 from tunesmith.runlog import Run, write_atomically
+from tunesmith.stats import wilson_interval
 from tunesmith.study.figures import Plate, loss_curve, preference_curves, reward_curve
-from tunesmith.study.page import render_page
 from tunesmith.study.parts import details, figure, notes
 from tunesmith.study.plots import draw_all
 from tunesmith.study.read import Study, is_study, read_answers, read_metrics, read_study
-from tunesmith.study.stats import wilson_interval
 from tunesmith.study.study_page import render_study
 from tunesmith.study.tables import Cell, Table, as_csv, as_latex, make_tables
 from tunesmith.study.verdicts import judge_all

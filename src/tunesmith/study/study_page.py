@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import yaml
 
+from tunesmith.page import document
 from tunesmith.study.claims import FAILS, HOLDS, OPEN
-from tunesmith.study.page import document
 from tunesmith.study.parts import Links, anchor, details, esc, figure, gathered, notes, table
 from tunesmith.study.plots import Drawn, Missing
 from tunesmith.study.read import Json, RunRecord, Study

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 import tunesmith.study.claims as claims
+from tunesmith.stats import Interval, t_interval
 from tunesmith.study.claims import FAILS, HOLDS, OPEN, Verdict
 from tunesmith.study.read import Experiment, Json, Line, Point, RunRecord, Study, is_number
 from tunesmith.study.select import (
@@ -30,7 +31,6 @@ from tunesmith.study.select import (
     rewarded_steps,
     scorer_words,
 )
-from tunesmith.study.stats import Interval, t_interval
 
 VISIBLE = 0.05  # of what the loss falls in all: two curves closer than that are one line in a figure
 HARDLY = 0.05  # of the memory
