@@ -67,9 +67,9 @@ def run_ours(
 
     keep_freed_memory()  # as the commands do by themselves
     from tunesmith import decoding, linear
+    from tunesmith.files.weights import load_model
     from tunesmith.generation import Sampling, decode, prepare
     from tunesmith.tokenizer import Tokenizer
-    from tunesmith.weights import load_model
 
     if not onednn:
         linear._has_onednn = lambda: False

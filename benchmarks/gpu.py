@@ -142,7 +142,7 @@ def synchronise(at: Setting) -> None:
 def train(at: Setting, command: str, options: dict[str, Any]) -> dict[str, Any]:
     """One of our commands, and what its log says."""
     from tunesmith.__main__ import main
-    from tunesmith.runlog import Run
+    from tunesmith.files.run import Run
 
     out = at.work / f"run-{os.getpid()}"  # new for each part: one that was stopped leaves its own behind
     shared = {
@@ -183,7 +183,7 @@ def from_log(lines: list[dict[str, Any]], at: Setting, options: dict[str, Any]) 
 
 def model_shape(work: Path) -> Any:
     """The configuration of the model that everybody trains."""
-    from tunesmith.weights import config_from_hf, read_json
+    from tunesmith.files.weights import config_from_hf, read_json
 
     return config_from_hf(read_json(work / "model" / "config.json"))
 
@@ -331,9 +331,9 @@ def save_model(work: Path, tiny: bool) -> None:
     """Random weights of GPT-2 medium, or of a tiny model with the sample's tokenizer."""
     import torch
 
-    from tunesmith import weights
+    from tunesmith.files import weights
+    from tunesmith.files.names import SAMPLE
     from tunesmith.gpt import GPT, SIZES, GPTConfig
-    from tunesmith.models import SAMPLE
     from tunesmith.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(SAMPLE) if tiny else Tokenizer.gpt2()

@@ -120,12 +120,12 @@ def run_ours(
 
     keep_freed_memory()  # as `tunesmith dpo` does by itself
     from tunesmith.evaluate import evaluation_mode
+    from tunesmith.files.weights import load_model
     from tunesmith.lora import apply_lora
     from tunesmith.optim import build_optimizer
     from tunesmith.preferences import PreferenceLoss, answer_logps, dpo_loss_sum
     from tunesmith.reference import LogpStore, adapter_off, cached
     from tunesmith.step import optimizer_step
-    from tunesmith.weights import load_model
 
     given = json.loads((work / "given.json").read_text())
     batches, pairs = open_pairs(given), given["pairs"]

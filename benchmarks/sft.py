@@ -45,9 +45,9 @@ def save_weights(work: Path, model: str) -> Any:
     """Save random weights of this size with their tokenizer; returns the model."""
     import torch
 
+    from tunesmith.files.weights import save_model
     from tunesmith.gpt import GPT, SIZES, GPTConfig
     from tunesmith.tokenizer import Tokenizer
-    from tunesmith.weights import save_model
 
     small = GPTConfig(n_layer=6, n_head=6, n_embd=384)
     gpt = GPT(small if model == "small" else SIZES[model])
@@ -121,11 +121,11 @@ def run_ours(
     import torch
 
     from tunesmith.evaluate import nll_sum
+    from tunesmith.files.weights import load_model
     from tunesmith.lora import apply_lora
     from tunesmith.options import OptimizerOptions, SFTConfig, TrainOptions
     from tunesmith.step import optimizer_step
     from tunesmith.trainee import make_optimizer, store_in_bf16
-    from tunesmith.weights import load_model
 
     batches = torch.load(work / "rows.pt", weights_only=False)
     model = load_model(work / "model").train()

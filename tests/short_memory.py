@@ -10,8 +10,8 @@ from reference import random_model
 from tiny_runs import tiny_config
 from tunesmith.batching import Batches
 from tunesmith.evaluate import nll_sum
+from tunesmith.files.names import SAMPLE
 from tunesmith.gpt import GPTConfig
-from tunesmith.models import SAMPLE
 from tunesmith.preferences import PreferenceLoss, dpo_loss_sum, reward_loss_sum
 from tunesmith.reward import RewardModel
 from tunesmith.tokenizer import Tokenizer

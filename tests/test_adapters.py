@@ -16,14 +16,14 @@ import tunesmith as ts
 from reference import greedy, random_model
 from tiny_runs import tiny_config
 from tunesmith.__main__ import main
-from tunesmith.adapters import CONFIG, WEIGHTS, read_adapter, save_adapter
 from tunesmith.errors import UserError
+from tunesmith.files.adapters import CONFIG, WEIGHTS, read_adapter, save_adapter
+from tunesmith.files.names import SAMPLE, load_adapted, load_plain
+from tunesmith.files.weights import load_model, save_model, weights_fingerprint
 from tunesmith.generation import encode_prompt
 from tunesmith.gpt import GPTConfig
 from tunesmith.lora import lora_layers
-from tunesmith.models import SAMPLE, load_adapted, load_plain
 from tunesmith.tokenizer import Tokenizer
-from tunesmith.weights import load_model, save_model, weights_fingerprint
 
 TOLERANCE = 1e-5
 SHAPE = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=6144, block_size=64)

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 import tunesmith
 from tunesmith.__main__ import main
-from tunesmith.runlog import Run
+from tunesmith.files.run import Run
 
 FULL = Path("/dev/full")  # every write to it fails as on a full disk
 

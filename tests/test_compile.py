@@ -13,9 +13,9 @@ from tunesmith import documents as module
 from tunesmith.batching import Batches
 from tunesmith.datasets import open_dataset
 from tunesmith.evaluate import estimate_loss, nll_sum
+from tunesmith.files.names import SAMPLE, load_for_training
 from tunesmith.gpt import GPT, GPTConfig
 from tunesmith.lora import apply_lora
-from tunesmith.models import SAMPLE, load_for_training
 from tunesmith.options import DataOptions, PairDataOptions
 from tunesmith.pairs import PairBatches, PairStore
 from tunesmith.preferences import PreferenceLoss, dpo_loss_sum, estimate_dpo

@@ -18,13 +18,13 @@ from tiny_runs import as_argv, comparable, last_digest, tiny_config, train_losse
 from tunesmith.batching import Batches
 from tunesmith.datasets import open_dataset
 from tunesmith.errors import UserError
-from tunesmith.models import SAMPLE
+from tunesmith.files.names import SAMPLE
+from tunesmith.files.weights import load_model, read_safetensors, write_safetensors
 from tunesmith.options import DataOptions, DPOConfig, PairDataOptions
 from tunesmith.pairs import PairBatches, PairStore
 from tunesmith.preferences import OBSERVED
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.tokenstore import tokenise
-from tunesmith.weights import load_model, read_safetensors, write_safetensors
 
 HERE = Path(__file__).parent
 LN2 = 0.693147

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.dialogue import Message, segments
-from tunesmith.models import SAMPLE
+from tunesmith.files.names import SAMPLE
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.tokenstore import encode_rows, mark_targets
 

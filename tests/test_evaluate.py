@@ -10,7 +10,7 @@ import tunesmith as ts
 from tiny_runs import tiny_config
 from tunesmith.__main__ import main
 from tunesmith.dialogue import Message, segments
-from tunesmith.models import load_reward
+from tunesmith.files.names import load_reward
 from tunesmith.options import DPOConfig, RewardConfig
 from tunesmith.recipes.reward import train_reward_model
 from tunesmith.scoring import encode_answer, load_scorer
@@ -172,9 +172,9 @@ def test_what_does_not_go_together_is_told(tiny_directory, talk, pairs, tmp_path
     run = train_reward_model(tiny_config(tiny_directory, tmp_path / "reward", RewardConfig, train__steps=1))
     assert main(["evaluate", str(run.path), talk]) == 1
     assert "gives scores, and" in capsys.readouterr().err
+    from tunesmith.files.weights import save_model
     from tunesmith.gpt import GPT, GPTConfig
     from tunesmith.tokenizer import Tokenizer
-    from tunesmith.weights import save_model
 
     other = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=50257, block_size=64))
     other.init_weights(torch.Generator().manual_seed(0))

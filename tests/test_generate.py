@@ -12,6 +12,7 @@ from reference import chi_square, greedy, in_transformers, kept_tokens, random_m
 from tunesmith import generation
 from tunesmith.dialogue import Message
 from tunesmith.errors import UserError
+from tunesmith.files.names import SAMPLE
 from tunesmith.generation import (
     PACK_STEPS,
     Sampling,
@@ -25,7 +26,6 @@ from tunesmith.generation import (
 )
 from tunesmith.gpt import GPTConfig
 from tunesmith.linear import packable
-from tunesmith.models import SAMPLE
 from tunesmith.tokenizer import Tokenizer
 
 SHAPE = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=6144, block_size=96)

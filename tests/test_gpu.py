@@ -18,10 +18,10 @@ from tunesmith.batching import Batches
 from tunesmith.datasets import open_dataset
 from tunesmith.documents import Documents, attend_documents, attention_path, flash_capability
 from tunesmith.evaluate import nll_sum
+from tunesmith.files.names import SAMPLE
 from tunesmith.generation import Sampling, decode
 from tunesmith.gpt import GPTConfig
 from tunesmith.graphs import WARM_UP, RecordedStep, recorder
-from tunesmith.models import SAMPLE
 from tunesmith.optim import OneByOne, build_optimizer, set_learning_rate
 from tunesmith.options import DataOptions, PairDataOptions
 from tunesmith.pairs import PairBatches, PairStore
@@ -398,7 +398,7 @@ MODES = {
 
 def test_each_memory_mode_takes_less_than_the_plain_step(tmp_path):
     """One command after the other in this process, the meter set back before each."""
-    from tunesmith.weights import save_model
+    from tunesmith.files.weights import save_model
 
     tokenizer = Tokenizer.load(SAMPLE)
     shape = dataclasses.replace(SHAPE, n_layer=6, n_embd=256, n_head=4)

@@ -11,10 +11,10 @@ import torch
 import tunesmith as ts
 from reference import random_model
 from tunesmith.errors import UserError
+from tunesmith.files.names import SAMPLE, load_for_training
+from tunesmith.files.weights import save_model
 from tunesmith.gpt import GPTConfig
-from tunesmith.models import SAMPLE, load_for_training
 from tunesmith.tokenizer import Tokenizer
-from tunesmith.weights import save_model
 
 SHAPE = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=6144, block_size=24)
 

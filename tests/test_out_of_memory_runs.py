@@ -14,12 +14,12 @@ from tunesmith import evaluate, preferences
 from tunesmith.__main__ import main
 from tunesmith.errors import UserError
 from tunesmith.evaluate import estimate_loss
+from tunesmith.files.weights import load_model
 from tunesmith.optim import OneByOne
 from tunesmith.options import DPOConfig, RewardConfig
 from tunesmith.preferences import PreferenceLoss, estimate_dpo, estimate_reward
 from tunesmith.recipes import dpo, reward, sft
 from tunesmith.reference import LogpStore, cached
-from tunesmith.weights import load_model
 
 # Estimates
 

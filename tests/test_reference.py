@@ -14,15 +14,15 @@ from made_pairs import PAIRS, batches_of
 from reference import random_model
 from tiny_runs import comparable, tiny_config
 from tunesmith import reference
+from tunesmith.files.names import SAMPLE
+from tunesmith.files.weights import load_model, save_model
 from tunesmith.gpt import GPTConfig
 from tunesmith.lora import apply_lora, disabled, lora_layers
-from tunesmith.models import SAMPLE
 from tunesmith.options import DPOConfig
 from tunesmith.preferences import answer_logps
 from tunesmith.recipes import dpo as recipe
 from tunesmith.reference import LogpStore, adapter_off, cached, second_model
 from tunesmith.tokenizer import Tokenizer
-from tunesmith.weights import load_model, save_model
 
 CURVE = 1e-6  # how far metrics of runs with different references may lie apart
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=501, block_size=64)

@@ -13,7 +13,7 @@ import tunesmith as ts
 from tiny_runs import tiny_config
 from tunesmith.__main__ import main
 from tunesmith.errors import UserError
-from tunesmith.runlog import Run
+from tunesmith.files.run import Run
 from tunesmith.study.report import render_report, write_report
 
 

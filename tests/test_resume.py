@@ -17,8 +17,8 @@ import tunesmith as ts
 from tiny_runs import as_argv, comparable, digest, last_digest, tiny_config, train_losses
 from tunesmith.__main__ import main
 from tunesmith.errors import UserError
+from tunesmith.files.weights import load_model
 from tunesmith.progress import Progress
-from tunesmith.weights import load_model
 
 HERE = Path(__file__).parent
 EVERYTHING = {

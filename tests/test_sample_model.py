@@ -15,8 +15,8 @@ from reference import saying
 from tunesmith.batching import Batches
 from tunesmith.bits import bits_per_byte, text_bytes
 from tunesmith.evaluate import estimate_loss
+from tunesmith.files.names import SAMPLE
 from tunesmith.generation import encode_prompt
-from tunesmith.models import SAMPLE
 from tunesmith.options import DataOptions
 from tunesmith.prompts import Prompt
 from tunesmith.tokenizer import Tokenizer
@@ -111,7 +111,7 @@ def test_the_build_makes_a_model_and_its_card(tools, tmp_path, monkeypatch, caps
     new = tmp_path / "embedded"
     shutil.copytree(SAMPLE, new)
     monkeypatch.setattr(build, "SAMPLE", new)
-    monkeypatch.setattr("tunesmith.models.SAMPLE", new)
+    monkeypatch.setattr("tunesmith.files.names.SAMPLE", new)
     shape = "--model.n_layer 1 --model.n_head 2 --model.n_embd 8 --model.block_size 64 --tokenizer.vocab_size 300"
     argv = f"--data {tmp_path}/data --work {tmp_path}/work -- {shape} --train.steps 2 --train.device cpu --eval.iters 2"
     monkeypatch.setattr(sys, "argv", ["build", *argv.split()])

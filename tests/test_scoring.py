@@ -9,7 +9,7 @@ import transformers
 from tiny_judge import ANSWERS, PROMPTS
 from tiny_runs import tiny_config
 from tunesmith.errors import UserError
-from tunesmith.models import load_reward
+from tunesmith.files.names import load_reward
 from tunesmith.options import RewardConfig
 from tunesmith.recipes.reward import train_reward_model
 from tunesmith.scoring import load_scorer

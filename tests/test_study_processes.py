@@ -14,7 +14,7 @@ import tunesmith as ts
 from real_studies import LONG, children, states, study_process, wait_for, write_study
 from tiny_runs import comparable, digest, tiny_config
 from tunesmith.__main__ import main
-from tunesmith.runlog import Run
+from tunesmith.files.run import Run
 
 
 def test_a_small_study_from_end_to_end(tiny_directory, tmp_path, capfd):

@@ -8,7 +8,7 @@ import pytest
 
 from real_studies import LONG, study_process, wait_for, write_study
 from tunesmith.__main__ import main
-from tunesmith.runlog import Run
+from tunesmith.files.run import Run
 from tunesmith.study.executors import Job
 from tunesmith.study.on_ray import OnRay
 

@@ -92,7 +92,7 @@ def test_one_changed_byte_is_seen(file, tokenizer, cache):
 
 @pytest.mark.parametrize("change", ["tokenizer", "max_rows", "whole"])
 def test_what_decides_the_tokens_is_in_the_key(file, tokenizer, cache, change):
-    from tunesmith.models import SAMPLE
+    from tunesmith.files.names import SAMPLE
 
     before = read(file, tokenizer)
     source = open_dataset(DataOptions(name=str(file), max_rows=5 if change == "max_rows" else None))

@@ -13,7 +13,7 @@ import pytest
 
 from real_studies import wait_for
 from tiny_runs import train_losses
-from tunesmith.runlog import Run
+from tunesmith.files.run import Run
 
 
 def command(out, *more):

@@ -8,9 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tunesmith.files.run import Run
 from tunesmith.options import DPOConfig, RewardConfig, SFTConfig
 from tunesmith.pretrain_options import PretrainConfig
-from tunesmith.runlog import Run
 
 COMMANDS = {PretrainConfig: "pretrain", SFTConfig: "sft", DPOConfig: "dpo", RewardConfig: "reward"}
 

@@ -28,13 +28,13 @@ from tunesmith.__main__ import main as tunesmith
 from tunesmith.batching import Batches
 from tunesmith.bits import bits_per_byte, text_bytes
 from tunesmith.evaluate import estimate_loss
+from tunesmith.files.names import SAMPLE, load
+from tunesmith.files.run import Run
+from tunesmith.files.weights import load_model, save_model
 from tunesmith.gpt import GPT
-from tunesmith.models import SAMPLE, load
 from tunesmith.options import DataOptions
-from tunesmith.runlog import Run
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.training import load_splits
-from tunesmith.weights import load_model, save_model
 
 CONFIG = Path(__file__).with_name("sample_model.yaml")
 HELD_OUT = 20  # one text in twenty

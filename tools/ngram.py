@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.bits import bits_per_byte, text_bytes
-from tunesmith.models import find_model
+from tunesmith.files.names import find_model
 from tunesmith.options import DataOptions
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.training import load_splits

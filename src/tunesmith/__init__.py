@@ -13,11 +13,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tunesmith.files.names import load as load
+    from tunesmith.files.names import load_reward as load_reward
+    from tunesmith.files.run import Run as Run
     from tunesmith.generation import generate as generate
     from tunesmith.gpt import GPT as GPT
     from tunesmith.gpt import GPTConfig as GPTConfig
-    from tunesmith.models import load as load
-    from tunesmith.models import load_reward as load_reward
     from tunesmith.options import DPOConfig as DPOConfig
     from tunesmith.options import RewardConfig as RewardConfig
     from tunesmith.options import SFTConfig as SFTConfig
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from tunesmith.recipes.pretrain import pretrain as pretrain
     from tunesmith.recipes.reward import train_reward_model as train_reward_model
     from tunesmith.recipes.sft import sft as sft
-    from tunesmith.runlog import Run as Run
 
 __version__ = "0.1.0"
 
@@ -36,12 +36,12 @@ _HOME = {
     "GPTConfig": "gpt",
     "PretrainConfig": "pretrain_options",
     "RewardConfig": "options",
-    "Run": "runlog",
+    "Run": "files.run",
     "SFTConfig": "options",
     "generate": "generation",  # no module of the name: importing it would hide the function
     "dpo": "recipes.dpo",
-    "load": "models",
-    "load_reward": "models",
+    "load": "files.names",
+    "load_reward": "files.names",
     "pretrain": "recipes.pretrain",
     "sft": "recipes.sft",
     "train_reward_model": "recipes.reward",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.errors import UsageError, UserError
 
 if TYPE_CHECKING:
-    from tunesmith.runlog import Run
+    from tunesmith.files.run import Run
 
 Argv = Sequence[str]
 

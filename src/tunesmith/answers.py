@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from tunesmith.dialogue import ROLE_NAMES
 from tunesmith.errors import UserError
-from tunesmith.runlog import write_atomically
+from tunesmith.files.run import write_atomically
 from tunesmith.stats import Interval, Wins, bootstrap_interval, count_wins, paired_difference, win_rate
 
 REPEATED = 4  # words of the sequences whose repetition is counted

@@ -18,9 +18,9 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from tunesmith.errors import UserError
+from tunesmith.files.run import Run, step_name
+from tunesmith.files.weights import write_safetensors
 from tunesmith.optim import OneByOne, state_parts, whole_state
-from tunesmith.runlog import Run, step_name
-from tunesmith.weights import write_safetensors
 
 STATE = "training_state"
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tunesmith.answers import read_answers, rewards
-from tunesmith.runlog import Run, step_name
+from tunesmith.files.run import Run, step_name
 from tunesmith.stats import Interval, paired_difference, ratio_interval
 
 Sums = Sequence[tuple[float, int]]

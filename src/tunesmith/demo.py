@@ -16,6 +16,7 @@ from rich.markup import escape
 from tunesmith.answers import read_answers, write_answers
 from tunesmith.command_options import CompareCommand, DemoCommand, ScoreCommand
 from tunesmith.errors import UserError
+from tunesmith.files.run import Run, step_name
 from tunesmith.options import (
     CheckpointOptions,
     DataOptions,
@@ -36,7 +37,6 @@ from tunesmith.recipes.dpo import dpo
 from tunesmith.recipes.reward import train_reward_model
 from tunesmith.recipes.score import score
 from tunesmith.recipes.sft import sft
-from tunesmith.runlog import Run, step_name
 from tunesmith.scoring import load_scorer
 from tunesmith.study.comparison_page import render_comparison
 from tunesmith.study.report import accuracy_text, write_report

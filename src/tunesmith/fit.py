@@ -19,9 +19,9 @@ from torch.optim import Optimizer
 from tunesmith.checkpoint import load_state, prune, save_checkpoint
 from tunesmith.choice import Sums, choice_lines, choose_checkpoint, read_estimates
 from tunesmith.device import peak_memory_gb
+from tunesmith.files.run import RunLog
 from tunesmith.optim import OneByOne, set_learning_rate
 from tunesmith.progress import Progress
-from tunesmith.runlog import RunLog
 from tunesmith.splitting import Split, Splittable, Splitting, step_in_memory
 from tunesmith.step import StepStats
 

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 
 from tunesmith.documents import Documents
 from tunesmith.errors import UserError
-from tunesmith.gpt import GPT
-from tunesmith.tokenizer import Tokenizer
-from tunesmith.weights import (
+from tunesmith.files.weights import (
     config_from_hf,
     config_to_hf,
     empty_model,
@@ -27,6 +25,8 @@ from tunesmith.weights import (
     to_hf_state_dict,
     write_safetensors,
 )
+from tunesmith.gpt import GPT
+from tunesmith.tokenizer import Tokenizer
 
 ARCHITECTURE = "GPT2ForSequenceClassification"
 

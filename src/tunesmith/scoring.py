@@ -16,12 +16,12 @@ from tunesmith.dialogue import Message, parse_messages, segments
 from tunesmith.documents import Documents
 from tunesmith.errors import UserError
 from tunesmith.evaluate import evaluation_mode
-from tunesmith.models import find_model, is_adapter, load_reward
+from tunesmith.files.names import find_model, is_adapter, load_reward
+from tunesmith.files.run import Run
+from tunesmith.files.weights import read_json
 from tunesmith.reward import RewardModel, is_reward_model
-from tunesmith.runlog import Run
 from tunesmith.stats import share_interval
 from tunesmith.tokenizer import Tokenizer
-from tunesmith.weights import read_json
 
 PACKED_TOKENS = 4096  # in one forward pass of our own reward models
 PADDED_TOKENS = 4096  # the same for a classifier of transformers, padding included

@@ -9,11 +9,11 @@ from pathlib import Path
 from tunesmith.datasets import holdout_rows, open_dataset
 from tunesmith.dialogue import prose
 from tunesmith.errors import UsageError, UserError
+from tunesmith.files.names import shape_of, tokenizer_of
+from tunesmith.files.run import Run
 from tunesmith.gpt import GPTConfig
-from tunesmith.models import shape_of, tokenizer_of
 from tunesmith.pretrain_options import PretrainConfig, PretrainDataOptions
 from tunesmith.readers import Report
-from tunesmith.runlog import Run
 from tunesmith.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 
 NEW = "new"  # --tokenizer.name of one that is trained on the texts

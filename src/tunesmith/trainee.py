@@ -9,20 +9,20 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from tunesmith import adapters
-from tunesmith.adapters import load_adapter, read_adapter, save_adapter
 from tunesmith.device import resolve_device, return_freed_memory
 from tunesmith.errors import UserError
+from tunesmith.files import adapters
+from tunesmith.files.adapters import load_adapter, read_adapter, save_adapter
+from tunesmith.files.names import lasting_name, load_for_training
+from tunesmith.files.weights import from_hf_state_dict, save_model, stored_weights, weights_fingerprint
 from tunesmith.gpt import GPT
 from tunesmith.lora import apply_lora
-from tunesmith.models import lasting_name, load_for_training
 from tunesmith.optim import OneByOne, build_optimizer
 from tunesmith.options import DPOConfig, LoRAOptions, RewardConfig, SFTConfig
 from tunesmith.outofmemory import is_out_of_memory
 from tunesmith.pretrain_options import PretrainConfig
 from tunesmith.reward import RewardModel, load_reward_weights, save_reward_model, set_score
 from tunesmith.tokenizer import Tokenizer
-from tunesmith.weights import from_hf_state_dict, save_model, stored_weights, weights_fingerprint
 
 TuningConfig = SFTConfig | DPOConfig | RewardConfig
 AnyConfig = TuningConfig | PretrainConfig

@@ -25,6 +25,7 @@ from tunesmith.device import (
     set_allocator,
 )
 from tunesmith.errors import UsageError, UserError
+from tunesmith.files.run import Run, new_run_directory, open_log, step_name
 from tunesmith.fit import MicroBatch, Readable, fit
 from tunesmith.graphs import RecordedStep, recorder
 from tunesmith.judging import answer_prompts
@@ -42,7 +43,6 @@ from tunesmith.pairs import PairBatches, PairStore
 from tunesmith.prefetch import made_ahead
 from tunesmith.pretrain_options import PretrainConfig
 from tunesmith.prompts import load_prompts
-from tunesmith.runlog import Run, new_run_directory, open_log, step_name
 from tunesmith.scoring import load_scorer
 from tunesmith.settings import Command, as_dict, precision_of
 from tunesmith.splitting import Splitting

@@ -18,15 +18,15 @@ from tunesmith.command_options import CompareCommand
 from tunesmith.device import keep_freed_memory
 from tunesmith.endpoint import KEY_VARIABLE, Endpoint
 from tunesmith.errors import UsageError, UserError
+from tunesmith.files.names import find_model, load, load_tokenizer
+from tunesmith.files.run import write_atomically
 from tunesmith.generation import prepare
 from tunesmith.judge import Judge
 from tunesmith.judging import answer_prompts
 from tunesmith.logprobs import TwoAnswers, answer_logps, encode_answers, token_texts
-from tunesmith.models import find_model, load, load_tokenizer
 from tunesmith.options import GenerateOptions
 from tunesmith.progress import Progress
 from tunesmith.prompts import Prompt, load_prompts
-from tunesmith.runlog import write_atomically
 from tunesmith.scoring import Scorer, load_scorer
 from tunesmith.study.comparison import (
     VERSUS,

@@ -18,8 +18,8 @@ from tunesmith.command_options import DataCommand
 from tunesmith.cutchecks import END_CUT, OWN, SHARED, Cut
 from tunesmith.datasets import Source, open_dataset
 from tunesmith.errors import UsageError, UserError
+from tunesmith.files.names import find_model
 from tunesmith.losses import IGNORE_INDEX
-from tunesmith.models import find_model
 from tunesmith.options import DataOptions
 from tunesmith.rowchecks import DIALOGUES, PAIRS, TEXTS
 from tunesmith.stats import Interval

@@ -29,8 +29,8 @@ from tunesmith.device import Precision, keep_freed_memory, resolve_precision
 from tunesmith.dialogue import Preference
 from tunesmith.errors import UserError
 from tunesmith.evaluate import AnswerLoss, answer_losses, evaluation_mode
+from tunesmith.files.names import gives_scores, load, run_and_step
 from tunesmith.gpt import GPT
-from tunesmith.models import gives_scores, load, run_and_step
 from tunesmith.options import DataOptions
 from tunesmith.pairs import PairBatches, PairStore
 from tunesmith.preferences import all_pair_scores, answer_logps

@@ -19,8 +19,8 @@ from typing import Any
 
 from tunesmith.device import has_lean_allocator, keep_freed_memory, return_memory_at_once
 from tunesmith.errors import UsageError, UserError
+from tunesmith.files.names import known_shape
 from tunesmith.gpt import SIZES, GPTConfig
-from tunesmith.models import known_shape
 from tunesmith.options import DPOConfig, RewardConfig
 from tunesmith.plan_options import PlanDPO, PlanPretrain, PlanReward, PlanSFT
 from tunesmith.planning import Setting, candidates, choose, effect, find_place, is_exact, make_setting, size_in_bytes

@@ -9,10 +9,10 @@ and pairs share rows; both answers are scored at their last token.
 from __future__ import annotations
 
 from tunesmith.choice import Sums
+from tunesmith.files.run import Run
 from tunesmith.options import RewardConfig
 from tunesmith.preferences import OBSERVED, estimate_reward, reward_loss_sum
 from tunesmith.reward import RewardModel
-from tunesmith.runlog import Run
 from tunesmith.settings import (
     check_options,
     check_pair_options,

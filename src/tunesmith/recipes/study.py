@@ -18,8 +18,8 @@ import yaml
 from tunesmith.command_options import StudyCommand
 from tunesmith.config import from_settings, nearest
 from tunesmith.errors import UsageError, UserError
+from tunesmith.files.run import write_atomically
 from tunesmith.recipes.dpo import check as check_dpo
-from tunesmith.runlog import write_atomically
 from tunesmith.settings import check_options, check_pair_options
 from tunesmith.study.executors import Executor, Local, visible_gpus
 from tunesmith.study.files import COMMANDS, read_study, study_path

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import UserError
-from tunesmith.runlog import Run, write_atomically
+from tunesmith.files.run import Run, write_atomically
 from tunesmith.study.plan import Plan, PlannedRun, directory_of
 
 STAMP = "study.json"  # in a run's directory: which run of which study it is, and its hash

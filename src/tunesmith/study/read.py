@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 import yaml
 
 from tunesmith.errors import UserError
-from tunesmith.runlog import STEP_NAME, Run
+from tunesmith.files.run import STEP_NAME, Run
 
 KEPT = 2000  # training lines of a run that a figure needs; of longer runs every n-th is kept
 OVER = ("finished", "diverged", "failed", "stopped")

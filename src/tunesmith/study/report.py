@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 
 from tunesmith.errors import UsageError, UserError
+from tunesmith.files.run import Run, write_atomically
 from tunesmith.page import render_page
-from tunesmith.runlog import Run, write_atomically
 from tunesmith.stats import wilson_interval
 from tunesmith.study.figures import Plate, loss_curve, preference_curves, reward_curve
 from tunesmith.study.parts import details, figure, notes

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from tunesmith.errors import UserError
-from tunesmith.runlog import Run, write_atomically
+from tunesmith.files.run import Run, write_atomically
 from tunesmith.study.executors import Ended, Executor, Job
 from tunesmith.study.ledger import DONE, STAMP, Ledger, moved_aside, stamped
 from tunesmith.study.plan import Plan, PlannedRun, directory_of, run_config

@@ -7,19 +7,19 @@ from pathlib import Path
 
 import torch
 
-from tunesmith import adapters
-from tunesmith.adapters import AdapterFiles, load_adapter, read_adapter
 from tunesmith.device import resolve_device
 from tunesmith.errors import UserError
+from tunesmith.files import adapters
+from tunesmith.files.adapters import AdapterFiles, load_adapter, read_adapter
+from tunesmith.files.run import STEP_NAME, Run
+from tunesmith.files.weights import config_from_hf, load_model, read_json, weights_fingerprint
 from tunesmith.gpt import GPT, SIZES, GPTConfig
 from tunesmith.hub import download_model
 from tunesmith.lora import merge, strip
 from tunesmith.reward import RewardModel, is_reward_model, load_reward_model, set_score
-from tunesmith.runlog import STEP_NAME, Run
 from tunesmith.tokenizer import Tokenizer
-from tunesmith.weights import config_from_hf, load_model, read_json, weights_fingerprint
 
-SAMPLE = Path(__file__).parent / "sample" / "model"
+SAMPLE = Path(__file__).parents[1] / "sample" / "model"
 
 
 def find_model(name: str) -> Path:

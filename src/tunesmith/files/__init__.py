@@ -1,0 +1,1 @@
+"""What lies on disk: models, adapters, answers, run directories, and what a MODEL name means."""
