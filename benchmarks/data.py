@@ -24,7 +24,7 @@ from pathlib import Path
 SECOND_START = """
 import sys, time
 import tunesmith as ts, tunesmith.recipes.sft as recipe, tunesmith.fit as fit
-from tunesmith.options import *
+from tunesmith.options.training import *
 imported = time.perf_counter()
 step = recipe.fit
 def until_first_step(**arguments):
@@ -68,7 +68,7 @@ def main() -> None:
 def tokenise_rates(data: Path, texts: list[str], rounds: int) -> dict[str, float]:
     from tunesmith.datasets import open_dataset
     from tunesmith.dialogue import parse_transcript
-    from tunesmith.options import DataOptions
+    from tunesmith.options.training import DataOptions
     from tunesmith.tokenizer import Tokenizer
     from tunesmith.tokenstore import encode_rows, stored_rows, tokenise
 

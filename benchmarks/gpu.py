@@ -214,7 +214,7 @@ def trl(at: Setting, rank: int, batch_size: int) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from tunesmith.datasets import open_dataset
-    from tunesmith.options import DataOptions
+    from tunesmith.options.training import DataOptions
     from tunesmith.tokenizer import Tokenizer
     from tunesmith.tokenstore import tokenise
 

@@ -74,9 +74,9 @@ CASES: dict[str, tuple[str, dict[str, int], dict[str, Any]]] = {  # name: (comma
 
 def setting_of(name: str, allocator: Any) -> Any:
     """The case as the planner has it."""
-    from tunesmith.config import from_settings
     from tunesmith.gpt import GPTConfig
-    from tunesmith.options import DPOConfig, RewardConfig, SFTConfig
+    from tunesmith.options.parse import from_settings
+    from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
     from tunesmith.planning import find_place, make_setting
     from tunesmith.workload import Rows
 

@@ -80,7 +80,7 @@ def prepare(work: Path, task: str, args: argparse.Namespace) -> tuple[dict[str, 
 def open_pairs(given: dict[str, Any]) -> Any:
     """The pairs as batches of exactly `pairs` of them: all in a random order, or `rows` of the training split in theirs."""
     from tunesmith.datasets import open_dataset
-    from tunesmith.options import DataOptions
+    from tunesmith.options.training import DataOptions
     from tunesmith.pairs import PairBatches, PairStore
     from tunesmith.tokenizer import Tokenizer
     from tunesmith.tokenstore import tokenise

@@ -63,7 +63,7 @@ def prepare(work: Path, model: str, root: str | None, rows: int, block_size: int
     from tunesmith.batching import Batches
     from tunesmith.datasets import open_dataset
     from tunesmith.memory import linear_sizes
-    from tunesmith.options import DataOptions
+    from tunesmith.options.training import DataOptions
     from tunesmith.tokenizer import Tokenizer
     from tunesmith.tokenstore import tokenise
 
@@ -123,7 +123,7 @@ def run_ours(
     from tunesmith.evaluate import nll_sum
     from tunesmith.files.weights import load_model
     from tunesmith.lora import apply_lora
-    from tunesmith.options import OptimizerOptions, SFTConfig, TrainOptions
+    from tunesmith.options.training import OptimizerOptions, SFTConfig, TrainOptions
     from tunesmith.step import optimizer_step
     from tunesmith.trainee import make_optimizer, store_in_bf16
 

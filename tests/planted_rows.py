@@ -4,7 +4,7 @@ import json
 
 from tunesmith.audit import audit
 from tunesmith.datasets import open_dataset
-from tunesmith.options import DataOptions
+from tunesmith.options.training import DataOptions
 from tunesmith.rowchecks import PAIRS, TEXTS
 
 ORDER = 7  # clean rows between two planted ones

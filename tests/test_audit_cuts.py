@@ -16,7 +16,7 @@ from tunesmith.__main__ import main
 from tunesmith.audit import audit
 from tunesmith.cutchecks import END_CUT, OWN, SHARED
 from tunesmith.datasets import open_dataset
-from tunesmith.options import DataOptions
+from tunesmith.options.training import DataOptions
 
 ASSISTANT = "\n\nAssistant:"
 

@@ -15,7 +15,7 @@ from tunesmith.datasets import open_dataset
 from tunesmith.dialogue import Message, segments
 from tunesmith.errors import UserError
 from tunesmith.losses import IGNORE_INDEX
-from tunesmith.options import DataOptions
+from tunesmith.options.training import DataOptions
 from tunesmith.tokenstore import tokenise
 
 WORDS = ["tea", " the", " of", "Blue", " 7", "!", " forge", "\n", " é", " anvil", " well", " no"]

@@ -16,7 +16,7 @@ from tunesmith.evaluate import estimate_loss, nll_sum
 from tunesmith.files.names import SAMPLE, load_for_training
 from tunesmith.gpt import GPT, GPTConfig
 from tunesmith.lora import apply_lora
-from tunesmith.options import DataOptions, PairDataOptions
+from tunesmith.options.training import DataOptions, PairDataOptions
 from tunesmith.pairs import PairBatches, PairStore
 from tunesmith.preferences import PreferenceLoss, dpo_loss_sum, estimate_dpo
 from tunesmith.reference import adapter_off

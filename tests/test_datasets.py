@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tunesmith.datasets import holdout_rows, open_dataset, parse_row
 from tunesmith.dialogue import BadRow, Dialogue, Message, Preference, Text, render
 from tunesmith.errors import UserError
-from tunesmith.options import DataOptions
+from tunesmith.options.training import DataOptions
 from tunesmith.readers import Report
 
 USER, GOOD, BAD = "Where is 北京? 👍", "In China.\n\nFar away.", "No idea."

@@ -21,7 +21,7 @@ from tunesmith.dialogue import (
 )
 from tunesmith.generation import encode_prompt
 from tunesmith.losses import IGNORE_INDEX
-from tunesmith.options import DataOptions
+from tunesmith.options.training import DataOptions
 from tunesmith.tokenstore import TokenStore, tokenise
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"

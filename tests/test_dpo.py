@@ -20,7 +20,7 @@ from tunesmith.datasets import open_dataset
 from tunesmith.errors import UserError
 from tunesmith.files.names import SAMPLE
 from tunesmith.files.weights import load_model, read_safetensors, write_safetensors
-from tunesmith.options import DataOptions, DPOConfig, PairDataOptions
+from tunesmith.options.training import DataOptions, DPOConfig, PairDataOptions
 from tunesmith.pairs import PairBatches, PairStore
 from tunesmith.preferences import OBSERVED
 from tunesmith.tokenizer import Tokenizer

@@ -7,7 +7,7 @@ import pytest
 
 import tunesmith as ts
 from tiny_runs import tiny_config
-from tunesmith.options import DPOConfig
+from tunesmith.options.training import DPOConfig
 
 LN2 = 0.693147
 SELDOM = {"eval__every": 999, "checkpoint__every": 999}

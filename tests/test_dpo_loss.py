@@ -12,7 +12,7 @@ from tunesmith.datasets import open_dataset
 from tunesmith.files.names import SAMPLE
 from tunesmith.gpt import GPTConfig
 from tunesmith.losses import dpo_loss
-from tunesmith.options import PairDataOptions
+from tunesmith.options.training import PairDataOptions
 from tunesmith.pairs import PairStore
 from tunesmith.preferences import PreferenceLoss, answer_logps, dpo_loss_sum
 from tunesmith.tokenizer import Tokenizer

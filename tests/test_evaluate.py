@@ -11,7 +11,7 @@ from tiny_runs import tiny_config
 from tunesmith.__main__ import main
 from tunesmith.dialogue import Message, segments
 from tunesmith.files.names import load_reward
-from tunesmith.options import DPOConfig, RewardConfig
+from tunesmith.options.training import DPOConfig, RewardConfig
 from tunesmith.recipes.reward import train_reward_model
 from tunesmith.scoring import encode_answer, load_scorer
 

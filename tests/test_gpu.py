@@ -23,7 +23,7 @@ from tunesmith.generation import Sampling, decode
 from tunesmith.gpt import GPTConfig
 from tunesmith.graphs import WARM_UP, RecordedStep, recorder
 from tunesmith.optim import OneByOne, build_optimizer, set_learning_rate
-from tunesmith.options import DataOptions, PairDataOptions
+from tunesmith.options.training import DataOptions, PairDataOptions
 from tunesmith.pairs import PairBatches, PairStore
 from tunesmith.preferences import PreferenceLoss, dpo_loss_sum
 from tunesmith.prefetch import made_ahead

@@ -21,7 +21,7 @@ from tunesmith.gpt import GPTConfig
 from tunesmith.graphs import WARM_UP, RecordedStep
 from tunesmith.lora import apply_lora
 from tunesmith.optim import build_optimizer, set_learning_rate
-from tunesmith.options import DPOConfig, SFTConfig
+from tunesmith.options.training import DPOConfig, SFTConfig
 from tunesmith.recipes import sft
 from tunesmith.settings import resolve_cuda_graphs
 from tunesmith.step import Unread, optimizer_step, step_on_device

@@ -11,7 +11,7 @@ import torch
 from tunesmith.datasets import HH_SUBSETS, open_dataset
 from tunesmith.dialogue import Preference, render
 from tunesmith.errors import UserError
-from tunesmith.options import DataOptions
+from tunesmith.options.training import DataOptions
 from tunesmith.readers import Report
 from tunesmith.tokenstore import tokenise
 

@@ -13,7 +13,7 @@ from tunesmith.choice import choose_checkpoint, read_rewards
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.run import step_name
 from tunesmith.judging import answer_prompts
-from tunesmith.options import DPOConfig, RewardConfig
+from tunesmith.options.training import DPOConfig, RewardConfig
 from tunesmith.prompts import load_prompts
 from tunesmith.recipes.reward import train_reward_model
 from tunesmith.scoring import load_scorer

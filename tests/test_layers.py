@@ -12,9 +12,9 @@ PACKAGE = Path(__file__).parents[1] / "src" / "tunesmith"
 
 LAYERS = [
     {"errors", "linear", "outofmemory", "recompute", "capture"},
-    {"options", "command_options", "config", "hub", "files.run", "prompts", "progress", "tokenizer", "dialogue", "device", "readers"}
-    | {"stats", "page", "documents", "losses", "lora", "optim", "answers", "choice", "endpoint", "pretrain_options"}
-    | {"prefetch", "plan_options"},
+    {"options.training", "options.commands", "options.parse", "hub", "files.run", "prompts", "progress", "tokenizer", "dialogue", "device", "readers"}
+    | {"stats", "page", "documents", "losses", "lora", "optim", "answers", "choice", "endpoint", "options.pretraining"}
+    | {"prefetch", "options.planning"},
     {"gpt", "step", "splitting", "datasets", "judge", "rowchecks", "bits", "study.read", "study.claims", "study.figures", "memory"}
     | {"study.files"},
     {"files.weights", "tokenstore", "graphs", "overlap", "study.select", "study.plan", "workload", "decoding"},
@@ -34,13 +34,13 @@ LAYERS = [
 ]  # fmt: skip
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 WITHOUT_TORCH = {
-    "pretrain_options",
+    "options.pretraining",
     "errors",
     "endpoint",
     "judge",
-    "options",
-    "command_options",
-    "config",
+    "options.training",
+    "options.commands",
+    "options.parse",
     "hub",
     "files.run",
     "prompts",
@@ -53,7 +53,7 @@ WITHOUT_TORCH = {
     "memory",
     "workload",
     "cards",
-    "plan_options",
+    "options.planning",
     "study.files",
     "study.plan",
     "study.ledger",

@@ -16,7 +16,7 @@ from tunesmith.errors import UserError
 from tunesmith.evaluate import estimate_loss
 from tunesmith.files.weights import load_model
 from tunesmith.optim import OneByOne
-from tunesmith.options import DPOConfig, RewardConfig
+from tunesmith.options.training import DPOConfig, RewardConfig
 from tunesmith.preferences import PreferenceLoss, estimate_dpo, estimate_reward
 from tunesmith.recipes import dpo, reward, sft
 from tunesmith.reference import LogpStore, cached

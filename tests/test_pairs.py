@@ -13,7 +13,7 @@ from made_pairs import PAIRS, SHAPES, batches_of, random_pairs, read_back, whole
 from tunesmith.datasets import open_dataset
 from tunesmith.dialogue import parse_transcript, segments
 from tunesmith.errors import UserError
-from tunesmith.options import PairDataOptions
+from tunesmith.options.training import PairDataOptions
 from tunesmith.pairs import PairBatches, PairStore
 from tunesmith.tokenstore import tokenise
 from tunesmith.training import load_splits

@@ -10,11 +10,11 @@ import torch
 
 from tunesmith.__main__ import main
 from tunesmith.cards import CARDS
-from tunesmith.config import from_settings
 from tunesmith.errors import UsageError
 from tunesmith.gpt import SIZES, GPTConfig
 from tunesmith.memory import Work, count_parameters, linear_sizes
-from tunesmith.options import DPOConfig, RewardConfig, SFTConfig
+from tunesmith.options.parse import from_settings
+from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
 from tunesmith.planning import alternatives, candidates, choose, find_place, is_exact, make_setting, size_in_bytes
 from tunesmith.probe import make_step, pair_batch, probe_step, split_evenly, text_batch
 from tunesmith.settings import check_options

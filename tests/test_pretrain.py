@@ -26,8 +26,8 @@ from tunesmith.__main__ import main
 from tunesmith.bits import bits_per_byte, text_bytes
 from tunesmith.datasets import open_dataset
 from tunesmith.gpt import SIZES
-from tunesmith.options import DataOptions
-from tunesmith.pretrain_options import PretrainConfig
+from tunesmith.options.pretraining import PretrainConfig
+from tunesmith.options.training import DataOptions
 from tunesmith.readers import STRETCH, Report, read_file
 from tunesmith.scratch import resolve_shape, training_texts
 from tunesmith.study.report import render_report

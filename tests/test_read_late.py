@@ -14,7 +14,7 @@ from tiny_runs import comparable, last_digest, tiny_config
 from tunesmith import training
 from tunesmith.batching import Batches
 from tunesmith.errors import UserError
-from tunesmith.options import DPOConfig
+from tunesmith.options.training import DPOConfig
 from tunesmith.recipes import sft
 from tunesmith.step import StepStats, Unread
 

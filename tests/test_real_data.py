@@ -10,7 +10,7 @@ from tunesmith.batching import Batches
 from tunesmith.datasets import open_dataset, parse_row
 from tunesmith.dialogue import Dialogue, Preference, parse_transcript, render, segments
 from tunesmith.errors import UserError
-from tunesmith.options import DataOptions
+from tunesmith.options.training import DataOptions
 from tunesmith.readers import Report
 from tunesmith.tokenstore import tokenise
 

@@ -18,7 +18,7 @@ from tunesmith.files.names import SAMPLE
 from tunesmith.files.weights import load_model, save_model
 from tunesmith.gpt import GPTConfig
 from tunesmith.lora import apply_lora, disabled, lora_layers
-from tunesmith.options import DPOConfig
+from tunesmith.options.training import DPOConfig
 from tunesmith.preferences import answer_logps
 from tunesmith.recipes import dpo as recipe
 from tunesmith.reference import LogpStore, adapter_off, cached, second_model

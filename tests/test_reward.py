@@ -24,7 +24,7 @@ from tunesmith.files.names import SAMPLE
 from tunesmith.files.weights import save_model
 from tunesmith.gpt import GPTConfig
 from tunesmith.losses import bradley_terry_loss
-from tunesmith.options import PairDataOptions, RewardConfig
+from tunesmith.options.training import PairDataOptions, RewardConfig
 from tunesmith.pairs import PairBatches, PairStore
 from tunesmith.preferences import OBSERVED, pair_scores, reward_loss_sum
 from tunesmith.reward import RewardModel, save_reward_model

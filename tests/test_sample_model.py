@@ -17,7 +17,7 @@ from tunesmith.bits import bits_per_byte, text_bytes
 from tunesmith.evaluate import estimate_loss
 from tunesmith.files.names import SAMPLE
 from tunesmith.generation import encode_prompt
-from tunesmith.options import DataOptions
+from tunesmith.options.training import DataOptions
 from tunesmith.prompts import Prompt
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.training import load_splits

@@ -9,8 +9,8 @@ import tunesmith as ts
 from tiny_runs import tiny_config
 from tunesmith.__main__ import main
 from tunesmith.answers import read_answers, rewards
-from tunesmith.command_options import ScoreCommand
-from tunesmith.options import GenerateOptions, RewardConfig
+from tunesmith.options.commands import ScoreCommand
+from tunesmith.options.training import GenerateOptions, RewardConfig
 from tunesmith.recipes.reward import train_reward_model
 from tunesmith.recipes.score import score
 from tunesmith.scoring import load_scorer

@@ -10,7 +10,7 @@ from tiny_judge import ANSWERS, PROMPTS
 from tiny_runs import tiny_config
 from tunesmith.errors import UserError
 from tunesmith.files.names import load_reward
-from tunesmith.options import RewardConfig
+from tunesmith.options.training import RewardConfig
 from tunesmith.recipes.reward import train_reward_model
 from tunesmith.scoring import load_scorer
 

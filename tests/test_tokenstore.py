@@ -10,7 +10,7 @@ import pytest
 
 from tunesmith import tokenstore
 from tunesmith.datasets import open_dataset
-from tunesmith.options import DataOptions
+from tunesmith.options.training import DataOptions
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.tokenstore import tokenise
 
@@ -134,7 +134,7 @@ def test_a_cache_whose_writer_was_killed_is_not_used(file, tokenizer, cache):
     killed = """
 import os, sys, numpy
 from tunesmith.datasets import open_dataset
-from tunesmith.options import DataOptions
+from tunesmith.options.training import DataOptions
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.tokenstore import tokenise
 save, saved = numpy.save, []

@@ -8,7 +8,7 @@ from tunesmith.batching import Batches, cut_rows
 from tunesmith.datasets import open_dataset
 from tunesmith.errors import UserError
 from tunesmith.losses import IGNORE_INDEX
-from tunesmith.options import DataOptions
+from tunesmith.options.training import DataOptions
 from tunesmith.tokenstore import tokenise
 
 BLOCK = 40

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.files.run import Run
-from tunesmith.options import DPOConfig, RewardConfig, SFTConfig
-from tunesmith.pretrain_options import PretrainConfig
+from tunesmith.options.pretraining import PretrainConfig
+from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
 
 COMMANDS = {PretrainConfig: "pretrain", SFTConfig: "sft", DPOConfig: "dpo", RewardConfig: "reward"}
 

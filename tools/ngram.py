@@ -20,7 +20,7 @@ import numpy as np
 
 from tunesmith.bits import bits_per_byte, text_bytes
 from tunesmith.files.names import find_model
-from tunesmith.options import DataOptions
+from tunesmith.options.training import DataOptions
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.training import load_splits
 

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from tunesmith.generation import generate as generate
     from tunesmith.gpt import GPT as GPT
     from tunesmith.gpt import GPTConfig as GPTConfig
-    from tunesmith.options import DPOConfig as DPOConfig
-    from tunesmith.options import RewardConfig as RewardConfig
-    from tunesmith.options import SFTConfig as SFTConfig
-    from tunesmith.pretrain_options import PretrainConfig as PretrainConfig
+    from tunesmith.options.pretraining import PretrainConfig as PretrainConfig
+    from tunesmith.options.training import DPOConfig as DPOConfig
+    from tunesmith.options.training import RewardConfig as RewardConfig
+    from tunesmith.options.training import SFTConfig as SFTConfig
     from tunesmith.recipes.dpo import dpo as dpo
     from tunesmith.recipes.pretrain import pretrain as pretrain
     from tunesmith.recipes.reward import train_reward_model as train_reward_model
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "DPOConfig": "options",
+    "DPOConfig": "options.training",
     "GPT": "gpt",
     "GPTConfig": "gpt",
-    "PretrainConfig": "pretrain_options",
-    "RewardConfig": "options",
+    "PretrainConfig": "options.pretraining",
+    "RewardConfig": "options.training",
     "Run": "files.run",
-    "SFTConfig": "options",
+    "SFTConfig": "options.training",
     "generate": "generation",  # no module of the name: importing it would hide the function
     "dpo": "recipes.dpo",
     "load": "files.names",

@@ -18,8 +18,8 @@ Argv = Sequence[str]
 
 
 def _pretrain(argv: Argv) -> None:
-    from tunesmith.config import parse
-    from tunesmith.pretrain_options import PretrainConfig
+    from tunesmith.options.parse import parse
+    from tunesmith.options.pretraining import PretrainConfig
 
     config, _ = parse(PretrainConfig, _with_stored_config(argv), prog="tunesmith pretrain")
     from tunesmith.recipes.pretrain import pretrain
@@ -28,8 +28,8 @@ def _pretrain(argv: Argv) -> None:
 
 
 def _sft(argv: Argv) -> None:
-    from tunesmith.config import parse
-    from tunesmith.options import SFTConfig
+    from tunesmith.options.parse import parse
+    from tunesmith.options.training import SFTConfig
 
     config, _ = parse(SFTConfig, _with_stored_config(argv), prog="tunesmith sft")
     from tunesmith.recipes.sft import sft
@@ -38,8 +38,8 @@ def _sft(argv: Argv) -> None:
 
 
 def _dpo(argv: Argv) -> None:
-    from tunesmith.config import parse
-    from tunesmith.options import DPOConfig
+    from tunesmith.options.parse import parse
+    from tunesmith.options.training import DPOConfig
 
     config, _ = parse(DPOConfig, _with_stored_config(argv), prog="tunesmith dpo")
     from tunesmith.recipes.dpo import dpo
@@ -48,8 +48,8 @@ def _dpo(argv: Argv) -> None:
 
 
 def _reward(argv: Argv) -> None:
-    from tunesmith.config import parse
-    from tunesmith.options import RewardConfig
+    from tunesmith.options.parse import parse
+    from tunesmith.options.training import RewardConfig
 
     config, _ = parse(RewardConfig, _with_stored_config(argv), prog="tunesmith reward")
     from tunesmith.recipes.reward import train_reward_model
@@ -72,8 +72,8 @@ def _with_stored_config(argv: Argv) -> list[str]:
 
 
 def _data(argv: Argv) -> None:
-    from tunesmith.command_options import DataCommand
-    from tunesmith.config import Positional, parse
+    from tunesmith.options.commands import DataCommand
+    from tunesmith.options.parse import Positional, parse
 
     options, named = parse(DataCommand, argv, prog="tunesmith data", positionals=[Positional("dataset", "data set")])
     from tunesmith.recipes.data import show_data
@@ -82,8 +82,8 @@ def _data(argv: Argv) -> None:
 
 
 def _evaluate(argv: Argv) -> None:
-    from tunesmith.command_options import EvaluateCommand
-    from tunesmith.config import Positional, parse
+    from tunesmith.options.commands import EvaluateCommand
+    from tunesmith.options.parse import Positional, parse
 
     wanted = [Positional("model", "MODEL"), Positional("dataset", "data set")]
     options, named = parse(EvaluateCommand, argv, prog="tunesmith evaluate", positionals=wanted)
@@ -93,8 +93,8 @@ def _evaluate(argv: Argv) -> None:
 
 
 def _score(argv: Argv) -> None:
-    from tunesmith.command_options import ScoreCommand
-    from tunesmith.config import Positional, parse
+    from tunesmith.options.commands import ScoreCommand
+    from tunesmith.options.parse import Positional, parse
 
     wanted = [Positional("models", "MODELs; RUN@all is every checkpoint of a run", many=True)]
     options, named = parse(ScoreCommand, argv, prog="tunesmith score", positionals=wanted)
@@ -104,8 +104,8 @@ def _score(argv: Argv) -> None:
 
 
 def _compare(argv: Argv) -> None:
-    from tunesmith.command_options import CompareCommand
-    from tunesmith.config import Positional, parse
+    from tunesmith.options.commands import CompareCommand
+    from tunesmith.options.parse import Positional, parse
 
     wanted = [Positional("a", "one MODEL"), Positional("b", "the other MODEL")]
     options, named = parse(CompareCommand, argv, prog="tunesmith compare", positionals=wanted)
@@ -115,8 +115,8 @@ def _compare(argv: Argv) -> None:
 
 
 def _chat(argv: Argv) -> None:
-    from tunesmith.command_options import ChatCommand
-    from tunesmith.config import Positional, parse
+    from tunesmith.options.commands import ChatCommand
+    from tunesmith.options.parse import Positional, parse
 
     options, named = parse(ChatCommand, argv, prog="tunesmith chat", positionals=[Positional("model", "MODEL")])
     from tunesmith.recipes.chat import chat
@@ -125,8 +125,8 @@ def _chat(argv: Argv) -> None:
 
 
 def _plan(argv: Argv) -> None:
-    from tunesmith.config import parse
-    from tunesmith.plan_options import PLANS
+    from tunesmith.options.parse import parse
+    from tunesmith.options.planning import PLANS
 
     command = argv[0] if argv and argv[0] in PLANS else "sft"
     rest = argv[1:] if argv and argv[0] == command else argv
@@ -140,8 +140,8 @@ def _plan(argv: Argv) -> None:
 
 
 def _report(argv: Argv) -> None:
-    from tunesmith.command_options import ReportCommand
-    from tunesmith.config import Positional, parse
+    from tunesmith.options.commands import ReportCommand
+    from tunesmith.options.parse import Positional, parse
 
     wanted = [Positional("runs", "run directories, or a study's", many=True)]
     options, named = parse(ReportCommand, argv, prog="tunesmith report", positionals=wanted)
@@ -151,8 +151,8 @@ def _report(argv: Argv) -> None:
 
 
 def _study(argv: Argv) -> None:
-    from tunesmith.command_options import StudyCommand
-    from tunesmith.config import Positional, parse
+    from tunesmith.options.commands import StudyCommand
+    from tunesmith.options.parse import Positional, parse
 
     wanted = [Positional("name", "built-in study (paper) or YAML file")]
     options, named = parse(StudyCommand, argv, prog="tunesmith study", positionals=wanted)
@@ -162,8 +162,8 @@ def _study(argv: Argv) -> None:
 
 
 def _demo(argv: Argv) -> None:
-    from tunesmith.command_options import DemoCommand
-    from tunesmith.config import parse
+    from tunesmith.options.commands import DemoCommand
+    from tunesmith.options.parse import parse
 
     options, _ = parse(DemoCommand, argv, prog="tunesmith demo")
     from tunesmith.demo import demo

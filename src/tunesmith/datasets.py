@@ -15,7 +15,7 @@ import numpy as np
 from tunesmith.dialogue import BadRow, Dialogue, Preference, Row, Text, check_text, parse_messages, parse_transcript
 from tunesmith.errors import UsageError, UserError
 from tunesmith.hub import download_dataset
-from tunesmith.options import DataOptions
+from tunesmith.options.training import DataOptions
 from tunesmith.readers import TEXT_SUFFIXES, Located, Report, read_file
 
 HH_REPO, RM_STATIC_REPO = "Anthropic/hh-rlhf", "Dahoas/rm-static"

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from tunesmith.answers import read_answers, write_answers
-from tunesmith.command_options import CompareCommand, DemoCommand, ScoreCommand
 from tunesmith.errors import UserError
 from tunesmith.files.run import Run, step_name
-from tunesmith.options import (
+from tunesmith.options.commands import CompareCommand, DemoCommand, ScoreCommand
+from tunesmith.options.training import (
     CheckpointOptions,
     DataOptions,
     DPOConfig,

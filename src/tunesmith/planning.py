@@ -22,7 +22,7 @@ from tunesmith.errors import UsageError
 from tunesmith.evaluate import head_chunk
 from tunesmith.gpt import GPTConfig
 from tunesmith.memory import Memory, Work, adapted_layers, count_parameters, predict_memory
-from tunesmith.options import DPOConfig, RewardConfig
+from tunesmith.options.training import DPOConfig, RewardConfig
 from tunesmith.trainee import AnyConfig
 from tunesmith.workload import Rows, shared_keys
 

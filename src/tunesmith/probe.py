@@ -24,7 +24,7 @@ from tunesmith.evaluate import nll_sum
 from tunesmith.gpt import GPT, GPTConfig
 from tunesmith.lora import apply_lora
 from tunesmith.optim import OneByOne
-from tunesmith.options import DPOConfig, RewardConfig
+from tunesmith.options.training import DPOConfig, RewardConfig
 from tunesmith.pairs import PairBatch, join_pairs
 from tunesmith.preferences import PreferenceLoss, dpo_loss_sum, reward_loss_sum
 from tunesmith.reference import adapter_off, second_model

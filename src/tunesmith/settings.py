@@ -11,8 +11,8 @@ import torch
 from tunesmith.device import Precision, resolve_compile, resolve_device, resolve_precision
 from tunesmith.errors import UsageError, UserError
 from tunesmith.optim import DEFAULT_WEIGHT_DECAY
-from tunesmith.options import DPOConfig, PairDataOptions, RewardConfig, SFTConfig
-from tunesmith.pretrain_options import PretrainConfig
+from tunesmith.options.pretraining import PretrainConfig
+from tunesmith.options.training import DPOConfig, PairDataOptions, RewardConfig, SFTConfig
 from tunesmith.trainee import AnyConfig, alpha_of
 
 Config = TypeVar("Config", SFTConfig, DPOConfig, RewardConfig, PretrainConfig)

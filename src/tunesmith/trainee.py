@@ -18,9 +18,9 @@ from tunesmith.files.weights import from_hf_state_dict, save_model, stored_weigh
 from tunesmith.gpt import GPT
 from tunesmith.lora import apply_lora
 from tunesmith.optim import OneByOne, build_optimizer
-from tunesmith.options import DPOConfig, LoRAOptions, RewardConfig, SFTConfig
+from tunesmith.options.pretraining import PretrainConfig
+from tunesmith.options.training import DPOConfig, LoRAOptions, RewardConfig, SFTConfig
 from tunesmith.outofmemory import is_out_of_memory
-from tunesmith.pretrain_options import PretrainConfig
 from tunesmith.reward import RewardModel, load_reward_weights, save_reward_model, set_score
 from tunesmith.tokenizer import Tokenizer
 

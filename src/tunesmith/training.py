@@ -30,7 +30,8 @@ from tunesmith.fit import MicroBatch, Readable, fit
 from tunesmith.graphs import RecordedStep, recorder
 from tunesmith.judging import answer_prompts
 from tunesmith.optim import OneByOne, decides_on_device, schedule_factor
-from tunesmith.options import (
+from tunesmith.options.pretraining import PretrainConfig
+from tunesmith.options.training import (
     DataOptions,
     DPOConfig,
     EvalOptions,
@@ -41,7 +42,6 @@ from tunesmith.options import (
 )
 from tunesmith.pairs import PairBatches, PairStore
 from tunesmith.prefetch import made_ahead
-from tunesmith.pretrain_options import PretrainConfig
 from tunesmith.prompts import load_prompts
 from tunesmith.scoring import load_scorer
 from tunesmith.settings import Command, as_dict, precision_of

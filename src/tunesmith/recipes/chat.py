@@ -10,11 +10,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from tunesmith.command_options import ChatCommand
 from tunesmith.device import keep_freed_memory
 from tunesmith.dialogue import Message
 from tunesmith.files.names import load
 from tunesmith.generation import Sampling, encode_prompt, prepare, stream
+from tunesmith.options.commands import ChatCommand
 
 HELP = """/reset       begin anew
 /system TEXT set the scene (and begin anew)

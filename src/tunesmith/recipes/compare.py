@@ -14,7 +14,6 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.answers import ScoredAnswer
-from tunesmith.command_options import CompareCommand
 from tunesmith.device import keep_freed_memory
 from tunesmith.endpoint import KEY_VARIABLE, Endpoint
 from tunesmith.errors import UsageError, UserError
@@ -24,7 +23,8 @@ from tunesmith.generation import prepare
 from tunesmith.judge import Judge
 from tunesmith.judging import answer_prompts
 from tunesmith.logprobs import TwoAnswers, answer_logps, encode_answers, token_texts
-from tunesmith.options import GenerateOptions
+from tunesmith.options.commands import CompareCommand
+from tunesmith.options.training import GenerateOptions
 from tunesmith.progress import Progress
 from tunesmith.prompts import Prompt, load_prompts
 from tunesmith.scoring import Scorer, load_scorer

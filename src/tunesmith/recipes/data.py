@@ -14,13 +14,13 @@ from rich.text import Text as RichText
 
 from tunesmith.audit import Audit, SplitAudit, audit
 from tunesmith.batching import cut_rows, resolve_loss_on
-from tunesmith.command_options import DataCommand
 from tunesmith.cutchecks import END_CUT, OWN, SHARED, Cut
 from tunesmith.datasets import Source, open_dataset
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.names import find_model
 from tunesmith.losses import IGNORE_INDEX
-from tunesmith.options import DataOptions
+from tunesmith.options.commands import DataCommand
+from tunesmith.options.training import DataOptions
 from tunesmith.rowchecks import DIALOGUES, PAIRS, TEXTS
 from tunesmith.stats import Interval
 from tunesmith.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer

@@ -23,7 +23,6 @@ from rich.table import Table
 from tunesmith.answers import alike, interval_record
 from tunesmith.batching import Batches
 from tunesmith.bits import bits_per_byte, text_bytes
-from tunesmith.command_options import EvaluateCommand
 from tunesmith.datasets import Source, open_dataset
 from tunesmith.device import Precision, keep_freed_memory, resolve_precision
 from tunesmith.dialogue import Preference
@@ -31,7 +30,8 @@ from tunesmith.errors import UserError
 from tunesmith.evaluate import AnswerLoss, answer_losses, evaluation_mode
 from tunesmith.files.names import gives_scores, load, run_and_step
 from tunesmith.gpt import GPT
-from tunesmith.options import DataOptions
+from tunesmith.options.commands import EvaluateCommand
+from tunesmith.options.training import DataOptions
 from tunesmith.pairs import PairBatches, PairStore
 from tunesmith.preferences import all_pair_scores, answer_logps
 from tunesmith.readers import Report

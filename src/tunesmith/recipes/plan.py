@@ -21,10 +21,10 @@ from tunesmith.device import has_lean_allocator, keep_freed_memory, return_memor
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.names import known_shape
 from tunesmith.gpt import SIZES, GPTConfig
-from tunesmith.options import DPOConfig, RewardConfig
-from tunesmith.plan_options import PlanDPO, PlanPretrain, PlanReward, PlanSFT
+from tunesmith.options.planning import PlanDPO, PlanPretrain, PlanReward, PlanSFT
+from tunesmith.options.pretraining import PretrainConfig
+from tunesmith.options.training import DPOConfig, RewardConfig
 from tunesmith.planning import Setting, candidates, choose, effect, find_place, is_exact, make_setting, size_in_bytes
-from tunesmith.pretrain_options import PretrainConfig
 from tunesmith.probe import StepTime, probe_step
 from tunesmith.scratch import problems_of, resolve_shape
 from tunesmith.settings import check_options, check_pair_options

@@ -19,7 +19,7 @@ from tunesmith.errors import UserError
 from tunesmith.evaluate import estimate_loss, nll_sum
 from tunesmith.files.names import new_model
 from tunesmith.files.run import Run
-from tunesmith.pretrain_options import PretrainConfig
+from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.scratch import make_tokenizer, problems_of, resolve_shape
 from tunesmith.settings import check_options, check_resumable, precision_of, resolve_length, resolve_machine
 from tunesmith.tokenizer import Tokenizer

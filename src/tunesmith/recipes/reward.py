@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from tunesmith.choice import Sums
 from tunesmith.files.run import Run
-from tunesmith.options import RewardConfig
+from tunesmith.options.training import RewardConfig
 from tunesmith.preferences import OBSERVED, estimate_reward, reward_loss_sum
 from tunesmith.reward import RewardModel
 from tunesmith.settings import (

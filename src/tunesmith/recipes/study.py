@@ -15,10 +15,10 @@ from typing import Any
 
 import yaml
 
-from tunesmith.command_options import StudyCommand
-from tunesmith.config import from_settings, nearest
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.run import write_atomically
+from tunesmith.options.commands import StudyCommand
+from tunesmith.options.parse import from_settings, nearest
 from tunesmith.recipes.dpo import check as check_dpo
 from tunesmith.settings import check_options, check_pair_options
 from tunesmith.study.executors import Executor, Local, visible_gpus

@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from tunesmith.config import nearest, option_types
 from tunesmith.errors import UsageError
-from tunesmith.options import DPOConfig, RewardConfig, SFTConfig
+from tunesmith.options.parse import nearest, option_types
+from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
 
 COMMANDS: dict[str, Any] = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig}
 BUILT_IN = Path(__file__).parent / "built_in"

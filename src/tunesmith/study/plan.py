@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from tunesmith.config import from_settings, nearest, preset_path
 from tunesmith.errors import UsageError
+from tunesmith.options.parse import from_settings, nearest, preset_path
 from tunesmith.study.files import COMMANDS, Entry, Experiment, StudyFile, flatten
 
 BATCHING: dict[str, dict[str, dict[str, Any]]] = {  # what `batching:` at the top of a study means for each command

@@ -16,7 +16,7 @@ import yaml
 
 from tunesmith.errors import UsageError
 
-PRESETS = Path(__file__).parent / "presets"
+PRESETS = Path(__file__).parents[1] / "presets"
 T = TypeVar("T")
 ELSEWHERE = {
     "learning_rate": "optimizer.lr", "gradient_accumulation_steps": "train.accumulate", "num_train_epochs": "train.epochs",

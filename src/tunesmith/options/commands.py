@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tunesmith.options import DataOptions, GenerateOptions
+from tunesmith.options.training import DataOptions, GenerateOptions
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,14 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tunesmith.options import CheckpointOptions, DataOptions, EvalOptions, LoRAOptions, OptimizerOptions, TrainOptions
+from tunesmith.options.training import (
+    CheckpointOptions,
+    DataOptions,
+    EvalOptions,
+    LoRAOptions,
+    OptimizerOptions,
+    TrainOptions,
+)
 
 
 @dataclass(frozen=True)

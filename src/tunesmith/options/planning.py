@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from tunesmith.options import DPOConfig, RewardConfig, SFTConfig
-from tunesmith.pretrain_options import PretrainConfig
+from tunesmith.options.pretraining import PretrainConfig
+from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
 
 
 @dataclass(frozen=True)
