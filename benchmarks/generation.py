@@ -66,9 +66,10 @@ def run_ours(
     from tunesmith.device import keep_freed_memory
 
     keep_freed_memory()  # as the commands do by themselves
-    from tunesmith import decoding, linear
+    from tunesmith import decoding
     from tunesmith.files.weights import load_model
     from tunesmith.generation import Sampling, decode, prepare
+    from tunesmith.models import linear
     from tunesmith.tokenizer import Tokenizer
 
     if not onednn:

@@ -333,7 +333,7 @@ def save_model(work: Path, tiny: bool) -> None:
 
     from tunesmith.files import weights
     from tunesmith.files.names import SAMPLE
-    from tunesmith.gpt import GPT, SIZES, GPTConfig
+    from tunesmith.models.gpt2 import GPT, SIZES, GPTConfig
     from tunesmith.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(SAMPLE) if tiny else Tokenizer.gpt2()

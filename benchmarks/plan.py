@@ -74,7 +74,7 @@ CASES: dict[str, tuple[str, dict[str, int], dict[str, Any]]] = {  # name: (comma
 
 def setting_of(name: str, allocator: Any) -> Any:
     """The case as the planner has it."""
-    from tunesmith.gpt import GPTConfig
+    from tunesmith.models.gpt2 import GPTConfig
     from tunesmith.options.parse import from_settings
     from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
     from tunesmith.planning import find_place, make_setting

@@ -45,7 +45,7 @@ def prepare(work: Path, task: str, args: argparse.Namespace) -> tuple[dict[str, 
     """Save the weights and the pairs; returns what they are, and how many tokens of a round are counted."""
     import torch
 
-    from tunesmith.lora import apply_lora, lora_layers
+    from tunesmith.models.lora import apply_lora, lora_layers
 
     model = save_weights(work, args.model)
     parameters = model.parameter_count()
@@ -121,7 +121,7 @@ def run_ours(
     keep_freed_memory()  # as `tunesmith dpo` does by itself
     from tunesmith.evaluate import evaluation_mode
     from tunesmith.files.weights import load_model
-    from tunesmith.lora import apply_lora
+    from tunesmith.models.lora import apply_lora
     from tunesmith.optim import build_optimizer
     from tunesmith.preferences import PreferenceLoss, answer_logps, dpo_loss_sum
     from tunesmith.reference import LogpStore, adapter_off, cached

@@ -46,7 +46,7 @@ def save_weights(work: Path, model: str) -> Any:
     import torch
 
     from tunesmith.files.weights import save_model
-    from tunesmith.gpt import GPT, SIZES, GPTConfig
+    from tunesmith.models.gpt2 import GPT, SIZES, GPTConfig
     from tunesmith.tokenizer import Tokenizer
 
     small = GPTConfig(n_layer=6, n_head=6, n_embd=384)
@@ -87,7 +87,7 @@ def ceiling() -> float:
     """10^9 operations a second of the fastest float32 matrix product here, of the shapes of a 124 M model's MLP."""
     import torch
 
-    from tunesmith.linear import product
+    from tunesmith.models.linear import product
 
     x, w = torch.randn(1024, 768), torch.randn(3072, 768)
     best = float("inf")
@@ -122,7 +122,7 @@ def run_ours(
 
     from tunesmith.evaluate import nll_sum
     from tunesmith.files.weights import load_model
-    from tunesmith.lora import apply_lora
+    from tunesmith.models.lora import apply_lora
     from tunesmith.options.training import OptimizerOptions, SFTConfig, TrainOptions
     from tunesmith.step import optimizer_step
     from tunesmith.trainee import make_optimizer, store_in_bf16

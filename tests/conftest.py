@@ -69,7 +69,7 @@ def tiny_model():
     """Two layers, width 32, GPT-2's vocabulary, random weights; weights enlarged so that logits are far from flat."""
     import torch
 
-    from tunesmith.gpt import GPT, GPTConfig
+    from tunesmith.models.gpt2 import GPT, GPTConfig
 
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=128))
     model.init_weights(torch.Generator().manual_seed(0))
@@ -87,7 +87,7 @@ def tiny_directory(tmp_path_factory) -> Path:
 
     from tunesmith.files.names import SAMPLE
     from tunesmith.files.weights import save_model
-    from tunesmith.gpt import GPT, GPTConfig
+    from tunesmith.models.gpt2 import GPT, GPTConfig
     from tunesmith.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(SAMPLE)

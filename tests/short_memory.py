@@ -11,9 +11,9 @@ from tiny_runs import tiny_config
 from tunesmith.batching import Batches
 from tunesmith.evaluate import nll_sum
 from tunesmith.files.names import SAMPLE
-from tunesmith.gpt import GPTConfig
+from tunesmith.models.gpt2 import GPTConfig
+from tunesmith.models.scored import RewardModel
 from tunesmith.preferences import PreferenceLoss, dpo_loss_sum, reward_loss_sum
-from tunesmith.reward import RewardModel
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.training import load_splits
 

@@ -21,8 +21,8 @@ from tunesmith.files.adapters import CONFIG, WEIGHTS, read_adapter, save_adapter
 from tunesmith.files.names import SAMPLE, load_adapted, load_plain
 from tunesmith.files.weights import load_model, save_model, weights_fingerprint
 from tunesmith.generation import encode_prompt
-from tunesmith.gpt import GPTConfig
-from tunesmith.lora import lora_layers
+from tunesmith.models.gpt2 import GPTConfig
+from tunesmith.models.lora import lora_layers
 from tunesmith.tokenizer import Tokenizer
 
 TOLERANCE = 1e-5

@@ -16,10 +16,10 @@ from tunesmith.__main__ import main
 from tunesmith.answers import ScoredAnswer
 from tunesmith.files.names import SAMPLE, load
 from tunesmith.files.weights import save_model
-from tunesmith.gpt import GPTConfig
 from tunesmith.logprobs import answer_logps, encode_answers, token_texts
+from tunesmith.models.gpt2 import GPTConfig
+from tunesmith.models.scored import RewardModel, save_reward_model
 from tunesmith.recipes.compare import COLOURS, coloured
-from tunesmith.reward import RewardModel, save_reward_model
 from tunesmith.stats import Interval
 from tunesmith.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
 

@@ -9,13 +9,13 @@ from torch.nn.attention import varlen
 import tunesmith as ts
 from reference import random_model
 from tiny_runs import tiny_config
-from tunesmith import documents as module
 from tunesmith.batching import Batches
 from tunesmith.datasets import open_dataset
 from tunesmith.evaluate import estimate_loss, nll_sum
 from tunesmith.files.names import SAMPLE, load_for_training
-from tunesmith.gpt import GPT, GPTConfig
-from tunesmith.lora import apply_lora
+from tunesmith.models import attention as module
+from tunesmith.models.gpt2 import GPT, GPTConfig
+from tunesmith.models.lora import apply_lora
 from tunesmith.options.training import DataOptions, PairDataOptions
 from tunesmith.pairs import PairBatches, PairStore
 from tunesmith.preferences import PreferenceLoss, dpo_loss_sum, estimate_dpo

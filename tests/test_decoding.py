@@ -11,7 +11,7 @@ from tunesmith import decoding, generation
 from tunesmith.decoding import ENOUGH_STEPS, FixedSteps, recorder
 from tunesmith.files.names import SAMPLE
 from tunesmith.generation import Sampling, decode, encode_prompt, generate_answers
-from tunesmith.gpt import GPTConfig
+from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.tokenizer import Tokenizer
 
 SHAPE = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=6144, block_size=96)

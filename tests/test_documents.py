@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reference import in_transformers, random_model
-from tunesmith.documents import Documents, attend_documents
 from tunesmith.errors import UserError
-from tunesmith.gpt import GPTConfig
+from tunesmith.models.attention import Documents, attend_documents
+from tunesmith.models.gpt2 import GPTConfig
 
 FLOAT64 = 1e-12
 HEADS, WIDTH = 2, 4

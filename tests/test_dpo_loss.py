@@ -10,8 +10,8 @@ from made_pairs import END, batches_of, random_pairs
 from reference import in_transformers, oriented, random_model
 from tunesmith.datasets import open_dataset
 from tunesmith.files.names import SAMPLE
-from tunesmith.gpt import GPTConfig
 from tunesmith.losses import dpo_loss
+from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.options.training import PairDataOptions
 from tunesmith.pairs import PairStore
 from tunesmith.preferences import PreferenceLoss, answer_logps, dpo_loss_sum

@@ -173,7 +173,7 @@ def test_what_does_not_go_together_is_told(tiny_directory, talk, pairs, tmp_path
     assert main(["evaluate", str(run.path), talk]) == 1
     assert "gives scores, and" in capsys.readouterr().err
     from tunesmith.files.weights import save_model
-    from tunesmith.gpt import GPT, GPTConfig
+    from tunesmith.models.gpt2 import GPT, GPTConfig
     from tunesmith.tokenizer import Tokenizer
 
     other = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=50257, block_size=64))

@@ -24,8 +24,8 @@ from tunesmith.generation import (
     sample_tokens,
     stream,
 )
-from tunesmith.gpt import GPTConfig
-from tunesmith.linear import packable
+from tunesmith.models.gpt2 import GPTConfig
+from tunesmith.models.linear import packable
 from tunesmith.tokenizer import Tokenizer
 
 SHAPE = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=6144, block_size=96)

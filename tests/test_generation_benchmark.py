@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from reference import greedy, random_model
-from tunesmith.gpt import GPTConfig
+from tunesmith.models.gpt2 import GPTConfig
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=300, block_size=64)
@@ -50,7 +50,7 @@ def test_quick_run_writes_a_result_with_the_same_tokens_and_the_machines_limit(t
 
 def test_bytes_and_operations_of_a_run_are_those_of_the_model(benchmark, model, monkeypatch):
     """Answers of 3, 1 and 2 tokens, two prompts at a time: passes over 8, 4 tokens' keys, 1 prompt and 2 tokens."""
-    from tunesmith import linear
+    from tunesmith.models import linear
 
     passes = benchmark.steps(SHAPE, PROMPTS, [[0] * 3, [0], [0] * 2], 2)
     linears = [m.weight.numel() for m in model.modules() if isinstance(m, linear.Linear)]

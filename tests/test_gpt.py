@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from reference import in_transformers, oriented, random_model
 from tunesmith.errors import UserError
-from tunesmith.gpt import GPT, SIZES, Documents, GPTConfig
 from tunesmith.losses import IGNORE_INDEX, head_nll_sum
+from tunesmith.models.gpt2 import GPT, SIZES, Documents, GPTConfig
 from tunesmith.optim import build_optimizer
 from tunesmith.step import optimizer_step
 

@@ -16,12 +16,12 @@ from tiny_runs import comparable, tiny_config
 from tunesmith import decoding, generation, prefetch
 from tunesmith.batching import Batches
 from tunesmith.datasets import open_dataset
-from tunesmith.documents import Documents, attend_documents, attention_path, flash_capability
 from tunesmith.evaluate import nll_sum
 from tunesmith.files.names import SAMPLE
 from tunesmith.generation import Sampling, decode
-from tunesmith.gpt import GPTConfig
 from tunesmith.graphs import WARM_UP, RecordedStep, recorder
+from tunesmith.models.attention import Documents, attend_documents, attention_path, flash_capability
+from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.optim import OneByOne, build_optimizer, set_learning_rate
 from tunesmith.options.training import DataOptions, PairDataOptions
 from tunesmith.pairs import PairBatches, PairStore

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from reference import random_model
 from tunesmith.batching import Batch
 from tunesmith.evaluate import nll_sum
-from tunesmith.gpt import GPTConfig
+from tunesmith.models.gpt2 import GPTConfig
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SHAPE = GPTConfig(n_layer=3, n_head=2, n_embd=16, vocab_size=300, block_size=64)
@@ -68,7 +68,7 @@ def test_it_runs_on_a_cpu_and_its_result_makes_a_table(tmp_path):
 
 
 def test_operations_are_those_that_torch_counts(benchmark, monkeypatch):
-    from tunesmith import linear
+    from tunesmith.models import linear
 
     monkeypatch.setattr(linear, "_has_onednn", lambda: False)  # the counter knows torch's own products
     model = random_model(SHAPE).train()

@@ -17,9 +17,9 @@ from tunesmith.__main__ import main
 from tunesmith.batching import Batch
 from tunesmith.errors import UsageError
 from tunesmith.evaluate import nll_sum
-from tunesmith.gpt import GPTConfig
 from tunesmith.graphs import WARM_UP, RecordedStep
-from tunesmith.lora import apply_lora
+from tunesmith.models.gpt2 import GPTConfig
+from tunesmith.models.lora import apply_lora
 from tunesmith.optim import build_optimizer, set_learning_rate
 from tunesmith.options.training import DPOConfig, SFTConfig
 from tunesmith.recipes import sft

@@ -16,7 +16,7 @@ from safetensors.torch import load as load_safetensors
 from tunesmith.files.adapters import save_adapter
 from tunesmith.files.names import load_tokenizer
 from tunesmith.files.weights import load_model, weights_fingerprint
-from tunesmith.lora import apply_lora, lora_layers, merge
+from tunesmith.models.lora import apply_lora, lora_layers, merge
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ROWS = [

@@ -11,14 +11,14 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "tunesmith"
 
 LAYERS = [
-    {"errors", "linear", "outofmemory", "recompute", "capture"},
+    {"errors", "models.linear", "outofmemory", "models.recompute", "capture"},
     {"options.training", "options.commands", "options.parse", "hub", "files.run", "prompts", "progress", "tokenizer", "dialogue", "device", "readers"}
-    | {"stats", "page", "documents", "losses", "lora", "optim", "answers", "choice", "endpoint", "options.pretraining"}
+    | {"stats", "page", "models.attention", "losses", "models.lora", "optim", "answers", "choice", "endpoint", "options.pretraining"}
     | {"prefetch", "options.planning"},
-    {"gpt", "step", "splitting", "datasets", "judge", "rowchecks", "bits", "study.read", "study.claims", "study.figures", "memory"}
+    {"models.gpt2", "step", "splitting", "datasets", "judge", "rowchecks", "bits", "study.read", "study.claims", "study.figures", "memory"}
     | {"study.files"},
     {"files.weights", "tokenstore", "graphs", "overlap", "study.select", "study.plan", "workload", "decoding"},
-    {"files.adapters", "reward", "checkpoint", "batching", "study.lines", "study.tables", "study.verdicts", "study.ledger"}
+    {"files.adapters", "models.scored", "checkpoint", "batching", "study.lines", "study.tables", "study.verdicts", "study.ledger"}
     | {"study.executors", "cards"},
     {"files.names", "pairs", "evaluate", "study.plots", "study.parts", "study.view", "study.on_ray"},
     {"generation", "fit", "preferences", "trainee", "scoring", "cutchecks", "scratch", "study.study_page", "study.run"}

@@ -17,8 +17,8 @@ from tunesmith.batching import Batch
 from tunesmith.errors import UserError
 from tunesmith.evaluate import nll_sum
 from tunesmith.files.weights import load_model
-from tunesmith.gpt import GPT, SIZES, GPTConfig
-from tunesmith.lora import LoRALinear, apply_lora, disabled, find_targets, lora_layers, merge, strip, unmerge
+from tunesmith.models.gpt2 import GPT, SIZES, GPTConfig
+from tunesmith.models.lora import LoRALinear, apply_lora, disabled, find_targets, lora_layers, merge, strip, unmerge
 from tunesmith.optim import build_optimizer
 from tunesmith.step import optimizer_step
 from tunesmith.trainee import load_trainee

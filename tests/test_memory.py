@@ -6,10 +6,7 @@ import pytest
 import torch
 
 from tunesmith.batching import Batch
-from tunesmith.documents import Documents
 from tunesmith.evaluate import states_and_head
-from tunesmith.gpt import GPT, SIZES, GPTConfig
-from tunesmith.lora import apply_lora
 from tunesmith.losses import head_nll_sum
 from tunesmith.memory import (
     SLOTS,
@@ -21,6 +18,9 @@ from tunesmith.memory import (
     predict_memory,
     state_bytes,
 )
+from tunesmith.models.attention import Documents
+from tunesmith.models.gpt2 import GPT, SIZES, GPTConfig
+from tunesmith.models.lora import apply_lora
 from tunesmith.optim import OPTIMIZERS, OneByOne, build_optimizer, state_parts
 from tunesmith.step import optimizer_step
 from tunesmith.trainee import store_in_bf16

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from reference import numpy_optimizer, random_model
-from tunesmith.gpt import GPTConfig
+from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.optim import OPTIMIZERS, SCHEDULES, build_optimizer, schedule_factor
 
 LR, DECAY, MOMENTUM = 0.03, 0.1, 0.8

@@ -14,7 +14,7 @@ from reference import pack_batch, random_model
 from short_memory import CUDA, FLOAT64, case, fail, leaves
 from tunesmith.errors import UserError
 from tunesmith.evaluate import nll_sum
-from tunesmith.gpt import GPTConfig
+from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.optim import build_optimizer
 from tunesmith.outofmemory import is_out_of_memory
 from tunesmith.splitting import Splitting, split_to, step_in_memory
@@ -213,7 +213,7 @@ import torch
 from pathlib import Path
 from reference import pack_batch, random_model
 from tunesmith.evaluate import nll_sum
-from tunesmith.gpt import GPTConfig
+from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.optim import OneByOne, build_optimizer
 from tunesmith.splitting import Splitting, step_in_memory
 from tunesmith.step import optimizer_step

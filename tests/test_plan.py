@@ -11,8 +11,8 @@ import torch
 from tunesmith.__main__ import main
 from tunesmith.cards import CARDS
 from tunesmith.errors import UsageError
-from tunesmith.gpt import SIZES, GPTConfig
 from tunesmith.memory import Work, count_parameters, linear_sizes
+from tunesmith.models.gpt2 import SIZES, GPTConfig
 from tunesmith.options.parse import from_settings
 from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
 from tunesmith.planning import alternatives, candidates, choose, find_place, is_exact, make_setting, size_in_bytes

@@ -13,9 +13,9 @@ from made_pairs import END, batches_of, random_pairs
 from reference import random_model
 from test_losses import largest
 from tunesmith import preferences
-from tunesmith.gpt import GPTConfig
-from tunesmith.lora import apply_lora, lora_layers
 from tunesmith.losses import sequence_loss_sum
+from tunesmith.models.gpt2 import GPTConfig
+from tunesmith.models.lora import apply_lora, lora_layers
 from tunesmith.optim import build_optimizer
 from tunesmith.preferences import PreferenceLoss, answer_logps, dpo_loss_sum, estimate_dpo
 from tunesmith.step import optimizer_step

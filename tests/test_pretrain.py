@@ -25,7 +25,7 @@ from tiny_runs import tiny_config
 from tunesmith.__main__ import main
 from tunesmith.bits import bits_per_byte, text_bytes
 from tunesmith.datasets import open_dataset
-from tunesmith.gpt import SIZES
+from tunesmith.models.gpt2 import SIZES
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import DataOptions
 from tunesmith.readers import STRETCH, Report, read_file

@@ -16,8 +16,8 @@ from tiny_runs import comparable, tiny_config
 from tunesmith import reference
 from tunesmith.files.names import SAMPLE
 from tunesmith.files.weights import load_model, save_model
-from tunesmith.gpt import GPTConfig
-from tunesmith.lora import apply_lora, disabled, lora_layers
+from tunesmith.models.gpt2 import GPTConfig
+from tunesmith.models.lora import apply_lora, disabled, lora_layers
 from tunesmith.options.training import DPOConfig
 from tunesmith.preferences import answer_logps
 from tunesmith.recipes import dpo as recipe

@@ -17,17 +17,17 @@ from reference import oriented, random_model
 from test_resume import assert_same_end, interrupted
 from tiny_runs import last_digest, tiny_config, train_losses
 from tunesmith.__main__ import main
-from tunesmith.documents import Documents
 from tunesmith.errors import UserError
 from tunesmith.files.adapters import CONFIG, WEIGHTS
 from tunesmith.files.names import SAMPLE
 from tunesmith.files.weights import save_model
-from tunesmith.gpt import GPTConfig
 from tunesmith.losses import bradley_terry_loss
+from tunesmith.models.attention import Documents
+from tunesmith.models.gpt2 import GPTConfig
+from tunesmith.models.scored import RewardModel, save_reward_model
 from tunesmith.options.training import PairDataOptions, RewardConfig
 from tunesmith.pairs import PairBatches, PairStore
 from tunesmith.preferences import OBSERVED, pair_scores, reward_loss_sum
-from tunesmith.reward import RewardModel, save_reward_model
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.training import load_splits
 

@@ -5,7 +5,7 @@ import pytest
 from made_pairs import batches_of, read_back
 from reference import batch_nll, pack_batch, random_model
 from short_memory import FLOAT64, documents_of, leaves, text_batches
-from tunesmith.gpt import GPTConfig
+from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.splitting import split_to
 
 

@@ -13,7 +13,7 @@ from torch.amp import GradScaler
 
 from reference import batch_nll, pack_batch, random_model
 from tunesmith.evaluate import nll_sum
-from tunesmith.gpt import GPTConfig
+from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.optim import build_optimizer
 from tunesmith.step import optimizer_step
 

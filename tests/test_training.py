@@ -15,7 +15,7 @@ from tunesmith.errors import UserError
 from tunesmith.evaluate import estimate_loss
 from tunesmith.files.names import SAMPLE
 from tunesmith.files.weights import load_model
-from tunesmith.gpt import GPTConfig
+from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.training import load_splits, text_batches
 

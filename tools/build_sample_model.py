@@ -31,7 +31,7 @@ from tunesmith.evaluate import estimate_loss
 from tunesmith.files.names import SAMPLE, load
 from tunesmith.files.run import Run
 from tunesmith.files.weights import load_model, save_model
-from tunesmith.gpt import GPT
+from tunesmith.models.gpt2 import GPT
 from tunesmith.options.training import DataOptions
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.training import load_splits

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from tunesmith.files.names import load_reward as load_reward
     from tunesmith.files.run import Run as Run
     from tunesmith.generation import generate as generate
-    from tunesmith.gpt import GPT as GPT
-    from tunesmith.gpt import GPTConfig as GPTConfig
+    from tunesmith.models.gpt2 import GPT as GPT
+    from tunesmith.models.gpt2 import GPTConfig as GPTConfig
     from tunesmith.options.pretraining import PretrainConfig as PretrainConfig
     from tunesmith.options.training import DPOConfig as DPOConfig
     from tunesmith.options.training import RewardConfig as RewardConfig
@@ -32,8 +32,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "DPOConfig": "options.training",
-    "GPT": "gpt",
-    "GPTConfig": "gpt",
+    "GPT": "models.gpt2",
+    "GPTConfig": "models.gpt2",
     "PretrainConfig": "options.pretraining",
     "RewardConfig": "options.training",
     "Run": "files.run",

@@ -25,7 +25,7 @@ from tunesmith.cutchecks import (
 from tunesmith.datasets import Source, holdout_rows, label, read_row
 from tunesmith.dialogue import BadRow, Preference, Row
 from tunesmith.errors import UsageError, UserError
-from tunesmith.gpt import GPTConfig
+from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.overlap import Overlap, Print, fingerprint, overlap
 from tunesmith.pairs import PairStore
 from tunesmith.readers import Report

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from tunesmith.device import put
 from tunesmith.dialogue import END
-from tunesmith.documents import Documents
 from tunesmith.errors import UsageError, UserError
 from tunesmith.losses import IGNORE_INDEX
+from tunesmith.models.attention import Documents
 from tunesmith.tokenstore import TokenStore
 
 Array = np.ndarray[Any, Any]

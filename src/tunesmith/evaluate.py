@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from tunesmith.batching import Batch, Batches
 from tunesmith.device import Precision, autocast
 from tunesmith.dialogue import END
-from tunesmith.documents import Documents
-from tunesmith.gpt import GPT
-from tunesmith.lora import head_parts
 from tunesmith.losses import IGNORE_INDEX, LowRank, head_nll_sum, token_nll
+from tunesmith.models.attention import Documents
+from tunesmith.models.gpt2 import GPT
+from tunesmith.models.lora import head_parts
 from tunesmith.splitting import within_memory
 
 

@@ -17,11 +17,11 @@ from torch import Tensor
 from tunesmith import decoding
 from tunesmith.device import return_freed_memory
 from tunesmith.dialogue import STOP_TEXTS, BadRow, Message, cut_at_stop, parse_messages, prompt_segments
-from tunesmith.documents import Documents
 from tunesmith.errors import UsageError, UserError
 from tunesmith.evaluate import evaluation_mode
-from tunesmith.gpt import GPT, Cache
-from tunesmith.linear import pack_for_good, packed_weights
+from tunesmith.models.attention import Documents
+from tunesmith.models.gpt2 import GPT, Cache
+from tunesmith.models.linear import pack_for_good, packed_weights
 from tunesmith.tokenizer import Tokenizer
 
 PREFILL_TOKENS = 2048  # prompt tokens in one forward pass, to bound its memory

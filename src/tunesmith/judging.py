@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tunesmith.answers import ScoredAnswer
 from tunesmith.generation import Sampling, generate_answers
-from tunesmith.gpt import GPT
+from tunesmith.models.gpt2 import GPT
 from tunesmith.options.training import GenerateOptions
 from tunesmith.prompts import Prompt
 from tunesmith.scoring import Scorer

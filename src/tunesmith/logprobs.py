@@ -12,7 +12,7 @@ from tunesmith.answers import ScoredAnswer
 from tunesmith.batching import pack
 from tunesmith.evaluate import evaluation_mode
 from tunesmith.generation import encode_prompt
-from tunesmith.gpt import GPT
+from tunesmith.models.gpt2 import GPT
 from tunesmith.pairs import join_pairs
 from tunesmith.preferences import target_logps
 from tunesmith.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.linear import product
+from tunesmith.models.linear import product
 
 IGNORE_INDEX = -100
 

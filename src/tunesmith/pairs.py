@@ -21,8 +21,8 @@ from torch import Tensor
 
 from tunesmith.batching import PAD_STEP, pack, steady_width
 from tunesmith.device import put
-from tunesmith.documents import Documents
 from tunesmith.errors import UsageError, UserError
+from tunesmith.models.attention import Documents
 from tunesmith.tokenstore import TokenStore
 
 Array = np.ndarray[Any, Any]

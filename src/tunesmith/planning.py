@@ -20,8 +20,8 @@ from tunesmith.cards import CARDS, CONTEXT, Card, card_seconds
 from tunesmith.device import has_lean_allocator, resident_memory, resolve_device, resolve_precision
 from tunesmith.errors import UsageError
 from tunesmith.evaluate import head_chunk
-from tunesmith.gpt import GPTConfig
 from tunesmith.memory import Memory, Work, adapted_layers, count_parameters, predict_memory
+from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.options.training import DPOConfig, RewardConfig
 from tunesmith.trainee import AnyConfig
 from tunesmith.workload import Rows, shared_keys

@@ -19,16 +19,16 @@ from torch import Tensor, nn
 
 from tunesmith.batching import Batch
 from tunesmith.device import resolve_compile
-from tunesmith.documents import Documents
 from tunesmith.evaluate import nll_sum
-from tunesmith.gpt import GPT, GPTConfig
-from tunesmith.lora import apply_lora
+from tunesmith.models.attention import Documents
+from tunesmith.models.gpt2 import GPT, GPTConfig
+from tunesmith.models.lora import apply_lora
+from tunesmith.models.scored import RewardModel
 from tunesmith.optim import OneByOne
 from tunesmith.options.training import DPOConfig, RewardConfig
 from tunesmith.pairs import PairBatch, join_pairs
 from tunesmith.preferences import PreferenceLoss, dpo_loss_sum, reward_loss_sum
 from tunesmith.reference import adapter_off, second_model
-from tunesmith.reward import RewardModel
 from tunesmith.settings import precision_of
 from tunesmith.step import optimizer_step
 from tunesmith.trainee import AnyConfig, alpha_of, make_optimizer, prepare_model, store_in_bf16

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from tunesmith.device import Precision, put
 from tunesmith.evaluate import evaluation_mode
-from tunesmith.gpt import GPT
-from tunesmith.lora import disabled
+from tunesmith.models.gpt2 import GPT
+from tunesmith.models.lora import disabled
 from tunesmith.pairs import PairBatch, PairBatches
 from tunesmith.preferences import Reference, answer_logps
 from tunesmith.progress import Progress

@@ -13,13 +13,13 @@ import torch
 
 from tunesmith.device import resolve_device
 from tunesmith.dialogue import Message, parse_messages, segments
-from tunesmith.documents import Documents
 from tunesmith.errors import UserError
 from tunesmith.evaluate import evaluation_mode
 from tunesmith.files.names import find_model, is_adapter, load_reward
 from tunesmith.files.run import Run
 from tunesmith.files.weights import read_json
-from tunesmith.reward import RewardModel, is_reward_model
+from tunesmith.models.attention import Documents
+from tunesmith.models.scored import RewardModel, is_reward_model
 from tunesmith.stats import share_interval
 from tunesmith.tokenizer import Tokenizer
 

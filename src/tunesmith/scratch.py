@@ -11,7 +11,7 @@ from tunesmith.dialogue import prose
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.names import shape_of, tokenizer_of
 from tunesmith.files.run import Run
-from tunesmith.gpt import GPTConfig
+from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.options.pretraining import PretrainConfig, PretrainDataOptions
 from tunesmith.readers import Report
 from tunesmith.tokenizer import SMALLEST_VOCABULARY, Tokenizer

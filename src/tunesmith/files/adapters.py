@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from tunesmith.errors import UserError
 from tunesmith.files.weights import read_json, read_safetensors, write_safetensors
-from tunesmith.gpt import GPT
-from tunesmith.lora import HEAD, LoRALinear, freeze_base, lora_layers, replace_layer, short_name
+from tunesmith.models.gpt2 import GPT
+from tunesmith.models.lora import HEAD, LoRALinear, freeze_base, lora_layers, replace_layer, short_name
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FINGERPRINT = "base_sha256"  # in the metadata of adapter_model.safetensors, which PEFT does not mind

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tunesmith.errors import UserError
-from tunesmith.gpt import GPT, GPTConfig
+from tunesmith.models.gpt2 import GPT, GPTConfig
 from tunesmith.tokenizer import Tokenizer
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # Conv1D: (in, out)

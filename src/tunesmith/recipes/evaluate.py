@@ -29,7 +29,7 @@ from tunesmith.dialogue import Preference
 from tunesmith.errors import UserError
 from tunesmith.evaluate import AnswerLoss, answer_losses, evaluation_mode
 from tunesmith.files.names import gives_scores, load, run_and_step
-from tunesmith.gpt import GPT
+from tunesmith.models.gpt2 import GPT
 from tunesmith.options.commands import EvaluateCommand
 from tunesmith.options.training import DataOptions
 from tunesmith.pairs import PairBatches, PairStore

@@ -20,7 +20,7 @@ from typing import Any
 from tunesmith.device import has_lean_allocator, keep_freed_memory, return_memory_at_once
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.names import known_shape
-from tunesmith.gpt import SIZES, GPTConfig
+from tunesmith.models.gpt2 import SIZES, GPTConfig
 from tunesmith.options.planning import PlanDPO, PlanPretrain, PlanReward, PlanSFT
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import DPOConfig, RewardConfig

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from tunesmith.choice import Sums
 from tunesmith.files.run import Run
+from tunesmith.models.scored import RewardModel
 from tunesmith.options.training import RewardConfig
 from tunesmith.preferences import OBSERVED, estimate_reward, reward_loss_sum
-from tunesmith.reward import RewardModel
 from tunesmith.settings import (
     check_options,
     check_pair_options,

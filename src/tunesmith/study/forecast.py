@@ -12,8 +12,8 @@ import torch
 from tunesmith.device import autocast, resolve_device, resolve_precision
 from tunesmith.errors import UserError
 from tunesmith.files.names import known_shape
-from tunesmith.gpt import Block, GPTConfig
 from tunesmith.memory import Memory, Work, adapted_layers, linear_sizes, predict_memory
+from tunesmith.models.gpt2 import Block, GPTConfig
 from tunesmith.study.ledger import DONE, Ledger
 from tunesmith.study.plan import Plan, PlannedRun, reference
 from tunesmith.workload import forward_operations, shared_keys, step_operations

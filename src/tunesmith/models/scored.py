@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunesmith.documents import Documents
 from tunesmith.errors import UserError
 from tunesmith.files.weights import (
     config_from_hf,
@@ -25,7 +24,8 @@ from tunesmith.files.weights import (
     to_hf_state_dict,
     write_safetensors,
 )
-from tunesmith.gpt import GPT
+from tunesmith.models.attention import Documents
+from tunesmith.models.gpt2 import GPT
 from tunesmith.tokenizer import Tokenizer
 
 ARCHITECTURE = "GPT2ForSequenceClassification"
@@ -34,7 +34,7 @@ ARCHITECTURE = "GPT2ForSequenceClassification"
 class RewardModel(nn.Module):
     """A GPT without its head, and `score`, a linear layer from the last token's state to one number.
 
-    >>> from tunesmith.gpt import GPTConfig
+    >>> from tunesmith.models.gpt2 import GPTConfig
     >>> model = RewardModel(GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=11, block_size=6)))
     >>> model(torch.tensor([[1, 2, 3, 4]]), Documents.from_rows([[3, 1]]), rows=torch.tensor([2, 3])).shape
     torch.Size([2])

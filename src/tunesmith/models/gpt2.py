@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from tunesmith.documents import Documents, attend_documents, prepare_for_compiling
 from tunesmith.errors import UserError
-from tunesmith.linear import Linear
-from tunesmith.recompute import Chain, plain, recomputed
+from tunesmith.models.attention import Documents, attend_documents, prepare_for_compiling
+from tunesmith.models.linear import Linear
+from tunesmith.models.recompute import Chain, plain, recomputed
 
 
 @dataclass(frozen=True)
