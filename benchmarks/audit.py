@@ -75,7 +75,7 @@ def audit(folder: Path, cache: Path) -> float:
 
 
 def tokenizer_alone(pairs: list[dict[str, str]]) -> float:
-    from tunesmith.tokenizer import Tokenizer
+    from tunesmith.data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.gpt2()
     texts = [row["chosen"] for row in pairs] + [row["rejected"].rpartition("Assistant:")[2] for row in pairs]

@@ -66,11 +66,11 @@ def main() -> None:
 
 
 def tokenise_rates(data: Path, texts: list[str], rounds: int) -> dict[str, float]:
-    from tunesmith.datasets import open_dataset
-    from tunesmith.dialogue import parse_transcript
+    from tunesmith.data.datasets import open_dataset
+    from tunesmith.data.dialogue import parse_transcript
+    from tunesmith.data.tokenizer import Tokenizer
+    from tunesmith.data.tokenstore import encode_rows, stored_rows, tokenise
     from tunesmith.options.training import DataOptions
-    from tunesmith.tokenizer import Tokenizer
-    from tunesmith.tokenstore import encode_rows, stored_rows, tokenise
 
     tokenizer, rust, rows_only, ours, tokens = Tokenizer.gpt2(), [], [], [], 0
     rows = [stored_rows(parse_transcript(text))[0] for text in texts]

@@ -67,10 +67,10 @@ def run_ours(
 
     keep_freed_memory()  # as the commands do by themselves
     from tunesmith import decoding
+    from tunesmith.data.tokenizer import Tokenizer
     from tunesmith.files.weights import load_model
     from tunesmith.generation import Sampling, decode, prepare
     from tunesmith.models import linear
-    from tunesmith.tokenizer import Tokenizer
 
     if not onednn:
         linear._has_onednn = lambda: False
@@ -241,9 +241,9 @@ def same_tokens(model: Any, prompts: Rows, found: Found) -> dict[str, Any]:
 
 def given_prompts(count: int) -> Rows:
     """Ids of the embedded prompts, as every command encodes them."""
+    from tunesmith.data.prompts import load_prompts
+    from tunesmith.data.tokenizer import Tokenizer
     from tunesmith.generation import encode_prompt
-    from tunesmith.prompts import load_prompts
-    from tunesmith.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.gpt2()
     prompts = [encode_prompt(tokenizer, [{"role": "user", "content": p.text}]) for p in load_prompts()]

@@ -213,10 +213,10 @@ def trl(at: Setting, rank: int, batch_size: int) -> dict[str, Any]:
     import trl as library
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tunesmith.datasets import open_dataset
+    from tunesmith.data.datasets import open_dataset
+    from tunesmith.data.tokenizer import Tokenizer
+    from tunesmith.data.tokenstore import tokenise
     from tunesmith.options.training import DataOptions
-    from tunesmith.tokenizer import Tokenizer
-    from tunesmith.tokenstore import tokenise
 
     tokenizer = Tokenizer.load(at.work / "model")
     store = tokenise(open_dataset(DataOptions(name="sample")), "train", tokenizer)
@@ -331,10 +331,10 @@ def save_model(work: Path, tiny: bool) -> None:
     """Random weights of GPT-2 medium, or of a tiny model with the sample's tokenizer."""
     import torch
 
+    from tunesmith.data.tokenizer import Tokenizer
     from tunesmith.files import weights
     from tunesmith.files.names import SAMPLE
     from tunesmith.models.gpt2 import GPT, SIZES, GPTConfig
-    from tunesmith.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(SAMPLE) if tiny else Tokenizer.gpt2()
     small = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=tokenizer.vocab_size, block_size=128)

@@ -79,11 +79,11 @@ def prepare(work: Path, task: str, args: argparse.Namespace) -> tuple[dict[str, 
 
 def open_pairs(given: dict[str, Any]) -> Any:
     """The pairs as batches of exactly `pairs` of them: all in a random order, or `rows` of the training split in theirs."""
-    from tunesmith.datasets import open_dataset
+    from tunesmith.data.datasets import open_dataset
+    from tunesmith.data.pairs import PairBatches, PairStore
+    from tunesmith.data.tokenizer import Tokenizer
+    from tunesmith.data.tokenstore import tokenise
     from tunesmith.options.training import DataOptions
-    from tunesmith.pairs import PairBatches, PairStore
-    from tunesmith.tokenizer import Tokenizer
-    from tunesmith.tokenstore import tokenise
 
     root = given["root"]
     source = open_dataset(DataOptions(name="hh:harmless-base" if root else "sample", root=root))

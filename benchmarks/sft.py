@@ -45,9 +45,9 @@ def save_weights(work: Path, model: str) -> Any:
     """Save random weights of this size with their tokenizer; returns the model."""
     import torch
 
+    from tunesmith.data.tokenizer import Tokenizer
     from tunesmith.files.weights import save_model
     from tunesmith.models.gpt2 import GPT, SIZES, GPTConfig
-    from tunesmith.tokenizer import Tokenizer
 
     small = GPTConfig(n_layer=6, n_head=6, n_embd=384)
     gpt = GPT(small if model == "small" else SIZES[model])
@@ -60,12 +60,12 @@ def prepare(work: Path, model: str, root: str | None, rows: int, block_size: int
     """Save the weights and `rows` packed rows; returns what the data is."""
     import torch
 
-    from tunesmith.batching import Batches
-    from tunesmith.datasets import open_dataset
+    from tunesmith.data.datasets import open_dataset
+    from tunesmith.data.texts import Batches
+    from tunesmith.data.tokenizer import Tokenizer
+    from tunesmith.data.tokenstore import tokenise
     from tunesmith.memory import linear_sizes
     from tunesmith.options.training import DataOptions
-    from tunesmith.tokenizer import Tokenizer
-    from tunesmith.tokenstore import tokenise
 
     gpt = save_weights(work, model)
     name = "hh:harmless-base" if root else "sample"

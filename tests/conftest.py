@@ -59,7 +59,7 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def tokenizer():
     """GPT-2's own tokenizer."""
-    from tunesmith.tokenizer import Tokenizer
+    from tunesmith.data.tokenizer import Tokenizer
 
     return Tokenizer.gpt2()
 
@@ -85,10 +85,10 @@ def tiny_directory(tmp_path_factory) -> Path:
     """A model directory small enough to train in a second: 2 layers, width 48, block size 256, the sample's tokenizer."""
     import torch
 
+    from tunesmith.data.tokenizer import Tokenizer
     from tunesmith.files.names import SAMPLE
     from tunesmith.files.weights import save_model
     from tunesmith.models.gpt2 import GPT, GPTConfig
-    from tunesmith.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(SAMPLE)
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=48, vocab_size=tokenizer.vocab_size, block_size=256))

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tunesmith.datasets import Source
-from tunesmith.pairs import PairBatches, PairStore
-from tunesmith.readers import Report
-from tunesmith.tokenstore import TokenStore
+from tunesmith.data.datasets import Source
+from tunesmith.data.pairs import PairBatches, PairStore
+from tunesmith.data.readers import Report
+from tunesmith.data.tokenstore import TokenStore
 
 END = 0
 

@@ -2,10 +2,10 @@
 
 import json
 
-from tunesmith.audit import audit
-from tunesmith.datasets import open_dataset
+from tunesmith.data.audit.rows import PAIRS, TEXTS
+from tunesmith.data.audit.survey import audit
+from tunesmith.data.datasets import open_dataset
 from tunesmith.options.training import DataOptions
-from tunesmith.rowchecks import PAIRS, TEXTS
 
 ORDER = 7  # clean rows between two planted ones
 

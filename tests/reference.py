@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.batching import Batch
+from tunesmith.data.texts import Batch
 from tunesmith.models.gpt2 import GPT, Documents, GPTConfig
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transformers stores these as (in, out)

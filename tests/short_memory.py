@@ -8,13 +8,13 @@ import torch
 from made_pairs import batches_of
 from reference import random_model
 from tiny_runs import tiny_config
-from tunesmith.batching import Batches
+from tunesmith.data.texts import Batches
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.evaluate import nll_sum
 from tunesmith.files.names import SAMPLE
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.models.scored import RewardModel
 from tunesmith.preferences import PreferenceLoss, dpo_loss_sum, reward_loss_sum
-from tunesmith.tokenizer import Tokenizer
 from tunesmith.training import load_splits
 
 FLOAT64 = 1e-12

@@ -16,6 +16,7 @@ import tunesmith as ts
 from reference import greedy, random_model
 from tiny_runs import tiny_config
 from tunesmith.__main__ import main
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.files.adapters import CONFIG, WEIGHTS, read_adapter, save_adapter
 from tunesmith.files.names import SAMPLE, load_adapted, load_plain
@@ -23,7 +24,6 @@ from tunesmith.files.weights import load_model, save_model, weights_fingerprint
 from tunesmith.generation import encode_prompt
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.models.lora import lora_layers
-from tunesmith.tokenizer import Tokenizer
 
 TOLERANCE = 1e-5
 SHAPE = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=6144, block_size=64)

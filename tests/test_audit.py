@@ -6,8 +6,8 @@ import json
 import pytest
 
 from planted_rows import FORM, PLANTED, UNREADABLE, audited, clean, found, spread, turns, write
-from tunesmith.datasets import holdout_rows
-from tunesmith.rowchecks import CHECKS, DIALOGUES, PAIRS, TEXTS
+from tunesmith.data.audit.rows import CHECKS, DIALOGUES, PAIRS, TEXTS
+from tunesmith.data.datasets import holdout_rows
 
 
 @pytest.mark.parametrize("form", PLANTED)

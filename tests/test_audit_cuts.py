@@ -13,9 +13,9 @@ import pytest
 
 from planted_rows import audited, found, transcript, turns, write
 from tunesmith.__main__ import main
-from tunesmith.audit import audit
-from tunesmith.cutchecks import END_CUT, OWN, SHARED
-from tunesmith.datasets import open_dataset
+from tunesmith.data.audit.cuts import END_CUT, OWN, SHARED
+from tunesmith.data.audit.survey import audit
+from tunesmith.data.datasets import open_dataset
 from tunesmith.options.training import DataOptions
 
 ASSISTANT = "\n\nAssistant:"

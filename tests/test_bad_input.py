@@ -205,7 +205,7 @@ def test_bad_prompt_files_fail_by_place(fails, tiny_directory, tmp_path, name, c
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.txt"])
 def test_a_line_separator_inside_a_prompt_does_not_cut_it(tmp_path, name):
-    from tunesmith.prompts import load_prompts
+    from tunesmith.data.prompts import load_prompts
 
     texts = ["one\u2028still one", "two\u0085still two"]
     written = [json.dumps({"prompt": t}, ensure_ascii=False) if name == "p.jsonl" else t for t in texts]

@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.batching import Batches, pack
-from tunesmith.datasets import open_dataset
-from tunesmith.dialogue import Message, segments
+from tunesmith.data.datasets import open_dataset
+from tunesmith.data.dialogue import Message, segments
+from tunesmith.data.texts import Batches, pack
+from tunesmith.data.tokenstore import tokenise
 from tunesmith.errors import UserError
 from tunesmith.losses import IGNORE_INDEX
 from tunesmith.options.training import DataOptions
-from tunesmith.tokenstore import tokenise
 
 WORDS = ["tea", " the", " of", "Blue", " 7", "!", " forge", "\n", " é", " anvil", " well", " no"]
 

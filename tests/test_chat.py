@@ -6,10 +6,10 @@ import sys
 
 import tunesmith as ts
 from reference import saying
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.files.names import SAMPLE
 from tunesmith.files.weights import save_model
 from tunesmith.generation import Sampling, encode_prompt, generate_answers
-from tunesmith.tokenizer import Tokenizer
 
 LIMIT = 24
 

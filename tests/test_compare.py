@@ -14,6 +14,7 @@ from judge_server import Reply, longer, serving, verdict
 from reference import random_model
 from tunesmith.__main__ import main
 from tunesmith.answers import ScoredAnswer
+from tunesmith.data.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
 from tunesmith.files.names import SAMPLE, load
 from tunesmith.files.weights import save_model
 from tunesmith.logprobs import answer_logps, encode_answers, token_texts
@@ -21,7 +22,6 @@ from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.models.scored import RewardModel, save_reward_model
 from tunesmith.recipes.compare import COLOURS, coloured
 from tunesmith.stats import Interval
-from tunesmith.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
 
 FEW = ["--device", "cpu", "--limit", "6", "--generate.max_new_tokens", "12"]
 

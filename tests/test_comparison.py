@@ -9,6 +9,7 @@ import subprocess
 import pytest
 
 from tunesmith.answers import ScoredAnswer
+from tunesmith.data.tokenizer import END_OF_TEXT
 from tunesmith.judge import Judgement
 from tunesmith.study.comparison import (
     Comparison,
@@ -22,7 +23,6 @@ from tunesmith.study.comparison import (
     versus_rows,
 )
 from tunesmith.study.comparison_page import render_comparison
-from tunesmith.tokenizer import END_OF_TEXT
 
 
 def row(n, a, b, *, group="g", tokens=(10, 10), orders=None, logps=None):

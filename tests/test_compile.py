@@ -9,19 +9,19 @@ from torch.nn.attention import varlen
 import tunesmith as ts
 from reference import random_model
 from tiny_runs import tiny_config
-from tunesmith.batching import Batches
-from tunesmith.datasets import open_dataset
+from tunesmith.data.datasets import open_dataset
+from tunesmith.data.pairs import PairBatches, PairStore
+from tunesmith.data.texts import Batches
+from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.data.tokenstore import tokenise
 from tunesmith.evaluate import estimate_loss, nll_sum
 from tunesmith.files.names import SAMPLE, load_for_training
 from tunesmith.models import attention as module
 from tunesmith.models.gpt2 import GPT, GPTConfig
 from tunesmith.models.lora import apply_lora
 from tunesmith.options.training import DataOptions, PairDataOptions
-from tunesmith.pairs import PairBatches, PairStore
 from tunesmith.preferences import PreferenceLoss, dpo_loss_sum, estimate_dpo
 from tunesmith.reference import adapter_off
-from tunesmith.tokenizer import Tokenizer
-from tunesmith.tokenstore import tokenise
 
 
 @pytest.mark.skipif(

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.datasets import holdout_rows, open_dataset, parse_row
-from tunesmith.dialogue import BadRow, Dialogue, Message, Preference, Text, render
+from tunesmith.data.datasets import holdout_rows, open_dataset, parse_row
+from tunesmith.data.dialogue import BadRow, Dialogue, Message, Preference, Text, render
+from tunesmith.data.readers import Report
 from tunesmith.errors import UserError
 from tunesmith.options.training import DataOptions
-from tunesmith.readers import Report
 
 USER, GOOD, BAD = "Where is 北京? 👍", "In China.\n\nFar away.", "No idea."
 ASKED = {"role": "user", "content": USER}

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.datasets import open_dataset
-from tunesmith.dialogue import (
+from tunesmith.data.datasets import open_dataset
+from tunesmith.data.dialogue import (
     BadRow,
     Dialogue,
     Message,
@@ -19,10 +19,10 @@ from tunesmith.dialogue import (
     render,
     segments,
 )
+from tunesmith.data.tokenstore import TokenStore, tokenise
 from tunesmith.generation import encode_prompt
 from tunesmith.losses import IGNORE_INDEX
 from tunesmith.options.training import DataOptions
-from tunesmith.tokenstore import TokenStore, tokenise
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 

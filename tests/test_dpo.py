@@ -15,16 +15,16 @@ from made_pairs import read_back
 from reference import batch_nll, in_transformers
 from test_resume import assert_same_end, interrupted
 from tiny_runs import as_argv, comparable, last_digest, tiny_config, train_losses
-from tunesmith.batching import Batches
-from tunesmith.datasets import open_dataset
+from tunesmith.data.datasets import open_dataset
+from tunesmith.data.pairs import PairBatches, PairStore
+from tunesmith.data.texts import Batches
+from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.data.tokenstore import tokenise
 from tunesmith.errors import UserError
 from tunesmith.files.names import SAMPLE
 from tunesmith.files.weights import load_model, read_safetensors, write_safetensors
 from tunesmith.options.training import DataOptions, DPOConfig, PairDataOptions
-from tunesmith.pairs import PairBatches, PairStore
 from tunesmith.preferences import OBSERVED
-from tunesmith.tokenizer import Tokenizer
-from tunesmith.tokenstore import tokenise
 
 HERE = Path(__file__).parent
 LN2 = 0.693147

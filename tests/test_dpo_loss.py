@@ -8,15 +8,15 @@ import torch
 
 from made_pairs import END, batches_of, random_pairs
 from reference import in_transformers, oriented, random_model
-from tunesmith.datasets import open_dataset
+from tunesmith.data.datasets import open_dataset
+from tunesmith.data.pairs import PairStore
+from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.data.tokenstore import tokenise
 from tunesmith.files.names import SAMPLE
 from tunesmith.losses import dpo_loss
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.options.training import PairDataOptions
-from tunesmith.pairs import PairStore
 from tunesmith.preferences import PreferenceLoss, answer_logps, dpo_loss_sum
-from tunesmith.tokenizer import Tokenizer
-from tunesmith.tokenstore import tokenise
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*checkpointing:FutureWarning")  # trl's own
 FLOAT32 = 1e-5  # relative, of trl's arithmetic

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.dialogue import Message, segments
+from tunesmith.data.dialogue import Message, segments
+from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.data.tokenstore import encode_rows, mark_targets
 from tunesmith.files.names import SAMPLE
-from tunesmith.tokenizer import Tokenizer
-from tunesmith.tokenstore import encode_rows, mark_targets
 
 TOKENIZERS = {"gpt2": Tokenizer.gpt2(), "sample": Tokenizer.load(SAMPLE)}
 ODD = st.text(alphabet=st.sampled_from(list("ab 's.,:'!\n\t\r\u00e9\u4e16\U0001f600  \n\nHuman:0")), max_size=12)

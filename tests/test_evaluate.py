@@ -9,7 +9,7 @@ import torch
 import tunesmith as ts
 from tiny_runs import tiny_config
 from tunesmith.__main__ import main
-from tunesmith.dialogue import Message, segments
+from tunesmith.data.dialogue import Message, segments
 from tunesmith.files.names import load_reward
 from tunesmith.options.training import DPOConfig, RewardConfig
 from tunesmith.recipes.reward import train_reward_model
@@ -172,9 +172,9 @@ def test_what_does_not_go_together_is_told(tiny_directory, talk, pairs, tmp_path
     run = train_reward_model(tiny_config(tiny_directory, tmp_path / "reward", RewardConfig, train__steps=1))
     assert main(["evaluate", str(run.path), talk]) == 1
     assert "gives scores, and" in capsys.readouterr().err
+    from tunesmith.data.tokenizer import Tokenizer
     from tunesmith.files.weights import save_model
     from tunesmith.models.gpt2 import GPT, GPTConfig
-    from tunesmith.tokenizer import Tokenizer
 
     other = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=50257, block_size=64))
     other.init_weights(torch.Generator().manual_seed(0))

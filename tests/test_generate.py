@@ -10,7 +10,8 @@ import torch
 import tunesmith as ts
 from reference import chi_square, greedy, in_transformers, kept_tokens, random_model, saying, scripted_model
 from tunesmith import generation
-from tunesmith.dialogue import Message
+from tunesmith.data.dialogue import Message
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.files.names import SAMPLE
 from tunesmith.generation import (
@@ -26,7 +27,6 @@ from tunesmith.generation import (
 )
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.models.linear import packable
-from tunesmith.tokenizer import Tokenizer
 
 SHAPE = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=6144, block_size=96)
 GREEDY = Sampling(temperature=0)

@@ -14,8 +14,11 @@ from test_documents import gradients, laid_out, one_by_one
 from test_resume import interrupted
 from tiny_runs import comparable, tiny_config
 from tunesmith import decoding, generation, prefetch
-from tunesmith.batching import Batches
-from tunesmith.datasets import open_dataset
+from tunesmith.data.datasets import open_dataset
+from tunesmith.data.pairs import PairBatches, PairStore
+from tunesmith.data.texts import Batches
+from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.data.tokenstore import tokenise
 from tunesmith.evaluate import nll_sum
 from tunesmith.files.names import SAMPLE
 from tunesmith.generation import Sampling, decode
@@ -24,12 +27,9 @@ from tunesmith.models.attention import Documents, attend_documents, attention_pa
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.optim import OneByOne, build_optimizer, set_learning_rate
 from tunesmith.options.training import DataOptions, PairDataOptions
-from tunesmith.pairs import PairBatches, PairStore
 from tunesmith.preferences import PreferenceLoss, dpo_loss_sum
 from tunesmith.prefetch import made_ahead
 from tunesmith.step import Unread, step_on_device
-from tunesmith.tokenizer import Tokenizer
-from tunesmith.tokenstore import tokenise
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(),

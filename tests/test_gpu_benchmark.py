@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from reference import random_model
-from tunesmith.batching import Batch
+from tunesmith.data.texts import Batch
 from tunesmith.evaluate import nll_sum
 from tunesmith.models.gpt2 import GPTConfig
 

@@ -14,7 +14,7 @@ from test_resume import assert_same_end, interrupted, stored_state
 from tiny_runs import comparable, last_digest, tiny_config, train_losses
 from tunesmith import settings, training
 from tunesmith.__main__ import main
-from tunesmith.batching import Batch
+from tunesmith.data.texts import Batch
 from tunesmith.errors import UsageError
 from tunesmith.evaluate import nll_sum
 from tunesmith.graphs import WARM_UP, RecordedStep

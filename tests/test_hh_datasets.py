@@ -8,12 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tunesmith.datasets import HH_SUBSETS, open_dataset
-from tunesmith.dialogue import Preference, render
+from tunesmith.data.datasets import HH_SUBSETS, open_dataset
+from tunesmith.data.dialogue import Preference, render
+from tunesmith.data.readers import Report
+from tunesmith.data.tokenstore import tokenise
 from tunesmith.errors import UserError
 from tunesmith.options.training import DataOptions
-from tunesmith.readers import Report
-from tunesmith.tokenstore import tokenise
 
 SIZES = {"train": 11, "test": 5}
 

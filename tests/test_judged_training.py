@@ -10,11 +10,11 @@ from tiny_runs import comparable, last_digest, tiny_config
 from tunesmith import training
 from tunesmith.answers import MEASURES, read_answers, rewards
 from tunesmith.choice import choose_checkpoint, read_rewards
+from tunesmith.data.prompts import load_prompts
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.run import step_name
 from tunesmith.judging import answer_prompts
 from tunesmith.options.training import DPOConfig, RewardConfig
-from tunesmith.prompts import load_prompts
 from tunesmith.recipes.reward import train_reward_model
 from tunesmith.scoring import load_scorer
 

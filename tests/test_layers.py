@@ -12,18 +12,81 @@ PACKAGE = Path(__file__).parents[1] / "src" / "tunesmith"
 
 LAYERS = [
     {"errors", "models.linear", "outofmemory", "models.recompute", "capture"},
-    {"options.training", "options.commands", "options.parse", "hub", "files.run", "prompts", "progress", "tokenizer", "dialogue", "device", "readers"}
-    | {"stats", "page", "models.attention", "losses", "models.lora", "optim", "answers", "choice", "endpoint", "options.pretraining"}
+    {
+        "options.training",
+        "options.commands",
+        "options.parse",
+        "hub",
+        "files.run",
+        "data.prompts",
+        "progress",
+        "data.tokenizer",
+        "data.dialogue",
+        "device",
+        "data.readers",
+    }
+    | {
+        "stats",
+        "page",
+        "models.attention",
+        "losses",
+        "models.lora",
+        "optim",
+        "answers",
+        "choice",
+        "endpoint",
+        "options.pretraining",
+    }
     | {"prefetch", "options.planning"},
-    {"models.gpt2", "step", "splitting", "datasets", "judge", "rowchecks", "bits", "study.read", "study.claims", "study.figures", "memory"}
+    {
+        "models.gpt2",
+        "step",
+        "splitting",
+        "data.datasets",
+        "judge",
+        "data.audit.rows",
+        "data.bits",
+        "study.read",
+        "study.claims",
+        "study.figures",
+        "memory",
+    }
     | {"study.files"},
-    {"files.weights", "tokenstore", "graphs", "overlap", "study.select", "study.plan", "workload", "decoding"},
-    {"files.adapters", "models.scored", "checkpoint", "batching", "study.lines", "study.tables", "study.verdicts", "study.ledger"}
+    {
+        "files.weights",
+        "data.tokenstore",
+        "graphs",
+        "data.audit.overlap",
+        "study.select",
+        "study.plan",
+        "workload",
+        "decoding",
+    },
+    {
+        "files.adapters",
+        "models.scored",
+        "checkpoint",
+        "data.texts",
+        "study.lines",
+        "study.tables",
+        "study.verdicts",
+        "study.ledger",
+    }
     | {"study.executors", "cards"},
-    {"files.names", "pairs", "evaluate", "study.plots", "study.parts", "study.view", "study.on_ray"},
-    {"generation", "fit", "preferences", "trainee", "scoring", "cutchecks", "scratch", "study.study_page", "study.run"}
+    {"files.names", "data.pairs", "evaluate", "study.plots", "study.parts", "study.view", "study.on_ray"},
+    {
+        "generation",
+        "fit",
+        "preferences",
+        "trainee",
+        "scoring",
+        "data.audit.cuts",
+        "scratch",
+        "study.study_page",
+        "study.run",
+    }
     | {"study.forecast"},
-    {"judging", "settings", "reference", "logprobs", "study.comparison", "audit", "planning"},
+    {"judging", "settings", "reference", "logprobs", "study.comparison", "data.audit.survey", "planning"},
     {"training", "study.comparison_page", "probe"},
     {"recipes.sft", "recipes.dpo", "recipes.reward", "recipes.data", "recipes.evaluate", "recipes.score"}
     | {"recipes.compare", "recipes.chat", "recipes.pretrain", "recipes.plan"},
@@ -31,7 +94,7 @@ LAYERS = [
     {"recipes.study"},
     {"demo"},
     {"__main__"},
-]  # fmt: skip
+]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 WITHOUT_TORCH = {
     "options.pretraining",
@@ -43,11 +106,11 @@ WITHOUT_TORCH = {
     "options.parse",
     "hub",
     "files.run",
-    "prompts",
+    "data.prompts",
     "progress",
-    "dialogue",
-    "datasets",
-    "readers",
+    "data.dialogue",
+    "data.datasets",
+    "data.readers",
     "answers",
     "choice",
     "memory",

@@ -13,7 +13,7 @@ import tunesmith as ts
 from reference import pack_batch, random_model
 from test_resume import assert_same_end, interrupted
 from tiny_runs import last_digest, tiny_config, train_losses
-from tunesmith.batching import Batch
+from tunesmith.data.texts import Batch
 from tunesmith.errors import UserError
 from tunesmith.evaluate import nll_sum
 from tunesmith.files.weights import load_model

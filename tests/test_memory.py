@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from tunesmith.batching import Batch
+from tunesmith.data.texts import Batch
 from tunesmith.evaluate import states_and_head
 from tunesmith.losses import head_nll_sum
 from tunesmith.memory import (

@@ -10,11 +10,11 @@ import torch
 
 import tunesmith as ts
 from reference import random_model
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.files.names import SAMPLE, load_for_training
 from tunesmith.files.weights import save_model
 from tunesmith.models.gpt2 import GPTConfig
-from tunesmith.tokenizer import Tokenizer
 
 SHAPE = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=6144, block_size=24)
 

@@ -14,8 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from test_tokenizer import GPT2_PATTERN, ODD_TEXTS
+from tunesmith.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_byte_symbols
 from tunesmith.errors import UserError
-from tunesmith.tokenizer import END_OF_TEXT, Tokenizer, gpt2_byte_symbols
 
 SIZE = 400
 TEXTS = [*pydoc_data.topics.topics.values()][:12]
@@ -96,7 +96,7 @@ def test_all_bytes_have_a_token_though_the_texts_hold_few_of_them(trained):
 def test_equal_texts_give_an_equal_tokenizer_whatever_the_threads():
     """In processes of their own, with one thread and with four: hash seeds and scheduling differ."""
     code = (
-        "import pydoc_data.topics as t; from tunesmith.tokenizer import Tokenizer\n"
+        "import pydoc_data.topics as t; from tunesmith.data.tokenizer import Tokenizer\n"
         "print(Tokenizer.train(t.topics.values(), 2000).fingerprint)"
     )
     found = [

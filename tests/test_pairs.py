@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from made_pairs import PAIRS, SHAPES, batches_of, random_pairs, read_back, whole
-from tunesmith.datasets import open_dataset
-from tunesmith.dialogue import parse_transcript, segments
+from tunesmith.data.datasets import open_dataset
+from tunesmith.data.dialogue import parse_transcript, segments
+from tunesmith.data.pairs import PairBatches, PairStore
+from tunesmith.data.tokenstore import tokenise
 from tunesmith.errors import UserError
 from tunesmith.options.training import PairDataOptions
-from tunesmith.pairs import PairBatches, PairStore
-from tunesmith.tokenstore import tokenise
 from tunesmith.training import load_splits
 
 ODD = [  # (prompt, chosen, rejected) as HH writes them: with white space, line breaks or no space where others have one

@@ -13,9 +13,9 @@ import torch
 import tunesmith as ts
 from tiny_runs import comparable, last_digest, tiny_config
 from tunesmith import prefetch, training
+from tunesmith.data.pairs import PairBatches
 from tunesmith.models.attention import Documents
 from tunesmith.options.training import DPOConfig
-from tunesmith.pairs import PairBatches
 from tunesmith.prefetch import AHEAD, Prefetch, made_ahead, tensors_of
 
 CPU = torch.device("cpu")

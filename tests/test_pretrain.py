@@ -23,15 +23,15 @@ from test_readme import blocks, commands, run
 from test_resume import assert_same_end, interrupted
 from tiny_runs import tiny_config
 from tunesmith.__main__ import main
-from tunesmith.bits import bits_per_byte, text_bytes
-from tunesmith.datasets import open_dataset
+from tunesmith.data.bits import bits_per_byte, text_bytes
+from tunesmith.data.datasets import open_dataset
+from tunesmith.data.readers import STRETCH, Report, read_file
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.models.gpt2 import SIZES
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import DataOptions
-from tunesmith.readers import STRETCH, Report, read_file
 from tunesmith.scratch import resolve_shape, training_texts
 from tunesmith.study.report import render_report
-from tunesmith.tokenizer import Tokenizer
 from tunesmith.training import load_splits
 
 MARGIN = 0.4  # nats a token by which the model must beat the best that knows no context

@@ -12,7 +12,7 @@ from short_memory import fail
 from test_resume import assert_same_end, interrupted
 from tiny_runs import comparable, last_digest, tiny_config
 from tunesmith import training
-from tunesmith.batching import Batches
+from tunesmith.data.texts import Batches
 from tunesmith.errors import UserError
 from tunesmith.options.training import DPOConfig
 from tunesmith.recipes import sft

@@ -6,13 +6,13 @@ from itertools import islice
 
 import pytest
 
-from tunesmith.batching import Batches
-from tunesmith.datasets import open_dataset, parse_row
-from tunesmith.dialogue import Dialogue, Preference, parse_transcript, render, segments
+from tunesmith.data.datasets import open_dataset, parse_row
+from tunesmith.data.dialogue import Dialogue, Preference, parse_transcript, render, segments
+from tunesmith.data.readers import Report
+from tunesmith.data.texts import Batches
+from tunesmith.data.tokenstore import tokenise
 from tunesmith.errors import UserError
 from tunesmith.options.training import DataOptions
-from tunesmith.readers import Report
-from tunesmith.tokenstore import tokenise
 
 HH_COUNTS = {"train": 1300, "test": 200}
 

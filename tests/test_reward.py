@@ -17,6 +17,8 @@ from reference import oriented, random_model
 from test_resume import assert_same_end, interrupted
 from tiny_runs import last_digest, tiny_config, train_losses
 from tunesmith.__main__ import main
+from tunesmith.data.pairs import PairBatches, PairStore
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.files.adapters import CONFIG, WEIGHTS
 from tunesmith.files.names import SAMPLE
@@ -26,9 +28,7 @@ from tunesmith.models.attention import Documents
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.models.scored import RewardModel, save_reward_model
 from tunesmith.options.training import PairDataOptions, RewardConfig
-from tunesmith.pairs import PairBatches, PairStore
 from tunesmith.preferences import OBSERVED, pair_scores, reward_loss_sum
-from tunesmith.tokenizer import Tokenizer
 from tunesmith.training import load_splits
 
 FLOAT32, FLOAT64 = 1e-5, 1e-10

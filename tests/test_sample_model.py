@@ -12,14 +12,14 @@ import pytest
 
 import tunesmith as ts
 from reference import saying
-from tunesmith.batching import Batches
-from tunesmith.bits import bits_per_byte, text_bytes
+from tunesmith.data.bits import bits_per_byte, text_bytes
+from tunesmith.data.prompts import Prompt
+from tunesmith.data.texts import Batches
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.evaluate import estimate_loss
 from tunesmith.files.names import SAMPLE
 from tunesmith.generation import encode_prompt
 from tunesmith.options.training import DataOptions
-from tunesmith.prompts import Prompt
-from tunesmith.tokenizer import Tokenizer
 from tunesmith.training import load_splits
 
 PAGE_FILE = Path(__file__).parents[1] / "docs" / "sample-model.md"

@@ -8,11 +8,11 @@ import sys
 import numpy as np
 import pytest
 
-from tunesmith import tokenstore
-from tunesmith.datasets import open_dataset
+from tunesmith.data import tokenstore
+from tunesmith.data.datasets import open_dataset
+from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.data.tokenstore import tokenise
 from tunesmith.options.training import DataOptions
-from tunesmith.tokenizer import Tokenizer
-from tunesmith.tokenstore import tokenise
 
 ROWS = [{"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a " * i}]} for i in range(1, 30)]  # fmt: skip
 
@@ -133,10 +133,10 @@ def test_a_cache_whose_writer_was_killed_is_not_used(file, tokenizer, cache):
     """The process dies, without any clean-up, after its second file of five."""
     killed = """
 import os, sys, numpy
-from tunesmith.datasets import open_dataset
+from tunesmith.data.datasets import open_dataset
 from tunesmith.options.training import DataOptions
-from tunesmith.tokenizer import Tokenizer
-from tunesmith.tokenstore import tokenise
+from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.data.tokenstore import tokenise
 save, saved = numpy.save, []
 def dying(path, array):
     saved.append(path)

@@ -11,12 +11,12 @@ import tunesmith as ts
 from reference import batch_nll, random_model
 from tiny_runs import comparable, last_digest, tiny_config, train_losses, write_dialogues
 from tunesmith.__main__ import main
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.evaluate import estimate_loss
 from tunesmith.files.names import SAMPLE
 from tunesmith.files.weights import load_model
 from tunesmith.models.gpt2 import GPTConfig
-from tunesmith.tokenizer import Tokenizer
 from tunesmith.training import load_splits, text_batches
 
 BATCHINGS = ["packed", "windows", "padded"]

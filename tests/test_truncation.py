@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from tunesmith.batching import Batches, cut_rows
-from tunesmith.datasets import open_dataset
+from tunesmith.data.datasets import open_dataset
+from tunesmith.data.texts import Batches, cut_rows
+from tunesmith.data.tokenstore import tokenise
 from tunesmith.errors import UserError
 from tunesmith.losses import IGNORE_INDEX
 from tunesmith.options.training import DataOptions
-from tunesmith.tokenstore import tokenise
 
 BLOCK = 40
 

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from reference import in_transformers, oriented, random_model
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.files.names import SAMPLE
 from tunesmith.files.weights import empty_model, load_model, save_model
 from tunesmith.models.gpt2 import GPT, GPTConfig
-from tunesmith.tokenizer import Tokenizer
 
 SHAPE = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=6144, block_size=24)
 IDS = torch.randint(0, 6144, (2, 24), generator=torch.Generator().manual_seed(0))

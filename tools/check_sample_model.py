@@ -16,11 +16,11 @@ from collections import Counter
 from pathlib import Path
 
 from tunesmith.answers import words
+from tunesmith.data.prompts import load_prompts
 from tunesmith.demo import demo_sft
 from tunesmith.files.names import load
 from tunesmith.generation import Sampling, decode, encode_prompt
 from tunesmith.options.commands import DemoCommand
-from tunesmith.prompts import load_prompts
 from tunesmith.recipes.sft import sft
 
 SEEDS = (1, 2, 3)

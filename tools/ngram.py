@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.bits import bits_per_byte, text_bytes
+from tunesmith.data.bits import bits_per_byte, text_bytes
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.files.names import find_model
 from tunesmith.options.training import DataOptions
-from tunesmith.tokenizer import Tokenizer
 from tunesmith.training import load_splits
 
 Array = np.ndarray[Any, Any]

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith.dialogue import ROLE_NAMES
+from tunesmith.data.dialogue import ROLE_NAMES
 from tunesmith.errors import UserError
 from tunesmith.files.run import write_atomically
 from tunesmith.stats import Interval, Wins, bootstrap_interval, count_wins, paired_difference, win_rate

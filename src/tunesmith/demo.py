@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from tunesmith.answers import read_answers, write_answers
+from tunesmith.data.prompts import load_prompts
 from tunesmith.errors import UserError
 from tunesmith.files.run import Run, step_name
 from tunesmith.options.commands import CompareCommand, DemoCommand, ScoreCommand
@@ -31,7 +32,6 @@ from tunesmith.options.training import (
     SFTConfig,
     TrainOptions,
 )
-from tunesmith.prompts import load_prompts
 from tunesmith.recipes.compare import answered, answers_of
 from tunesmith.recipes.dpo import dpo
 from tunesmith.recipes.reward import train_reward_model

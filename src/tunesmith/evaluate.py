@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tunesmith.batching import Batch, Batches
+from tunesmith.data.dialogue import END
+from tunesmith.data.texts import Batch, Batches
 from tunesmith.device import Precision, autocast
-from tunesmith.dialogue import END
 from tunesmith.losses import IGNORE_INDEX, LowRank, head_nll_sum, token_nll
 from tunesmith.models.attention import Documents
 from tunesmith.models.gpt2 import GPT

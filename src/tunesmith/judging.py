@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 
 from tunesmith.answers import ScoredAnswer
+from tunesmith.data.prompts import Prompt
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.generation import Sampling, generate_answers
 from tunesmith.models.gpt2 import GPT
 from tunesmith.options.training import GenerateOptions
-from tunesmith.prompts import Prompt
 from tunesmith.scoring import Scorer
-from tunesmith.tokenizer import Tokenizer
 
 
 def answer_prompts(

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from tunesmith.answers import ScoredAnswer
-from tunesmith.batching import pack
+from tunesmith.data.pairs import join_pairs
+from tunesmith.data.texts import pack
+from tunesmith.data.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
 from tunesmith.evaluate import evaluation_mode
 from tunesmith.generation import encode_prompt
 from tunesmith.models.gpt2 import GPT
-from tunesmith.pairs import join_pairs
 from tunesmith.preferences import target_logps
-from tunesmith.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
 
 BATCH_TOKENS = 4096  # in one forward pass
 Array = np.ndarray[Any, Any]

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from tunesmith.choice import Sums
+from tunesmith.data.pairs import PairBatch
 from tunesmith.device import Precision, autocast
 from tunesmith.evaluate import evaluation_mode, head_chunk, states_and_head
 from tunesmith.losses import bradley_terry_loss, dpo_loss, sequence_loss_sum, sum_sequences, token_nll
 from tunesmith.models.gpt2 import GPT
 from tunesmith.models.scored import RewardModel
-from tunesmith.pairs import PairBatch
 from tunesmith.splitting import within_memory
 
 Reference = Callable[[PairBatch], Tensor]

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tunesmith.batching import Batch
+from tunesmith.data.pairs import PairBatch, join_pairs
+from tunesmith.data.texts import Batch
 from tunesmith.device import resolve_compile
 from tunesmith.evaluate import nll_sum
 from tunesmith.models.attention import Documents
@@ -26,7 +27,6 @@ from tunesmith.models.lora import apply_lora
 from tunesmith.models.scored import RewardModel
 from tunesmith.optim import OneByOne
 from tunesmith.options.training import DPOConfig, RewardConfig
-from tunesmith.pairs import PairBatch, join_pairs
 from tunesmith.preferences import PreferenceLoss, dpo_loss_sum, reward_loss_sum
 from tunesmith.reference import adapter_off, second_model
 from tunesmith.settings import precision_of

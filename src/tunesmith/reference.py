@@ -22,15 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tunesmith.data.pairs import PairBatch, PairBatches
+from tunesmith.data.tokenstore import cache_directory
 from tunesmith.device import Precision, put
 from tunesmith.evaluate import evaluation_mode
 from tunesmith.models.gpt2 import GPT
 from tunesmith.models.lora import disabled
-from tunesmith.pairs import PairBatch, PairBatches
 from tunesmith.preferences import Reference, answer_logps
 from tunesmith.progress import Progress
 from tunesmith.splitting import within_memory
-from tunesmith.tokenstore import cache_directory
 
 RECORD = np.dtype([("key", "V32"), ("logps", "<f4", (2,))])
 DIGEST = 32  # bytes of the SHA-256 of the records, with which the file begins

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 import torch
 
+from tunesmith.data.dialogue import Message, parse_messages, segments
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.device import resolve_device
-from tunesmith.dialogue import Message, parse_messages, segments
 from tunesmith.errors import UserError
 from tunesmith.evaluate import evaluation_mode
 from tunesmith.files.names import find_model, is_adapter, load_reward
@@ -21,7 +22,6 @@ from tunesmith.files.weights import read_json
 from tunesmith.models.attention import Documents
 from tunesmith.models.scored import RewardModel, is_reward_model
 from tunesmith.stats import share_interval
-from tunesmith.tokenizer import Tokenizer
 
 PACKED_TOKENS = 4096  # in one forward pass of our own reward models
 PADDED_TOKENS = 4096  # the same for a classifier of transformers, padding included

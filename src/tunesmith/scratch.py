@@ -6,15 +6,15 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-from tunesmith.datasets import holdout_rows, open_dataset
-from tunesmith.dialogue import prose
+from tunesmith.data.datasets import holdout_rows, open_dataset
+from tunesmith.data.dialogue import prose
+from tunesmith.data.readers import Report
+from tunesmith.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.names import shape_of, tokenizer_of
 from tunesmith.files.run import Run
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.options.pretraining import PretrainConfig, PretrainDataOptions
-from tunesmith.readers import Report
-from tunesmith.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 
 NEW = "new"  # --tokenizer.name of one that is trained on the texts
 VOCAB_SIZE = 8192

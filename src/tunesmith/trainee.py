@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.device import resolve_device, return_freed_memory
 from tunesmith.errors import UserError
 from tunesmith.files import adapters
@@ -22,7 +23,6 @@ from tunesmith.optim import OneByOne, build_optimizer
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import DPOConfig, LoRAOptions, RewardConfig, SFTConfig
 from tunesmith.outofmemory import is_out_of_memory
-from tunesmith.tokenizer import Tokenizer
 
 TuningConfig = SFTConfig | DPOConfig | RewardConfig
 AnyConfig = TuningConfig | PretrainConfig

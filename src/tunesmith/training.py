@@ -15,9 +15,13 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from tunesmith.answers import measures, reward_summary, write_answers
-from tunesmith.batching import Batches
 from tunesmith.choice import Sums
-from tunesmith.datasets import holdout_rows, open_dataset
+from tunesmith.data.datasets import holdout_rows, open_dataset
+from tunesmith.data.pairs import PairBatches, PairStore
+from tunesmith.data.prompts import load_prompts
+from tunesmith.data.texts import Batches
+from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.data.tokenstore import Form, TokenStore, tokenise
 from tunesmith.device import (
     describe,
     environment,
@@ -40,15 +44,11 @@ from tunesmith.options.training import (
     RewardConfig,
     SFTConfig,
 )
-from tunesmith.pairs import PairBatches, PairStore
 from tunesmith.prefetch import made_ahead
-from tunesmith.prompts import load_prompts
 from tunesmith.scoring import load_scorer
 from tunesmith.settings import Command, as_dict, precision_of
 from tunesmith.splitting import Splitting
 from tunesmith.step import Seen, Unread, optimizer_step, step_on_device
-from tunesmith.tokenizer import Tokenizer
-from tunesmith.tokenstore import Form, TokenStore, tokenise
 from tunesmith.trainee import AnyConfig, Trainee, make_optimizer
 
 # ---- data ------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.device import resolve_device
 from tunesmith.errors import UserError
 from tunesmith.files import adapters
@@ -17,7 +18,6 @@ from tunesmith.hub import download_model
 from tunesmith.models.gpt2 import GPT, SIZES, GPTConfig
 from tunesmith.models.lora import merge, strip
 from tunesmith.models.scored import RewardModel, is_reward_model, load_reward_model, set_score
-from tunesmith.tokenizer import Tokenizer
 
 SAMPLE = Path(__file__).parents[1] / "sample" / "model"
 

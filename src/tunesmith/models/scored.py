@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.files.weights import (
     config_from_hf,
@@ -26,7 +27,6 @@ from tunesmith.files.weights import (
 )
 from tunesmith.models.attention import Documents
 from tunesmith.models.gpt2 import GPT
-from tunesmith.tokenizer import Tokenizer
 
 ARCHITECTURE = "GPT2ForSequenceClassification"
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from tunesmith.data.dialogue import Message
 from tunesmith.device import keep_freed_memory
-from tunesmith.dialogue import Message
 from tunesmith.files.names import load
 from tunesmith.generation import Sampling, encode_prompt, prepare, stream
 from tunesmith.options.commands import ChatCommand

@@ -14,6 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.answers import ScoredAnswer
+from tunesmith.data.prompts import Prompt, load_prompts
+from tunesmith.data.tokenizer import END_OF_TEXT, Tokenizer
 from tunesmith.device import keep_freed_memory
 from tunesmith.endpoint import KEY_VARIABLE, Endpoint
 from tunesmith.errors import UsageError, UserError
@@ -26,7 +28,6 @@ from tunesmith.logprobs import TwoAnswers, answer_logps, encode_answers, token_t
 from tunesmith.options.commands import CompareCommand
 from tunesmith.options.training import GenerateOptions
 from tunesmith.progress import Progress
-from tunesmith.prompts import Prompt, load_prompts
 from tunesmith.scoring import Scorer, load_scorer
 from tunesmith.study.comparison import (
     VERSUS,
@@ -43,7 +44,6 @@ from tunesmith.study.comparison import (
     versus_rows,
 )
 from tunesmith.study.comparison_page import render_comparison
-from tunesmith.tokenizer import END_OF_TEXT, Tokenizer
 
 # by level of change, -3 to 3: orange where A finds the token likelier, blue where B does
 COLOURS = {

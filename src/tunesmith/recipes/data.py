@@ -12,19 +12,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as RichText
 
-from tunesmith.audit import Audit, SplitAudit, audit
-from tunesmith.batching import cut_rows, resolve_loss_on
-from tunesmith.cutchecks import END_CUT, OWN, SHARED, Cut
-from tunesmith.datasets import Source, open_dataset
+from tunesmith.data.audit.cuts import END_CUT, OWN, SHARED, Cut
+from tunesmith.data.audit.rows import DIALOGUES, PAIRS, TEXTS
+from tunesmith.data.audit.survey import Audit, SplitAudit, audit
+from tunesmith.data.datasets import Source, open_dataset
+from tunesmith.data.texts import cut_rows, resolve_loss_on
+from tunesmith.data.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
+from tunesmith.data.tokenstore import TokenStore, tokenise
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.names import find_model
 from tunesmith.losses import IGNORE_INDEX
 from tunesmith.options.commands import DataCommand
 from tunesmith.options.training import DataOptions
-from tunesmith.rowchecks import DIALOGUES, PAIRS, TEXTS
 from tunesmith.stats import Interval
-from tunesmith.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
-from tunesmith.tokenstore import TokenStore, tokenise
 
 
 def load_tokenizer(name: str) -> Tokenizer:

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from tunesmith.batching import Batches
 from tunesmith.choice import Sums
+from tunesmith.data.pairs import PairBatch, PairBatches
+from tunesmith.data.texts import Batches
 from tunesmith.device import resolve_device
 from tunesmith.evaluate import estimate_loss, evaluation_mode
 from tunesmith.files.run import Run
 from tunesmith.losses import SMOOTHED
 from tunesmith.options.training import DPOConfig
-from tunesmith.pairs import PairBatch, PairBatches
 from tunesmith.preferences import OBSERVED, PreferenceLoss, Reference, answer_logps, dpo_loss_sum, estimate_dpo
 from tunesmith.reference import LogpStore, adapter_off, cached, second_model, store_path
 from tunesmith.settings import (

@@ -21,25 +21,25 @@ from rich.markup import escape
 from rich.table import Table
 
 from tunesmith.answers import alike, interval_record
-from tunesmith.batching import Batches
-from tunesmith.bits import bits_per_byte, text_bytes
-from tunesmith.datasets import Source, open_dataset
+from tunesmith.data.bits import bits_per_byte, text_bytes
+from tunesmith.data.datasets import Source, open_dataset
+from tunesmith.data.dialogue import Preference
+from tunesmith.data.pairs import PairBatches, PairStore
+from tunesmith.data.readers import Report
+from tunesmith.data.texts import Batches
+from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.data.tokenstore import tokenise
 from tunesmith.device import Precision, keep_freed_memory, resolve_precision
-from tunesmith.dialogue import Preference
 from tunesmith.errors import UserError
 from tunesmith.evaluate import AnswerLoss, answer_losses, evaluation_mode
 from tunesmith.files.names import gives_scores, load, run_and_step
 from tunesmith.models.gpt2 import GPT
 from tunesmith.options.commands import EvaluateCommand
 from tunesmith.options.training import DataOptions
-from tunesmith.pairs import PairBatches, PairStore
 from tunesmith.preferences import all_pair_scores, answer_logps
-from tunesmith.readers import Report
 from tunesmith.scoring import OwnScorer, load_scorer
 from tunesmith.stats import bootstrap_interval, ratio_interval, share_interval
 from tunesmith.study.comparison import interval_text
-from tunesmith.tokenizer import Tokenizer
-from tunesmith.tokenstore import tokenise
 
 Array = np.ndarray[Any, Any]
 TURNS = ((1, 1), (2, 2), (3, 3), (4, None))

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from tunesmith.batching import Batches
-from tunesmith.bits import bits_per_byte, text_bytes
 from tunesmith.choice import Sums
+from tunesmith.data.bits import bits_per_byte, text_bytes
+from tunesmith.data.texts import Batches
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.evaluate import estimate_loss, nll_sum
 from tunesmith.files.names import new_model
@@ -22,7 +23,6 @@ from tunesmith.files.run import Run
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.scratch import make_tokenizer, problems_of, resolve_shape
 from tunesmith.settings import check_options, check_resumable, precision_of, resolve_length, resolve_machine
-from tunesmith.tokenizer import Tokenizer
 from tunesmith.trainee import Trainee, prepare_model
 from tunesmith.training import Splits, begin, load_splits, run_training, text_batches
 

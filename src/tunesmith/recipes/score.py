@@ -31,6 +31,7 @@ from tunesmith.answers import (
     write_answers,
 )
 from tunesmith.choice import choice_lines, choose, read_estimates
+from tunesmith.data.prompts import load_prompts
 from tunesmith.device import keep_freed_memory
 from tunesmith.errors import UsageError
 from tunesmith.files.names import checkpoints_of, load, run_and_step
@@ -38,7 +39,6 @@ from tunesmith.files.run import step_name, write_atomically
 from tunesmith.generation import prepare
 from tunesmith.judging import answer_prompts
 from tunesmith.options.commands import ScoreCommand
-from tunesmith.prompts import load_prompts
 from tunesmith.scoring import load_scorer
 from tunesmith.stats import bootstrap_interval
 from tunesmith.study.comparison import interval_text

@@ -15,9 +15,9 @@ from tunesmith.answers import (
     measures,
     reward_summary,
 )
+from tunesmith.data.tokenizer import END_OF_TEXT
 from tunesmith.judge import Judgement
 from tunesmith.stats import Wins, bootstrap_interval, share_interval, win_rate
-from tunesmith.tokenizer import END_OF_TEXT
 
 TokenLogps = Sequence[tuple[str, float, float]]
 """Every token of an answer: its text, its log-probability under A, and under B, in nats."""

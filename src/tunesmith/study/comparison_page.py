@@ -6,6 +6,7 @@ import html
 from typing import Any
 
 from tunesmith.answers import ScoredAnswer
+from tunesmith.data.tokenizer import END_OF_TEXT
 from tunesmith.judge import Judgement
 from tunesmith.page import render_page
 from tunesmith.study.comparison import (
@@ -25,7 +26,6 @@ from tunesmith.study.comparison import (
     rest_of,
     versus_rows,
 )
-from tunesmith.tokenizer import END_OF_TEXT
 
 # A is orange and B blue throughout (Okabe & Ito), and never by colour alone: words, underlines, the order on the page.
 STYLE = """

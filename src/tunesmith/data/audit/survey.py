@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.cutchecks import (
+from tunesmith.data.audit.cuts import (
     END_CUT,
     OWN,
     Cut,
@@ -22,17 +22,17 @@ from tunesmith.cutchecks import (
     cut_rows_end,
     cut_rows_here,
 )
-from tunesmith.datasets import Source, holdout_rows, label, read_row
-from tunesmith.dialogue import BadRow, Preference, Row
+from tunesmith.data.audit.overlap import Overlap, Print, fingerprint, overlap
+from tunesmith.data.audit.rows import CHECKS, DIALOGUES, FORMS, PAIRS, TEXTS, UNREADABLE, form_of, row_defects
+from tunesmith.data.datasets import Source, holdout_rows, label, read_row
+from tunesmith.data.dialogue import BadRow, Preference, Row
+from tunesmith.data.pairs import PairStore
+from tunesmith.data.readers import Report
+from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.data.tokenstore import tokenise
 from tunesmith.errors import UsageError, UserError
 from tunesmith.models.gpt2 import GPTConfig
-from tunesmith.overlap import Overlap, Print, fingerprint, overlap
-from tunesmith.pairs import PairStore
-from tunesmith.readers import Report
-from tunesmith.rowchecks import CHECKS, DIALOGUES, FORMS, PAIRS, TEXTS, UNREADABLE, form_of, row_defects
 from tunesmith.stats import Interval, share_interval
-from tunesmith.tokenizer import Tokenizer
-from tunesmith.tokenstore import tokenise
 
 Array = np.ndarray[Any, Any]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.tokenizer import Tokenizer
+from tunesmith.data.tokenizer import Tokenizer
 
 
 def bits_per_byte(nats: float, size: int) -> float:

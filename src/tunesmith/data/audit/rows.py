@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.dialogue import Message, Preference, Row, Text
+from tunesmith.data.dialogue import Message, Preference, Row, Text
 
 PAIRS, DIALOGUES, TEXTS = FORMS = ("pairs", "dialogues", "texts")
 

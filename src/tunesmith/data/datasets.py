@@ -12,11 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.dialogue import BadRow, Dialogue, Preference, Row, Text, check_text, parse_messages, parse_transcript
+from tunesmith.data.dialogue import (
+    BadRow,
+    Dialogue,
+    Preference,
+    Row,
+    Text,
+    check_text,
+    parse_messages,
+    parse_transcript,
+)
+from tunesmith.data.readers import TEXT_SUFFIXES, Located, Report, read_file
 from tunesmith.errors import UsageError, UserError
 from tunesmith.hub import download_dataset
 from tunesmith.options.training import DataOptions
-from tunesmith.readers import TEXT_SUFFIXES, Located, Report, read_file
 
 HH_REPO, RM_STATIC_REPO = "Anthropic/hh-rlhf", "Dahoas/rm-static"
 HH_SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
@@ -95,7 +104,7 @@ def open_dataset(options: DataOptions) -> Source:
     if limit is not None and limit < 1:
         raise UsageError(f"--data.max_rows is {limit}, expected at least 1")
     if name == "sample":
-        here = Path(__file__).parent / "sample"
+        here = Path(__file__).parents[1] / "sample"
         return Source(name, "rows", {s: (here / f"{s}.jsonl",) for s in ("train", "test")}, max_rows=limit)
     base = name.partition(":")[0]
     if base in ("hh", "hh-static", "hh-helpful-half", "hh-pairs"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tunesmith.errors import UsageError, UserError
 
-EMBEDDED = Path(__file__).parent / "sample" / "prompts.jsonl"
+EMBEDDED = Path(__file__).parents[1] / "sample" / "prompts.jsonl"
 
 
 @dataclass(frozen=True)

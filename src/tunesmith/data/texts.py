@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.data.dialogue import END
+from tunesmith.data.tokenstore import TokenStore
 from tunesmith.device import put
-from tunesmith.dialogue import END
 from tunesmith.errors import UsageError, UserError
 from tunesmith.losses import IGNORE_INDEX
 from tunesmith.models.attention import Documents
-from tunesmith.tokenstore import TokenStore
 
 Array = np.ndarray[Any, Any]
 LossOn = Literal["assistant", "all"]

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from tunesmith.dialogue import Message, Preference, Row, Text
-from tunesmith.rowchecks import prompt_of
+from tunesmith.data.audit.rows import prompt_of
+from tunesmith.data.dialogue import Message, Preference, Row, Text
 
 
 @dataclass(frozen=True)

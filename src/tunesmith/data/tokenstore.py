@@ -18,11 +18,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tunesmith.datasets import Source
-from tunesmith.dialogue import END, NEXT, Preference, Row, Text, prose, render, segments
+from tunesmith.data.datasets import Source
+from tunesmith.data.dialogue import END, NEXT, Preference, Row, Text, prose, render, segments
+from tunesmith.data.readers import Located, Report
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.losses import IGNORE_INDEX
-from tunesmith.readers import Located, Report
-from tunesmith.tokenizer import Tokenizer
 
 VERSION = 3  # raise it when the meaning of a stored byte changes
 ROWS_AT_A_TIME = 8192

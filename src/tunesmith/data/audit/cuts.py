@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.batching import Piece, cut_rows
-from tunesmith.dialogue import END, NEXT, Message, Preference, render, segments
-from tunesmith.pairs import PairStore, cut_pairs
-from tunesmith.rowchecks import PAIRS, prompt_of
-from tunesmith.tokenizer import Tokenizer
-from tunesmith.tokenstore import TokenStore
+from tunesmith.data.audit.rows import PAIRS, prompt_of
+from tunesmith.data.dialogue import END, NEXT, Message, Preference, render, segments
+from tunesmith.data.pairs import PairStore, cut_pairs
+from tunesmith.data.texts import Piece, cut_rows
+from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.data.tokenstore import TokenStore
 
 Array = np.ndarray[Any, Any]
 END_CUT, SHARED, OWN = "end cut off", "in proportion", "tunesmith"

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.batching import PAD_STEP, pack, steady_width
+from tunesmith.data.texts import PAD_STEP, pack, steady_width
+from tunesmith.data.tokenstore import TokenStore
 from tunesmith.device import put
 from tunesmith.errors import UsageError, UserError
 from tunesmith.models.attention import Documents
-from tunesmith.tokenstore import TokenStore
 
 Array = np.ndarray[Any, Any]
 FILL_TO = 64  # where shapes are steady, the number of targets is a multiple of this
