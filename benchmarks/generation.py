@@ -66,10 +66,10 @@ def run_ours(
     from tunesmith.device import keep_freed_memory
 
     keep_freed_memory()  # as the commands do by themselves
-    from tunesmith import decoding
     from tunesmith.data.tokenizer import Tokenizer
     from tunesmith.files.weights import load_model
-    from tunesmith.generation import Sampling, decode, prepare
+    from tunesmith.generation import recorded as decoding
+    from tunesmith.generation.engine import Sampling, decode, prepare
     from tunesmith.models import linear
 
     if not onednn:
@@ -243,7 +243,7 @@ def given_prompts(count: int) -> Rows:
     """Ids of the embedded prompts, as every command encodes them."""
     from tunesmith.data.prompts import load_prompts
     from tunesmith.data.tokenizer import Tokenizer
-    from tunesmith.generation import encode_prompt
+    from tunesmith.generation.engine import encode_prompt
 
     tokenizer = Tokenizer.gpt2()
     prompts = [encode_prompt(tokenizer, [{"role": "user", "content": p.text}]) for p in load_prompts()]

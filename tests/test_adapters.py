@@ -21,7 +21,7 @@ from tunesmith.errors import UserError
 from tunesmith.files.adapters import CONFIG, WEIGHTS, read_adapter, save_adapter
 from tunesmith.files.names import SAMPLE, load_adapted, load_plain
 from tunesmith.files.weights import load_model, save_model, weights_fingerprint
-from tunesmith.generation import encode_prompt
+from tunesmith.generation.engine import encode_prompt
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.models.lora import lora_layers
 

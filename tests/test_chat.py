@@ -9,7 +9,7 @@ from reference import saying
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.files.names import SAMPLE
 from tunesmith.files.weights import save_model
-from tunesmith.generation import Sampling, encode_prompt, generate_answers
+from tunesmith.generation.engine import Sampling, encode_prompt, generate_answers
 
 LIMIT = 24
 

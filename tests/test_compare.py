@@ -17,7 +17,7 @@ from tunesmith.answers import ScoredAnswer
 from tunesmith.data.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
 from tunesmith.files.names import SAMPLE, load
 from tunesmith.files.weights import save_model
-from tunesmith.logprobs import answer_logps, encode_answers, token_texts
+from tunesmith.generation.logprobs import answer_logps, encode_answers, token_texts
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.models.scored import RewardModel, save_reward_model
 from tunesmith.recipes.compare import COLOURS, coloured
@@ -100,7 +100,7 @@ def both(row):
 
 @pytest.mark.parametrize("budget", [4096, 64])
 def test_token_logps_are_those_of_a_plain_forward_pass(models, monkeypatch, budget):
-    monkeypatch.setattr("tunesmith.logprobs.BATCH_TOKENS", budget)
+    monkeypatch.setattr("tunesmith.generation.logprobs.BATCH_TOKENS", budget)
     for name in models[:2]:
         model, tokenizer = load(str(name), device="cpu")
         pairs = [encode_answers(tokenizer, *both(row)) for row in ANSWERS]

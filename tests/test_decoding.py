@@ -7,11 +7,12 @@ import torch
 
 from reference import greedy, random_model
 from taped import Tape
-from tunesmith import decoding, generation
 from tunesmith.data.tokenizer import Tokenizer
-from tunesmith.decoding import ENOUGH_STEPS, FixedSteps, recorder
 from tunesmith.files.names import SAMPLE
-from tunesmith.generation import Sampling, decode, encode_prompt, generate_answers
+from tunesmith.generation import engine as generation
+from tunesmith.generation import recorded as decoding
+from tunesmith.generation.engine import Sampling, decode, encode_prompt, generate_answers
+from tunesmith.generation.recorded import ENOUGH_STEPS, FixedSteps, recorder
 from tunesmith.models.gpt2 import GPTConfig
 
 SHAPE = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=6144, block_size=96)

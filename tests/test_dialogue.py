@@ -20,7 +20,7 @@ from tunesmith.data.dialogue import (
     segments,
 )
 from tunesmith.data.tokenstore import TokenStore, tokenise
-from tunesmith.generation import encode_prompt
+from tunesmith.generation.engine import encode_prompt
 from tunesmith.losses import IGNORE_INDEX
 from tunesmith.options.training import DataOptions
 

@@ -9,12 +9,12 @@ import torch
 
 import tunesmith as ts
 from reference import chi_square, greedy, in_transformers, kept_tokens, random_model, saying, scripted_model
-from tunesmith import generation
 from tunesmith.data.dialogue import Message
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.files.names import SAMPLE
-from tunesmith.generation import (
+from tunesmith.generation import engine as generation
+from tunesmith.generation.engine import (
     PACK_STEPS,
     Sampling,
     decode,

@@ -80,7 +80,7 @@ def test_answers_that_differ_are_counted_with_their_distance(benchmark, model):
 def test_a_gpus_contestants_answer_alike_where_there_is_none(benchmark, tmp_path, monkeypatch):
     """Each in this process and on the processor: with recorded steps, without, and transformers' own three ways."""
     pytest.importorskip("transformers")
-    from tunesmith import decoding
+    from tunesmith.generation import recorded as decoding
 
     monkeypatch.setattr(decoding, "recorder", decoding.recorder)  # one contestant takes it away
     monkeypatch.setattr(sys.modules["tunesmith.device"], "keep_freed_memory", lambda: False)  # as this process has it

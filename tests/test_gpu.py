@@ -13,7 +13,7 @@ from reference import random_model
 from test_documents import gradients, laid_out, one_by_one
 from test_resume import interrupted
 from tiny_runs import comparable, tiny_config
-from tunesmith import decoding, generation, prefetch
+from tunesmith import prefetch
 from tunesmith.data.datasets import open_dataset
 from tunesmith.data.pairs import PairBatches, PairStore
 from tunesmith.data.texts import Batches
@@ -21,7 +21,9 @@ from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokenstore import tokenise
 from tunesmith.evaluate import nll_sum
 from tunesmith.files.names import SAMPLE
-from tunesmith.generation import Sampling, decode
+from tunesmith.generation import engine as generation
+from tunesmith.generation import recorded as decoding
+from tunesmith.generation.engine import Sampling, decode
 from tunesmith.graphs import WARM_UP, RecordedStep, recorder
 from tunesmith.models.attention import Documents, attend_documents, attention_path, flash_capability
 from tunesmith.models.gpt2 import GPTConfig

@@ -60,7 +60,7 @@ LAYERS = [
         "study.select",
         "study.plan",
         "workload",
-        "decoding",
+        "generation.recorded",
     },
     {
         "files.adapters",
@@ -75,7 +75,7 @@ LAYERS = [
     | {"study.executors", "cards"},
     {"files.names", "data.pairs", "evaluate", "study.plots", "study.parts", "study.view", "study.on_ray"},
     {
-        "generation",
+        "generation.engine",
         "fit",
         "preferences",
         "trainee",
@@ -86,7 +86,7 @@ LAYERS = [
         "study.run",
     }
     | {"study.forecast"},
-    {"judging", "settings", "reference", "logprobs", "study.comparison", "data.audit.survey", "planning"},
+    {"judging", "settings", "reference", "generation.logprobs", "study.comparison", "data.audit.survey", "planning"},
     {"training", "study.comparison_page", "probe"},
     {"recipes.sft", "recipes.dpo", "recipes.reward", "recipes.data", "recipes.evaluate", "recipes.score"}
     | {"recipes.compare", "recipes.chat", "recipes.pretrain", "recipes.plan"},

@@ -18,7 +18,7 @@ from tunesmith.data.texts import Batches
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.evaluate import estimate_loss
 from tunesmith.files.names import SAMPLE
-from tunesmith.generation import encode_prompt
+from tunesmith.generation.engine import encode_prompt
 from tunesmith.options.training import DataOptions
 from tunesmith.training import load_splits
 

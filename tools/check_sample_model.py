@@ -19,7 +19,7 @@ from tunesmith.answers import words
 from tunesmith.data.prompts import load_prompts
 from tunesmith.demo import demo_sft
 from tunesmith.files.names import load
-from tunesmith.generation import Sampling, decode, encode_prompt
+from tunesmith.generation.engine import Sampling, decode, encode_prompt
 from tunesmith.options.commands import DemoCommand
 from tunesmith.recipes.sft import sft
 

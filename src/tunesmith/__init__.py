@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tunesmith.files.names import load as load
     from tunesmith.files.names import load_reward as load_reward
     from tunesmith.files.run import Run as Run
-    from tunesmith.generation import generate as generate
+    from tunesmith.generation.engine import generate as generate
     from tunesmith.models.gpt2 import GPT as GPT
     from tunesmith.models.gpt2 import GPTConfig as GPTConfig
     from tunesmith.options.pretraining import PretrainConfig as PretrainConfig
@@ -38,7 +38,7 @@ _HOME = {
     "RewardConfig": "options.training",
     "Run": "files.run",
     "SFTConfig": "options.training",
-    "generate": "generation",  # no module of the name: importing it would hide the function
+    "generate": "generation.engine",  # no module of the name: importing it would hide the function
     "dpo": "recipes.dpo",
     "load": "files.names",
     "load_reward": "files.names",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from tunesmith.answers import ScoredAnswer
 from tunesmith.data.prompts import Prompt
 from tunesmith.data.tokenizer import Tokenizer
-from tunesmith.generation import Sampling, generate_answers
+from tunesmith.generation.engine import Sampling, generate_answers
 from tunesmith.models.gpt2 import GPT
 from tunesmith.options.training import GenerateOptions
 from tunesmith.scoring import Scorer

@@ -13,7 +13,7 @@ from rich.markup import escape
 from tunesmith.data.dialogue import Message
 from tunesmith.device import keep_freed_memory
 from tunesmith.files.names import load
-from tunesmith.generation import Sampling, encode_prompt, prepare, stream
+from tunesmith.generation.engine import Sampling, encode_prompt, prepare, stream
 from tunesmith.options.commands import ChatCommand
 
 HELP = """/reset       begin anew

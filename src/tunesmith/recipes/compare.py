@@ -21,10 +21,10 @@ from tunesmith.endpoint import KEY_VARIABLE, Endpoint
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.names import find_model, load, load_tokenizer
 from tunesmith.files.run import write_atomically
-from tunesmith.generation import prepare
+from tunesmith.generation.engine import prepare
+from tunesmith.generation.logprobs import TwoAnswers, answer_logps, encode_answers, token_texts
 from tunesmith.judge import Judge
 from tunesmith.judging import answer_prompts
-from tunesmith.logprobs import TwoAnswers, answer_logps, encode_answers, token_texts
 from tunesmith.options.commands import CompareCommand
 from tunesmith.options.training import GenerateOptions
 from tunesmith.progress import Progress

@@ -36,7 +36,7 @@ from tunesmith.device import keep_freed_memory
 from tunesmith.errors import UsageError
 from tunesmith.files.names import checkpoints_of, load, run_and_step
 from tunesmith.files.run import step_name, write_atomically
-from tunesmith.generation import prepare
+from tunesmith.generation.engine import prepare
 from tunesmith.judging import answer_prompts
 from tunesmith.options.commands import ScoreCommand
 from tunesmith.scoring import load_scorer

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunesmith import decoding
 from tunesmith.data.dialogue import STOP_TEXTS, BadRow, Message, cut_at_stop, parse_messages, prompt_segments
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.device import return_freed_memory
 from tunesmith.errors import UsageError, UserError
 from tunesmith.evaluate import evaluation_mode
+from tunesmith.generation import recorded as decoding
 from tunesmith.models.attention import Documents
 from tunesmith.models.gpt2 import GPT, Cache
 from tunesmith.models.linear import pack_for_good, packed_weights

@@ -13,7 +13,7 @@ from tunesmith.data.pairs import join_pairs
 from tunesmith.data.texts import pack
 from tunesmith.data.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
 from tunesmith.evaluate import evaluation_mode
-from tunesmith.generation import encode_prompt
+from tunesmith.generation.engine import encode_prompt
 from tunesmith.models.gpt2 import GPT
 from tunesmith.preferences import target_logps
 
