@@ -120,12 +120,12 @@ def run_ours(
     set_allocator(allocator)  # as `tunesmith sft` does by itself
     import torch
 
-    from tunesmith.evaluate import nll_sum
     from tunesmith.files.weights import load_model
     from tunesmith.models.lora import apply_lora
     from tunesmith.options.training import OptimizerOptions, SFTConfig, TrainOptions
-    from tunesmith.step import optimizer_step
-    from tunesmith.trainee import make_optimizer, store_in_bf16
+    from tunesmith.train.step import optimizer_step
+    from tunesmith.train.token_loss import nll_sum
+    from tunesmith.train.trainee import make_optimizer, store_in_bf16
 
     batches = torch.load(work / "rows.pt", weights_only=False)
     model = load_model(work / "model").train()

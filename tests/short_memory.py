@@ -10,12 +10,12 @@ from reference import random_model
 from tiny_runs import tiny_config
 from tunesmith.data.texts import Batches
 from tunesmith.data.tokenizer import Tokenizer
-from tunesmith.evaluate import nll_sum
 from tunesmith.files.names import SAMPLE
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.models.scored import RewardModel
-from tunesmith.preferences import PreferenceLoss, dpo_loss_sum, reward_loss_sum
-from tunesmith.training import load_splits
+from tunesmith.train.pair_loss import PreferenceLoss, dpo_loss_sum, reward_loss_sum
+from tunesmith.train.session import load_splits
+from tunesmith.train.token_loss import nll_sum
 
 FLOAT64 = 1e-12
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.89 GiB\nmore lines"

@@ -8,10 +8,10 @@ import torch
 
 import tunesmith as ts
 from tiny_runs import tiny_config, train_losses
-from tunesmith import settings
 from tunesmith.__main__ import main
 from tunesmith.device import keep_freed_memory, resident_memory
 from tunesmith.errors import UsageError
+from tunesmith.train import resolve as settings
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator is Linux's")
 

@@ -15,8 +15,8 @@ from tunesmith.data.dialogue import Message, segments
 from tunesmith.data.texts import Batches, pack
 from tunesmith.data.tokenstore import tokenise
 from tunesmith.errors import UserError
-from tunesmith.losses import IGNORE_INDEX
 from tunesmith.options.training import DataOptions
+from tunesmith.train.losses import IGNORE_INDEX
 
 WORDS = ["tea", " the", " of", "Blue", " 7", "!", " forge", "\n", " é", " anvil", " well", " no"]
 

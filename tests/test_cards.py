@@ -8,11 +8,11 @@ import torch
 from test_documents import HEADS, WIDTH, laid_out, one_by_one, variable_length_kernel
 from tiny_runs import tiny_config
 from tunesmith import device as machine
-from tunesmith import settings
 from tunesmith.device import card_precision, resolve_compile
 from tunesmith.errors import UserError
 from tunesmith.models import attention as module
 from tunesmith.models.attention import Documents, attend_documents, attention_path, flash_capability
+from tunesmith.train import resolve as settings
 
 CARDS = {"P100": (6, 0), "GTX 1080": (6, 1), "V100": (7, 0), "T4": (7, 5), "A100": (8, 0), "L4": (8, 9), "H100": (9, 0)}
 CUDA = torch.device("cuda", 0)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tunesmith.choice import Estimate, choose, loss_difference, overfitting_since
+from tunesmith.train.choice import Estimate, choose, loss_difference, overfitting_since
 
 
 def curve(validation, train=None, parts=False, seed=0, spread=0.02):

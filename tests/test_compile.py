@@ -14,14 +14,14 @@ from tunesmith.data.pairs import PairBatches, PairStore
 from tunesmith.data.texts import Batches
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokenstore import tokenise
-from tunesmith.evaluate import estimate_loss, nll_sum
 from tunesmith.files.names import SAMPLE, load_for_training
 from tunesmith.models import attention as module
 from tunesmith.models.gpt2 import GPT, GPTConfig
 from tunesmith.models.lora import apply_lora
 from tunesmith.options.training import DataOptions, PairDataOptions
-from tunesmith.preferences import PreferenceLoss, dpo_loss_sum, estimate_dpo
-from tunesmith.reference import adapter_off
+from tunesmith.train.pair_loss import PreferenceLoss, dpo_loss_sum, estimate_dpo
+from tunesmith.train.reference import adapter_off
+from tunesmith.train.token_loss import estimate_loss, nll_sum
 
 
 @pytest.mark.skipif(

@@ -21,8 +21,8 @@ from tunesmith.data.dialogue import (
 )
 from tunesmith.data.tokenstore import TokenStore, tokenise
 from tunesmith.generation.engine import encode_prompt
-from tunesmith.losses import IGNORE_INDEX
 from tunesmith.options.training import DataOptions
+from tunesmith.train.losses import IGNORE_INDEX
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 

@@ -24,7 +24,7 @@ from tunesmith.errors import UserError
 from tunesmith.files.names import SAMPLE
 from tunesmith.files.weights import load_model, read_safetensors, write_safetensors
 from tunesmith.options.training import DataOptions, DPOConfig, PairDataOptions
-from tunesmith.preferences import OBSERVED
+from tunesmith.train.pair_loss import OBSERVED
 
 HERE = Path(__file__).parent
 LN2 = 0.693147

@@ -13,10 +13,10 @@ from tunesmith.data.pairs import PairStore
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokenstore import tokenise
 from tunesmith.files.names import SAMPLE
-from tunesmith.losses import dpo_loss
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.options.training import PairDataOptions
-from tunesmith.preferences import PreferenceLoss, answer_logps, dpo_loss_sum
+from tunesmith.train.losses import dpo_loss
+from tunesmith.train.pair_loss import PreferenceLoss, answer_logps, dpo_loss_sum
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*checkpointing:FutureWarning")  # trl's own
 FLOAT32 = 1e-5  # relative, of trl's arithmetic

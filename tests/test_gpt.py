@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 from reference import in_transformers, oriented, random_model
 from tunesmith.errors import UserError
-from tunesmith.losses import IGNORE_INDEX, head_nll_sum
 from tunesmith.models.gpt2 import GPT, SIZES, Documents, GPTConfig
-from tunesmith.optim import build_optimizer
-from tunesmith.step import optimizer_step
+from tunesmith.train.losses import IGNORE_INDEX, head_nll_sum
+from tunesmith.train.optim import build_optimizer
+from tunesmith.train.step import optimizer_step
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11}
 TINY = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=61, block_size=24)

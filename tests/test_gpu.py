@@ -13,25 +13,25 @@ from reference import random_model
 from test_documents import gradients, laid_out, one_by_one
 from test_resume import interrupted
 from tiny_runs import comparable, tiny_config
-from tunesmith import prefetch
 from tunesmith.data.datasets import open_dataset
 from tunesmith.data.pairs import PairBatches, PairStore
 from tunesmith.data.texts import Batches
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokenstore import tokenise
-from tunesmith.evaluate import nll_sum
 from tunesmith.files.names import SAMPLE
 from tunesmith.generation import engine as generation
 from tunesmith.generation import recorded as decoding
 from tunesmith.generation.engine import Sampling, decode
-from tunesmith.graphs import WARM_UP, RecordedStep, recorder
 from tunesmith.models.attention import Documents, attend_documents, attention_path, flash_capability
 from tunesmith.models.gpt2 import GPTConfig
-from tunesmith.optim import OneByOne, build_optimizer, set_learning_rate
 from tunesmith.options.training import DataOptions, PairDataOptions
-from tunesmith.preferences import PreferenceLoss, dpo_loss_sum
-from tunesmith.prefetch import made_ahead
-from tunesmith.step import Unread, step_on_device
+from tunesmith.train import prefetch
+from tunesmith.train.optim import OneByOne, build_optimizer, set_learning_rate
+from tunesmith.train.pair_loss import PreferenceLoss, dpo_loss_sum
+from tunesmith.train.prefetch import made_ahead
+from tunesmith.train.recorded import WARM_UP, RecordedStep, recorder
+from tunesmith.train.step import Unread, step_on_device
+from tunesmith.train.token_loss import nll_sum
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(),

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from reference import random_model
 from tunesmith.data.texts import Batch
-from tunesmith.evaluate import nll_sum
 from tunesmith.models.gpt2 import GPTConfig
+from tunesmith.train.token_loss import nll_sum
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SHAPE = GPTConfig(n_layer=3, n_head=2, n_embd=16, vocab_size=300, block_size=64)

@@ -12,19 +12,20 @@ from taped import Tape
 from test_out_of_memory_runs import short_of
 from test_resume import assert_same_end, interrupted, stored_state
 from tiny_runs import comparable, last_digest, tiny_config, train_losses
-from tunesmith import settings, training
 from tunesmith.__main__ import main
 from tunesmith.data.texts import Batch
 from tunesmith.errors import UsageError
-from tunesmith.evaluate import nll_sum
-from tunesmith.graphs import WARM_UP, RecordedStep
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.models.lora import apply_lora
-from tunesmith.optim import build_optimizer, set_learning_rate
 from tunesmith.options.training import DPOConfig, SFTConfig
 from tunesmith.recipes import sft
-from tunesmith.settings import resolve_cuda_graphs
-from tunesmith.step import Unread, optimizer_step, step_on_device
+from tunesmith.train import resolve as settings
+from tunesmith.train import session as training
+from tunesmith.train.optim import build_optimizer, set_learning_rate
+from tunesmith.train.recorded import WARM_UP, RecordedStep
+from tunesmith.train.resolve import resolve_cuda_graphs
+from tunesmith.train.step import Unread, optimizer_step, step_on_device
+from tunesmith.train.token_loss import nll_sum
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=64, block_size=32, tied_head=False)
 STEPS, BAD = 20, 63  # a token whose embedding is infinite

@@ -7,9 +7,7 @@ import torch
 
 import tunesmith as ts
 from tiny_runs import comparable, last_digest, tiny_config
-from tunesmith import training
 from tunesmith.answers import MEASURES, read_answers, rewards
-from tunesmith.choice import choose_checkpoint, read_rewards
 from tunesmith.data.prompts import load_prompts
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.run import step_name
@@ -17,6 +15,8 @@ from tunesmith.judging import answer_prompts
 from tunesmith.options.training import DPOConfig, RewardConfig
 from tunesmith.recipes.reward import train_reward_model
 from tunesmith.scoring import load_scorer
+from tunesmith.train import session as training
+from tunesmith.train.choice import choose_checkpoint, read_rewards
 
 
 @pytest.fixture(scope="module")

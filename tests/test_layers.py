@@ -29,19 +29,19 @@ LAYERS = [
         "stats",
         "page",
         "models.attention",
-        "losses",
+        "train.losses",
         "models.lora",
-        "optim",
+        "train.optim",
         "answers",
-        "choice",
+        "train.choice",
         "endpoint",
         "options.pretraining",
     }
-    | {"prefetch", "options.planning"},
+    | {"train.prefetch", "options.planning"},
     {
         "models.gpt2",
-        "step",
-        "splitting",
+        "train.step",
+        "train.splitting",
         "data.datasets",
         "judge",
         "data.audit.rows",
@@ -55,7 +55,7 @@ LAYERS = [
     {
         "files.weights",
         "data.tokenstore",
-        "graphs",
+        "train.recorded",
         "data.audit.overlap",
         "study.select",
         "study.plan",
@@ -65,7 +65,7 @@ LAYERS = [
     {
         "files.adapters",
         "models.scored",
-        "checkpoint",
+        "train.checkpoint",
         "data.texts",
         "study.lines",
         "study.tables",
@@ -73,21 +73,29 @@ LAYERS = [
         "study.ledger",
     }
     | {"study.executors", "cards"},
-    {"files.names", "data.pairs", "evaluate", "study.plots", "study.parts", "study.view", "study.on_ray"},
+    {"files.names", "data.pairs", "train.token_loss", "study.plots", "study.parts", "study.view", "study.on_ray"},
     {
         "generation.engine",
-        "fit",
-        "preferences",
-        "trainee",
+        "train.loop",
+        "train.pair_loss",
+        "train.trainee",
         "scoring",
         "data.audit.cuts",
-        "scratch",
+        "train.scratch",
         "study.study_page",
         "study.run",
     }
     | {"study.forecast"},
-    {"judging", "settings", "reference", "generation.logprobs", "study.comparison", "data.audit.survey", "planning"},
-    {"training", "study.comparison_page", "probe"},
+    {
+        "judging",
+        "train.resolve",
+        "train.reference",
+        "generation.logprobs",
+        "study.comparison",
+        "data.audit.survey",
+        "planning",
+    },
+    {"train.session", "study.comparison_page", "probe"},
     {"recipes.sft", "recipes.dpo", "recipes.reward", "recipes.data", "recipes.evaluate", "recipes.score"}
     | {"recipes.compare", "recipes.chat", "recipes.pretrain", "recipes.plan"},
     {"study.report"},
@@ -112,7 +120,7 @@ WITHOUT_TORCH = {
     "data.datasets",
     "data.readers",
     "answers",
-    "choice",
+    "train.choice",
     "memory",
     "workload",
     "cards",
@@ -218,7 +226,7 @@ def test_answers_are_given_without_torchs_compiler():
     code = (
         "import sys, tunesmith as ts; model, tokenizer = ts.load('sample', device='cpu')\n"
         "ts.generate(model, tokenizer, [[{'role': 'user', 'content': 'Hello'}]], max_new_tokens=3)\n"
-        "import tunesmith.recipes.chat, tunesmith.training; sys.exit('torch._dynamo' in sys.modules)"
+        "import tunesmith.recipes.chat, tunesmith.train.session; sys.exit('torch._dynamo' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -15,13 +15,13 @@ from test_resume import assert_same_end, interrupted
 from tiny_runs import last_digest, tiny_config, train_losses
 from tunesmith.data.texts import Batch
 from tunesmith.errors import UserError
-from tunesmith.evaluate import nll_sum
 from tunesmith.files.weights import load_model
 from tunesmith.models.gpt2 import GPT, SIZES, GPTConfig
 from tunesmith.models.lora import LoRALinear, apply_lora, disabled, find_targets, lora_layers, merge, strip, unmerge
-from tunesmith.optim import build_optimizer
-from tunesmith.step import optimizer_step
-from tunesmith.trainee import load_trainee
+from tunesmith.train.optim import build_optimizer
+from tunesmith.train.step import optimizer_step
+from tunesmith.train.token_loss import nll_sum
+from tunesmith.train.trainee import load_trainee
 
 FLOAT64, FLOAT32, BF16 = 1e-12, 1e-5, 2e-2  # relative to the largest number compared
 TINY = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=61, block_size=24)

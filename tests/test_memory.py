@@ -6,8 +6,6 @@ import pytest
 import torch
 
 from tunesmith.data.texts import Batch
-from tunesmith.evaluate import states_and_head
-from tunesmith.losses import head_nll_sum
 from tunesmith.memory import (
     SLOTS,
     Work,
@@ -21,9 +19,11 @@ from tunesmith.memory import (
 from tunesmith.models.attention import Documents
 from tunesmith.models.gpt2 import GPT, SIZES, GPTConfig
 from tunesmith.models.lora import apply_lora
-from tunesmith.optim import OPTIMIZERS, OneByOne, build_optimizer, state_parts
-from tunesmith.step import optimizer_step
-from tunesmith.trainee import store_in_bf16
+from tunesmith.train.losses import head_nll_sum
+from tunesmith.train.optim import OPTIMIZERS, OneByOne, build_optimizer, state_parts
+from tunesmith.train.step import optimizer_step
+from tunesmith.train.token_loss import states_and_head
+from tunesmith.train.trainee import store_in_bf16
 from tunesmith.workload import shared_keys
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=11, block_size=64)

@@ -12,19 +12,19 @@ import tunesmith as ts
 from reference import pack_batch, random_model
 from test_resume import assert_same_end, interrupted
 from tiny_runs import tiny_config, train_losses
-from tunesmith import optim
 from tunesmith.__main__ import main
 from tunesmith.errors import UserError
-from tunesmith.evaluate import nll_sum
-from tunesmith.losses import head_nll_sum
 from tunesmith.memory import BF16_SLICE
 from tunesmith.models import recompute
 from tunesmith.models.attention import Documents
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.models.lora import apply_lora
-from tunesmith.optim import OneByOne, build_optimizer, round_stochastically, set_learning_rate
-from tunesmith.step import clip, optimizer_step
-from tunesmith.trainee import store_in_bf16
+from tunesmith.train import optim
+from tunesmith.train.losses import head_nll_sum
+from tunesmith.train.optim import OneByOne, build_optimizer, round_stochastically, set_learning_rate
+from tunesmith.train.step import clip, optimizer_step
+from tunesmith.train.token_loss import nll_sum
+from tunesmith.train.trainee import store_in_bf16
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=128, block_size=32)
 STEPS = 20

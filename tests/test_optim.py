@@ -10,7 +10,7 @@ from torch import nn
 
 from reference import numpy_optimizer, random_model
 from tunesmith.models.gpt2 import GPTConfig
-from tunesmith.optim import OPTIMIZERS, SCHEDULES, build_optimizer, schedule_factor
+from tunesmith.train.optim import OPTIMIZERS, SCHEDULES, build_optimizer, schedule_factor
 
 LR, DECAY, MOMENTUM = 0.03, 0.1, 0.8
 NAMES = ["adamw", "adam", "sgd", "sgd-momentum", "sgd-nesterov"]

@@ -13,12 +13,12 @@ import torch
 from reference import pack_batch, random_model
 from short_memory import CUDA, FLOAT64, case, fail, leaves
 from tunesmith.errors import UserError
-from tunesmith.evaluate import nll_sum
 from tunesmith.models.gpt2 import GPTConfig
-from tunesmith.optim import build_optimizer
 from tunesmith.outofmemory import is_out_of_memory
-from tunesmith.splitting import Splitting, split_to, step_in_memory
-from tunesmith.step import optimizer_step
+from tunesmith.train.optim import build_optimizer
+from tunesmith.train.splitting import Splitting, split_to, step_in_memory
+from tunesmith.train.step import optimizer_step
+from tunesmith.train.token_loss import nll_sum
 
 # The step
 
@@ -212,11 +212,11 @@ sys.path.insert(0, {tests!r})
 import torch
 from pathlib import Path
 from reference import pack_batch, random_model
-from tunesmith.evaluate import nll_sum
+from tunesmith.train.token_loss import nll_sum
 from tunesmith.models.gpt2 import GPTConfig
-from tunesmith.optim import OneByOne, build_optimizer
-from tunesmith.splitting import Splitting, step_in_memory
-from tunesmith.step import optimizer_step
+from tunesmith.train.optim import OneByOne, build_optimizer
+from tunesmith.train.splitting import Splitting, step_in_memory
+from tunesmith.train.step import optimizer_step
 
 torch.set_num_threads(1)
 rows = [[torch.randint(0, 100, (64,), generator=torch.Generator().manual_seed(i)).tolist()] * 2 for i in range(64)]

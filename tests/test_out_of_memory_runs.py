@@ -10,16 +10,17 @@ import tunesmith as ts
 from made_pairs import batches_of
 from short_memory import CUDA, FLOAT64, case, fail
 from tiny_runs import as_argv, comparable, last_digest, tiny_config, train_losses
-from tunesmith import evaluate, preferences
 from tunesmith.__main__ import main
 from tunesmith.errors import UserError
-from tunesmith.evaluate import estimate_loss
 from tunesmith.files.weights import load_model
-from tunesmith.optim import OneByOne
 from tunesmith.options.training import DPOConfig, RewardConfig
-from tunesmith.preferences import PreferenceLoss, estimate_dpo, estimate_reward
 from tunesmith.recipes import dpo, reward, sft
-from tunesmith.reference import LogpStore, cached
+from tunesmith.train import pair_loss as preferences
+from tunesmith.train import token_loss as evaluate
+from tunesmith.train.optim import OneByOne
+from tunesmith.train.pair_loss import PreferenceLoss, estimate_dpo, estimate_reward
+from tunesmith.train.reference import LogpStore, cached
+from tunesmith.train.token_loss import estimate_loss
 
 # Estimates
 

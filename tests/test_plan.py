@@ -17,7 +17,7 @@ from tunesmith.options.parse import from_settings
 from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
 from tunesmith.planning import alternatives, candidates, choose, find_place, is_exact, make_setting, size_in_bytes
 from tunesmith.probe import make_step, pair_batch, probe_step, split_evenly, text_batch
-from tunesmith.settings import check_options
+from tunesmith.train.resolve import check_options
 from tunesmith.workload import Rows, forward_operations, step_operations
 
 MEDIUM = SIZES["gpt2-medium"]

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from made_pairs import END, batches_of, random_pairs
 from reference import random_model
 from test_losses import largest
-from tunesmith import preferences
-from tunesmith.losses import sequence_loss_sum
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.models.lora import apply_lora, lora_layers
-from tunesmith.optim import build_optimizer
-from tunesmith.preferences import PreferenceLoss, answer_logps, dpo_loss_sum, estimate_dpo
-from tunesmith.step import optimizer_step
+from tunesmith.train import pair_loss as preferences
+from tunesmith.train.losses import sequence_loss_sum
+from tunesmith.train.optim import build_optimizer
+from tunesmith.train.pair_loss import PreferenceLoss, answer_logps, dpo_loss_sum, estimate_dpo
+from tunesmith.train.step import optimizer_step
 
 FLOAT64 = 1e-10
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=61, block_size=32)

@@ -12,11 +12,12 @@ import torch
 
 import tunesmith as ts
 from tiny_runs import comparable, last_digest, tiny_config
-from tunesmith import prefetch, training
 from tunesmith.data.pairs import PairBatches
 from tunesmith.models.attention import Documents
 from tunesmith.options.training import DPOConfig
-from tunesmith.prefetch import AHEAD, Prefetch, made_ahead, tensors_of
+from tunesmith.train import prefetch
+from tunesmith.train import session as training
+from tunesmith.train.prefetch import AHEAD, Prefetch, made_ahead, tensors_of
 
 CPU = torch.device("cpu")
 

@@ -30,9 +30,9 @@ from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.models.gpt2 import SIZES
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import DataOptions
-from tunesmith.scratch import resolve_shape, training_texts
 from tunesmith.study.report import render_report
-from tunesmith.training import load_splits
+from tunesmith.train.scratch import resolve_shape, training_texts
+from tunesmith.train.session import load_splits
 
 MARGIN = 0.4  # nats a token by which the model must beat the best that knows no context
 HELD_OUT = 0.2

@@ -11,12 +11,12 @@ import tunesmith as ts
 from short_memory import fail
 from test_resume import assert_same_end, interrupted
 from tiny_runs import comparable, last_digest, tiny_config
-from tunesmith import training
 from tunesmith.data.texts import Batches
 from tunesmith.errors import UserError
 from tunesmith.options.training import DPOConfig
 from tunesmith.recipes import sft
-from tunesmith.step import StepStats, Unread
+from tunesmith.train import session as training
+from tunesmith.train.step import StepStats, Unread
 
 STEPS = {
     "train__steps": 8, "eval__every": 4, "checkpoint__every": 4, "data__block_size": 64, "train__accumulate": 2,

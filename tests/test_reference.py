@@ -13,16 +13,16 @@ import tunesmith as ts
 from made_pairs import PAIRS, batches_of
 from reference import random_model
 from tiny_runs import comparable, tiny_config
-from tunesmith import reference
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.files.names import SAMPLE
 from tunesmith.files.weights import load_model, save_model
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.models.lora import apply_lora, disabled, lora_layers
 from tunesmith.options.training import DPOConfig
-from tunesmith.preferences import answer_logps
 from tunesmith.recipes import dpo as recipe
-from tunesmith.reference import LogpStore, adapter_off, cached, second_model
+from tunesmith.train import reference
+from tunesmith.train.pair_loss import answer_logps
+from tunesmith.train.reference import LogpStore, adapter_off, cached, second_model
 
 CURVE = 1e-6  # how far metrics of runs with different references may lie apart
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=501, block_size=64)

@@ -23,13 +23,13 @@ from tunesmith.errors import UserError
 from tunesmith.files.adapters import CONFIG, WEIGHTS
 from tunesmith.files.names import SAMPLE
 from tunesmith.files.weights import save_model
-from tunesmith.losses import bradley_terry_loss
 from tunesmith.models.attention import Documents
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.models.scored import RewardModel, save_reward_model
 from tunesmith.options.training import PairDataOptions, RewardConfig
-from tunesmith.preferences import OBSERVED, pair_scores, reward_loss_sum
-from tunesmith.training import load_splits
+from tunesmith.train.losses import bradley_terry_loss
+from tunesmith.train.pair_loss import OBSERVED, pair_scores, reward_loss_sum
+from tunesmith.train.session import load_splits
 
 FLOAT32, FLOAT64 = 1e-5, 1e-10
 SHAPE = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=6144, block_size=256)

@@ -16,11 +16,11 @@ from tunesmith.data.bits import bits_per_byte, text_bytes
 from tunesmith.data.prompts import Prompt
 from tunesmith.data.texts import Batches
 from tunesmith.data.tokenizer import Tokenizer
-from tunesmith.evaluate import estimate_loss
 from tunesmith.files.names import SAMPLE
 from tunesmith.generation.engine import encode_prompt
 from tunesmith.options.training import DataOptions
-from tunesmith.training import load_splits
+from tunesmith.train.session import load_splits
+from tunesmith.train.token_loss import estimate_loss
 
 PAGE_FILE = Path(__file__).parents[1] / "docs" / "sample-model.md"
 PAGE = PAGE_FILE.read_text(encoding="utf-8")

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch.amp import GradScaler
 
 from reference import batch_nll, pack_batch, random_model
-from tunesmith.evaluate import nll_sum
 from tunesmith.models.gpt2 import GPTConfig
-from tunesmith.optim import build_optimizer
-from tunesmith.step import optimizer_step
+from tunesmith.train.optim import build_optimizer
+from tunesmith.train.step import optimizer_step
+from tunesmith.train.token_loss import nll_sum
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=31, block_size=16)
 FLOAT64 = 1e-12

@@ -13,11 +13,11 @@ from tiny_runs import comparable, last_digest, tiny_config, train_losses, write_
 from tunesmith.__main__ import main
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
-from tunesmith.evaluate import estimate_loss
 from tunesmith.files.names import SAMPLE
 from tunesmith.files.weights import load_model
 from tunesmith.models.gpt2 import GPTConfig
-from tunesmith.training import load_splits, text_batches
+from tunesmith.train.session import load_splits, text_batches
+from tunesmith.train.token_loss import estimate_loss
 
 BATCHINGS = ["packed", "windows", "padded"]
 

@@ -8,8 +8,8 @@ from tunesmith.data.datasets import open_dataset
 from tunesmith.data.texts import Batches, cut_rows
 from tunesmith.data.tokenstore import tokenise
 from tunesmith.errors import UserError
-from tunesmith.losses import IGNORE_INDEX
 from tunesmith.options.training import DataOptions
+from tunesmith.train.losses import IGNORE_INDEX
 
 BLOCK = 40
 

@@ -28,13 +28,13 @@ from tunesmith.__main__ import main as tunesmith
 from tunesmith.data.bits import bits_per_byte, text_bytes
 from tunesmith.data.texts import Batches
 from tunesmith.data.tokenizer import Tokenizer
-from tunesmith.evaluate import estimate_loss
 from tunesmith.files.names import SAMPLE, load
 from tunesmith.files.run import Run
 from tunesmith.files.weights import load_model, save_model
 from tunesmith.models.gpt2 import GPT
 from tunesmith.options.training import DataOptions
-from tunesmith.training import load_splits
+from tunesmith.train.session import load_splits
+from tunesmith.train.token_loss import estimate_loss
 
 CONFIG = Path(__file__).with_name("sample_model.yaml")
 HELD_OUT = 20  # one text in twenty

@@ -20,18 +20,18 @@ from torch import Tensor, nn
 from tunesmith.data.pairs import PairBatch, join_pairs
 from tunesmith.data.texts import Batch
 from tunesmith.device import resolve_compile
-from tunesmith.evaluate import nll_sum
 from tunesmith.models.attention import Documents
 from tunesmith.models.gpt2 import GPT, GPTConfig
 from tunesmith.models.lora import apply_lora
 from tunesmith.models.scored import RewardModel
-from tunesmith.optim import OneByOne
 from tunesmith.options.training import DPOConfig, RewardConfig
-from tunesmith.preferences import PreferenceLoss, dpo_loss_sum, reward_loss_sum
-from tunesmith.reference import adapter_off, second_model
-from tunesmith.settings import precision_of
-from tunesmith.step import optimizer_step
-from tunesmith.trainee import AnyConfig, alpha_of, make_optimizer, prepare_model, store_in_bf16
+from tunesmith.train.optim import OneByOne
+from tunesmith.train.pair_loss import PreferenceLoss, dpo_loss_sum, reward_loss_sum
+from tunesmith.train.reference import adapter_off, second_model
+from tunesmith.train.resolve import precision_of
+from tunesmith.train.step import optimizer_step
+from tunesmith.train.token_loss import nll_sum
+from tunesmith.train.trainee import AnyConfig, alpha_of, make_optimizer, prepare_model, store_in_bf16
 from tunesmith.workload import Rows
 
 BLOCKS = 4  # of the larger of the two models

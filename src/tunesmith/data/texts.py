@@ -17,8 +17,8 @@ from tunesmith.data.dialogue import END
 from tunesmith.data.tokenstore import TokenStore
 from tunesmith.device import put
 from tunesmith.errors import UsageError, UserError
-from tunesmith.losses import IGNORE_INDEX
 from tunesmith.models.attention import Documents
+from tunesmith.train.losses import IGNORE_INDEX
 
 Array = np.ndarray[Any, Any]
 LossOn = Literal["assistant", "all"]

@@ -22,7 +22,7 @@ from tunesmith.data.datasets import Source
 from tunesmith.data.dialogue import END, NEXT, Preference, Row, Text, prose, render, segments
 from tunesmith.data.readers import Located, Report
 from tunesmith.data.tokenizer import Tokenizer
-from tunesmith.losses import IGNORE_INDEX
+from tunesmith.train.losses import IGNORE_INDEX
 
 VERSION = 3  # raise it when the meaning of a stored byte changes
 ROWS_AT_A_TIME = 8192

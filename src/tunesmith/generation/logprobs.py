@@ -12,10 +12,10 @@ from tunesmith.answers import ScoredAnswer
 from tunesmith.data.pairs import join_pairs
 from tunesmith.data.texts import pack
 from tunesmith.data.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
-from tunesmith.evaluate import evaluation_mode
 from tunesmith.generation.engine import encode_prompt
 from tunesmith.models.gpt2 import GPT
-from tunesmith.preferences import target_logps
+from tunesmith.train.pair_loss import target_logps
+from tunesmith.train.token_loss import evaluation_mode
 
 BATCH_TOKENS = 4096  # in one forward pass
 Array = np.ndarray[Any, Any]

@@ -21,10 +21,10 @@ from tunesmith.data.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
 from tunesmith.data.tokenstore import TokenStore, tokenise
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.names import find_model
-from tunesmith.losses import IGNORE_INDEX
 from tunesmith.options.commands import DataCommand
 from tunesmith.options.training import DataOptions
 from tunesmith.stats import Interval
+from tunesmith.train.losses import IGNORE_INDEX
 
 
 def load_tokenizer(name: str) -> Tokenizer:

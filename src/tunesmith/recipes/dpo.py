@@ -17,17 +17,16 @@ from typing import Any
 
 import torch
 
-from tunesmith.choice import Sums
 from tunesmith.data.pairs import PairBatch, PairBatches
 from tunesmith.data.texts import Batches
 from tunesmith.device import resolve_device
-from tunesmith.evaluate import estimate_loss, evaluation_mode
 from tunesmith.files.run import Run
-from tunesmith.losses import SMOOTHED
 from tunesmith.options.training import DPOConfig
-from tunesmith.preferences import OBSERVED, PreferenceLoss, Reference, answer_logps, dpo_loss_sum, estimate_dpo
-from tunesmith.reference import LogpStore, adapter_off, cached, second_model, store_path
-from tunesmith.settings import (
+from tunesmith.train.choice import Sums
+from tunesmith.train.losses import SMOOTHED
+from tunesmith.train.pair_loss import OBSERVED, PreferenceLoss, Reference, answer_logps, dpo_loss_sum, estimate_dpo
+from tunesmith.train.reference import LogpStore, adapter_off, cached, second_model, store_path
+from tunesmith.train.resolve import (
     check_options,
     check_pair_options,
     check_resumable,
@@ -35,8 +34,9 @@ from tunesmith.settings import (
     resolve_length,
     resolve_machine,
 )
-from tunesmith.trainee import Trainee, load_trainee, prepare_model
-from tunesmith.training import begin, describe_pairs, load_splits, pair_batches, run_training
+from tunesmith.train.session import begin, describe_pairs, load_splits, pair_batches, run_training
+from tunesmith.train.token_loss import estimate_loss, evaluation_mode
+from tunesmith.train.trainee import Trainee, load_trainee, prepare_model
 
 ROBUST_SMOOTHING = 0.1  # of the robust loss where none is given: with 0 it is plain DPO
 

@@ -31,15 +31,15 @@ from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokenstore import tokenise
 from tunesmith.device import Precision, keep_freed_memory, resolve_precision
 from tunesmith.errors import UserError
-from tunesmith.evaluate import AnswerLoss, answer_losses, evaluation_mode
 from tunesmith.files.names import gives_scores, load, run_and_step
 from tunesmith.models.gpt2 import GPT
 from tunesmith.options.commands import EvaluateCommand
 from tunesmith.options.training import DataOptions
-from tunesmith.preferences import all_pair_scores, answer_logps
 from tunesmith.scoring import OwnScorer, load_scorer
 from tunesmith.stats import bootstrap_interval, ratio_interval, share_interval
 from tunesmith.study.comparison import interval_text
+from tunesmith.train.pair_loss import all_pair_scores, answer_logps
+from tunesmith.train.token_loss import AnswerLoss, answer_losses, evaluation_mode
 
 Array = np.ndarray[Any, Any]
 TURNS = ((1, 1), (2, 2), (3, 3), (4, None))

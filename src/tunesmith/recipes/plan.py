@@ -26,9 +26,9 @@ from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import DPOConfig, RewardConfig
 from tunesmith.planning import Setting, candidates, choose, effect, find_place, is_exact, make_setting, size_in_bytes
 from tunesmith.probe import StepTime, probe_step
-from tunesmith.scratch import problems_of, resolve_shape
-from tunesmith.settings import check_options, check_pair_options
-from tunesmith.trainee import AnyConfig
+from tunesmith.train.resolve import check_options, check_pair_options
+from tunesmith.train.scratch import problems_of, resolve_shape
+from tunesmith.train.trainee import AnyConfig
 from tunesmith.workload import Rows
 
 PlanConfig = PlanSFT | PlanDPO | PlanReward | PlanPretrain

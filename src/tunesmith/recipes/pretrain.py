@@ -12,19 +12,19 @@ from __future__ import annotations
 
 import dataclasses
 
-from tunesmith.choice import Sums
 from tunesmith.data.bits import bits_per_byte, text_bytes
 from tunesmith.data.texts import Batches
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
-from tunesmith.evaluate import estimate_loss, nll_sum
 from tunesmith.files.names import new_model
 from tunesmith.files.run import Run
 from tunesmith.options.pretraining import PretrainConfig
-from tunesmith.scratch import make_tokenizer, problems_of, resolve_shape
-from tunesmith.settings import check_options, check_resumable, precision_of, resolve_length, resolve_machine
-from tunesmith.trainee import Trainee, prepare_model
-from tunesmith.training import Splits, begin, load_splits, run_training, text_batches
+from tunesmith.train.choice import Sums
+from tunesmith.train.resolve import check_options, check_resumable, precision_of, resolve_length, resolve_machine
+from tunesmith.train.scratch import make_tokenizer, problems_of, resolve_shape
+from tunesmith.train.session import Splits, begin, load_splits, run_training, text_batches
+from tunesmith.train.token_loss import estimate_loss, nll_sum
+from tunesmith.train.trainee import Trainee, prepare_model
 
 
 def pretrain(config: PretrainConfig) -> Run:

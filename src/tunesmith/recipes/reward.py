@@ -8,12 +8,12 @@ and pairs share rows; both answers are scored at their last token.
 
 from __future__ import annotations
 
-from tunesmith.choice import Sums
 from tunesmith.files.run import Run
 from tunesmith.models.scored import RewardModel
 from tunesmith.options.training import RewardConfig
-from tunesmith.preferences import OBSERVED, estimate_reward, reward_loss_sum
-from tunesmith.settings import (
+from tunesmith.train.choice import Sums
+from tunesmith.train.pair_loss import OBSERVED, estimate_reward, reward_loss_sum
+from tunesmith.train.resolve import (
     check_options,
     check_pair_options,
     check_resumable,
@@ -21,8 +21,8 @@ from tunesmith.settings import (
     resolve_length,
     resolve_machine,
 )
-from tunesmith.trainee import load_trainee, prepare_model
-from tunesmith.training import begin, describe_pairs, load_splits, pair_batches, run_training
+from tunesmith.train.session import begin, describe_pairs, load_splits, pair_batches, run_training
+from tunesmith.train.trainee import load_trainee, prepare_model
 
 
 def train_reward_model(config: RewardConfig) -> Run:

@@ -30,7 +30,6 @@ from tunesmith.answers import (
     rewards,
     write_answers,
 )
-from tunesmith.choice import choice_lines, choose, read_estimates
 from tunesmith.data.prompts import load_prompts
 from tunesmith.device import keep_freed_memory
 from tunesmith.errors import UsageError
@@ -42,6 +41,7 @@ from tunesmith.options.commands import ScoreCommand
 from tunesmith.scoring import load_scorer
 from tunesmith.stats import bootstrap_interval
 from tunesmith.study.comparison import interval_text
+from tunesmith.train.choice import choice_lines, choose, read_estimates
 
 Answers = Mapping[str, Sequence[ScoredAnswer]]
 SHOWN_WORDS = 60

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from tunesmith.choice import Sums
-from tunesmith.evaluate import estimate_loss, nll_sum
 from tunesmith.files.run import Run
 from tunesmith.options.training import SFTConfig
-from tunesmith.settings import check_options, check_resumable, precision_of, resolve_length, resolve_machine
-from tunesmith.trainee import load_trainee, prepare_model
-from tunesmith.training import begin, load_splits, run_training, text_batches
+from tunesmith.train.choice import Sums
+from tunesmith.train.resolve import check_options, check_resumable, precision_of, resolve_length, resolve_machine
+from tunesmith.train.session import begin, load_splits, run_training, text_batches
+from tunesmith.train.token_loss import estimate_loss, nll_sum
+from tunesmith.train.trainee import load_trainee, prepare_model
 
 
 def sft(config: SFTConfig) -> Run:

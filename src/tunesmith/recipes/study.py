@@ -20,7 +20,6 @@ from tunesmith.files.run import write_atomically
 from tunesmith.options.commands import StudyCommand
 from tunesmith.options.parse import from_settings, nearest
 from tunesmith.recipes.dpo import check as check_dpo
-from tunesmith.settings import check_options, check_pair_options
 from tunesmith.study.executors import Executor, Local, visible_gpus
 from tunesmith.study.files import COMMANDS, read_study, study_path
 from tunesmith.study.forecast import Seconds, memory_of, probe, shapes_of, times, work_of
@@ -29,6 +28,7 @@ from tunesmith.study.plan import Plan, make_plan, plan_record
 from tunesmith.study.report import write_report
 from tunesmith.study.run import conduct
 from tunesmith.study.view import View, span
+from tunesmith.train.resolve import check_options, check_pair_options
 
 
 def study(name: str, options: StudyCommand) -> Path:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from tunesmith.optim import OneByOne
 from tunesmith.outofmemory import in_micro_batch
+from tunesmith.train.optim import OneByOne
 
 
 class Counted(Protocol):

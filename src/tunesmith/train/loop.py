@@ -16,14 +16,14 @@ import torch
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from tunesmith.checkpoint import load_state, prune, save_checkpoint
-from tunesmith.choice import Sums, choice_lines, choose_checkpoint, read_estimates
 from tunesmith.device import peak_memory_gb
 from tunesmith.files.run import RunLog
-from tunesmith.optim import OneByOne, set_learning_rate
 from tunesmith.progress import Progress
-from tunesmith.splitting import Split, Splittable, Splitting, step_in_memory
-from tunesmith.step import StepStats
+from tunesmith.train.checkpoint import load_state, prune, save_checkpoint
+from tunesmith.train.choice import Sums, choice_lines, choose_checkpoint, read_estimates
+from tunesmith.train.optim import OneByOne, set_learning_rate
+from tunesmith.train.splitting import Split, Splittable, Splitting, step_in_memory
+from tunesmith.train.step import StepStats
 
 SMALLEST_SCALE = 2.0**-20  # fp16 gradients may overflow and are then scaled anew; below this they are simply infinite
 UNSPOKEN = ("train_accuracy", "_reward", "_drift_chosen", "_drift_rejected")  # metrics that go to the log only

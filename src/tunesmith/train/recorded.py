@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from tunesmith.capture import capture, reason_of
-from tunesmith.step import Seen
+from tunesmith.train.step import Seen
 
 B = TypeVar("B")
 Record = Callable[[Callable[[], Seen]], Callable[[], Seen]]

@@ -10,10 +10,10 @@ import torch
 
 from tunesmith.device import Precision, resolve_compile, resolve_device, resolve_precision
 from tunesmith.errors import UsageError, UserError
-from tunesmith.optim import DEFAULT_WEIGHT_DECAY
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import DPOConfig, PairDataOptions, RewardConfig, SFTConfig
-from tunesmith.trainee import AnyConfig, alpha_of
+from tunesmith.train.optim import DEFAULT_WEIGHT_DECAY
+from tunesmith.train.trainee import AnyConfig, alpha_of
 
 Config = TypeVar("Config", SFTConfig, DPOConfig, RewardConfig, PretrainConfig)
 Command = Literal["pretrain", "sft", "dpo", "reward"]

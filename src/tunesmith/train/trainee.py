@@ -19,10 +19,10 @@ from tunesmith.files.weights import from_hf_state_dict, save_model, stored_weigh
 from tunesmith.models.gpt2 import GPT
 from tunesmith.models.lora import apply_lora
 from tunesmith.models.scored import RewardModel, load_reward_weights, save_reward_model, set_score
-from tunesmith.optim import OneByOne, build_optimizer
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import DPOConfig, LoRAOptions, RewardConfig, SFTConfig
 from tunesmith.outofmemory import is_out_of_memory
+from tunesmith.train.optim import OneByOne, build_optimizer
 
 TuningConfig = SFTConfig | DPOConfig | RewardConfig
 AnyConfig = TuningConfig | PretrainConfig

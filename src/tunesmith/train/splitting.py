@@ -21,8 +21,8 @@ from torch.optim import Optimizer
 
 from tunesmith.device import return_freed_memory
 from tunesmith.errors import UserError
-from tunesmith.optim import OneByOne
 from tunesmith.outofmemory import OutOfMemory, is_out_of_memory
+from tunesmith.train.optim import OneByOne
 
 
 class Splittable(Protocol):

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tunesmith.choice import Sums
 from tunesmith.data.pairs import PairBatch
 from tunesmith.device import Precision, autocast
-from tunesmith.evaluate import evaluation_mode, head_chunk, states_and_head
-from tunesmith.losses import bradley_terry_loss, dpo_loss, sequence_loss_sum, sum_sequences, token_nll
 from tunesmith.models.gpt2 import GPT
 from tunesmith.models.scored import RewardModel
-from tunesmith.splitting import within_memory
+from tunesmith.train.choice import Sums
+from tunesmith.train.losses import bradley_terry_loss, dpo_loss, sequence_loss_sum, sum_sequences, token_nll
+from tunesmith.train.splitting import within_memory
+from tunesmith.train.token_loss import evaluation_mode, head_chunk, states_and_head
 
 Reference = Callable[[PairBatch], Tensor]
 """Log-probabilities of a batch's answers under the reference: (pairs, 2) float32, chosen and rejected, no gradient."""

@@ -15,7 +15,6 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from tunesmith.answers import measures, reward_summary, write_answers
-from tunesmith.choice import Sums
 from tunesmith.data.datasets import holdout_rows, open_dataset
 from tunesmith.data.pairs import PairBatches, PairStore
 from tunesmith.data.prompts import load_prompts
@@ -30,10 +29,7 @@ from tunesmith.device import (
 )
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.run import Run, new_run_directory, open_log, step_name
-from tunesmith.fit import MicroBatch, Readable, fit
-from tunesmith.graphs import RecordedStep, recorder
 from tunesmith.judging import answer_prompts
-from tunesmith.optim import OneByOne, decides_on_device, schedule_factor
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import (
     DataOptions,
@@ -44,12 +40,16 @@ from tunesmith.options.training import (
     RewardConfig,
     SFTConfig,
 )
-from tunesmith.prefetch import made_ahead
 from tunesmith.scoring import load_scorer
-from tunesmith.settings import Command, as_dict, precision_of
-from tunesmith.splitting import Splitting
-from tunesmith.step import Seen, Unread, optimizer_step, step_on_device
-from tunesmith.trainee import AnyConfig, Trainee, make_optimizer
+from tunesmith.train.choice import Sums
+from tunesmith.train.loop import MicroBatch, Readable, fit
+from tunesmith.train.optim import OneByOne, decides_on_device, schedule_factor
+from tunesmith.train.prefetch import made_ahead
+from tunesmith.train.recorded import RecordedStep, recorder
+from tunesmith.train.resolve import Command, as_dict, precision_of
+from tunesmith.train.splitting import Splitting
+from tunesmith.train.step import Seen, Unread, optimizer_step, step_on_device
+from tunesmith.train.trainee import AnyConfig, Trainee, make_optimizer
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from tunesmith.errors import UserError
 from tunesmith.files.run import Run, step_name
 from tunesmith.files.weights import write_safetensors
-from tunesmith.optim import OneByOne, state_parts, whole_state
+from tunesmith.train.optim import OneByOne, state_parts, whole_state
 
 STATE = "training_state"
 

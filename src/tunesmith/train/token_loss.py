@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from tunesmith.data.dialogue import END
 from tunesmith.data.texts import Batch, Batches
 from tunesmith.device import Precision, autocast
-from tunesmith.losses import IGNORE_INDEX, LowRank, head_nll_sum, token_nll
 from tunesmith.models.attention import Documents
 from tunesmith.models.gpt2 import GPT
 from tunesmith.models.lora import head_parts
-from tunesmith.splitting import within_memory
+from tunesmith.train.losses import IGNORE_INDEX, LowRank, head_nll_sum, token_nll
+from tunesmith.train.splitting import within_memory
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""One training: its options resolved, its model, its losses, its step, its loop, its checkpoints."""
