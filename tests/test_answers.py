@@ -2,7 +2,8 @@
 
 import pytest
 
-from tunesmith.answers import (
+from tunesmith.errors import UserError
+from tunesmith.judge.answers import (
     ScoredAnswer,
     alike,
     best_rewards,
@@ -15,7 +16,6 @@ from tunesmith.answers import (
     rewards,
     write_answers,
 )
-from tunesmith.errors import UserError
 
 
 def answer(prompt="p", text="a b", reward=None, group="", tokens=3, reason="stop"):

@@ -13,11 +13,11 @@ from rich.style import Style
 from judge_server import Reply, longer, serving, verdict
 from reference import random_model
 from tunesmith.__main__ import main
-from tunesmith.answers import ScoredAnswer
 from tunesmith.data.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
 from tunesmith.files.names import SAMPLE, load
 from tunesmith.files.weights import save_model
 from tunesmith.generation.logprobs import answer_logps, encode_answers, token_texts
+from tunesmith.judge.answers import ScoredAnswer
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.models.scored import RewardModel, save_reward_model
 from tunesmith.recipes.compare import COLOURS, coloured
@@ -220,7 +220,7 @@ def test_swapped_order_is_the_mirrored_table(compare, models):
 
 
 def test_rewards_are_the_scorers_own(compare, models):
-    from tunesmith.scoring import load_scorer
+    from tunesmith.judge.scoring import load_scorer
 
     _, records, page, printed = compare(*models[:2], "--reward", models[2])
     scorer = load_scorer(str(models[2]), device="cpu")

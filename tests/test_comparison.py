@@ -8,10 +8,9 @@ import subprocess
 
 import pytest
 
-from tunesmith.answers import ScoredAnswer
 from tunesmith.data.tokenizer import END_OF_TEXT
-from tunesmith.judge import Judgement
-from tunesmith.study.comparison import (
+from tunesmith.judge.answers import ScoredAnswer
+from tunesmith.judge.comparison import (
     Comparison,
     Row,
     interval_text,
@@ -22,7 +21,8 @@ from tunesmith.study.comparison import (
     rest_of,
     versus_rows,
 )
-from tunesmith.study.comparison_page import render_comparison
+from tunesmith.judge.comparison_page import render_comparison
+from tunesmith.judge.language_model import Judgement
 
 
 def row(n, a, b, *, group="g", tokens=(10, 10), orders=None, logps=None):

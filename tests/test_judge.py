@@ -7,9 +7,9 @@ import time
 import pytest
 
 from judge_server import Reply, longer, serving, verdict
-from tunesmith.endpoint import Endpoint, retry_after
 from tunesmith.errors import UsageError, UserError
-from tunesmith.judge import Judge, parse_verdict, question
+from tunesmith.judge.endpoint import Endpoint, retry_after
+from tunesmith.judge.language_model import Judge, parse_verdict, question
 
 PAIRS = [("Why?", "short", "a longer answer"), ("How?", "a longer answer", "short"), ("When?", "now", "yes")]
 

@@ -15,11 +15,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from tunesmith.answers import words
 from tunesmith.data.prompts import load_prompts
 from tunesmith.demo import demo_sft
 from tunesmith.files.names import load
 from tunesmith.generation.engine import Sampling, decode, encode_prompt
+from tunesmith.judge.answers import words
 from tunesmith.options.commands import DemoCommand
 from tunesmith.recipes.sft import sft
 

@@ -13,10 +13,12 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from tunesmith.answers import read_answers, write_answers
 from tunesmith.data.prompts import load_prompts
 from tunesmith.errors import UserError
 from tunesmith.files.run import Run, step_name
+from tunesmith.judge.answers import read_answers, write_answers
+from tunesmith.judge.comparison_page import render_comparison
+from tunesmith.judge.scoring import load_scorer
 from tunesmith.options.commands import CompareCommand, DemoCommand, ScoreCommand
 from tunesmith.options.training import (
     CheckpointOptions,
@@ -37,8 +39,6 @@ from tunesmith.recipes.dpo import dpo
 from tunesmith.recipes.reward import train_reward_model
 from tunesmith.recipes.score import score
 from tunesmith.recipes.sft import sft
-from tunesmith.scoring import load_scorer
-from tunesmith.study.comparison_page import render_comparison
 from tunesmith.study.report import accuracy_text, write_report
 
 SHOWN = 4

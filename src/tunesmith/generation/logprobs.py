@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.answers import ScoredAnswer
 from tunesmith.data.pairs import join_pairs
 from tunesmith.data.texts import pack
 from tunesmith.data.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
 from tunesmith.generation.engine import encode_prompt
+from tunesmith.judge.answers import ScoredAnswer
 from tunesmith.models.gpt2 import GPT
 from tunesmith.train.pair_loss import target_logps
 from tunesmith.train.token_loss import evaluation_mode

@@ -13,23 +13,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.answers import ScoredAnswer
 from tunesmith.data.prompts import Prompt, load_prompts
 from tunesmith.data.tokenizer import END_OF_TEXT, Tokenizer
 from tunesmith.device import keep_freed_memory
-from tunesmith.endpoint import KEY_VARIABLE, Endpoint
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.names import find_model, load, load_tokenizer
 from tunesmith.files.run import write_atomically
 from tunesmith.generation.engine import prepare
 from tunesmith.generation.logprobs import TwoAnswers, answer_logps, encode_answers, token_texts
-from tunesmith.judge import Judge
-from tunesmith.judging import answer_prompts
-from tunesmith.options.commands import CompareCommand
-from tunesmith.options.training import GenerateOptions
-from tunesmith.progress import Progress
-from tunesmith.scoring import Scorer, load_scorer
-from tunesmith.study.comparison import (
+from tunesmith.judge.answers import ScoredAnswer
+from tunesmith.judge.comparison import (
     VERSUS,
     Comparison,
     Row,
@@ -43,7 +36,14 @@ from tunesmith.study.comparison import (
     rest_of,
     versus_rows,
 )
-from tunesmith.study.comparison_page import render_comparison
+from tunesmith.judge.comparison_page import render_comparison
+from tunesmith.judge.endpoint import KEY_VARIABLE, Endpoint
+from tunesmith.judge.judging import answer_prompts
+from tunesmith.judge.language_model import Judge
+from tunesmith.judge.scoring import Scorer, load_scorer
+from tunesmith.options.commands import CompareCommand
+from tunesmith.options.training import GenerateOptions
+from tunesmith.progress import Progress
 
 # by level of change, -3 to 3: orange where A finds the token likelier, blue where B does
 COLOURS = {

@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tunesmith.answers import alike, interval_record
 from tunesmith.data.bits import bits_per_byte, text_bytes
 from tunesmith.data.datasets import Source, open_dataset
 from tunesmith.data.dialogue import Preference
@@ -32,12 +31,13 @@ from tunesmith.data.tokenstore import tokenise
 from tunesmith.device import Precision, keep_freed_memory, resolve_precision
 from tunesmith.errors import UserError
 from tunesmith.files.names import gives_scores, load, run_and_step
+from tunesmith.judge.answers import alike, interval_record
+from tunesmith.judge.comparison import interval_text
+from tunesmith.judge.scoring import OwnScorer, load_scorer
 from tunesmith.models.gpt2 import GPT
 from tunesmith.options.commands import EvaluateCommand
 from tunesmith.options.training import DataOptions
-from tunesmith.scoring import OwnScorer, load_scorer
 from tunesmith.stats import bootstrap_interval, ratio_interval, share_interval
-from tunesmith.study.comparison import interval_text
 from tunesmith.train.pair_loss import all_pair_scores, answer_logps
 from tunesmith.train.token_loss import AnswerLoss, answer_losses, evaluation_mode
 

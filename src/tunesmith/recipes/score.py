@@ -20,7 +20,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tunesmith.answers import (
+from tunesmith.data.prompts import load_prompts
+from tunesmith.device import keep_freed_memory
+from tunesmith.errors import UsageError
+from tunesmith.files.names import checkpoints_of, load, run_and_step
+from tunesmith.files.run import step_name, write_atomically
+from tunesmith.generation.engine import prepare
+from tunesmith.judge.answers import (
     ScoredAnswer,
     best_rewards,
     compare_rewards,
@@ -30,17 +36,11 @@ from tunesmith.answers import (
     rewards,
     write_answers,
 )
-from tunesmith.data.prompts import load_prompts
-from tunesmith.device import keep_freed_memory
-from tunesmith.errors import UsageError
-from tunesmith.files.names import checkpoints_of, load, run_and_step
-from tunesmith.files.run import step_name, write_atomically
-from tunesmith.generation.engine import prepare
-from tunesmith.judging import answer_prompts
+from tunesmith.judge.comparison import interval_text
+from tunesmith.judge.judging import answer_prompts
+from tunesmith.judge.scoring import load_scorer
 from tunesmith.options.commands import ScoreCommand
-from tunesmith.scoring import load_scorer
 from tunesmith.stats import bootstrap_interval
-from tunesmith.study.comparison import interval_text
 from tunesmith.train.choice import choice_lines, choose, read_estimates
 
 Answers = Mapping[str, Sequence[ScoredAnswer]]

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from tunesmith.answers import measures, reward_summary, write_answers
 from tunesmith.data.datasets import holdout_rows, open_dataset
 from tunesmith.data.pairs import PairBatches, PairStore
 from tunesmith.data.prompts import load_prompts
@@ -29,7 +28,9 @@ from tunesmith.device import (
 )
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.run import Run, new_run_directory, open_log, step_name
-from tunesmith.judging import answer_prompts
+from tunesmith.judge.answers import measures, reward_summary, write_answers
+from tunesmith.judge.judging import answer_prompts
+from tunesmith.judge.scoring import load_scorer
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import (
     DataOptions,
@@ -40,7 +41,6 @@ from tunesmith.options.training import (
     RewardConfig,
     SFTConfig,
 )
-from tunesmith.scoring import load_scorer
 from tunesmith.train.choice import Sums
 from tunesmith.train.loop import MicroBatch, Readable, fit
 from tunesmith.train.optim import OneByOne, decides_on_device, schedule_factor

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from tunesmith.answers import ScoredAnswer
 from tunesmith.data.prompts import Prompt
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.generation.engine import Sampling, generate_answers
+from tunesmith.judge.answers import ScoredAnswer
+from tunesmith.judge.scoring import Scorer
 from tunesmith.models.gpt2 import GPT
 from tunesmith.options.training import GenerateOptions
-from tunesmith.scoring import Scorer
 
 
 def answer_prompts(

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tunesmith.endpoint import Endpoint, Messages, NoReply
 from tunesmith.errors import UserError
+from tunesmith.judge.endpoint import Endpoint, Messages, NoReply
 
 Side = Literal["a", "b", "tie"]
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tunesmith.answers import (
+from tunesmith.data.tokenizer import END_OF_TEXT
+from tunesmith.judge.answers import (
     LIKE_LENGTH,
     ScoredAnswer,
     alike,
@@ -15,8 +16,7 @@ from tunesmith.answers import (
     measures,
     reward_summary,
 )
-from tunesmith.data.tokenizer import END_OF_TEXT
-from tunesmith.judge import Judgement
+from tunesmith.judge.language_model import Judgement
 from tunesmith.stats import Wins, bootstrap_interval, share_interval, win_rate
 
 TokenLogps = Sequence[tuple[str, float, float]]

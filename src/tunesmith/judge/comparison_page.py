@@ -5,11 +5,9 @@ from __future__ import annotations
 import html
 from typing import Any
 
-from tunesmith.answers import ScoredAnswer
 from tunesmith.data.tokenizer import END_OF_TEXT
-from tunesmith.judge import Judgement
-from tunesmith.page import render_page
-from tunesmith.study.comparison import (
+from tunesmith.judge.answers import ScoredAnswer
+from tunesmith.judge.comparison import (
     VERSUS,
     Comparison,
     Row,
@@ -26,6 +24,8 @@ from tunesmith.study.comparison import (
     rest_of,
     versus_rows,
 )
+from tunesmith.judge.language_model import Judgement
+from tunesmith.page import render_page
 
 # A is orange and B blue throughout (Okabe & Ito), and never by colour alone: words, underlines, the order on the page.
 STYLE = """

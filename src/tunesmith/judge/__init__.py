@@ -1,0 +1,1 @@
+"""How good answers are: scored by reward models, compared, judged by a language model."""
