@@ -77,8 +77,8 @@ def setting_of(name: str, allocator: Any) -> Any:
     from tunesmith.models.gpt2 import GPTConfig
     from tunesmith.options.parse import from_settings
     from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
-    from tunesmith.planning import find_place, make_setting
-    from tunesmith.workload import Rows
+    from tunesmith.plan.planning import find_place, make_setting
+    from tunesmith.plan.workload import Rows
 
     command, shape, options = CASES[name]
     kinds: dict[str, Any] = {"sft": SFTConfig, "dpo": DPOConfig, "reward": RewardConfig}
@@ -90,7 +90,7 @@ def setting_of(name: str, allocator: Any) -> Any:
 def predict(name: str, allocator: Any, with_time: bool) -> dict[str, Any]:
     """What the plan says."""
     from tunesmith.device import set_allocator
-    from tunesmith.probe import probe_step
+    from tunesmith.plan.probe import probe_step
 
     set_allocator(allocator)
     s, began = setting_of(name, allocator), time.perf_counter()
@@ -107,7 +107,7 @@ def measure(name: str, allocator: Any, steps: int) -> dict[str, Any]:
     import torch
     import torch._dynamo  # torch's optimizers load it with their first use
 
-    from tunesmith.probe import make_step
+    from tunesmith.plan.probe import make_step
 
     s = setting_of(name, allocator)
     base = resident_memory() / 1e9

@@ -64,8 +64,8 @@ def prepare(work: Path, model: str, root: str | None, rows: int, block_size: int
     from tunesmith.data.texts import Batches
     from tunesmith.data.tokenizer import Tokenizer
     from tunesmith.data.tokenstore import tokenise
-    from tunesmith.memory import linear_sizes
     from tunesmith.options.training import DataOptions
+    from tunesmith.plan.memory import linear_sizes
 
     gpt = save_weights(work, model)
     name = "hh:harmless-base" if root else "sample"

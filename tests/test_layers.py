@@ -49,7 +49,7 @@ LAYERS = [
         "study.read",
         "study.claims",
         "study.figures",
-        "memory",
+        "plan.memory",
     }
     | {"study.files"},
     {
@@ -59,7 +59,7 @@ LAYERS = [
         "data.audit.overlap",
         "study.select",
         "study.plan",
-        "workload",
+        "plan.workload",
         "generation.recorded",
     },
     {
@@ -72,7 +72,7 @@ LAYERS = [
         "study.verdicts",
         "study.ledger",
     }
-    | {"study.executors", "cards"},
+    | {"study.executors", "plan.cards"},
     {"files.names", "data.pairs", "train.token_loss", "study.plots", "study.parts", "study.view", "study.on_ray"},
     {
         "generation.engine",
@@ -93,9 +93,9 @@ LAYERS = [
         "generation.logprobs",
         "judge.comparison",
         "data.audit.survey",
-        "planning",
+        "plan.planning",
     },
-    {"train.session", "judge.comparison_page", "probe"},
+    {"train.session", "judge.comparison_page", "plan.probe"},
     {"recipes.sft", "recipes.dpo", "recipes.reward", "recipes.data", "recipes.evaluate", "recipes.score"}
     | {"recipes.compare", "recipes.chat", "recipes.pretrain", "recipes.plan"},
     {"study.report"},
@@ -121,9 +121,9 @@ WITHOUT_TORCH = {
     "data.readers",
     "judge.answers",
     "train.choice",
-    "memory",
-    "workload",
-    "cards",
+    "plan.memory",
+    "plan.workload",
+    "plan.cards",
     "options.planning",
     "study.files",
     "study.plan",

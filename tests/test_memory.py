@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from tunesmith.data.texts import Batch
-from tunesmith.memory import (
+from tunesmith.models.attention import Documents
+from tunesmith.models.gpt2 import GPT, SIZES, GPTConfig
+from tunesmith.models.lora import apply_lora
+from tunesmith.plan.memory import (
     SLOTS,
     Work,
     activation_bytes,
@@ -16,15 +19,12 @@ from tunesmith.memory import (
     predict_memory,
     state_bytes,
 )
-from tunesmith.models.attention import Documents
-from tunesmith.models.gpt2 import GPT, SIZES, GPTConfig
-from tunesmith.models.lora import apply_lora
+from tunesmith.plan.workload import shared_keys
 from tunesmith.train.losses import head_nll_sum
 from tunesmith.train.optim import OPTIMIZERS, OneByOne, build_optimizer, state_parts
 from tunesmith.train.step import optimizer_step
 from tunesmith.train.token_loss import states_and_head
 from tunesmith.train.trainee import store_in_bf16
-from tunesmith.workload import shared_keys
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=11, block_size=64)
 

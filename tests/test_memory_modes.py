@@ -14,11 +14,11 @@ from test_resume import assert_same_end, interrupted
 from tiny_runs import tiny_config, train_losses
 from tunesmith.__main__ import main
 from tunesmith.errors import UserError
-from tunesmith.memory import BF16_SLICE
 from tunesmith.models import recompute
 from tunesmith.models.attention import Documents
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.models.lora import apply_lora
+from tunesmith.plan.memory import BF16_SLICE
 from tunesmith.train import optim
 from tunesmith.train.losses import head_nll_sum
 from tunesmith.train.optim import OneByOne, build_optimizer, round_stochastically, set_learning_rate

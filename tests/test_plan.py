@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from tunesmith.__main__ import main
-from tunesmith.cards import CARDS
 from tunesmith.errors import UsageError
-from tunesmith.memory import Work, count_parameters, linear_sizes
 from tunesmith.models.gpt2 import SIZES, GPTConfig
 from tunesmith.options.parse import from_settings
 from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
-from tunesmith.planning import alternatives, candidates, choose, find_place, is_exact, make_setting, size_in_bytes
-from tunesmith.probe import make_step, pair_batch, probe_step, split_evenly, text_batch
+from tunesmith.plan.cards import CARDS
+from tunesmith.plan.memory import Work, count_parameters, linear_sizes
+from tunesmith.plan.planning import alternatives, candidates, choose, find_place, is_exact, make_setting, size_in_bytes
+from tunesmith.plan.probe import make_step, pair_batch, probe_step, split_evenly, text_batch
+from tunesmith.plan.workload import Rows, forward_operations, step_operations
 from tunesmith.train.resolve import check_options
-from tunesmith.workload import Rows, forward_operations, step_operations
 
 MEDIUM = SIZES["gpt2-medium"]
 TINY = GPTConfig(n_layer=6, n_head=2, n_embd=32, vocab_size=211, block_size=64)

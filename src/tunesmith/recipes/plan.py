@@ -24,12 +24,21 @@ from tunesmith.models.gpt2 import SIZES, GPTConfig
 from tunesmith.options.planning import PlanDPO, PlanPretrain, PlanReward, PlanSFT
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import DPOConfig, RewardConfig
-from tunesmith.planning import Setting, candidates, choose, effect, find_place, is_exact, make_setting, size_in_bytes
-from tunesmith.probe import StepTime, probe_step
+from tunesmith.plan.planning import (
+    Setting,
+    candidates,
+    choose,
+    effect,
+    find_place,
+    is_exact,
+    make_setting,
+    size_in_bytes,
+)
+from tunesmith.plan.probe import StepTime, probe_step
+from tunesmith.plan.workload import Rows
 from tunesmith.train.resolve import check_options, check_pair_options
 from tunesmith.train.scratch import problems_of, resolve_shape
 from tunesmith.train.trainee import AnyConfig
-from tunesmith.workload import Rows
 
 PlanConfig = PlanSFT | PlanDPO | PlanReward | PlanPretrain
 ESTIMATES = 40  # as `settings.resolve_length` spreads them

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tunesmith.memory import Memory, Shape, Work, count_adapters, linear_sizes
+from tunesmith.plan.memory import Memory, Shape, Work, count_adapters, linear_sizes
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from tunesmith.models.gpt2 import GPT, GPTConfig
 from tunesmith.models.lora import apply_lora
 from tunesmith.models.scored import RewardModel
 from tunesmith.options.training import DPOConfig, RewardConfig
+from tunesmith.plan.workload import Rows
 from tunesmith.train.optim import OneByOne
 from tunesmith.train.pair_loss import PreferenceLoss, dpo_loss_sum, reward_loss_sum
 from tunesmith.train.reference import adapter_off, second_model
@@ -32,7 +33,6 @@ from tunesmith.train.resolve import precision_of
 from tunesmith.train.step import optimizer_step
 from tunesmith.train.token_loss import nll_sum
 from tunesmith.train.trainee import AnyConfig, alpha_of, make_optimizer, prepare_model, store_in_bf16
-from tunesmith.workload import Rows
 
 BLOCKS = 4  # of the larger of the two models
 BUDGET, REPEATS = 8.0, 5  # seconds after the warm-up, and most steps of each

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tunesmith.memory import Memory, Shape, Work
-from tunesmith.workload import step_operations, step_traffic
+from tunesmith.plan.memory import Memory, Shape, Work
+from tunesmith.plan.workload import step_operations, step_traffic
 
 CONTEXT = 0.5e9  # bytes that CUDA and its libraries take before the first tensor; assumed
 PRODUCTS, BANDWIDTH = 0.45, 0.7  # shares of a data sheet's peaks that training reaches; assumed, not measured

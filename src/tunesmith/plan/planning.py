@@ -16,15 +16,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.cards import CARDS, CONTEXT, Card, card_seconds
 from tunesmith.device import has_lean_allocator, resident_memory, resolve_device, resolve_precision
 from tunesmith.errors import UsageError
-from tunesmith.memory import Memory, Work, adapted_layers, count_parameters, predict_memory
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.options.training import DPOConfig, RewardConfig
+from tunesmith.plan.cards import CARDS, CONTEXT, Card, card_seconds
+from tunesmith.plan.memory import Memory, Work, adapted_layers, count_parameters, predict_memory
+from tunesmith.plan.workload import Rows, shared_keys
 from tunesmith.train.token_loss import head_chunk
 from tunesmith.train.trainee import AnyConfig
-from tunesmith.workload import Rows, shared_keys
 
 LEAN_TIME = 1.25  # of a step with --train.allocator lean, in times of one with fast; measured with GPT-2, small models take more
 LIBRARIES = 42e6  # bytes that threads, oneDNN's kernels and the like take with the first step on a CPU; measured

@@ -1,0 +1,1 @@
+"""What a training will take before it runs: memory counted, time from a probe or a card."""
