@@ -10,8 +10,8 @@ import yaml
 
 from tunesmith.__main__ import main
 from tunesmith.errors import UsageError
-from tunesmith.study.files import ENTRY, EXPERIMENT, TOP, read_study, study_path
-from tunesmith.study.plan import make_plan, plan_record, run_config
+from tunesmith.study.definition import ENTRY, EXPERIMENT, TOP, read_study, study_path
+from tunesmith.study.matrix import make_plan, plan_record, run_config
 
 BASE = {"sft": {"model": {"name": "sample"}, "data.name": "sample", "train": {"steps": 3}}}
 

@@ -10,12 +10,12 @@ import pytest
 from real_studies import write_study
 from tunesmith.errors import UserError
 from tunesmith.recipes.study import tell
+from tunesmith.study.definition import read_study
 from tunesmith.study.executors import Ended, Job, Local, launch, slot_environment
-from tunesmith.study.files import read_study
 from tunesmith.study.forecast import RunWork, probe, shapes_of, times, work_of
 from tunesmith.study.ledger import Ledger, only_one, position
-from tunesmith.study.plan import make_plan
-from tunesmith.study.run import conduct
+from tunesmith.study.matrix import make_plan
+from tunesmith.study.runner import conduct
 from tunesmith.study.view import View, span
 
 # ---- the loop, with processes that only pretend ----------------------------------------------------------------------
@@ -72,7 +72,7 @@ EXPERIMENTS = {
 @pytest.fixture
 def go(tmp_path, monkeypatch):
     """Run the experiments (or others) with a Pretender; what was started, and the states."""
-    monkeypatch.setattr("tunesmith.study.run.TICK", 0.0)
+    monkeypatch.setattr("tunesmith.study.runner.TICK", 0.0)
 
     def run(experiments=EXPERIMENTS, wanted=None, **ends):
         plan = make_plan(read_study(write_study(tmp_path, "sample", experiments)))

@@ -16,7 +16,7 @@ from tunesmith.models.gpt2 import Block, GPTConfig
 from tunesmith.plan.memory import Memory, Work, adapted_layers, linear_sizes, predict_memory
 from tunesmith.plan.workload import forward_operations, shared_keys, step_operations
 from tunesmith.study.ledger import DONE, Ledger
-from tunesmith.study.plan import Plan, PlannedRun, reference
+from tunesmith.study.matrix import Plan, PlannedRun, reference
 
 START = 3.0  # seconds in which a run's process gets ready, on the machine of docs/performance.md
 ESTIMATES = 40  # the most that `eval.every` gives when it is left out

@@ -13,7 +13,7 @@ from typing import Any
 
 from tunesmith.errors import UserError
 from tunesmith.files.run import Run, write_atomically
-from tunesmith.study.plan import Plan, PlannedRun, directory_of
+from tunesmith.study.matrix import Plan, PlannedRun, directory_of
 
 STAMP = "study.json"  # in a run's directory: which run of which study it is, and its hash
 DONE = ("finished", "diverged")  # a diverged run is a result

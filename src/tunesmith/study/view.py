@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.study.ledger import DONE, Ledger, position
-from tunesmith.study.plan import directory_of
+from tunesmith.study.matrix import directory_of
 
 TOLD_EVERY = 30.0  # seconds between two plain lines
 DRAWN_EVERY = 0.5

@@ -26,7 +26,7 @@ from tunesmith.errors import UserError
 from tunesmith.files.run import Run, write_atomically
 from tunesmith.study.executors import Ended, Executor, Job
 from tunesmith.study.ledger import DONE, STAMP, Ledger, moved_aside, stamped
-from tunesmith.study.plan import Plan, PlannedRun, directory_of, run_config
+from tunesmith.study.matrix import Plan, PlannedRun, directory_of, run_config
 from tunesmith.study.view import View
 
 TICK = 0.03  # seconds between two looks at the processes

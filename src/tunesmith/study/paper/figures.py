@@ -20,8 +20,7 @@ from tunesmith.study.lines import (
     missing_notes,
     seeds_in_words,
 )
-from tunesmith.study.read import Experiment, Line, Study, is_number
-from tunesmith.study.select import (
+from tunesmith.study.paper.select import (
     FULL,
     OPTIMIZERS,
     PARTS,
@@ -36,6 +35,7 @@ from tunesmith.study.select import (
     ranks,
     scorer_words,
 )
+from tunesmith.study.read import Experiment, Line, Study, is_number
 
 LOSS = "loss, nats per target token"
 WIDE = 10.0  # largest over smallest value, from which on an axis is logarithmic

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from tunesmith.stats import Interval, t_interval, wilson_interval
-from tunesmith.study.read import Experiment, Point, RunRecord, Study, is_number, trained_parameters
-from tunesmith.study.select import (
+from tunesmith.study.paper.select import (
     BATCH_4,
     FULL,
     OPTIMIZERS,
@@ -26,6 +25,7 @@ from tunesmith.study.select import (
     present,
     ranks,
 )
+from tunesmith.study.read import Experiment, Point, RunRecord, Study, is_number, trained_parameters
 
 PAPER_TABLE_1 = {"AdamW": (13.52, 200.0), "Adam": (13.52, 188.5), "SGD-Nesterov": (11.23, 183.5),
                  "SGD-momentum": (11.23, 181.8), "SGD": (8.41, 170.9)}  # fmt: skip

@@ -16,7 +16,7 @@ import yaml
 
 from tunesmith.errors import UsageError
 from tunesmith.options.parse import from_settings, nearest, preset_path
-from tunesmith.study.files import COMMANDS, Entry, Experiment, StudyFile, flatten
+from tunesmith.study.definition import COMMANDS, Entry, Experiment, StudyFile, flatten
 
 BATCHING: dict[str, dict[str, dict[str, Any]]] = {  # what `batching:` at the top of a study means for each command
     "paper": {
