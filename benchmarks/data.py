@@ -23,7 +23,7 @@ from pathlib import Path
 
 SECOND_START = """
 import sys, time
-import tunesmith as ts, tunesmith.recipes.sft as recipe, tunesmith.train.loop as fit
+import tunesmith as ts, tunesmith.commands.sft as recipe, tunesmith.train.loop as fit
 from tunesmith.options.training import *
 imported = time.perf_counter()
 step = recipe.fit

@@ -13,6 +13,7 @@ from rich.style import Style
 from judge_server import Reply, longer, serving, verdict
 from reference import random_model
 from tunesmith.__main__ import main
+from tunesmith.commands.compare import COLOURS, coloured
 from tunesmith.data.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
 from tunesmith.files.names import SAMPLE, load
 from tunesmith.files.weights import save_model
@@ -20,7 +21,6 @@ from tunesmith.generation.logprobs import answer_logps, encode_answers, token_te
 from tunesmith.judge.answers import ScoredAnswer
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.models.scored import RewardModel, save_reward_model
-from tunesmith.recipes.compare import COLOURS, coloured
 from tunesmith.stats import Interval
 
 FEW = ["--device", "cpu", "--limit", "6", "--generate.max_new_tokens", "12"]

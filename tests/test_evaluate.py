@@ -9,11 +9,11 @@ import torch
 import tunesmith as ts
 from tiny_runs import tiny_config
 from tunesmith.__main__ import main
+from tunesmith.commands.reward import train_reward_model
 from tunesmith.data.dialogue import Message, segments
 from tunesmith.files.names import load_reward
 from tunesmith.judge.scoring import encode_answer, load_scorer
 from tunesmith.options.training import DPOConfig, RewardConfig
-from tunesmith.recipes.reward import train_reward_model
 
 TALK = [
     [("user", "Hi"), ("assistant", "Hello."), ("user", "Why is the sky blue?"), ("assistant", "Air scatters blue light more.")],

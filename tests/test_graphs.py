@@ -13,12 +13,12 @@ from test_out_of_memory_runs import short_of
 from test_resume import assert_same_end, interrupted, stored_state
 from tiny_runs import comparable, last_digest, tiny_config, train_losses
 from tunesmith.__main__ import main
+from tunesmith.commands import sft
 from tunesmith.data.texts import Batch
 from tunesmith.errors import UsageError
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.models.lora import apply_lora
 from tunesmith.options.training import DPOConfig, SFTConfig
-from tunesmith.recipes import sft
 from tunesmith.train import resolve as settings
 from tunesmith.train import session as training
 from tunesmith.train.optim import build_optimizer, set_learning_rate

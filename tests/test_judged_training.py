@@ -7,6 +7,7 @@ import torch
 
 import tunesmith as ts
 from tiny_runs import comparable, last_digest, tiny_config
+from tunesmith.commands.reward import train_reward_model
 from tunesmith.data.prompts import load_prompts
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.run import step_name
@@ -14,7 +15,6 @@ from tunesmith.judge.answers import MEASURES, read_answers, rewards
 from tunesmith.judge.judging import answer_prompts
 from tunesmith.judge.scoring import load_scorer
 from tunesmith.options.training import DPOConfig, RewardConfig
-from tunesmith.recipes.reward import train_reward_model
 from tunesmith.train import session as training
 from tunesmith.train.choice import choose_checkpoint, read_rewards
 

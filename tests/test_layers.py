@@ -104,11 +104,11 @@ LAYERS = [
         "plan.planning",
     },
     {"train.session", "judge.comparison_page", "plan.probe"},
-    {"recipes.sft", "recipes.dpo", "recipes.reward", "recipes.data", "recipes.evaluate", "recipes.score"}
-    | {"recipes.compare", "recipes.chat", "recipes.pretrain", "recipes.plan"},
+    {"commands.sft", "commands.dpo", "commands.reward", "commands.data", "commands.evaluate", "commands.score"}
+    | {"commands.compare", "commands.chat", "commands.pretrain", "commands.plan"},
     {"study.report"},
-    {"recipes.study"},
-    {"demo"},
+    {"commands.study"},
+    {"commands.demo"},
     {"__main__"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
@@ -234,7 +234,7 @@ def test_answers_are_given_without_torchs_compiler():
     code = (
         "import sys, tunesmith as ts; model, tokenizer = ts.load('sample', device='cpu')\n"
         "ts.generate(model, tokenizer, [[{'role': 'user', 'content': 'Hello'}]], max_new_tokens=3)\n"
-        "import tunesmith.recipes.chat, tunesmith.train.session; sys.exit('torch._dynamo' in sys.modules)"
+        "import tunesmith.commands.chat, tunesmith.train.session; sys.exit('torch._dynamo' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

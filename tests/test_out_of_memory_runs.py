@@ -11,10 +11,10 @@ from made_pairs import batches_of
 from short_memory import CUDA, FLOAT64, case, fail
 from tiny_runs import as_argv, comparable, last_digest, tiny_config, train_losses
 from tunesmith.__main__ import main
+from tunesmith.commands import dpo, reward, sft
 from tunesmith.errors import UserError
 from tunesmith.files.weights import load_model
 from tunesmith.options.training import DPOConfig, RewardConfig
-from tunesmith.recipes import dpo, reward, sft
 from tunesmith.train import pair_loss as preferences
 from tunesmith.train import token_loss as evaluate
 from tunesmith.train.optim import OneByOne

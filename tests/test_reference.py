@@ -13,13 +13,13 @@ import tunesmith as ts
 from made_pairs import PAIRS, batches_of
 from reference import random_model
 from tiny_runs import comparable, tiny_config
+from tunesmith.commands import dpo as recipe
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.files.names import SAMPLE
 from tunesmith.files.weights import load_model, save_model
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.models.lora import apply_lora, disabled, lora_layers
 from tunesmith.options.training import DPOConfig
-from tunesmith.recipes import dpo as recipe
 from tunesmith.train import reference
 from tunesmith.train.pair_loss import answer_logps
 from tunesmith.train.reference import LogpStore, adapter_off, cached, second_model

@@ -8,11 +8,11 @@ import transformers
 
 from tiny_judge import ANSWERS, PROMPTS
 from tiny_runs import tiny_config
+from tunesmith.commands.reward import train_reward_model
 from tunesmith.errors import UserError
 from tunesmith.files.names import load_reward
 from tunesmith.judge.scoring import load_scorer
 from tunesmith.options.training import RewardConfig
-from tunesmith.recipes.reward import train_reward_model
 
 
 def test_deberta_scores_as_a_plain_loop_of_transformers_does(deberta):

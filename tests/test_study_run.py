@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from real_studies import write_study
+from tunesmith.commands.study import tell
 from tunesmith.errors import UserError
-from tunesmith.recipes.study import tell
 from tunesmith.study.definition import read_study
 from tunesmith.study.executors import Ended, Job, Local, launch, slot_environment
 from tunesmith.study.forecast import RunWork, probe, shapes_of, times, work_of

@@ -15,13 +15,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from tunesmith.commands.demo import demo_sft
+from tunesmith.commands.sft import sft
 from tunesmith.data.prompts import load_prompts
-from tunesmith.demo import demo_sft
 from tunesmith.files.names import load
 from tunesmith.generation.engine import Sampling, decode, encode_prompt
 from tunesmith.judge.answers import words
 from tunesmith.options.commands import DemoCommand
-from tunesmith.recipes.sft import sft
 
 SEEDS = (1, 2, 3)
 MAX_NEW_TOKENS = 128

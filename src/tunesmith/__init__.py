@@ -13,6 +13,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tunesmith.commands.dpo import dpo as dpo
+    from tunesmith.commands.pretrain import pretrain as pretrain
+    from tunesmith.commands.reward import train_reward_model as train_reward_model
+    from tunesmith.commands.sft import sft as sft
     from tunesmith.files.names import load as load
     from tunesmith.files.names import load_reward as load_reward
     from tunesmith.files.run import Run as Run
@@ -23,10 +27,6 @@ if TYPE_CHECKING:
     from tunesmith.options.training import DPOConfig as DPOConfig
     from tunesmith.options.training import RewardConfig as RewardConfig
     from tunesmith.options.training import SFTConfig as SFTConfig
-    from tunesmith.recipes.dpo import dpo as dpo
-    from tunesmith.recipes.pretrain import pretrain as pretrain
-    from tunesmith.recipes.reward import train_reward_model as train_reward_model
-    from tunesmith.recipes.sft import sft as sft
 
 __version__ = "0.1.0"
 
@@ -39,12 +39,12 @@ _HOME = {
     "Run": "files.run",
     "SFTConfig": "options.training",
     "generate": "generation.engine",  # no module of the name: importing it would hide the function
-    "dpo": "recipes.dpo",
+    "dpo": "commands.dpo",
     "load": "files.names",
     "load_reward": "files.names",
-    "pretrain": "recipes.pretrain",
-    "sft": "recipes.sft",
-    "train_reward_model": "recipes.reward",
+    "pretrain": "commands.pretrain",
+    "sft": "commands.sft",
+    "train_reward_model": "commands.reward",
 }
 __all__ = sorted(_HOME)
 

@@ -22,7 +22,7 @@ def _pretrain(argv: Argv) -> None:
     from tunesmith.options.pretraining import PretrainConfig
 
     config, _ = parse(PretrainConfig, _with_stored_config(argv), prog="tunesmith pretrain")
-    from tunesmith.recipes.pretrain import pretrain
+    from tunesmith.commands.pretrain import pretrain
 
     _told_if_diverged(pretrain(config))
 
@@ -32,7 +32,7 @@ def _sft(argv: Argv) -> None:
     from tunesmith.options.training import SFTConfig
 
     config, _ = parse(SFTConfig, _with_stored_config(argv), prog="tunesmith sft")
-    from tunesmith.recipes.sft import sft
+    from tunesmith.commands.sft import sft
 
     _told_if_diverged(sft(config))
 
@@ -42,7 +42,7 @@ def _dpo(argv: Argv) -> None:
     from tunesmith.options.training import DPOConfig
 
     config, _ = parse(DPOConfig, _with_stored_config(argv), prog="tunesmith dpo")
-    from tunesmith.recipes.dpo import dpo
+    from tunesmith.commands.dpo import dpo
 
     _told_if_diverged(dpo(config))
 
@@ -52,7 +52,7 @@ def _reward(argv: Argv) -> None:
     from tunesmith.options.training import RewardConfig
 
     config, _ = parse(RewardConfig, _with_stored_config(argv), prog="tunesmith reward")
-    from tunesmith.recipes.reward import train_reward_model
+    from tunesmith.commands.reward import train_reward_model
 
     _told_if_diverged(train_reward_model(config))
 
@@ -76,7 +76,7 @@ def _data(argv: Argv) -> None:
     from tunesmith.options.parse import Positional, parse
 
     options, named = parse(DataCommand, argv, prog="tunesmith data", positionals=[Positional("dataset", "data set")])
-    from tunesmith.recipes.data import show_data
+    from tunesmith.commands.data import show_data
 
     show_data(named["dataset"], options)
 
@@ -87,7 +87,7 @@ def _evaluate(argv: Argv) -> None:
 
     wanted = [Positional("model", "MODEL"), Positional("dataset", "data set")]
     options, named = parse(EvaluateCommand, argv, prog="tunesmith evaluate", positionals=wanted)
-    from tunesmith.recipes.evaluate import evaluate
+    from tunesmith.commands.evaluate import evaluate
 
     evaluate(named["model"], named["dataset"], options)
 
@@ -98,7 +98,7 @@ def _score(argv: Argv) -> None:
 
     wanted = [Positional("models", "MODELs; RUN@all is every checkpoint of a run", many=True)]
     options, named = parse(ScoreCommand, argv, prog="tunesmith score", positionals=wanted)
-    from tunesmith.recipes.score import score
+    from tunesmith.commands.score import score
 
     score(named["models"], options)
 
@@ -109,7 +109,7 @@ def _compare(argv: Argv) -> None:
 
     wanted = [Positional("a", "one MODEL"), Positional("b", "the other MODEL")]
     options, named = parse(CompareCommand, argv, prog="tunesmith compare", positionals=wanted)
-    from tunesmith.recipes.compare import compare
+    from tunesmith.commands.compare import compare
 
     compare(named["a"], named["b"], options)
 
@@ -119,7 +119,7 @@ def _chat(argv: Argv) -> None:
     from tunesmith.options.parse import Positional, parse
 
     options, named = parse(ChatCommand, argv, prog="tunesmith chat", positionals=[Positional("model", "MODEL")])
-    from tunesmith.recipes.chat import chat
+    from tunesmith.commands.chat import chat
 
     chat(named["model"], options)
 
@@ -134,7 +134,7 @@ def _plan(argv: Argv) -> None:
         raise UsageError(f"plan {rest[0]}: expected one of {', '.join(PLANS)} (sft where none is given), then options")
     kind: type[Any] = PLANS[command]
     options, _ = parse(kind, rest, prog=f"tunesmith plan {command}")
-    from tunesmith.recipes.plan import plan
+    from tunesmith.commands.plan import plan
 
     plan(options)
 
@@ -156,7 +156,7 @@ def _study(argv: Argv) -> None:
 
     wanted = [Positional("name", "built-in study (paper) or YAML file")]
     options, named = parse(StudyCommand, argv, prog="tunesmith study", positionals=wanted)
-    from tunesmith.recipes.study import study
+    from tunesmith.commands.study import study
 
     study(named["name"], options)
 
@@ -166,7 +166,7 @@ def _demo(argv: Argv) -> None:
     from tunesmith.options.parse import parse
 
     options, _ = parse(DemoCommand, argv, prog="tunesmith demo")
-    from tunesmith.demo import demo
+    from tunesmith.commands.demo import demo
 
     demo(options)
 

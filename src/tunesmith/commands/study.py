@@ -15,11 +15,11 @@ from typing import Any
 
 import yaml
 
+from tunesmith.commands.dpo import check as check_dpo
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.run import write_atomically
 from tunesmith.options.commands import StudyCommand
 from tunesmith.options.parse import from_settings, nearest
-from tunesmith.recipes.dpo import check as check_dpo
 from tunesmith.study.definition import COMMANDS, read_study, study_path
 from tunesmith.study.executors import Executor, Local, visible_gpus
 from tunesmith.study.forecast import Seconds, memory_of, probe, shapes_of, times, work_of

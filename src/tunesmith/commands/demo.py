@@ -13,6 +13,11 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from tunesmith.commands.compare import answered, answers_of
+from tunesmith.commands.dpo import dpo
+from tunesmith.commands.reward import train_reward_model
+from tunesmith.commands.score import score
+from tunesmith.commands.sft import sft
 from tunesmith.data.prompts import load_prompts
 from tunesmith.errors import UserError
 from tunesmith.files.run import Run, step_name
@@ -34,11 +39,6 @@ from tunesmith.options.training import (
     SFTConfig,
     TrainOptions,
 )
-from tunesmith.recipes.compare import answered, answers_of
-from tunesmith.recipes.dpo import dpo
-from tunesmith.recipes.reward import train_reward_model
-from tunesmith.recipes.score import score
-from tunesmith.recipes.sft import sft
 from tunesmith.study.report import accuracy_text, write_report
 
 SHOWN = 4
