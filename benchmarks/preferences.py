@@ -120,12 +120,12 @@ def run_ours(
 
     keep_freed_memory()  # as `tunesmith dpo` does by itself
     from tunesmith.files.weights import load_model
+    from tunesmith.models.evaluation import evaluation_mode
     from tunesmith.models.lora import apply_lora
     from tunesmith.train.optim import build_optimizer
     from tunesmith.train.pair_loss import PreferenceLoss, answer_logps, dpo_loss_sum
     from tunesmith.train.reference import LogpStore, adapter_off, cached
     from tunesmith.train.step import optimizer_step
-    from tunesmith.train.token_loss import evaluation_mode
 
     given = json.loads((work / "given.json").read_text())
     batches, pairs = open_pairs(given), given["pairs"]

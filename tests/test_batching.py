@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from tunesmith.data.datasets import open_dataset
 from tunesmith.data.dialogue import Message, segments
 from tunesmith.data.texts import Batches, pack
-from tunesmith.data.tokenstore import tokenise
+from tunesmith.data.tokenstore import IGNORE_INDEX, tokenise
 from tunesmith.errors import UserError
 from tunesmith.options.training import DataOptions
-from tunesmith.train.losses import IGNORE_INDEX
 
 WORDS = ["tea", " the", " of", "Blue", " 7", "!", " forge", "\n", " é", " anvil", " well", " no"]
 

@@ -19,10 +19,9 @@ from tunesmith.data.dialogue import (
     render,
     segments,
 )
-from tunesmith.data.tokenstore import TokenStore, tokenise
+from tunesmith.data.tokenstore import IGNORE_INDEX, TokenStore, tokenise
 from tunesmith.generation.engine import encode_prompt
 from tunesmith.options.training import DataOptions
-from tunesmith.train.losses import IGNORE_INDEX
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 

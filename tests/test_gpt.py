@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from reference import in_transformers, oriented, random_model
+from tunesmith.data.tokenstore import IGNORE_INDEX
 from tunesmith.errors import UserError
 from tunesmith.models.gpt2 import GPT, SIZES, Documents, GPTConfig
-from tunesmith.train.losses import IGNORE_INDEX, head_nll_sum
+from tunesmith.models.head import head_nll_sum
 from tunesmith.train.optim import build_optimizer
 from tunesmith.train.step import optimizer_step
 

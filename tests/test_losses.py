@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tunesmith.train.losses import head_nll_sum, token_nll
+from tunesmith.models.head import head_nll_sum, token_nll
 
 N, C, V = 37, 12, 101
 FLOAT64 = 1e-11

@@ -8,6 +8,7 @@ import torch
 from tunesmith.data.texts import Batch
 from tunesmith.models.attention import Documents
 from tunesmith.models.gpt2 import GPT, SIZES, GPTConfig
+from tunesmith.models.head import head_nll_sum, states_and_head
 from tunesmith.models.lora import apply_lora
 from tunesmith.plan.memory import (
     SLOTS,
@@ -20,10 +21,8 @@ from tunesmith.plan.memory import (
     state_bytes,
 )
 from tunesmith.plan.workload import shared_keys
-from tunesmith.train.losses import head_nll_sum
 from tunesmith.train.optim import OPTIMIZERS, OneByOne, build_optimizer, state_parts
 from tunesmith.train.step import optimizer_step
-from tunesmith.train.token_loss import states_and_head
 from tunesmith.train.trainee import store_in_bf16
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=11, block_size=64)

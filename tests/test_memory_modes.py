@@ -17,10 +17,10 @@ from tunesmith.errors import UserError
 from tunesmith.models import recompute
 from tunesmith.models.attention import Documents
 from tunesmith.models.gpt2 import GPTConfig
+from tunesmith.models.head import head_nll_sum
 from tunesmith.models.lora import apply_lora
 from tunesmith.plan.memory import BF16_SLICE
 from tunesmith.train import optim
-from tunesmith.train.losses import head_nll_sum
 from tunesmith.train.optim import OneByOne, build_optimizer, round_stochastically, set_learning_rate
 from tunesmith.train.step import clip, optimizer_step
 from tunesmith.train.token_loss import nll_sum

@@ -13,9 +13,9 @@ from made_pairs import END, batches_of, random_pairs
 from reference import random_model
 from test_losses import largest
 from tunesmith.models.gpt2 import GPTConfig
+from tunesmith.models.head import sequence_loss_sum
 from tunesmith.models.lora import apply_lora, lora_layers
 from tunesmith.train import pair_loss as preferences
-from tunesmith.train.losses import sequence_loss_sum
 from tunesmith.train.optim import build_optimizer
 from tunesmith.train.pair_loss import PreferenceLoss, answer_logps, dpo_loss_sum, estimate_dpo
 from tunesmith.train.step import optimizer_step

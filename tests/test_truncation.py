@@ -6,10 +6,9 @@ import pytest
 
 from tunesmith.data.datasets import open_dataset
 from tunesmith.data.texts import Batches, cut_rows
-from tunesmith.data.tokenstore import tokenise
+from tunesmith.data.tokenstore import IGNORE_INDEX, tokenise
 from tunesmith.errors import UserError
 from tunesmith.options.training import DataOptions
-from tunesmith.train.losses import IGNORE_INDEX
 
 BLOCK = 40
 

@@ -18,13 +18,12 @@ from tunesmith.data.audit.survey import Audit, SplitAudit, audit
 from tunesmith.data.datasets import Source, open_dataset
 from tunesmith.data.texts import cut_rows, resolve_loss_on
 from tunesmith.data.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
-from tunesmith.data.tokenstore import TokenStore, tokenise
+from tunesmith.data.tokenstore import IGNORE_INDEX, TokenStore, tokenise
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.names import find_model
 from tunesmith.options.commands import DataCommand
 from tunesmith.options.training import DataOptions
 from tunesmith.stats import Interval
-from tunesmith.train.losses import IGNORE_INDEX
 
 
 def load_tokenizer(name: str) -> Tokenizer:

@@ -21,6 +21,7 @@ from tunesmith.data.pairs import PairBatch, PairBatches
 from tunesmith.data.texts import Batches
 from tunesmith.device import resolve_device
 from tunesmith.files.run import Run
+from tunesmith.models.evaluation import evaluation_mode
 from tunesmith.options.training import DPOConfig
 from tunesmith.train.choice import Sums
 from tunesmith.train.losses import SMOOTHED
@@ -35,7 +36,7 @@ from tunesmith.train.resolve import (
     resolve_machine,
 )
 from tunesmith.train.session import begin, describe_pairs, load_splits, pair_batches, run_training
-from tunesmith.train.token_loss import estimate_loss, evaluation_mode
+from tunesmith.train.token_loss import estimate_loss
 from tunesmith.train.trainee import Trainee, load_trainee, prepare_model
 
 ROBUST_SMOOTHING = 0.1  # of the robust loss where none is given: with 0 it is plain DPO

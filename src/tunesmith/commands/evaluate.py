@@ -34,12 +34,13 @@ from tunesmith.files.names import gives_scores, load, run_and_step
 from tunesmith.judge.answers import alike, interval_record
 from tunesmith.judge.comparison import interval_text
 from tunesmith.judge.scoring import OwnScorer, load_scorer
+from tunesmith.models.evaluation import evaluation_mode
 from tunesmith.models.gpt2 import GPT
 from tunesmith.options.commands import EvaluateCommand
 from tunesmith.options.training import DataOptions
 from tunesmith.stats import bootstrap_interval, ratio_interval, share_interval
 from tunesmith.train.pair_loss import all_pair_scores, answer_logps
-from tunesmith.train.token_loss import AnswerLoss, answer_losses, evaluation_mode
+from tunesmith.train.token_loss import AnswerLoss, answer_losses
 
 Array = np.ndarray[Any, Any]
 TURNS = ((1, 1), (2, 2), (3, 3), (4, None))

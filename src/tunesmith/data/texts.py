@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.data.dialogue import END
-from tunesmith.data.tokenstore import TokenStore
+from tunesmith.data.tokenstore import IGNORE_INDEX, TokenStore
 from tunesmith.device import put
 from tunesmith.errors import UsageError, UserError
 from tunesmith.models.attention import Documents
-from tunesmith.train.losses import IGNORE_INDEX
 
 Array = np.ndarray[Any, Any]
 LossOn = Literal["assistant", "all"]

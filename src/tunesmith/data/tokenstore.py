@@ -22,8 +22,8 @@ from tunesmith.data.datasets import Source
 from tunesmith.data.dialogue import END, NEXT, Preference, Row, Text, prose, render, segments
 from tunesmith.data.readers import Located, Report
 from tunesmith.data.tokenizer import Tokenizer
-from tunesmith.train.losses import IGNORE_INDEX
 
+IGNORE_INDEX = -100  # the target of a token that carries no loss, as torch and transformers have it
 VERSION = 3  # raise it when the meaning of a stored byte changes
 ROWS_AT_A_TIME = 8192
 

@@ -20,9 +20,9 @@ from tunesmith.device import return_freed_memory
 from tunesmith.errors import UsageError, UserError
 from tunesmith.generation import recorded as decoding
 from tunesmith.models.attention import Documents
+from tunesmith.models.evaluation import evaluation_mode
 from tunesmith.models.gpt2 import GPT, Cache
 from tunesmith.models.linear import pack_for_good, packed_weights
-from tunesmith.train.token_loss import evaluation_mode
 
 PREFILL_TOKENS = 2048  # prompt tokens in one forward pass, to bound its memory
 PACK_STEPS = 64  # decoding steps from which on packing the weights is paid back

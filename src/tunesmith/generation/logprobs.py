@@ -13,9 +13,9 @@ from tunesmith.data.texts import pack
 from tunesmith.data.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
 from tunesmith.generation.engine import encode_prompt
 from tunesmith.judge.answers import ScoredAnswer
+from tunesmith.models.evaluation import evaluation_mode
 from tunesmith.models.gpt2 import GPT
-from tunesmith.train.pair_loss import target_logps
-from tunesmith.train.token_loss import evaluation_mode
+from tunesmith.models.head import target_logps
 
 BATCH_TOKENS = 4096  # in one forward pass
 Array = np.ndarray[Any, Any]

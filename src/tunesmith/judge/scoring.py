@@ -19,9 +19,9 @@ from tunesmith.files.names import find_model, is_adapter, load_reward
 from tunesmith.files.run import Run
 from tunesmith.files.weights import read_json
 from tunesmith.models.attention import Documents
+from tunesmith.models.evaluation import evaluation_mode
 from tunesmith.models.scored import RewardModel, is_reward_model
 from tunesmith.stats import share_interval
-from tunesmith.train.token_loss import evaluation_mode
 
 PACKED_TOKENS = 4096  # in one forward pass of our own reward models
 PADDED_TOKENS = 4096  # the same for a classifier of transformers, padding included

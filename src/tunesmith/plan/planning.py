@@ -19,11 +19,11 @@ from typing import Any
 from tunesmith.device import has_lean_allocator, resident_memory, resolve_device, resolve_precision
 from tunesmith.errors import UsageError
 from tunesmith.models.gpt2 import GPTConfig
+from tunesmith.models.head import head_chunk
 from tunesmith.options.training import DPOConfig, RewardConfig
 from tunesmith.plan.cards import CARDS, CONTEXT, Card, card_seconds
 from tunesmith.plan.memory import Memory, Work, adapted_layers, count_parameters, predict_memory
 from tunesmith.plan.workload import Rows, shared_keys
-from tunesmith.train.token_loss import head_chunk
 from tunesmith.train.trainee import AnyConfig
 
 LEAN_TIME = 1.25  # of a step with --train.allocator lean, in times of one with fast; measured with GPT-2, small models take more

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from tunesmith.data.pairs import PairBatch
 from tunesmith.device import Precision, autocast
+from tunesmith.models.evaluation import evaluation_mode
 from tunesmith.models.gpt2 import GPT
+from tunesmith.models.head import head_chunk, sequence_loss_sum, states_and_head, sum_sequences, target_logps
 from tunesmith.models.scored import RewardModel
 from tunesmith.train.choice import Sums
-from tunesmith.train.losses import bradley_terry_loss, dpo_loss, sequence_loss_sum, sum_sequences, token_nll
+from tunesmith.train.losses import bradley_terry_loss, dpo_loss
 from tunesmith.train.splitting import within_memory
-from tunesmith.train.token_loss import evaluation_mode, head_chunk, states_and_head
 
 Reference = Callable[[PairBatch], Tensor]
 """Log-probabilities of a batch's answers under the reference: (pairs, 2) float32, chosen and rejected, no gradient."""
@@ -50,14 +51,6 @@ class PreferenceLoss:
 def answer_logps(model: GPT, batch: PairBatch, precision: Precision = "fp32") -> Tensor:
     """Log-probabilities of the chosen and the rejected answers under `model`: (pairs, 2) float32, nats."""
     return sum_sequences(target_logps(model, batch, precision), batch.lengths).view(-1, 2)
-
-
-@torch.no_grad()
-def target_logps(model: GPT, batch: PairBatch, precision: Precision = "fp32") -> Tensor:
-    """Log-probability of every target of a batch, in the order of `batch.targets`: (n,) float32, nats."""
-    with autocast(batch.input_ids.device, precision):
-        hidden, weight, low_rank = states_and_head(model, batch)
-        return -token_nll(hidden, weight, batch.targets, low_rank=low_rank, chunk=head_chunk(precision))
 
 
 def dpo_loss_sum(

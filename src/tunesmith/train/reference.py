@@ -25,12 +25,12 @@ from torch import Tensor
 from tunesmith.data.pairs import PairBatch, PairBatches
 from tunesmith.data.tokenstore import cache_directory
 from tunesmith.device import Precision, put
+from tunesmith.models.evaluation import evaluation_mode
 from tunesmith.models.gpt2 import GPT
 from tunesmith.models.lora import disabled
 from tunesmith.progress import Progress
 from tunesmith.train.pair_loss import Reference, answer_logps
 from tunesmith.train.splitting import within_memory
-from tunesmith.train.token_loss import evaluation_mode
 
 RECORD = np.dtype([("key", "V32"), ("logps", "<f4", (2,))])
 DIGEST = 32  # bytes of the SHA-256 of the records, with which the file begins

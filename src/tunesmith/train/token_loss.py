@@ -1,24 +1,22 @@
-"""Loss estimates and perplexity over fixed rows. Returns records, writes nothing."""
+"""The loss of supervised tokens: summed for a step, estimated over fixed rows, answer by answer. Writes nothing."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tunesmith.data.dialogue import END
 from tunesmith.data.texts import Batch, Batches
+from tunesmith.data.tokenstore import IGNORE_INDEX
 from tunesmith.device import Precision, autocast
-from tunesmith.models.attention import Documents
+from tunesmith.models.evaluation import evaluation_mode
 from tunesmith.models.gpt2 import GPT
-from tunesmith.models.lora import head_parts
-from tunesmith.train.losses import IGNORE_INDEX, LowRank, head_nll_sum, token_nll
+from tunesmith.models.head import head_chunk, head_nll_sum, states_and_head, token_nll
 from tunesmith.train.splitting import within_memory
 
 
@@ -50,37 +48,6 @@ class AnswerLoss:
     turn: int
     tokens: int
     nats: float
-
-
-class Targets(Protocol):
-    """Batches whose targets are predicted by the states in some of their rows."""
-
-    @property
-    def input_ids(self) -> Tensor: ...
-    @property
-    def documents(self) -> Documents | None: ...
-    @property
-    def rows(self) -> Tensor: ...
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradients inside; training or evaluation mode as it was afterwards."""
-    was_training = model.training
-    if was_training:  # walking through all modules twice a generated token would be felt
-        model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        if was_training:
-            model.train()
-
-
-def states_and_head(model: GPT, batch: Targets) -> tuple[Tensor, Tensor, LowRank | None]:
-    """What a loss takes of a batch: hidden states of its targets (n, C), the head's weight (V, C), and what an adapter adds."""
-    hidden, tied = model.states_and_head(batch.input_ids, batch.documents, rows=batch.rows)
-    return hidden, *head_parts(model.lm_head, hidden, tied)
 
 
 def nll_sum(model: GPT, batch: Batch, precision: Precision = "fp32") -> Tensor:
@@ -121,11 +88,6 @@ def answer_losses(model: GPT, batches: Batches, precision: Precision = "fp32") -
             at += len(targets)
         assert at == batch.count
     return found
-
-
-def head_chunk(precision: Precision) -> int:
-    """Tokens whose logits are made at a time: as many as cost nothing."""
-    return 256 if precision == "fp32" else 1024
 
 
 def estimate_loss(model: GPT, batches: Iterable[Batch], precision: Precision = "fp32") -> LossEstimate:
