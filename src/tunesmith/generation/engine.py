@@ -20,8 +20,9 @@ from tunesmith.device import return_freed_memory
 from tunesmith.errors import UsageError, UserError
 from tunesmith.generation import recorded as decoding
 from tunesmith.models.attention import Documents
+from tunesmith.models.cache import Cache
 from tunesmith.models.evaluation import evaluation_mode
-from tunesmith.models.gpt2 import GPT, Cache
+from tunesmith.models.gpt2 import GPT
 from tunesmith.models.linear import pack_for_good, packed_weights
 
 PREFILL_TOKENS = 2048  # prompt tokens in one forward pass, to bound its memory

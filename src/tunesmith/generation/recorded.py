@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tunesmith.capture import capture, reason_of
 from tunesmith.models.attention import Documents
-from tunesmith.models.gpt2 import Cache, KVCache
+from tunesmith.models.cache import Cache, KVCache
 
 COLUMNS = 128  # columns of the cache by which what a recording reads grows
 ENOUGH_STEPS = 16  # steps that surely pay for a recording, which takes as long as a few plain ones

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tunesmith.errors import UserError
 from tunesmith.models.attention import Documents, attend_documents, prepare_for_compiling
+from tunesmith.models.cache import Cache, KVCache
 from tunesmith.models.linear import Linear
 from tunesmith.models.recompute import Chain, plain, recomputed
 
@@ -58,103 +59,6 @@ SIZES = {
 }
 
 MOST_COMPILED = 64  # versions of a block's code
-
-
-class Cache(Protocol):
-    """What the model needs of keys and values that are held for growing sequences: a KVCache, or `decoding.FixedSteps`."""
-
-    @property
-    def reach(self) -> int:
-        """Tokens of the longest sequence when one more is added."""
-
-    def positions(self) -> Tensor:
-        """Of the next token of every sequence: (B, 1) int64."""
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
-        """Store keys and values, of packed prompts or of one more token of every sequence, and attend. All (B, T, H, D)."""
-
-    def advance(self, documents: Documents | None) -> None:
-        """Every layer has stored them."""
-
-
-@dataclass
-class KVCache:
-    """Keys and values of B growing sequences; made by `GPT.new_cache`.
-
-    All sequences end in the same column, so that their next tokens go into one column and what is read is one slice.
-
-    keys, values: one a layer, each (B, H, size, D). A column before a sequence's first one holds 0.
-    copies: for every prompt to be read, how many sequences begin with it.
-    starts: first column of each sequence; `first_columns` is the same on the device, (B,) int64.
-    end: columns that are filled.
-    mask: (B, 1, 1, size), 0 from a sequence's first column on and -inf before, added to the scores; None: all begin at once.
-    read: prompts that are in.
-    """
-
-    keys: list[Tensor]
-    values: list[Tensor]
-    copies: Sequence[int]
-    starts: list[int]
-    first_columns: Tensor
-    end: int
-    mask: Tensor | None
-    read: int = 0
-
-    @property
-    def reach(self) -> int:
-        """Tokens of the longest sequence when one more is added."""
-        return self.end + 1 - min(self.starts)
-
-    def positions(self) -> Tensor:
-        """Of the next token of every sequence: (B, 1) int64."""
-        return (self.end - self.first_columns)[:, None]
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
-        """As `Cache` has it."""
-        if documents is None:
-            return self.attend_next(layer, q, k, v)
-        return self.attend_prompts(layer, q, k, v, documents)
-
-    def advance(self, documents: Documents | None) -> None:
-        """Every layer has stored them."""
-        if documents is None:
-            self.end += 1
-        else:
-            self.read += len(documents.lengths)
-
-    def attend_prompts(self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-        """Store the keys of packed prompts, the next ones', and attend within each. q, k, v: (1, N, H, D)."""
-        start, row = 0, sum(self.copies[: self.read])
-        for n, copies in zip(documents.lengths, self.copies[self.read :], strict=False):
-            place = slice(row, row + copies), slice(None), slice(self.end - n, self.end)
-            self.keys[layer][place] = k[0, start : start + n].transpose(0, 1)
-            self.values[layer][place] = v[0, start : start + n].transpose(0, 1)
-            start, row = start + n, row + copies
-        return attend_documents(q, k, v, documents)
-
-    def attend_next(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store one more token of every sequence and attend to all before it. q, k, v: (B, 1, H, D)."""
-        b, begin, end = len(self.starts), min(self.starts), self.end + 1
-        keys, values = self.keys[layer][:b, :, begin:end], self.values[layer][:b, :, begin:end]
-        keys[:, :, -1], values[:, :, -1] = k[:, 0], v[:, 0]
-        mask = None if self.mask is None else self.mask[:b, :, :, begin:end]
-        return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=mask).transpose(1, 2)
-
-    def drop(self, rows: Sequence[int]) -> list[int]:
-        """Forget these sequences; the last ones move into their places. Returns the former numbers of those that stay."""
-        order = list(range(len(self.starts)))
-        for i in sorted(rows, reverse=True):
-            last = len(order) - 1
-            if i < last:
-                order[i] = order[last]
-                for held in (*self.keys, *self.values):
-                    held[i, :, : self.end] = held[last, :, : self.end]
-            del order[last]
-        self.starts = [self.starts[i] for i in order]
-        moved = torch.tensor(order, device=self.first_columns.device)
-        self.first_columns = self.first_columns[moved]
-        self.mask = None if self.mask is None or len(set(self.starts)) == 1 else self.mask[moved]
-        return order
 
 
 class Attention(nn.Module):
