@@ -12,12 +12,13 @@ from tunesmith.device import resolve_device
 from tunesmith.errors import UserError
 from tunesmith.files import adapters
 from tunesmith.files.adapters import AdapterFiles, load_adapter, read_adapter
+from tunesmith.files.reward import is_reward_model, load_reward_model, set_score
 from tunesmith.files.run import STEP_NAME, Run
 from tunesmith.files.weights import config_from_hf, load_model, read_json, weights_fingerprint
 from tunesmith.hub import download_model
 from tunesmith.models.gpt2 import GPT, SIZES, GPTConfig
 from tunesmith.models.lora import merge, strip
-from tunesmith.models.scored import RewardModel, is_reward_model, load_reward_model, set_score
+from tunesmith.models.scored import RewardModel
 
 SAMPLE = Path(__file__).parents[1] / "sample" / "model"
 

@@ -16,11 +16,12 @@ from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.device import resolve_device
 from tunesmith.errors import UserError
 from tunesmith.files.names import find_model, is_adapter, load_reward
+from tunesmith.files.reward import is_reward_model
 from tunesmith.files.run import Run
 from tunesmith.files.weights import read_json
 from tunesmith.models.attention import Documents
 from tunesmith.models.evaluation import evaluation_mode
-from tunesmith.models.scored import RewardModel, is_reward_model
+from tunesmith.models.scored import RewardModel
 from tunesmith.stats import share_interval
 
 PACKED_TOKENS = 4096  # in one forward pass of our own reward models

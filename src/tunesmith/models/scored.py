@@ -1,34 +1,13 @@
-"""A reward model: GPT-2 with one number for a text, read off its last token; trained here on preference pairs.
-
-On disk it is transformers' `GPT2ForSequenceClassification` with one label, which computes the same scores.
-"""
+"""A reward model: GPT-2 with one number for a text, read off its last token; trained here on preference pairs."""
 
 from __future__ import annotations
-
-import json
-from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunesmith.data.tokenizer import Tokenizer
-from tunesmith.errors import UserError
-from tunesmith.files.weights import (
-    config_from_hf,
-    config_to_hf,
-    empty_model,
-    from_hf_state_dict,
-    read_json,
-    stored_weights,
-    to_hf_state_dict,
-    write_safetensors,
-)
 from tunesmith.models.attention import Documents
 from tunesmith.models.gpt2 import GPT
-
-ARCHITECTURE = "GPT2ForSequenceClassification"
 
 
 class RewardModel(nn.Module):
@@ -61,65 +40,3 @@ class RewardModel(nn.Module):
         hidden = self.transformer(tokens, documents, rows=rows)  # (n, C)
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.to(self.score.weight.dtype), self.score.weight)[:, 0]
-
-
-def is_reward_model(directory: Path) -> bool:
-    """Whether a model directory holds a sequence classifier."""
-    config = read_json(directory / "config.json")
-    return any("SequenceClassification" in str(name) for name in config.get("architectures") or [])
-
-
-def save_reward_model(model: RewardModel, tokenizer: Tokenizer, directory: Path) -> None:
-    """Write `model` and its tokenizer as transformers' GPT2ForSequenceClassification."""
-    directory.mkdir(parents=True, exist_ok=True)
-    state = to_hf_state_dict(model.transformer) | {"score.weight": model.score.weight}
-    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    write_safetensors(state, directory / "model.safetensors", {"format": "pt"})
-    config = config_to_hf(model.transformer.config, tokenizer.end_of_text, model.score.weight.dtype) | {
-        "architectures": [ARCHITECTURE],
-        "id2label": {"0": "reward"},
-        "label2id": {"reward": 0},
-        "problem_type": "regression",
-        "pad_token_id": tokenizer.end_of_text,  # transformers scores the last token that is no padding
-    }
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    tokenizer.save(directory, model.transformer.config.block_size)
-
-
-def load_reward_model(directory: Path) -> RewardModel:
-    """The reward model in a directory, on the CPU in float32, in evaluation mode.
-
-    Raises: UserError if the directory holds no GPT-2 with one score, or is broken.
-    """
-    hf = read_json(directory / "config.json")
-    labels = len(hf.get("id2label") or {"0": ""})
-    if labels != 1:
-        raise UserError(f"{directory} gives {labels} numbers a text; a reward model gives one")
-    model = RewardModel(empty_model(config_from_hf(hf)))
-    load_reward_weights(model, directory)
-    return model.eval()
-
-
-def load_reward_weights(model: RewardModel, directory: Path) -> None:
-    """Copy the weights in a directory into `model`. Raises: UserError naming what is missing or does not fit."""
-    score: list[Tensor] = []
-
-    def trunk() -> Iterator[tuple[str, Tensor]]:
-        for name, value in stored_weights(directory):
-            if name == "score.weight":
-                score.append(value)
-            elif name != "lm_head.weight":
-                yield name, value
-
-    from_hf_state_dict(model.transformer, trunk(), str(directory))
-    set_score(model, score[0] if score else None, directory)
-
-
-def set_score(model: RewardModel, weight: Tensor | None, where: Path) -> None:
-    """Copy a score layer's weight into `model`. Raises: UserError if it is missing or has another shape."""
-    if weight is None or weight.shape != model.score.weight.shape:
-        found = "no score.weight" if weight is None else f"a score.weight of the shape {tuple(weight.shape)}"
-        expected = tuple(model.score.weight.shape)
-        raise UserError(f"{where} holds {found}, expected {expected}: a reward model gives one number a text")
-    with torch.no_grad():
-        model.score.weight.copy_(weight)

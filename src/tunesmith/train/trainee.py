@@ -15,10 +15,11 @@ from tunesmith.errors import UserError
 from tunesmith.files import adapters
 from tunesmith.files.adapters import load_adapter, read_adapter, save_adapter
 from tunesmith.files.names import lasting_name, load_for_training
+from tunesmith.files.reward import load_reward_weights, save_reward_model, set_score
 from tunesmith.files.weights import from_hf_state_dict, save_model, stored_weights, weights_fingerprint
 from tunesmith.models.gpt2 import GPT
 from tunesmith.models.lora import apply_lora
-from tunesmith.models.scored import RewardModel, load_reward_weights, save_reward_model, set_score
+from tunesmith.models.scored import RewardModel
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import DPOConfig, LoRAOptions, RewardConfig, SFTConfig
 from tunesmith.outofmemory import is_out_of_memory
