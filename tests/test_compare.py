@@ -15,11 +15,11 @@ from reference import random_model
 from tunesmith.__main__ import main
 from tunesmith.commands.compare import COLOURS, coloured
 from tunesmith.data.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
+from tunesmith.files.answers import ScoredAnswer
 from tunesmith.files.names import SAMPLE, load
 from tunesmith.files.reward import save_reward_model
 from tunesmith.files.weights import save_model
 from tunesmith.generation.logprobs import answer_logps, encode_answers, token_texts
-from tunesmith.judge.answers import ScoredAnswer
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.models.scored import RewardModel
 from tunesmith.stats import Interval

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from tunesmith.data.tokenizer import END_OF_TEXT
-from tunesmith.judge.answers import ScoredAnswer
+from tunesmith.files.answers import ScoredAnswer
 from tunesmith.judge.comparison import (
     Comparison,
     Row,

@@ -10,9 +10,10 @@ from tiny_runs import comparable, last_digest, tiny_config
 from tunesmith.commands.reward import train_reward_model
 from tunesmith.data.prompts import load_prompts
 from tunesmith.errors import UsageError, UserError
+from tunesmith.files.answers import read_answers, rewards
 from tunesmith.files.run import step_name
-from tunesmith.judge.answers import MEASURES, read_answers, rewards
-from tunesmith.judge.judging import answer_prompts
+from tunesmith.judge.answers import MEASURES
+from tunesmith.judge.rewards import answer_prompts
 from tunesmith.judge.scoring import load_scorer
 from tunesmith.options.training import DPOConfig, RewardConfig
 from tunesmith.train import session as training

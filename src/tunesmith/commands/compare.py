@@ -17,11 +17,11 @@ from tunesmith.data.prompts import Prompt, load_prompts
 from tunesmith.data.tokenizer import END_OF_TEXT, Tokenizer
 from tunesmith.device import keep_freed_memory
 from tunesmith.errors import UsageError, UserError
+from tunesmith.files.answers import ScoredAnswer
 from tunesmith.files.names import find_model, load, load_tokenizer
 from tunesmith.files.run import write_atomically
 from tunesmith.generation.engine import prepare
 from tunesmith.generation.logprobs import TwoAnswers, answer_logps, encode_answers, token_texts
-from tunesmith.judge.answers import ScoredAnswer
 from tunesmith.judge.comparison import (
     VERSUS,
     Comparison,
@@ -38,8 +38,8 @@ from tunesmith.judge.comparison import (
 )
 from tunesmith.judge.comparison_page import render_comparison
 from tunesmith.judge.endpoint import KEY_VARIABLE, Endpoint
-from tunesmith.judge.judging import answer_prompts
 from tunesmith.judge.language_model import Judge
+from tunesmith.judge.rewards import answer_prompts
 from tunesmith.judge.scoring import Scorer, load_scorer
 from tunesmith.options.commands import CompareCommand
 from tunesmith.options.training import GenerateOptions

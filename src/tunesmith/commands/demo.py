@@ -20,8 +20,8 @@ from tunesmith.commands.score import score
 from tunesmith.commands.sft import sft
 from tunesmith.data.prompts import load_prompts
 from tunesmith.errors import UserError
+from tunesmith.files.answers import read_answers, write_answers
 from tunesmith.files.run import Run, step_name
-from tunesmith.judge.answers import read_answers, write_answers
 from tunesmith.judge.comparison_page import render_comparison
 from tunesmith.judge.scoring import load_scorer
 from tunesmith.options.commands import CompareCommand, DemoCommand, ScoreCommand

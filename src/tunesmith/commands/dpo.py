@@ -21,6 +21,7 @@ from tunesmith.data.pairs import PairBatch, PairBatches
 from tunesmith.data.texts import Batches
 from tunesmith.device import resolve_device
 from tunesmith.files.run import Run
+from tunesmith.judge.rewards import rewards_at_steps
 from tunesmith.models.evaluation import evaluation_mode
 from tunesmith.options.training import DPOConfig
 from tunesmith.train.choice import Sums
@@ -147,6 +148,7 @@ def dpo(config: DPOConfig) -> Run:
         opening=[("pairs", describe_pairs(train, validation, iters)), ("reference", told)],
         about=f"{len(train):,} pairs, {train.rows_per_epoch:,} batch rows an epoch, reference {told['mode']}",
         notes=[*splits.notes, *cut, *more_notes],
+        reward_at=rewards_at_steps(config.eval, trainee, path, device),
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.files.names import new_model
 from tunesmith.files.run import Run
+from tunesmith.judge.rewards import rewards_at_steps
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.train.choice import Sums
 from tunesmith.train.resolve import check_options, check_resumable, precision_of, resolve_length, resolve_machine
@@ -67,6 +68,7 @@ def pretrain(config: PretrainConfig) -> Run:
         about=f"vocabulary of {tokenizer.vocab_size:,}, {len(splits.train_rows):,} texts of {tokens:,} tokens, "
         f"{train.rows_per_epoch:,} batch rows an epoch",
         notes=[*splits.notes, *cut],
+        reward_at=rewards_at_steps(config.eval, trainee, path, device),
     )  # fmt: skip
 
 

@@ -23,21 +23,13 @@ from rich.table import Table
 from tunesmith.data.prompts import load_prompts
 from tunesmith.device import keep_freed_memory
 from tunesmith.errors import UsageError
+from tunesmith.files.answers import ScoredAnswer, rewards, write_answers
 from tunesmith.files.names import checkpoints_of, load, run_and_step
 from tunesmith.files.run import step_name, write_atomically
 from tunesmith.generation.engine import prepare
-from tunesmith.judge.answers import (
-    ScoredAnswer,
-    best_rewards,
-    compare_rewards,
-    interval_record,
-    measures,
-    reward_summary,
-    rewards,
-    write_answers,
-)
+from tunesmith.judge.answers import best_rewards, compare_rewards, interval_record, measures, reward_summary
 from tunesmith.judge.comparison import interval_text
-from tunesmith.judge.judging import answer_prompts
+from tunesmith.judge.rewards import answer_prompts
 from tunesmith.judge.scoring import load_scorer
 from tunesmith.options.commands import ScoreCommand
 from tunesmith.stats import bootstrap_interval

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 
 from tunesmith.files.run import Run
+from tunesmith.judge.rewards import rewards_at_steps
 from tunesmith.options.training import SFTConfig
 from tunesmith.train.choice import Sums
 from tunesmith.train.resolve import check_options, check_resumable, precision_of, resolve_length, resolve_machine
@@ -56,4 +57,5 @@ def sft(config: SFTConfig) -> Run:
         counted="target_tokens",
         about=f"{len(splits.train_rows):,} rows, {train.rows_per_epoch:,} batch rows an epoch",
         notes=[*splits.notes, *cut],
+        reward_at=rewards_at_steps(config.eval, trainee, path, device),
     )  # fmt: skip

@@ -11,8 +11,8 @@ import numpy as np
 from tunesmith.data.pairs import join_pairs
 from tunesmith.data.texts import pack
 from tunesmith.data.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
+from tunesmith.files.answers import ScoredAnswer
 from tunesmith.generation.engine import encode_prompt
-from tunesmith.judge.answers import ScoredAnswer
 from tunesmith.models.evaluation import evaluation_mode
 from tunesmith.models.gpt2 import GPT
 from tunesmith.models.head import target_logps

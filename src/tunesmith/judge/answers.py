@@ -1,60 +1,18 @@
-"""Answers to a set of prompts as records: their file, what can be said of them without a judge, and pairs of them. No torch."""
+"""What can be said of answers to a set of prompts without a judge, and of rewards for them: measures, summaries, pairs. No torch."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from tunesmith.data.dialogue import ROLE_NAMES
-from tunesmith.errors import UserError
-from tunesmith.files.run import write_atomically
+from tunesmith.files.answers import ScoredAnswer, rewards
 from tunesmith.stats import Interval, Wins, bootstrap_interval, count_wins, paired_difference, win_rate
 
 REPEATED = 4  # words of the sequences whose repetition is counted
 LIKE_LENGTH = 0.2  # answers are of like length where the shorter has at least 80 % of the longer one's tokens
-_LEAK = re.compile(rf"^\s*({'|'.join(ROLE_NAMES)})\s*:", re.IGNORECASE | re.MULTILINE)
 _WORD = re.compile(r"\w+(?:['\u2019]\w+)*|[^\w\s]")
-
-
-@dataclass(frozen=True)
-class ScoredAnswer:
-    """One answer. tokens: its length, the end included. reward: what a reward model gave it, None where none was asked."""
-
-    prompt: str
-    group: str
-    answer: str
-    finish_reason: Literal["stop", "length"]
-    tokens: int
-    reward: float | None = None
-
-    @property
-    def leaks(self) -> bool:
-        """Whether a line of it begins like a turn of the dialogue (`Human:`), which a reader should never see."""
-        return bool(_LEAK.search(self.answer))
-
-
-def write_answers(path: Path, answers: Sequence[ScoredAnswer]) -> None:
-    """One JSON object a line; the directory is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "".join(json.dumps(asdict(a), ensure_ascii=False) + "\n" for a in answers))
-
-
-def read_answers(path: Path) -> list[ScoredAnswer]:
-    """What `write_answers` wrote. Raises: UserError naming file and line."""
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                known = {k: row[k] for k in ScoredAnswer.__dataclass_fields__ if k in row}
-                found.append(ScoredAnswer(**known))
-            except (ValueError, TypeError) as error:
-                raise UserError(f"{path}:{number}: no answer ({error}); delete the file and score again") from None
-    return found
 
 
 def words(text: str) -> list[str]:
@@ -102,17 +60,6 @@ def measures(answers: Sequence[ScoredAnswer]) -> dict[str, float]:
         sum(a.finish_reason == "stop" for a in answers) / n,
     )
     return dict(zip(MEASURES, values, strict=True))
-
-
-def rewards(answers: Sequence[ScoredAnswer], samples: int = 1) -> list[float]:
-    """The reward of every prompt, the mean over its `samples` answers, which stand one after the other.
-
-    Raises: ValueError if an answer has none.
-    """
-    found = [a.reward for a in answers]
-    if any(r is None for r in found) or len(found) % samples:
-        raise ValueError("not every answer has a reward")
-    return [sum(found[i : i + samples]) / samples for i in range(0, len(found), samples)]  # type: ignore[arg-type]
 
 
 def best_rewards(answers: Sequence[ScoredAnswer], samples: int) -> list[float]:

@@ -7,15 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tunesmith.data.tokenizer import END_OF_TEXT
-from tunesmith.judge.answers import (
-    LIKE_LENGTH,
-    ScoredAnswer,
-    alike,
-    compare_rewards,
-    interval_record,
-    measures,
-    reward_summary,
-)
+from tunesmith.files.answers import ScoredAnswer
+from tunesmith.judge.answers import LIKE_LENGTH, alike, compare_rewards, interval_record, measures, reward_summary
 from tunesmith.judge.language_model import Judgement
 from tunesmith.stats import Wins, bootstrap_interval, share_interval, win_rate
 

@@ -6,7 +6,7 @@ import html
 from typing import Any
 
 from tunesmith.data.tokenizer import END_OF_TEXT
-from tunesmith.judge.answers import ScoredAnswer
+from tunesmith.files.answers import ScoredAnswer
 from tunesmith.judge.comparison import (
     VERSUS,
     Comparison,

@@ -26,7 +26,7 @@ from tunesmith.stats import share_interval
 
 PACKED_TOKENS = 4096  # in one forward pass of our own reward models
 PADDED_TOKENS = 4096  # the same for a classifier of transformers, padding included
-Prompt = str | Sequence[Message] | Sequence[Mapping[str, str]]
+Question = str | Sequence[Message] | Sequence[Mapping[str, str]]
 
 
 class Scorer(Protocol):
@@ -38,7 +38,7 @@ class Scorer(Protocol):
     name: str
     description: str
 
-    def score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+    def score(self, prompts: Sequence[Question], answers: Sequence[str]) -> list[float]:
         """One number an answer. prompts: the conversation before each, or its only question as text."""
         ...
 
@@ -72,20 +72,20 @@ class OwnScorer:
         self.description = describe_run(name)
         self.model, self.tokenizer = load_reward(name, device=device)
 
-    def score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+    def score(self, prompts: Sequence[Question], answers: Sequence[str]) -> list[float]:
         """As `Scorer.score`; a text longer than the model can read loses its beginning."""
         limit = self.model.transformer.config.block_size
         ids = [encode_answer(self.tokenizer, p, a)[-limit:] for p, a in zip(prompts, answers, strict=True)]
         return score_texts(self.model, ids)
 
 
-def encode_answer(tokenizer: Tokenizer, prompt: Prompt, answer: str) -> list[int]:
+def encode_answer(tokenizer: Tokenizer, prompt: Question, answer: str) -> list[int]:
     """Ids of prompt and answer, cut into pieces as in training, without an end-of-text token."""
     pieces = segments([*conversation(prompt), Message("assistant", answer)])
     return list(chain.from_iterable(tokenizer.encode_batch([text for text, _ in pieces])))
 
 
-def conversation(prompt: Prompt) -> list[Message]:
+def conversation(prompt: Question) -> list[Message]:
     """The turns of a prompt; a text is the only one. Raises: BadRow if it is none."""
     if isinstance(prompt, str):
         return [Message("user", prompt)]
@@ -138,7 +138,7 @@ class ClassifierScorer:
         positions = getattr(model.config, "max_position_embeddings", None) or 1 << 30
         self.limit = int(min(positions, self.tokenizer.model_max_length))
 
-    def score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+    def score(self, prompts: Sequence[Question], answers: Sequence[str]) -> list[float]:
         """As `Scorer.score`; a text longer than the model can read loses the end of its longer part."""
         encoded = [self._encode(p, a) for p, a in zip(prompts, answers, strict=True)]
         scores = [0.0] * len(encoded)
@@ -149,7 +149,7 @@ class ClassifierScorer:
                     scores[i] = value
         return scores
 
-    def _encode(self, prompt: Prompt, answer: str) -> dict[str, Any]:
+    def _encode(self, prompt: Question, answer: str) -> dict[str, Any]:
         turns, cut = conversation(prompt), {"truncation": True, "max_length": self.limit}
         if getattr(self.tokenizer, "chat_template", None):
             messages = [{"role": m.role, "content": m.content} for m in [*turns, Message("assistant", answer)]]

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from tunesmith.files.answers import read_answers, rewards
 from tunesmith.files.run import Run, step_name
-from tunesmith.judge.answers import read_answers, rewards
 from tunesmith.stats import Interval, paired_difference, ratio_interval
 
 Sums = Sequence[tuple[float, int]]

@@ -117,7 +117,7 @@ def fit(
     counted: str,
     observed: Sequence[str] = (),
     opening: Sequence[tuple[str, dict[str, Any]]] = (),
-    judge: Callable[[int], dict[str, Any]] | None = None,
+    reward_at: Callable[[int], dict[str, Any]] | None = None,
     steps: int,
     accumulate: int,
     eval_every: int,
@@ -142,7 +142,7 @@ def fit(
         counted: what the log calls the number of examples that the loss is a mean over.
         observed: names of what a step gives beside the loss.
         opening: (event, values) to log at the very start of a run.
-        judge: step -> what to log of the rewards of its answers, which then choose the best checkpoint; without, the
+        reward_at: step -> what to log of the rewards of its answers, which then choose the best checkpoint; without, the
             validation loss does.
         patience: estimates without a lower validation loss after which the training is over.
     """
@@ -182,8 +182,8 @@ def fit(
         else:
             state.since_lowest += 1
         state.best_step = state.lowest_step
-        if judge:
-            found = judge(state.step)
+        if reward_at:
+            found = reward_at(state.step)
             log.record("reward", state.step, **found)
             bar.say(f"step {state.step:,}: reward {found['mean']:.3f} ({_bounds(found)}, {found['n']} prompts)")
             chosen = choose_checkpoint(log.run, {state.step, *(step for step, _ in log.run.checkpoints())})

@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 
 from tunesmith.data.datasets import holdout_rows, open_dataset
 from tunesmith.data.pairs import PairBatches, PairStore
-from tunesmith.data.prompts import load_prompts
 from tunesmith.data.texts import Batches
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokenstore import Form, TokenStore, tokenise
@@ -27,16 +26,11 @@ from tunesmith.device import (
     set_allocator,
 )
 from tunesmith.errors import UsageError, UserError
-from tunesmith.files.run import Run, new_run_directory, open_log, step_name
-from tunesmith.judge.answers import measures, reward_summary, write_answers
-from tunesmith.judge.judging import answer_prompts
-from tunesmith.judge.scoring import load_scorer
+from tunesmith.files.run import Run, new_run_directory, open_log
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import (
     DataOptions,
     DPOConfig,
-    EvalOptions,
-    GenerateOptions,
     LoRAOptions,
     RewardConfig,
     SFTConfig,
@@ -180,6 +174,7 @@ def run_training(
     notes: Sequence[str],
     observed: Sequence[str] = (),
     opening: Sequence[tuple[str, dict[str, Any]]] = (),
+    reward_at: Callable[[int], dict[str, Any]] | None = None,
 ) -> Run:
     """Say what will be done and do it; the run's status tells how it ended. Arguments as in `fit`.
 
@@ -188,7 +183,6 @@ def run_training(
     o, t, precision = config.optimizer, config.train, precision_of(config)
     steps, every, save_every, peak = t.steps, config.eval.every, config.checkpoint.every, o.lr
     assert steps is not None and every is not None and save_every is not None and peak is not None  # noqa: PT018
-    judge = make_judge(config.eval, trainee, path, device) if config.eval.reward else None
     optimizer = make_optimizer(trainee.model, config)
     scaler = GradScaler(device.type) if precision == "fp16" else None
     take_step, ahead = stepper(config, trainee.model, optimizer, scaler, loss_sum, device)
@@ -216,7 +210,7 @@ def run_training(
                 micro_batch=batch_number, take_step=take_step, ahead=ahead, splitting=splitting_of(config, device),
                 learning_rate=lambda step: peak * schedule_factor(o.schedule, step, steps=steps, warmup_steps=o.warmup_steps),
                 evaluate=evaluate, describe_rows=describe_rows, counted=counted, observed=observed, opening=opening,
-                judge=judge, steps=steps, accumulate=t.accumulate,
+                reward_at=reward_at, steps=steps, accumulate=t.accumulate,
                 eval_every=every, eval_at_start=config.eval.at_start, patience=config.eval.patience, checkpoint_every=save_every,
                 keep=config.checkpoint.keep, diverge_after=t.diverge_after, resume=config.resume,
             )  # fmt: skip
@@ -274,28 +268,3 @@ def splitting_of(config: AnyConfig, device: torch.device) -> Splitting:
         f"{config.model.name}{lora}, {precision_of(config)}{weights} on {describe(device)}{checkpointing}{allocator}"
     )
     return Splitting(setup, ", ".join(smaller), t.batch_size, repeatable=not t.optimizer_in_backward)
-
-
-def make_judge(
-    options: EvalOptions, trainee: Trainee, path: Path, device: torch.device
-) -> Callable[[int], dict[str, Any]]:
-    """step -> what the `reward` event of that step holds; the answers go to `answers/`.
-
-    Raises: UserError if there is no such reward model or no prompt.
-    """
-    assert options.reward is not None
-    scorer = load_scorer(options.reward, device=str(device), option="--eval.reward")
-    prompts = load_prompts(options.prompts, option="--eval.prompts")
-    print(f"note: scored by {scorer.description}")
-
-    def judge(step: int) -> dict[str, Any]:
-        with torch.compiler.set_stance("force_eager"):  # answers grow token by token: no shape comes twice
-            answers = answer_prompts(
-                trainee.gpt, trainee.tokenizer, prompts, GenerateOptions(max_new_tokens=options.max_new_tokens),
-                scorer=scorer, samples=options.samples,
-            )  # fmt: skip
-        write_answers(path / "answers" / f"{step_name(step)}.jsonl", answers)
-        told = {"scorer": scorer.name, "samples": options.samples}
-        return reward_summary(answers, options.samples) | measures(answers) | told
-
-    return judge
