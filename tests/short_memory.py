@@ -14,7 +14,7 @@ from tunesmith.files.names import SAMPLE
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.models.scored import RewardModel
 from tunesmith.train.pair_loss import PreferenceLoss, dpo_loss_sum, reward_loss_sum
-from tunesmith.train.session import load_splits
+from tunesmith.train.splits import load_splits
 from tunesmith.train.token_loss import nll_sum
 
 FLOAT64 = 1e-12

@@ -16,7 +16,7 @@ from tunesmith.data.pairs import PairBatches, PairStore
 from tunesmith.data.tokenstore import tokenise
 from tunesmith.errors import UserError
 from tunesmith.options.training import PairDataOptions
-from tunesmith.train.session import load_splits
+from tunesmith.train.splits import load_splits
 
 ODD = [  # (prompt, chosen, rejected) as HH writes them: with white space, line breaks or no space where others have one
     ("\n\nHuman: hi\n\nAssistant:", "no space", " a space"),

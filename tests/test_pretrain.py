@@ -32,7 +32,7 @@ from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import DataOptions
 from tunesmith.study.report import render_report
 from tunesmith.train.scratch import resolve_shape, training_texts
-from tunesmith.train.session import load_splits
+from tunesmith.train.splits import load_splits
 
 MARGIN = 0.4  # nats a token by which the model must beat the best that knows no context
 HELD_OUT = 0.2

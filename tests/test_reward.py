@@ -30,7 +30,7 @@ from tunesmith.models.scored import RewardModel
 from tunesmith.options.training import PairDataOptions, RewardConfig
 from tunesmith.train.losses import bradley_terry_loss
 from tunesmith.train.pair_loss import OBSERVED, pair_scores, reward_loss_sum
-from tunesmith.train.session import load_splits
+from tunesmith.train.splits import load_splits
 
 FLOAT32, FLOAT64 = 1e-5, 1e-10
 SHAPE = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=6144, block_size=256)

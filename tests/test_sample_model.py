@@ -19,7 +19,7 @@ from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.files.names import SAMPLE
 from tunesmith.generation.engine import encode_prompt
 from tunesmith.options.training import DataOptions
-from tunesmith.train.session import load_splits
+from tunesmith.train.splits import load_splits
 from tunesmith.train.token_loss import estimate_loss
 
 PAGE_FILE = Path(__file__).parents[1] / "docs" / "sample-model.md"

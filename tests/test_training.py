@@ -16,7 +16,7 @@ from tunesmith.errors import UserError
 from tunesmith.files.names import SAMPLE
 from tunesmith.files.weights import load_model
 from tunesmith.models.gpt2 import GPTConfig
-from tunesmith.train.session import load_splits, text_batches
+from tunesmith.train.splits import load_splits, text_batches
 from tunesmith.train.token_loss import estimate_loss
 
 BATCHINGS = ["packed", "windows", "padded"]

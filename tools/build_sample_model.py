@@ -33,7 +33,7 @@ from tunesmith.files.run import Run
 from tunesmith.files.weights import load_model, save_model
 from tunesmith.models.gpt2 import GPT
 from tunesmith.options.training import DataOptions
-from tunesmith.train.session import load_splits
+from tunesmith.train.splits import load_splits
 from tunesmith.train.token_loss import estimate_loss
 
 CONFIG = Path(__file__).with_name("sample_model.yaml")

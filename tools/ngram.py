@@ -22,7 +22,7 @@ from tunesmith.data.bits import bits_per_byte, text_bytes
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.files.names import find_model
 from tunesmith.options.training import DataOptions
-from tunesmith.train.session import load_splits
+from tunesmith.train.splits import load_splits
 
 Array = np.ndarray[Any, Any]
 

@@ -36,7 +36,8 @@ from tunesmith.train.resolve import (
     resolve_length,
     resolve_machine,
 )
-from tunesmith.train.session import begin, describe_pairs, load_splits, pair_batches, run_training
+from tunesmith.train.session import begin, run_training
+from tunesmith.train.splits import describe_pairs, load_splits, pair_batches
 from tunesmith.train.token_loss import estimate_loss
 from tunesmith.train.trainee import Trainee, load_trainee, prepare_model
 

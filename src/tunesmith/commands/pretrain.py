@@ -23,7 +23,8 @@ from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.train.choice import Sums
 from tunesmith.train.resolve import check_options, check_resumable, precision_of, resolve_length, resolve_machine
 from tunesmith.train.scratch import make_tokenizer, problems_of, resolve_shape
-from tunesmith.train.session import Splits, begin, load_splits, run_training, text_batches
+from tunesmith.train.session import begin, run_training
+from tunesmith.train.splits import Splits, load_splits, text_batches
 from tunesmith.train.token_loss import estimate_loss, nll_sum
 from tunesmith.train.trainee import Trainee, prepare_model
 

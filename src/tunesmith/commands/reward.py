@@ -21,7 +21,8 @@ from tunesmith.train.resolve import (
     resolve_length,
     resolve_machine,
 )
-from tunesmith.train.session import begin, describe_pairs, load_splits, pair_batches, run_training
+from tunesmith.train.session import begin, run_training
+from tunesmith.train.splits import describe_pairs, load_splits, pair_batches
 from tunesmith.train.trainee import load_trainee, prepare_model
 
 

@@ -16,7 +16,8 @@ from tunesmith.judge.rewards import rewards_at_steps
 from tunesmith.options.training import SFTConfig
 from tunesmith.train.choice import Sums
 from tunesmith.train.resolve import check_options, check_resumable, precision_of, resolve_length, resolve_machine
-from tunesmith.train.session import begin, load_splits, run_training, text_batches
+from tunesmith.train.session import begin, run_training
+from tunesmith.train.splits import load_splits, text_batches
 from tunesmith.train.token_loss import estimate_loss, nll_sum
 from tunesmith.train.trainee import load_trainee, prepare_model
 
