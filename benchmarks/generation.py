@@ -241,9 +241,8 @@ def same_tokens(model: Any, prompts: Rows, found: Found) -> dict[str, Any]:
 
 def given_prompts(count: int) -> Rows:
     """Ids of the embedded prompts, as every command encodes them."""
-    from tunesmith.data.prompts import load_prompts
+    from tunesmith.data.prompts import encode_prompt, load_prompts
     from tunesmith.data.tokenizer import Tokenizer
-    from tunesmith.generation.engine import encode_prompt
 
     tokenizer = Tokenizer.gpt2()
     prompts = [encode_prompt(tokenizer, [{"role": "user", "content": p.text}]) for p in load_prompts()]

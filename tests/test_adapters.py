@@ -16,12 +16,12 @@ import tunesmith as ts
 from reference import greedy, random_model
 from tiny_runs import tiny_config
 from tunesmith.__main__ import main
+from tunesmith.data.prompts import encode_prompt
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.files.adapters import CONFIG, WEIGHTS, read_adapter, save_adapter
 from tunesmith.files.names import SAMPLE, load_adapted, load_plain
 from tunesmith.files.weights import load_model, save_model, weights_fingerprint
-from tunesmith.generation.engine import encode_prompt
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.models.lora import lora_layers
 

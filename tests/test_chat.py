@@ -6,10 +6,11 @@ import sys
 
 import tunesmith as ts
 from reference import saying
+from tunesmith.data.prompts import encode_prompt
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.files.names import SAMPLE
 from tunesmith.files.weights import save_model
-from tunesmith.generation.engine import Sampling, encode_prompt, generate_answers
+from tunesmith.generation.engine import Sampling, generate_answers
 
 LIMIT = 24
 

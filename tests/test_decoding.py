@@ -7,11 +7,12 @@ import torch
 
 from reference import greedy, random_model
 from taped import Tape
+from tunesmith.data.prompts import encode_prompt
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.files.names import SAMPLE
 from tunesmith.generation import engine as generation
 from tunesmith.generation import recorded as decoding
-from tunesmith.generation.engine import Sampling, decode, encode_prompt, generate_answers
+from tunesmith.generation.engine import Sampling, decode, generate_answers
 from tunesmith.generation.recorded import ENOUGH_STEPS, FixedSteps, recorder
 from tunesmith.models.gpt2 import GPTConfig
 

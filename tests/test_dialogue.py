@@ -19,8 +19,8 @@ from tunesmith.data.dialogue import (
     render,
     segments,
 )
+from tunesmith.data.prompts import encode_prompt
 from tunesmith.data.tokenstore import IGNORE_INDEX, TokenStore, tokenise
-from tunesmith.generation.engine import encode_prompt
 from tunesmith.options.training import DataOptions
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"

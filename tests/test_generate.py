@@ -10,6 +10,7 @@ import torch
 import tunesmith as ts
 from reference import chi_square, greedy, in_transformers, kept_tokens, random_model, saying, scripted_model
 from tunesmith.data.dialogue import Message
+from tunesmith.data.prompts import encode_prompt
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.files.names import SAMPLE
@@ -18,7 +19,6 @@ from tunesmith.generation.engine import (
     PACK_STEPS,
     Sampling,
     decode,
-    encode_prompt,
     generate,
     generate_answers,
     prepare,

@@ -13,11 +13,10 @@ import pytest
 import tunesmith as ts
 from reference import saying
 from tunesmith.data.bits import bits_per_byte, text_bytes
-from tunesmith.data.prompts import Prompt
+from tunesmith.data.prompts import Prompt, encode_prompt
 from tunesmith.data.texts import Batches
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.files.names import SAMPLE
-from tunesmith.generation.engine import encode_prompt
 from tunesmith.options.training import DataOptions
 from tunesmith.train.splits import load_splits
 from tunesmith.train.token_loss import estimate_loss

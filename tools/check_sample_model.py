@@ -17,9 +17,9 @@ from pathlib import Path
 
 from tunesmith.commands.demo import demo_sft
 from tunesmith.commands.sft import sft
-from tunesmith.data.prompts import load_prompts
+from tunesmith.data.prompts import encode_prompt, load_prompts
 from tunesmith.files.names import load
-from tunesmith.generation.engine import Sampling, decode, encode_prompt
+from tunesmith.generation.engine import Sampling, decode
 from tunesmith.judge.answers import words
 from tunesmith.options.commands import DemoCommand
 

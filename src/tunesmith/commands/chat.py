@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from tunesmith.data.dialogue import Message
+from tunesmith.data.prompts import encode_prompt
 from tunesmith.device import keep_freed_memory
 from tunesmith.files.names import load
-from tunesmith.generation.engine import Sampling, encode_prompt, prepare, stream
+from tunesmith.generation.engine import Sampling, prepare, stream
 from tunesmith.options.commands import ChatCommand
 
 HELP = """/reset       begin anew

@@ -1,14 +1,19 @@
-"""Sets of evaluation prompts: the embedded forty, or a user's file."""
+"""Prompts: sets of them for evaluation, the embedded forty or a user's file; and a conversation as the ids that a model reads."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
+from tunesmith.data.dialogue import BadRow, Message, parse_messages, prompt_segments
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UsageError, UserError
 
 EMBEDDED = Path(__file__).parents[1] / "sample" / "prompts.jsonl"
+Conversation = Sequence[Message] | Sequence[Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -58,3 +63,14 @@ def _prompt(line: str, place: str) -> Prompt:
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise UserError(f"{place}: expected an object with a text `prompt` (and perhaps `group`)")
     return Prompt(row["prompt"], str(row.get("group", "")))
+
+
+def encode_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
+    """Ids of a conversation up to and including `Assistant:`, the same as in training. Raises: UserError."""
+    try:
+        messages = [m if isinstance(m, Message) else parse_messages([m]).messages[0] for m in conversation]
+    except BadRow as reason:
+        raise UserError(
+            f"a prompt is no conversation: {reason}; expected [{{'role': 'user', 'content': '...'}}, ...]"
+        ) from None
+    return list(chain.from_iterable(tokenizer.encode_batch(prompt_segments(messages))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, groupby
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunesmith.data.dialogue import STOP_TEXTS, BadRow, Message, cut_at_stop, parse_messages, prompt_segments
+from tunesmith.data.dialogue import STOP_TEXTS, cut_at_stop
+from tunesmith.data.prompts import Conversation, encode_prompt
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.device import return_freed_memory
 from tunesmith.errors import UsageError, UserError
@@ -29,8 +30,6 @@ PREFILL_TOKENS = 2048  # prompt tokens in one forward pass, to bound its memory
 PACK_STEPS = 64  # decoding steps from which on packing the weights is paid back
 STOP_TAIL = 12  # tokens that surely hold the longest stop text
 NUCLEUS = 256  # candidates looked at first
-
-Conversation = Sequence[Message] | Sequence[Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -94,17 +93,6 @@ class Sampling:
             problems.append(f"seed is {self.seed}, expected 0 or more")
         if problems:
             raise UsageError("; ".join(problems))
-
-
-def encode_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
-    """Ids of a conversation up to and including `Assistant:`, the same as in training. Raises: UserError."""
-    try:
-        messages = [m if isinstance(m, Message) else parse_messages([m]).messages[0] for m in conversation]
-    except BadRow as reason:
-        raise UserError(
-            f"a prompt is no conversation: {reason}; expected [{{'role': 'user', 'content': '...'}}, ...]"
-        ) from None
-    return list(chain.from_iterable(tokenizer.encode_batch(prompt_segments(messages))))
 
 
 def prepare(model: GPT) -> GPT:

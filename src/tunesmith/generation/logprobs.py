@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from tunesmith.data.pairs import join_pairs
+from tunesmith.data.prompts import encode_prompt
 from tunesmith.data.texts import pack
 from tunesmith.data.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
 from tunesmith.files.answers import ScoredAnswer
-from tunesmith.generation.engine import encode_prompt
 from tunesmith.models.evaluation import evaluation_mode
 from tunesmith.models.gpt2 import GPT
 from tunesmith.models.head import target_logps
