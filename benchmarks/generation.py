@@ -69,7 +69,8 @@ def run_ours(
     from tunesmith.data.tokenizer import Tokenizer
     from tunesmith.files.weights import load_model
     from tunesmith.generation import recorded as decoding
-    from tunesmith.generation.engine import Sampling, decode, prepare
+    from tunesmith.generation.engine import decode, prepare
+    from tunesmith.generation.sampling import Sampling
     from tunesmith.models import linear
 
     if not onednn:

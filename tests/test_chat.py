@@ -10,7 +10,8 @@ from tunesmith.data.prompts import encode_prompt
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.files.names import SAMPLE
 from tunesmith.files.weights import save_model
-from tunesmith.generation.engine import Sampling, generate_answers
+from tunesmith.generation.engine import generate_answers
+from tunesmith.generation.sampling import Sampling
 
 LIMIT = 24
 

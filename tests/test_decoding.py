@@ -12,8 +12,9 @@ from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.files.names import SAMPLE
 from tunesmith.generation import engine as generation
 from tunesmith.generation import recorded as decoding
-from tunesmith.generation.engine import Sampling, decode, generate_answers
+from tunesmith.generation.engine import decode, generate_answers
 from tunesmith.generation.recorded import ENOUGH_STEPS, FixedSteps, recorder
+from tunesmith.generation.sampling import Sampling
 from tunesmith.models.gpt2 import GPTConfig
 
 SHAPE = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=6144, block_size=96)

@@ -15,16 +15,8 @@ from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.files.names import SAMPLE
 from tunesmith.generation import engine as generation
-from tunesmith.generation.engine import (
-    PACK_STEPS,
-    Sampling,
-    decode,
-    generate,
-    generate_answers,
-    prepare,
-    sample_tokens,
-    stream,
-)
+from tunesmith.generation.engine import PACK_STEPS, decode, generate, generate_answers, prepare, stream
+from tunesmith.generation.sampling import Sampling, sample_tokens
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.models.linear import packable
 

@@ -21,7 +21,8 @@ from tunesmith.data.tokenstore import tokenise
 from tunesmith.files.names import SAMPLE
 from tunesmith.generation import engine as generation
 from tunesmith.generation import recorded as decoding
-from tunesmith.generation.engine import Sampling, decode
+from tunesmith.generation.engine import decode
+from tunesmith.generation.sampling import Sampling
 from tunesmith.models.attention import Documents, attend_documents, attention_path, flash_capability
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.options.training import DataOptions, PairDataOptions

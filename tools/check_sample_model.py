@@ -19,7 +19,8 @@ from tunesmith.commands.demo import demo_sft
 from tunesmith.commands.sft import sft
 from tunesmith.data.prompts import encode_prompt, load_prompts
 from tunesmith.files.names import load
-from tunesmith.generation.engine import Sampling, decode
+from tunesmith.generation.engine import decode
+from tunesmith.generation.sampling import Sampling
 from tunesmith.judge.answers import words
 from tunesmith.options.commands import DemoCommand
 

@@ -14,7 +14,8 @@ from tunesmith.data.dialogue import Message
 from tunesmith.data.prompts import encode_prompt
 from tunesmith.device import keep_freed_memory
 from tunesmith.files.names import load
-from tunesmith.generation.engine import Sampling, prepare, stream
+from tunesmith.generation.engine import prepare, stream
+from tunesmith.generation.sampling import Sampling
 from tunesmith.options.commands import ChatCommand
 
 HELP = """/reset       begin anew

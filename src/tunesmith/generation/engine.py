@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,8 @@ from tunesmith.data.prompts import Conversation, encode_prompt
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.device import return_freed_memory
 from tunesmith.errors import UsageError, UserError
-from tunesmith.generation import recorded as decoding
+from tunesmith.generation import recorded
+from tunesmith.generation.sampling import Sampling, sample_tokens, stream_of
 from tunesmith.models.attention import Documents
 from tunesmith.models.cache import Cache
 from tunesmith.models.evaluation import evaluation_mode
@@ -29,7 +29,6 @@ from tunesmith.models.linear import pack_for_good, packed_weights
 PREFILL_TOKENS = 2048  # prompt tokens in one forward pass, to bound its memory
 PACK_STEPS = 64  # decoding steps from which on packing the weights is paid back
 STOP_TAIL = 12  # tokens that surely hold the longest stop text
-NUCLEUS = 256  # candidates looked at first
 
 
 @dataclass(frozen=True)
@@ -68,31 +67,6 @@ def generate(
     options = Sampling(temperature, top_p, top_k, seed)
     answers = generate_answers(model, tokenizer, prompts, options, max_new_tokens, batch_size, cut_front)
     return [answer.text for answer in answers]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn; see `generate`. sample: number of the draw, for several answers to one prompt."""
-
-    temperature: float = 0.7
-    top_p: float = 0.9
-    top_k: int = 0
-    seed: int = 1234
-    sample: int = 0
-
-    def check(self) -> None:
-        """Raises: UsageError with every value that is out of range."""
-        problems = []
-        if self.temperature < 0:
-            problems.append(f"temperature is {self.temperature}, expected 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            problems.append(f"top_p is {self.top_p}, expected 0 < top_p <= 1")
-        if self.top_k < 0:
-            problems.append(f"top_k is {self.top_k}, expected 0 (all) or more")
-        if self.seed < 0:
-            problems.append(f"seed is {self.seed}, expected 0 or more")
-        if problems:
-            raise UsageError("; ".join(problems))
 
 
 def prepare(model: GPT) -> GPT:
@@ -204,26 +178,26 @@ def decode(
 
     Prompts are read packed, without padding, and a prompt that is repeated beside itself is read once. A finished row
     leaves the batch, so that the last long answer does not pay for the short ones. On a CUDA device steps are recorded
-    and replayed (`decoding`).
+    and replayed (`recorded`).
 
     samples: what is added to `sampling.sample` for each prompt; None: nothing.
     """
     sampling.check()
     device, limit = model.wte.weight.device, model.config.block_size
     numbers = samples or [0] * len(prompts)
-    streams = [_stream_of(sampling, n, p, max_new_tokens) for p, n in zip(prompts, numbers, strict=True)]
+    streams = [stream_of(sampling, n, p, max_new_tokens) for p, n in zip(prompts, numbers, strict=True)]
     draws = torch.tensor(np.stack(streams), device=device)  # (B, steps): a copy a step would wait for a GPU
     room = [min(max_new_tokens, limit - len(p)) for p in prompts]
     read = [(prompt, len(list(same))) for prompt, same in groupby(prompts)]
-    record = decoding.recorder(device, max(room))
-    spare = 0 if record is None else decoding.spare_columns(max(map(len, prompts)) + max(room))
+    record = recorded.recorder(device, max(room))
+    spare = 0 if record is None else recorded.spare_columns(max(map(len, prompts)) + max(room))
     with evaluation_mode(model):  # not around the yields: the caller's modes are the caller's
         cache = model.new_cache([len(p) for p, _ in read], max(room) + spare, [copies for _, copies in read])
         logits = torch.cat([_read(model, cache, group, device) for group in _groups([p for p, _ in read])])
         if len(read) < len(prompts):
             logits = logits.repeat_interleave(torch.tensor([n for _, n in read], device=device), 0)  # (B, V)
     next_logits = partial(_next, model)
-    fixed = None if record is None else decoding.FixedSteps(next_logits, cache, logits, record)
+    fixed = None if record is None else recorded.FixedSteps(next_logits, cache, logits, record)
     rows = list(range(len(prompts)))
     tails: list[list[int]] = [[] for _ in prompts]
     for step in range(max_new_tokens):
@@ -267,53 +241,3 @@ def _read(model: GPT, cache: Any, prompts: Sequence[list[int]], device: torch.de
     tokens = torch.tensor([list(chain.from_iterable(prompts))], device=device)
     last = documents.cu_seqlens[1 : len(prompts) + 1].long() - 1
     return model.lm_head(model(tokens, documents, rows=last, cache=cache))  # type: ignore[no-any-return]
-
-
-def _stream_of(sampling: Sampling, sample: int, prompt: Sequence[int], n: int) -> np.ndarray[Any, Any]:
-    """n numbers in [0, 1) that depend on the seed, the sample's number and the prompt's own tokens."""
-    digest = hashlib.sha256(np.array(prompt, np.int64).tobytes()).digest()
-    return np.random.default_rng([sampling.seed, sampling.sample + sample, *digest]).random(n)
-
-
-def sample_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
-    """One token a row by inverting the cumulative distribution at `uniform`.
-
-    Args:
-        logits: (B, V). uniform: (B,) float64 in [0, 1).
-    Returns: (B,) int64. With top_p, the smallest set of most likely tokens whose mass reaches top_p is kept and the
-        rest has probability 0.
-    """
-    if sampling.temperature == 0:
-        return logits.argmax(1)
-    p = (logits.double() / sampling.temperature).softmax(1)
-    if sampling.top_k:
-        best, order = p.topk(min(p.shape[1], sampling.top_k))  # sorted, most likely first
-        return _from_nucleus(best / best.sum(1, keepdim=True), order, uniform, sampling.top_p)
-    if sampling.top_p == 1:
-        return _invert(p, uniform)
-    tokens = torch.empty(len(p), dtype=torch.int64, device=p.device)
-    rows, width = torch.arange(len(p), device=p.device), min(p.shape[1], NUCLEUS)
-    while len(
-        rows
-    ):  # sorting everything costs more than the model does: only rows with a flat distribution look further
-        best, order = (p if len(rows) == len(p) else p[rows]).topk(width)
-        whole = (best.sum(1) >= sampling.top_p) | (width == p.shape[1])
-        if len(rows) == len(p) and whole.all():  # the rule; choosing rows would wait for a GPU five times
-            return _from_nucleus(best, order, uniform, sampling.top_p)
-        tokens[rows[whole]] = _from_nucleus(best[whole], order[whole], uniform[rows[whole]], sampling.top_p)
-        rows, width = rows[~whole], min(p.shape[1], 16 * width)
-    return tokens
-
-
-def _from_nucleus(best: Tensor, order: Tensor, uniform: Tensor, top_p: float) -> Tensor:
-    """A token a row. best: (B, n), probabilities in falling order; order: (B, n), whose they are."""
-    kept = best * (best.cumsum(1) - best < top_p)
-    return order.gather(1, _invert(kept, uniform)[:, None])[:, 0]
-
-
-def _invert(p: Tensor, uniform: Tensor) -> Tensor:
-    """Smallest index whose cumulative mass exceeds `uniform` of the total. p: (B, n), not necessarily normalised."""
-    cumulative = p.cumsum(1)
-    found = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
-    last = p.shape[1] - 1 - (p > 0).flip(1).byte().argmax(1)  # rounding must not choose a token of mass 0
-    return torch.minimum(found, last)

@@ -13,7 +13,8 @@ from tunesmith.data.prompts import Prompt, load_prompts
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.files.answers import ScoredAnswer, write_answers
 from tunesmith.files.run import step_name
-from tunesmith.generation.engine import Sampling, generate_answers
+from tunesmith.generation.engine import generate_answers
+from tunesmith.generation.sampling import Sampling
 from tunesmith.judge.answers import measures, reward_summary
 from tunesmith.judge.scoring import Scorer, load_scorer
 from tunesmith.models.gpt2 import GPT
