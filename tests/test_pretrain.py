@@ -23,10 +23,9 @@ from test_readme import blocks, commands, run
 from test_resume import assert_same_end, interrupted
 from tiny_runs import tiny_config
 from tunesmith.__main__ import main
-from tunesmith.data.bits import bits_per_byte, text_bytes
 from tunesmith.data.datasets import open_dataset
 from tunesmith.data.readers import STRETCH, Report, read_file
-from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.data.tokenizer import Tokenizer, bits_per_byte, text_bytes
 from tunesmith.models.gpt2 import SIZES
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import DataOptions

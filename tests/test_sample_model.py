@@ -12,10 +12,9 @@ import pytest
 
 import tunesmith as ts
 from reference import saying
-from tunesmith.data.bits import bits_per_byte, text_bytes
 from tunesmith.data.prompts import Prompt, encode_prompt
 from tunesmith.data.texts import Batches
-from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.data.tokenizer import Tokenizer, bits_per_byte, text_bytes
 from tunesmith.files.names import SAMPLE
 from tunesmith.options.training import DataOptions
 from tunesmith.train.splits import load_splits

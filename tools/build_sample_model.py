@@ -25,9 +25,8 @@ import torch
 from ngram import held_out
 
 from tunesmith.__main__ import main as tunesmith
-from tunesmith.data.bits import bits_per_byte, text_bytes
 from tunesmith.data.texts import Batches
-from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.data.tokenizer import Tokenizer, bits_per_byte, text_bytes
 from tunesmith.files.names import SAMPLE, load
 from tunesmith.files.run import Run
 from tunesmith.files.weights import load_model, save_model

@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.data.bits import bits_per_byte, text_bytes
-from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.data.tokenizer import Tokenizer, bits_per_byte, text_bytes
 from tunesmith.files.names import find_model
 from tunesmith.options.training import DataOptions
 from tunesmith.train.splits import load_splits

@@ -20,13 +20,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tunesmith.data.bits import bits_per_byte, text_bytes
 from tunesmith.data.datasets import Source, open_dataset
 from tunesmith.data.dialogue import Preference
 from tunesmith.data.pairs import PairBatches, PairStore
 from tunesmith.data.readers import Report
 from tunesmith.data.texts import Batches
-from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.data.tokenizer import Tokenizer, bits_per_byte, text_bytes
 from tunesmith.data.tokenstore import tokenise
 from tunesmith.device import Precision, keep_freed_memory, resolve_precision
 from tunesmith.errors import UserError

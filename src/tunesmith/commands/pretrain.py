@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from tunesmith.data.bits import bits_per_byte, text_bytes
 from tunesmith.data.texts import Batches
-from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.data.tokenizer import Tokenizer, bits_per_byte, text_bytes
 from tunesmith.errors import UserError
 from tunesmith.files.names import new_model
 from tunesmith.files.run import Run
