@@ -9,8 +9,9 @@ from frozen_study import Writer, learning, write_adapter, write_study
 from tunesmith.errors import UserError
 from tunesmith.study.lines import comparable
 from tunesmith.study.paper.claims import judge_all
-from tunesmith.study.paper.select import finals, judged, predicted_gb
+from tunesmith.study.paper.experiments import judged
 from tunesmith.study.read import KEPT, Point, is_study, read_metrics, read_study, trained_parameters
+from tunesmith.study.select import finals, predicted_gb
 
 
 def continued(root, second):

@@ -9,8 +9,8 @@ from typing import Any
 
 import tunesmith.study.figures as look
 from tunesmith.stats import t_interval
-from tunesmith.study.paper.select import mean_curve
 from tunesmith.study.read import Experiment, Line, RunRecord, Series
+from tunesmith.study.select import mean_curve
 
 RUNS_APART = 3.0  # times the highest start: above, a line leaves the figure
 

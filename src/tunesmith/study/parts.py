@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable, Sequence
 
 from tunesmith.study.figures import BLUE, GREEN, GRID, INK, ORANGE, PURPLE, SKY, VERMILLION, Plate
-from tunesmith.study.paper.tables import Cell, Table
 from tunesmith.study.read import Point
+from tunesmith.study.tables import Cell, Table
 
 NAMED = {
     BLUE: "blue",

@@ -21,10 +21,11 @@ from tunesmith.stats import wilson_interval
 from tunesmith.study.figures import Plate, loss_curve, preference_curves, reward_curve
 from tunesmith.study.paper.claims import judge_all
 from tunesmith.study.paper.figures import draw_all
-from tunesmith.study.paper.tables import Cell, Table, as_csv, as_latex, make_tables
+from tunesmith.study.paper.tables import make_tables
 from tunesmith.study.parts import details, figure, notes
 from tunesmith.study.read import Study, is_study, read_answers, read_metrics, read_study
 from tunesmith.study.study_page import render_study
+from tunesmith.study.tables import Cell, Table, as_csv, as_latex
 
 SHOWN_STEPS = 4  # of the answers of one run beside each other
 

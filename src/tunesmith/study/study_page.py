@@ -10,11 +10,13 @@ import yaml
 from tunesmith.page import document
 from tunesmith.study.claims import FAILS, HOLDS, OPEN
 from tunesmith.study.paper.claims import Claim, Finding
+from tunesmith.study.paper.experiments import FULL, dpo_runs, judged, ranks
 from tunesmith.study.paper.figures import Drawn, Missing
-from tunesmith.study.paper.select import FULL, best_step, dpo_runs, judged, ranks
-from tunesmith.study.paper.tables import PAPER_EXPERIMENTS, Table
+from tunesmith.study.paper.tables import PAPER_EXPERIMENTS
 from tunesmith.study.parts import Links, anchor, details, esc, figure, gathered, notes, table
 from tunesmith.study.read import Json, RunRecord, Study
+from tunesmith.study.select import best_step
+from tunesmith.study.tables import Table
 
 BADGES = {HOLDS: ("holds", "✓"), FAILS: ("fails", "✗"), OPEN: ("open", "?")}
 WHAT = {

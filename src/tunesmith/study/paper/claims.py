@@ -11,26 +11,19 @@ from statistics import fmean
 import tunesmith.study.claims as claims
 from tunesmith.stats import Interval, t_interval
 from tunesmith.study.claims import FAILS, HOLDS, OPEN, Verdict
-from tunesmith.study.paper.select import (
-    BATCH_1,
-    BATCH_4,
-    FULL,
-    OPTIMIZERS,
-    SPLIT,
+from tunesmith.study.paper.experiments import BATCH_1, BATCH_4, FULL, OPTIMIZERS, SPLIT, dpo_runs, judged, ranks
+from tunesmith.study.read import Experiment, Json, Line, Point, RunRecord, Study, is_number
+from tunesmith.study.select import (
     best_step,
     differences,
-    dpo_runs,
     finals,
-    judged,
     mean_curve,
     peaks,
     present,
     prompt_rewards,
-    ranks,
     rewarded_steps,
     scorer_words,
 )
-from tunesmith.study.read import Experiment, Json, Line, Point, RunRecord, Study, is_number
 
 VISIBLE = 0.05  # of what the loss falls in all: two curves closer than that are one line in a figure
 HARDLY = 0.05  # of the memory

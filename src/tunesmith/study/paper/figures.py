@@ -20,22 +20,9 @@ from tunesmith.study.lines import (
     missing_notes,
     seeds_in_words,
 )
-from tunesmith.study.paper.select import (
-    FULL,
-    OPTIMIZERS,
-    PARTS,
-    Judged,
-    alone,
-    best_step,
-    choice_of,
-    judged,
-    mean_curve,
-    memory_rows,
-    present,
-    ranks,
-    scorer_words,
-)
+from tunesmith.study.paper.experiments import FULL, OPTIMIZERS, judged, memory_rows, ranks
 from tunesmith.study.read import Experiment, Line, Study, is_number
+from tunesmith.study.select import PARTS, Judged, alone, best_step, choice_of, mean_curve, present, scorer_words
 
 LOSS = "loss, nats per target token"
 WIDE = 10.0  # largest over smallest value, from which on an axis is logarithmic

@@ -7,11 +7,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from tunesmith.study.read import CONTINUED, FIRST, Experiment, Json, Line, Point, RunRecord, Study, is_number, shift_of
+from tunesmith.study.read import Experiment, Json, Line, Point, RunRecord, Study, is_number, shift_of
 
-OPTIMIZERS = ("AdamW", "Adam", "SGD-Nesterov", "SGD-momentum", "SGD")
-BATCH_1, BATCH_4, SPLIT = "batch 1", "batch 4", "batch 4 = 4 x 1"
-FULL = "full"
 PARTS = ("parameters", "gradients", "optimizer_state", "activations", "logits")
 
 
@@ -58,11 +55,6 @@ def differences(a: Mapping[int, Point], b: Mapping[int, Point]) -> list[float]:
 def present(experiment: Experiment, *wanted: str) -> list[str]:
     """Those of the wanted labels that the experiment has."""
     return [label for label in wanted if label in experiment.labels]
-
-
-def ranks(experiment: Experiment) -> list[str]:
-    """The labels `rank N`, smallest first."""
-    return sorted((x for x in experiment.labels if x.startswith("rank ")), key=lambda x: int(x.split()[1]))
 
 
 def prompt_rewards(run: RunRecord, step: int) -> dict[str, float]:
@@ -121,24 +113,12 @@ class Judged:
         return tuple(p for run, own in places for p in run.series("reward", "mean") if p.step == own)
 
 
-def judged(study: Study) -> list[Judged]:
-    """The trainings, one a seed, whose checkpoints E2 judges: those it shows, else E1's."""
-    for key in ("e2", "e1"):
-        e = study.experiment(key)
-        labels = [FIRST, CONTINUED] if {FIRST, CONTINUED} <= set(e.labels) else e.labels[:1]
-        seeds = dict.fromkeys(m.seed for m in e.members if m.label in labels)
-        found = [_judged([run for x in labels if (run := e.runs(x).get(seed))]) for seed in seeds]
-        if found := [j for j in found if j.at]:
-            return found
-    return []
-
-
 def alone(run: RunRecord) -> Judged:
     """A training that is one run."""
-    return _judged([run])
+    return whole_training([run])
 
 
-def _judged(halves: Sequence[RunRecord]) -> Judged:
+def whole_training(halves: Sequence[RunRecord]) -> Judged:
     shifts = [0, *(shift_of(halves[0], second) for second in halves[1:])]
     at = {
         step + shift: (run, step)
@@ -167,13 +147,6 @@ def scorer_words(study: Study, name: str) -> str:
     return f"this study's {run}" if run in study.runs else name
 
 
-def dpo_runs(study: Study) -> dict[int, RunRecord]:
-    """Seed -> run of E8's first line that was trained with DPO."""
-    e = study.experiment("e8")
-    labels = [m.label for m in e.members if m.run.plan.get("command") == "dpo" or "dpo" in m.run.config]
-    return e.runs(labels[0]) if labels else {}
-
-
 def predicted_gb(memory: Any) -> dict[str, float]:
     """Predicted GB by part from a run's plan: GB already, or the runner's own count, in bytes and with `optimizer` for its state."""
     if not isinstance(memory, dict):
@@ -181,20 +154,3 @@ def predicted_gb(memory: Any) -> dict[str, float]:
     if "optimizer" in memory:
         memory = {"optimizer_state" if k == "optimizer" else k: v / 1e9 for k, v in memory.items() if is_number(v)}
     return {k: float(memory[k]) for k in PARTS if is_number(memory.get(k))}
-
-
-def memory_rows(study: Study) -> list[tuple[str, dict[str, float], list[Point]]]:
-    """(label, predicted GB by part, measured peaks) of the optimizers of E4, the ranks of E5 and the DPO of E8."""
-    found = []
-    for key in ("e4", "e5"):
-        e = study.experiment(key)
-        for label in present(e, *OPTIMIZERS) if key == "e4" else [*ranks(e), *present(e, FULL)]:
-            shown = label if key == "e4" else "all weights (E5)" if label == FULL else f"LoRA {label}"
-            found.append((shown, list(e.runs(label).values())))
-    if runs := list(dpo_runs(study).values()):
-        found.append(("DPO", runs))
-    rows = []
-    for label, runs in found:
-        parts = next((gb for r in runs if (gb := predicted_gb(r.plan.get("memory")))), {})
-        rows.append((label, parts, [r.peak for r in runs if r.peak and r.state == "finished"]))
-    return [row for row in rows if row[1] or row[2]]
