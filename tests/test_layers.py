@@ -47,7 +47,7 @@ LAYERS = [
         "data.audit.rows",
         "data.bits",
         "study.read",
-        "study.claims",
+        "study.verdicts",
         "study.figures",
         "plan.memory",
     }
@@ -146,7 +146,7 @@ WITHOUT_TORCH = {
     "judge.comparison_page",
     "study.read",
     "study.paper.select",
-    "study.claims",
+    "study.verdicts",
     "study.paper.claims",
     "study.figures",
     "study.lines",

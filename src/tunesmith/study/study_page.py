@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import yaml
 
 from tunesmith.page import document
-from tunesmith.study.claims import FAILS, HOLDS, OPEN
 from tunesmith.study.paper.claims import Claim, Finding
 from tunesmith.study.paper.experiments import FULL, dpo_runs, judged, ranks
 from tunesmith.study.paper.figures import Drawn, Missing
@@ -17,6 +16,7 @@ from tunesmith.study.parts import Links, anchor, details, esc, figure, gathered,
 from tunesmith.study.read import Json, RunRecord, Study
 from tunesmith.study.select import best_step
 from tunesmith.study.tables import Table
+from tunesmith.study.verdicts import FAILS, HOLDS, OPEN
 
 BADGES = {HOLDS: ("holds", "✓"), FAILS: ("fails", "✗"), OPEN: ("open", "?")}
 WHAT = {
