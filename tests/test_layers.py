@@ -1,200 +1,99 @@
-"""The house: who may import whom, what stays out of `--help`, and how long a file may be."""
+"""The house: which wing may import which, what stays out of `--help`, and how long a file may be."""
 
 import ast
 import resource
 import subprocess
 import sys
+from collections import Counter
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "src" / "tunesmith"
+from tunesmith import WINGS
 
-LAYERS = [
-    {"errors", "models.linear", "outofmemory", "models.recompute", "capture"},
-    {
-        "options.training",
-        "options.commands",
-        "options.parse",
-        "hub",
-        "files.run",
-        "data.prompts",
-        "progress",
-        "data.tokenizer",
-        "data.dialogue",
-        "device",
-        "data.readers",
-    }
-    | {
-        "stats",
-        "page",
-        "models.attention",
-        "train.losses",
-        "models.lora",
-        "train.optim",
-        "judge.answers",
-        "train.choice",
-        "judge.endpoint",
-        "options.pretraining",
-    }
-    | {"train.prefetch", "options.planning"},
-    {
-        "models.gpt2",
-        "train.step",
-        "train.splitting",
-        "data.datasets",
-        "judge.language_model",
-        "data.audit.rows",
-        "data.bits",
-        "study.read",
-        "study.verdicts",
-        "study.figures",
-        "plan.memory",
-    }
-    | {"study.definition"},
-    {
-        "files.weights",
-        "data.tokenstore",
-        "train.recorded",
-        "data.audit.overlap",
-        "study.paper.select",
-        "study.matrix",
-        "plan.workload",
-        "generation.recorded",
-    },
-    {
-        "files.adapters",
-        "models.scored",
-        "train.checkpoint",
-        "data.texts",
-        "study.lines",
-        "study.paper.tables",
-        "study.paper.claims",
-        "study.ledger",
-    }
-    | {"study.executors", "plan.cards"},
-    {
-        "files.names",
-        "data.pairs",
-        "train.token_loss",
-        "study.paper.figures",
-        "study.parts",
-        "study.view",
-        "study.on_ray",
-    },
-    {
-        "generation.engine",
-        "train.loop",
-        "train.pair_loss",
-        "train.trainee",
-        "judge.scoring",
-        "data.audit.cuts",
-        "train.scratch",
-        "study.study_page",
-        "study.runner",
-    }
-    | {"study.forecast"},
-    {
-        "judge.judging",
-        "train.resolve",
-        "train.reference",
-        "generation.logprobs",
-        "judge.comparison",
-        "data.audit.survey",
-        "plan.planning",
-    },
-    {"train.session", "judge.comparison_page", "plan.probe"},
-    {"commands.sft", "commands.dpo", "commands.reward", "commands.data", "commands.evaluate", "commands.score"}
-    | {"commands.compare", "commands.chat", "commands.pretrain", "commands.plan"},
-    {"study.report"},
-    {"commands.study"},
-    {"commands.demo"},
-    {"__main__"},
-]
-LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
-WITHOUT_TORCH = {
-    "options.pretraining",
-    "errors",
-    "judge.endpoint",
-    "judge.language_model",
-    "options.training",
-    "options.commands",
-    "options.parse",
-    "hub",
-    "files.run",
-    "data.prompts",
-    "progress",
-    "data.dialogue",
-    "data.datasets",
-    "data.readers",
-    "judge.answers",
-    "train.choice",
-    "plan.memory",
-    "plan.workload",
-    "plan.cards",
-    "options.planning",
-    "study.definition",
-    "study.matrix",
-    "study.ledger",
-    "study.executors",
-    "study.view",
-    "study.on_ray",
-    "study.runner",
-    "stats",
-    "page",
-    "judge.comparison",
-    "judge.comparison_page",
-    "study.read",
-    "study.paper.select",
-    "study.verdicts",
-    "study.paper.claims",
-    "study.figures",
-    "study.lines",
-    "study.paper.figures",
-    "study.paper.tables",
-    "study.parts",
-    "study.study_page",
-    "study.report",
-}
+PACKAGE = Path(__file__).parents[1] / "src" / "tunesmith"
+GROUND = "ground"  # the modules that lie directly in the package; `__main__`, which starts everything, stands above all
+ORDER = {wing: height for height, wing in enumerate((GROUND, *WINGS, "__main__"))}
+AT_MOST_ON_THE_GROUND = 12
+WITHOUT_TORCH = {  # what reads runs and text or only knows options; a wing means every module of it
+    "options", "study", "files.run", "files.answers", "train.choice", "judge.comparison_page", "judge.endpoint",
+    "plan.cards", "data.datasets", "data.prompts",
+}  # fmt: skip
+WITH_TORCH = {"study.forecast"}  # times a step
 
 
 def module_name(path: Path) -> str:
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
-MODULES = [p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py"]
+MODULES = {module_name(p): p for p in sorted(PACKAGE.rglob("*.py")) if p.name != "__init__.py"}
+
+
+def wing_of(module: str) -> str:
+    return module.partition(".")[0] if "." in module or module == "__main__" else GROUND
 
 
 def imports(path: Path) -> set[str]:
+    """Our modules that a file imports, at its top or inside a function."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "tunesmith":
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-    return found
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: imports are absolute"
+    return {name.removeprefix("tunesmith.") for name in found} & MODULES.keys()
 
 
-@pytest.mark.parametrize("path", MODULES, ids=module_name)
-def test_no_module_imports_its_own_layer_or_a_higher_one(path):
-    name = module_name(path)
-    assert name in LEVEL, f"{name} has no layer yet: give it one in LAYERS"
-    ours = {m.removeprefix("tunesmith.") for m in imports(path) if m.startswith("tunesmith.")} & LEVEL.keys()
-    upward = {m for m in ours if LEVEL[m] >= LEVEL[name]}
-    same_ground = {m for m in upward if LEVEL[m] == LEVEL[name] == 1 and m in WITHOUT_TORCH}
-    assert upward <= same_ground, f"{name} (layer {LEVEL[name]}) imports {sorted(upward - same_ground)}"
+IMPORTS = {module: imports(path) for module, path in MODULES.items()}
+UPWARD = sorted(
+    f"{module} imports {other}"
+    for module, others in IMPORTS.items()
+    for other in others
+    if ORDER.get(wing_of(module), -1) < ORDER.get(wing_of(other), 0)
+)
 
 
-def test_every_layer_entry_is_a_file():
-    assert set(LEVEL) == {module_name(p) for p in MODULES}
+def test_a_wing_imports_only_wings_below_it(capsys):
+    between = Counter(
+        (wing_of(m), wing_of(o)) for m, others in IMPORTS.items() for o in others if wing_of(m) != wing_of(o)
+    )
+    widest = max(IMPORTS, key=lambda m: len(IMPORTS[m]))
+    report = (
+        f"the house: {len(MODULES)} modules; {between.total()} imports between wings ({len(between)} pairs of wings); "
+        f"{len(UPWARD)} upward; {widest} imports most others, {len(IMPORTS[widest])}"
+    )
+    with capsys.disabled():
+        print(f"\n{report}")
+    assert not UPWARD, f"{report}\nthe order, lowest first: {GROUND}, {', '.join(WINGS)}"
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if module_name(p) in WITHOUT_TORCH], ids=module_name)
-def test_modules_that_only_read_runs_and_text_need_no_torch(path):
-    for node in ast.parse(path.read_text()).body:  # the top level: a function may import it when called
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
-            assert not any(n.split(".")[0] in ("torch", "safetensors") for n in names)
+def test_no_two_modules_import_each_other():
+    tuple(TopologicalSorter(IMPORTS).static_order())  # raises CycleError, which names them
+
+
+def test_every_folder_of_modules_is_a_wing_that_says_what_it_holds():
+    assert {wing_of(m) for m in MODULES} == {GROUND, *WINGS, "__main__"}
+    for folder in {p.parent for p in MODULES.values()} - {PACKAGE}:
+        assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text())), f"{folder} has no docstring"
+
+
+def test_few_modules_lie_directly_in_the_package():
+    assert len(list(PACKAGE.glob("*.py"))) <= AT_MOST_ON_THE_GROUND
+
+
+def test_modules_that_only_read_runs_and_text_load_no_torch():
+    names = [m for m in MODULES if m not in WITH_TORCH and (m in WITHOUT_TORCH or wing_of(m) in WITHOUT_TORCH)]
+    assert len(names) > 20
+    code = (
+        "import sys, importlib\n"
+        f"for name in {names!r}:\n"
+        "    importlib.import_module(f'tunesmith.{name}')\n"
+        "    if 'torch' in sys.modules or 'safetensors' in sys.modules: sys.exit(f'{name} loads torch or safetensors')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_report_is_rendered_without_importing_torch():
