@@ -11,7 +11,7 @@ from tiny_runs import tiny_config, train_losses
 from tunesmith.__main__ import main
 from tunesmith.device import keep_freed_memory, resident_memory
 from tunesmith.errors import UsageError
-from tunesmith.train import resolve as settings
+from tunesmith.train import resolve
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator is Linux's")
 
@@ -83,9 +83,9 @@ def test_there_a_plan_neither_takes_it_nor_offers_it(monkeypatch, capsys):
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_on_a_gpu_it_is_refused_with_the_reason(device, tiny_directory, tmp_path, monkeypatch):
-    monkeypatch.setattr(settings, "resolve_device", lambda name: torch.device(device))
+    monkeypatch.setattr(resolve, "resolve_device", lambda name: torch.device(device))
     with pytest.raises(UsageError, match=rf"--train\.allocator lean is for a CPU's memory.*{device}.*leave it out"):
-        settings.resolve_machine(tiny_config(tiny_directory, tmp_path, train__allocator="lean"), 48, "sft")
+        resolve.resolve_machine(tiny_config(tiny_directory, tmp_path, train__allocator="lean"), 48, "sft")
 
 
 def test_so_it_is_in_a_plan_for_a_card(capsys):

@@ -12,7 +12,7 @@ from tunesmith.device import card_precision, resolve_compile
 from tunesmith.errors import UserError
 from tunesmith.models import attention as module
 from tunesmith.models.attention import Documents, attend_documents, attention_path, flash_capability
-from tunesmith.train import resolve as settings
+from tunesmith.train import resolve
 
 CARDS = {"P100": (6, 0), "GTX 1080": (6, 1), "V100": (7, 0), "T4": (7, 5), "A100": (8, 0), "L4": (8, 9), "H100": (9, 0)}
 CUDA = torch.device("cuda", 0)
@@ -94,7 +94,7 @@ def on_card(monkeypatch):
         monkeypatch.setattr(
             machine, "find_spec", lambda name: importlib.util.find_spec("json" if triton else "no such")
         )
-        monkeypatch.setattr(settings, "resolve_device", lambda name: CUDA)
+        monkeypatch.setattr(resolve, "resolve_device", lambda name: CUDA)
 
     return pretend
 
@@ -102,7 +102,7 @@ def on_card(monkeypatch):
 @pytest.mark.parametrize("card", CARDS)
 def test_blocks_are_compiled_by_themselves_only_where_triton_knows_the_card(on_card, card):
     on_card(card)
-    config = settings.resolve_machine(tiny_config("m", "r", train__precision="auto"), 64, "sft")
+    config = resolve.resolve_machine(tiny_config("m", "r", train__precision="auto"), 64, "sft")
     old = card in ("P100", "GTX 1080")
     assert (config.train.compile, config.train.precision) == (not old, card_precision(CARDS[card]))
 
@@ -119,7 +119,7 @@ def test_compiling_for_a_card_that_is_too_old_is_a_users_error_with_the_way_out(
     with pytest.raises(
         UserError, match=r"--train.compile true: Tesla P100 has compute capability 6\.0.*needs 7\.0\. Use false"
     ):
-        settings.resolve_machine(tiny_config("m", "r", train__compile=True), 64, "sft")
+        resolve.resolve_machine(tiny_config("m", "r", train__compile=True), 64, "sft")
 
 
 def test_on_a_processor_compiling_is_what_was_asked_for():

@@ -10,7 +10,7 @@ from taped import Tape
 from tunesmith.data.prompts import encode_prompt
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.files.names import SAMPLE
-from tunesmith.generation import engine as generation
+from tunesmith.generation import engine
 from tunesmith.generation import recorded as decoding
 from tunesmith.generation.engine import decode, generate_answers
 from tunesmith.generation.recorded import ENOUGH_STEPS, FixedSteps, recorder
@@ -168,10 +168,10 @@ def test_logits_of_every_step_are_those_of_plain_steps(dtype, near):
         for held in (*cache.keys, *cache.values):
             held[:, :, cache.end :] = float("nan")
         with torch.no_grad():
-            return cache, generation._read(model, cache, PROMPTS, torch.device("cpu"))
+            return cache, engine._read(model, cache, PROMPTS, torch.device("cpu"))
 
     def next_logits(tokens, cache):
-        return generation._next(model, tokens, cache)
+        return engine._next(model, tokens, cache)
 
     (plain, expected), (cache, logits) = begun(), begun()
     steps, leaving = FixedSteps(next_logits, cache, logits, Recorder()), {3: [1], 10: [0, 2], 30: [1]}
@@ -225,8 +225,8 @@ def started(record):
     model = random_model(SHAPE)
     cache = model.new_cache([1], 60)
     with torch.no_grad():
-        logits = generation._read(model, cache, [[3]], torch.device("cpu"))
-    return FixedSteps(lambda tokens, held: generation._next(model, tokens, held), cache, logits, record), cache
+        logits = engine._read(model, cache, [[3]], torch.device("cpu"))
+    return FixedSteps(lambda tokens, held: engine._next(model, tokens, held), cache, logits, record), cache
 
 
 def test_weights_that_were_trained_between_two_calls_answer(recorded):

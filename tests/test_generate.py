@@ -14,7 +14,7 @@ from tunesmith.data.prompts import encode_prompt
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.files.names import SAMPLE
-from tunesmith.generation import engine as generation
+from tunesmith.generation import engine
 from tunesmith.generation.engine import PACK_STEPS, decode, generate, generate_answers, prepare, stream
 from tunesmith.generation.sampling import Sampling, sample_tokens
 from tunesmith.models.gpt2 import GPTConfig
@@ -22,7 +22,7 @@ from tunesmith.models.linear import packable
 
 SHAPE = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=6144, block_size=96)
 GREEDY = Sampling(temperature=0)
-READ = generation._read
+READ = engine._read
 QUESTIONS = ["Hi", "What is love?", "Name three rivers of Asia, and say where they end.", "Why?", "And now, " * 9]
 
 
@@ -101,7 +101,7 @@ def test_rows_leave_the_batch_as_they_end_and_the_others_do_not_notice(monkeypat
     expected = [greedy(model, p, 30, end) for p in prompts]
     assert len({len(row) for row in expected}) > 4
     sizes = []
-    monkeypatch.setattr(generation, "sample_tokens", lambda x, *a: (sizes.append(len(x)), sample_tokens(x, *a))[1])
+    monkeypatch.setattr(engine, "sample_tokens", lambda x, *a: (sizes.append(len(x)), sample_tokens(x, *a))[1])
     assert decoded(model, SimpleNamespace(end_of_text=end, decode=lambda ids: ""), prompts, GREEDY, 30) == expected
     assert sizes == [sum(len(row) > step for row in expected) for step in range(max(map(len, expected)))]
 
@@ -129,7 +129,7 @@ def test_several_samples_a_prompt_equal_separate_calls_and_read_it_once(model, t
     expected = [answers[i] for i in range(len(PROMPTS)) for answers in separate]
     assert len({a.text for a in expected}) == len(expected)
     read = []
-    monkeypatch.setattr(generation, "_read", lambda m, c, p, d: (read.extend(p), READ(m, c, p, d))[1])
+    monkeypatch.setattr(engine, "_read", lambda m, c, p, d: (read.extend(p), READ(m, c, p, d))[1])
     sampling = Sampling(1.0, 0.95, sample=2)
     assert generate_answers(model, tok, PROMPTS, sampling, 12, batch_size=batch_size, samples=3) == expected
     if batch_size == 64:

@@ -80,9 +80,9 @@ def test_answers_that_differ_are_counted_with_their_distance(benchmark, model):
 def test_a_gpus_contestants_answer_alike_where_there_is_none(benchmark, tmp_path, monkeypatch):
     """Each in this process and on the processor: with recorded steps, without, and transformers' own three ways."""
     pytest.importorskip("transformers")
-    from tunesmith.generation import recorded as decoding
+    from tunesmith.generation import recorded
 
-    monkeypatch.setattr(decoding, "recorder", decoding.recorder)  # one contestant takes it away
+    monkeypatch.setattr(recorded, "recorder", recorded.recorder)  # one contestant takes it away
     monkeypatch.setattr(sys.modules["tunesmith.device"], "keep_freed_memory", lambda: False)  # as this process has it
     benchmark.save_weights(tmp_path, "small")
     prompts, found = [[1, 2, 3], [4, 5, 6, 7, 8]], {}
@@ -91,7 +91,7 @@ def test_a_gpus_contestants_answer_alike_where_there_is_none(benchmark, tmp_path
         found[name] = run(tmp_path, prompts, 5, 1, tuned, "cpu")
     assert all(len(row) == 5 for row in found["tunesmith"]["rows"])
     assert all(result["rows"] == found["tunesmith"]["rows"] for result in found.values())
-    assert decoding.recorder(torch.device("cuda"), 1000) is None  # the one without
+    assert recorded.recorder(torch.device("cuda"), 1000) is None  # the one without
     assert found["tunesmith"]["read_gb_per_s"] > 0
 
 

@@ -19,7 +19,7 @@ from tunesmith.data.texts import Batches
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokenstore import tokenise
 from tunesmith.files.names import SAMPLE
-from tunesmith.generation import engine as generation
+from tunesmith.generation import engine
 from tunesmith.generation import recorded as decoding
 from tunesmith.generation.engine import decode
 from tunesmith.generation.sampling import Sampling
@@ -347,14 +347,14 @@ def begun(model):
     """A cache that holds PROMPTS, and the logits after them."""
     cache = model.new_cache([len(p) for p in PROMPTS], 155)
     with torch.no_grad():
-        return cache, generation._read(model, cache, PROMPTS, CUDA)
+        return cache, engine._read(model, cache, PROMPTS, CUDA)
 
 
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-4), (torch.float16, 1e-2), (torch.bfloat16, 1e-1)])
 def test_replayed_logits_are_near_the_plain_ones_and_no_replay_waits_for_the_card(dtype, near):
     model = random_model(SHAPE).to(CUDA, dtype)
     (plain, expected), (cache, logits) = begun(model), begun(model)
-    next_logits = functools.partial(generation._next, model)
+    next_logits = functools.partial(engine._next, model)
     steps = decoding.FixedSteps(next_logits, cache, logits, decoding.cuda_graphs(CUDA))
     for step in range(100):
         scale = expected.abs().max().item()

@@ -19,8 +19,7 @@ from tunesmith.errors import UsageError
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.models.lora import apply_lora
 from tunesmith.options.training import DPOConfig, SFTConfig
-from tunesmith.train import resolve as settings
-from tunesmith.train import session as training
+from tunesmith.train import resolve, session
 from tunesmith.train.optim import build_optimizer, set_learning_rate
 from tunesmith.train.recorded import WARM_UP, RecordedStep
 from tunesmith.train.resolve import resolve_cuda_graphs
@@ -200,9 +199,9 @@ def tapes(monkeypatch):
         made.append(Tape())
         return made[-1].record
 
-    monkeypatch.setattr(settings, "RECORDS_ON", ("cuda", "cpu"))
-    monkeypatch.setattr(training, "READ_LATE_ON", ("cpu",))
-    monkeypatch.setattr(training, "recorder", recorder)
+    monkeypatch.setattr(resolve, "RECORDS_ON", ("cuda", "cpu"))
+    monkeypatch.setattr(session, "READ_LATE_ON", ("cpu",))
+    monkeypatch.setattr(session, "recorder", recorder)
     return made
 
 

@@ -15,8 +15,7 @@ from tunesmith.commands import dpo, reward, sft
 from tunesmith.errors import UserError
 from tunesmith.files.weights import load_model
 from tunesmith.options.training import DPOConfig, RewardConfig
-from tunesmith.train import pair_loss as preferences
-from tunesmith.train import token_loss as evaluate
+from tunesmith.train import pair_loss, token_loss
 from tunesmith.train.optim import OneByOne
 from tunesmith.train.pair_loss import PreferenceLoss, estimate_dpo, estimate_reward
 from tunesmith.train.reference import LogpStore, cached
@@ -42,13 +41,13 @@ def short_of(monkeypatch, module, name, room):
 def test_a_loss_estimate_in_pieces_is_the_same_batch_by_batch(monkeypatch):
     model, batches, _ = case("packed")
     expected = estimate_loss(model, batches)
-    failures = short_of(monkeypatch, evaluate, "nll_sum", 256)
+    failures = short_of(monkeypatch, token_loss, "nll_sum", 256)
     found = estimate_loss(model, batches)
     assert failures == [1024, 512]
     assert (found.loss, found.tokens) == (pytest.approx(expected.loss, rel=FLOAT64), expected.tokens)
     assert [n for _, n in found.parts] == [n for _, n in expected.parts]
     assert [x for x, _ in found.parts] == pytest.approx([x for x, _ in expected.parts], rel=FLOAT64)
-    short_of(monkeypatch, evaluate, "nll_sum", 10)
+    short_of(monkeypatch, token_loss, "nll_sum", 10)
     with pytest.raises(UserError, match=r"out of memory in a forward pass over 1 row x .*--data\.block_size"):
         estimate_loss(model, batches)
 
@@ -64,7 +63,7 @@ def test_preference_estimates_and_the_kept_reference_in_pieces_are_the_same(monk
     def kept(name):
         made = batches_of(batch_size=4)
         store = LogpStore(tmp_path / name)
-        known, fill = cached(made, range(40), store, lambda batch: preferences.answer_logps(model, batch))
+        known, fill = cached(made, range(40), store, lambda batch: pair_loss.answer_logps(model, batch))
         assert fill.computed == 40
         return known(made.assemble(range(40)))
 
@@ -80,7 +79,7 @@ def test_preference_estimates_and_the_kept_reference_in_pieces_are_the_same(monk
         return numbers, kept(name)
 
     expected, expected_logps = found("a")
-    failures = [short_of(monkeypatch, preferences, name, 70) for name in ("answer_logps", "pair_scores")]
+    failures = [short_of(monkeypatch, pair_loss, name, 70) for name in ("answer_logps", "pair_scores")]
     numbers, logps = found("b")
     assert all(failures)
     assert numbers == pytest.approx(expected, rel=1e-10)

@@ -15,7 +15,7 @@ from test_losses import largest
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.models.head import sequence_loss_sum
 from tunesmith.models.lora import apply_lora, lora_layers
-from tunesmith.train import pair_loss as preferences
+from tunesmith.train import pair_loss
 from tunesmith.train.optim import build_optimizer
 from tunesmith.train.pair_loss import PreferenceLoss, answer_logps, dpo_loss_sum, estimate_dpo
 from tunesmith.train.step import optimizer_step
@@ -80,7 +80,7 @@ def gradients_of(model):
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_packed_pairs_give_the_loss_and_all_gradients_of_plain_sequences(monkeypatch, settings, chunk, steady, lora):
     """Chunks of logits smaller than an answer, smaller than a pair, and larger than all; in float64."""
-    monkeypatch.setattr(preferences, "head_chunk", lambda precision: chunk)
+    monkeypatch.setattr(pair_loss, "head_chunk", lambda precision: chunk)
     ours, plain = model_of(lora=lora), model_of(lora=lora)
     sums = dpo_loss_sum(ours, packed(steady).assemble(range(len(PAIRS))), HELD, settings)
     sums[0].backward()
@@ -105,7 +105,7 @@ def test_packed_pairs_give_the_loss_and_all_gradients_of_plain_sequences(monkeyp
 @pytest.mark.parametrize("steady", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
 def test_log_probabilities_of_each_answer_are_those_of_plain_sequences(monkeypatch, chunk, steady, lora):
-    monkeypatch.setattr(preferences, "head_chunk", lambda precision: chunk)
+    monkeypatch.setattr(pair_loss, "head_chunk", lambda precision: chunk)
     model, batches = model_of(lora=lora), packed(steady)
     with torch.no_grad():
         right = plain_logps(model, PAIRS)
@@ -203,7 +203,7 @@ def test_estimates_are_means_over_pairs_without_dropout_and_drift_is_in_nats_an_
 
 def test_the_full_logits_never_exist_forward_or_backward(monkeypatch):
     vocabulary, chunk, width = 3000, 16, 8
-    monkeypatch.setattr(preferences, "head_chunk", lambda precision: chunk)
+    monkeypatch.setattr(pair_loss, "head_chunk", lambda precision: chunk)
     pairs = random_pairs([(10, 40, 60)] * 12, vocabulary=vocabulary)
     batch = batches_of(pairs, block_size=128).assemble(range(12))
     shape = GPTConfig(n_layer=1, n_head=1, n_embd=width, vocab_size=vocabulary, block_size=128)

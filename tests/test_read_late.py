@@ -15,7 +15,7 @@ from tunesmith.commands import sft
 from tunesmith.data.texts import Batches
 from tunesmith.errors import UserError
 from tunesmith.options.training import DPOConfig
-from tunesmith.train import session as training
+from tunesmith.train import session
 from tunesmith.train.step import StepStats, Unread
 
 STEPS = {
@@ -30,7 +30,7 @@ def late(monkeypatch):
 
     class Order(list):
         def __call__(self):
-            launch, read = training.step_on_device, Unread.read
+            launch, read = session.step_on_device, Unread.read
 
             def launching(model, *args, **more):
                 self.append("launch")
@@ -41,8 +41,8 @@ def late(monkeypatch):
                 self.append("read")
                 return read(unread)
 
-            monkeypatch.setattr(training, "READ_LATE_ON", ("cpu",))
-            monkeypatch.setattr(training, "step_on_device", launching)
+            monkeypatch.setattr(session, "READ_LATE_ON", ("cpu",))
+            monkeypatch.setattr(session, "step_on_device", launching)
             monkeypatch.setattr(Unread, "read", reading)
 
     return Order()
@@ -104,13 +104,13 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_weights_of_before(
     tiny_directory, tmp_path, late, monkeypatch, step
 ):
     """Also where a later step, itself good, had been launched."""
-    weights, models, plain_step = [], [], training.optimizer_step
+    weights, models, plain_step = [], [], session.optimizer_step
 
     def stepping(model, *args, **more):
         models.append(model)
         return plain_step(model, *args, **more)
 
-    monkeypatch.setattr(training, "optimizer_step", stepping)
+    monkeypatch.setattr(session, "optimizer_step", stepping)
     runs = []
     for name in ("plain", "late"):
         with monkeypatch.context() as patch:
@@ -139,18 +139,18 @@ def test_a_mean_loss_that_rises_ends_the_run_at_the_same_step(tiny_directory, tm
 def test_a_signal_stops_after_what_was_launched_and_the_run_can_go_on(tiny_directory, tmp_path, late, monkeypatch):
     whole = ts.sft(tiny_config(tiny_directory, tmp_path / "whole", **STEPS))
     late()
-    launch = training.step_on_device
+    launch = session.step_on_device
 
     def signalled(*args, **more):
         if late.count("launch") == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return launch(*args, **more)
 
-    monkeypatch.setattr(training, "step_on_device", signalled)
+    monkeypatch.setattr(session, "step_on_device", signalled)
     run = ts.sft(tiny_config(tiny_directory, tmp_path / "run", **STEPS))
     assert (run.status["state"], run.status["step"]) == ("stopped", 3)
     assert [line["step"] for line in run.metrics("train")] == [1, 2, 3]
-    monkeypatch.setattr(training, "step_on_device", launch)
+    monkeypatch.setattr(session, "step_on_device", launch)
     ts.sft(tiny_config(tiny_directory, run.path, **STEPS, resume=True))
     assert last_digest(run) == last_digest(whole)
     assert comparable(run) == comparable(whole)
