@@ -24,7 +24,7 @@ ENDLESS = SimpleNamespace(end_of_text=-1, decode=lambda ids: "")
 
 
 class Recorder:
-    """Records as `decoding.cuda_graphs` does, and remembers: (rows, columns read, replays) of every recording."""
+    """Records as `recorded.cuda_graphs` does, and remembers: (rows, columns read, replays) of every recording."""
 
     def __init__(self, fail_at=None):
         self.made, self.tried, self.fail_at = [], 0, fail_at

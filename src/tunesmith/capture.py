@@ -1,4 +1,4 @@
-"""Work recorded as a CUDA graph: steps of training (`graphs`) and of decoding (`decoding`)."""
+"""Work recorded as a CUDA graph: steps of training (`train.recorded`) and of decoding (`generation.recorded`)."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ from tunesmith.train.scratch import problems_of, resolve_shape
 from tunesmith.train.trainee import AnyConfig
 
 PlanConfig = PlanSFT | PlanDPO | PlanReward | PlanPretrain
-ESTIMATES = 40  # as `settings.resolve_length` spreads them
+ESTIMATES = 40  # as `resolve.resolve_length` spreads them
 GAINS = {
     "train.activation_checkpointing": "activations are computed again in backward",
     "train.batch_size": "fewer rows at a time; the gradient is the same sum",

@@ -27,7 +27,7 @@ from tunesmith.train.trainee import load_trainee, prepare_model
 
 
 def train_reward_model(config: RewardConfig) -> Run:
-    """Train a reward model and return the finished run; `models.load_reward` loads its best checkpoint.
+    """Train a reward model and return the finished run; `ts.load_reward` loads its best checkpoint.
 
     Raises: UserError for anything in the configuration, data or model that cannot work, before the first step.
     """

@@ -1,6 +1,6 @@
 """Preference pairs to batches: a pair is one stretch `prompt | chosen | rejected`, and the prompt is computed once.
 
-Both answers continue the prompt (`documents.Documents`): each sees the prompt and itself, neither sees the other, and
+Both answers continue the prompt (`attention.Documents`): each sees the prompt and itself, neither sees the other, and
 the positions of each follow on the prompt's. So a pair's log-probabilities and gradients are those of the two plain
 sequences prompt + chosen and prompt + rejected, for the price of one prompt. Many pairs share a row.
 """

@@ -25,7 +25,7 @@ class Tokenizer:
     """A model's tokenizer.
 
     The string `<|endoftext|>` inside a text is encoded as the letters it is made of; the end-of-text token is only ever
-    added by `dialogue.py` and `batching.py`, as the id `end_of_text`.
+    added by `dialogue.py` and `texts.py`, as the id `end_of_text`.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, where: str = "tokenizer") -> None:

@@ -36,7 +36,7 @@ def save_adapter(
     """Write `adapter_config.json` and `adapter_model.safetensors` as PEFT does, beside what is there.
 
     Args:
-        base: name or directory of the base model, where PEFT's AutoPeftModel and `models.load` look for it.
+        base: name or directory of the base model, where PEFT's AutoPeftModel and `files.names.load` look for it.
         fingerprint: of the base's weights (`weights.weights_fingerprint`).
         extra: weights that were trained in full beside the adapters, by name (a reward model's `score.weight`).
     """

@@ -113,7 +113,7 @@ class Documents:
     def from_ids(ids: Tensor) -> Documents:
         """From (B, T) document numbers: a new stretch begins where the number changes and at every row.
 
-        Reads `ids` on the host, which waits for a GPU; batches made by `batching` come with Documents ready.
+        Reads `ids` on the host, which waits for a GPU; batches of `data` come with Documents ready.
         """
         rows = []
         for row in ids.tolist():

@@ -1,4 +1,4 @@
-"""A study's file: read, merged with one of its scales, and checked key by key. What it means is worked out in `plan`."""
+"""A study's file: read, merged with one of its scales, and checked key by key. What it means is worked out in `matrix`."""
 
 from __future__ import annotations
 
