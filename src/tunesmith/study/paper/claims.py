@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from tunesmith.stats import Interval, t_interval
-from tunesmith.study import verdicts as judge
+from tunesmith.study import verdicts
 from tunesmith.study.paper.experiments import BATCH_1, BATCH_4, FULL, OPTIMIZERS, SPLIT, dpo_runs, judged, ranks
 from tunesmith.study.read import Experiment, Json, Line, Point, RunRecord, Study, is_number
 from tunesmith.study.select import (
@@ -104,7 +104,7 @@ def _overfits(experiment: str, between: tuple[float, float]) -> Callable[[Study]
         held, fitted = dict(mean_curve(validation)), dict(mean_curve(train))
         steps = [s for s in held if s in fitted]
         curve = [held[s] for s in steps], [fitted[s] for s in steps]
-        verdict = judge.overfits(
+        verdict = verdicts.overfits(
             steps, *curve, between=between, difference=_on_the_same_batches(study, validation, steps)
         )
         low = min(steps, key=held.__getitem__, default=None)
@@ -150,7 +150,7 @@ def _no_convergence(study: Study) -> Finding:
         starts.setdefault(member.label, []).append(series[0].value)
         ends.setdefault(member.label, []).append(None if run.state == "diverged" else series[-1].value)
         marks += [series[0], series[-1]]
-    return Finding(judge.never_learns(starts, ends), tuple(marks), tuple(left))
+    return Finding(verdicts.never_learns(starts, ends), tuple(marks), tuple(left))
 
 
 def _reward_falls(study: Study) -> Finding:
@@ -160,7 +160,7 @@ def _reward_falls(study: Study) -> Finding:
         return Finding(Verdict(OPEN, "no checkpoint was scored"))
     means = {s: mean_by_prompt([j.rewards(s) for j in trainings]) for s in steps}
     prompts = sorted(set.intersection(*(set(r) for r in means.values())))
-    verdict = judge.falls_after_best({s: [r[p] for p in prompts] for s, r in means.items()}, between=near(20 / 40))
+    verdict = verdicts.falls_after_best({s: [r[p] for p in prompts] for s, r in means.items()}, between=near(20 / 40))
     top = max(steps, key=lambda s: fmean(means[s][p] for p in prompts)) if prompts else None
     return Finding(verdict, () if top is None else tuple(p for j in trainings for p in j.marks(top, steps[-1])))
 
@@ -195,7 +195,7 @@ def _tuned_answers(study: Study) -> Finding:
     counts = [(sum(r["finish_reason"] == "stop" for r in a), len(a)) for a in (one.answers(one.best), one.answers(0))]
     stops = " against ".join(f"{k} of {n}" for k, n in counts)
     shared = sorted(base.keys() & tuned.keys())
-    verdict = judge.better_paired([tuned[p] for p in shared], [base[p] for p in shared], "reward, tuned minus base")
+    verdict = verdicts.better_paired([tuned[p] for p in shared], [base[p] for p in shared], "reward, tuned minus base")
     evidence = f"{verdict.evidence}; answers that end by themselves: {stops}"
     return Finding(Verdict(verdict.verdict, evidence), one.marks(0, one.best))
 
@@ -221,7 +221,7 @@ def _alike(e: Experiment, one: str, other: str) -> Finding:
     if not starts or not ends or not found.get(other):
         return Finding(Verdict(OPEN, f"needs finished runs of {one} and {other}"), (), tuple(left))
     margin = VISIBLE * abs(fmean(starts) - fmean(ends))
-    verdict = judge.alike({f"{one} minus {other}": differences(found[one], found[other])}, margin, unit="nats")
+    verdict = verdicts.alike({f"{one} minus {other}": differences(found[one], found[other])}, margin, unit="nats")
     return Finding(verdict, _sources(found), tuple(left))
 
 
@@ -230,7 +230,7 @@ def _sgd_learns_slowest(study: Study) -> Finding:
     found, left = finals(e, present(e, *OPTIMIZERS), "eval", "validation_loss")
     if "SGD" not in found or len(found) < 2:
         return Finding(Verdict(OPEN, "needs SGD and another optimizer"), (), tuple(left))
-    return Finding(judge.all_greater(_against(found, "SGD"), unit="nats"), _sources(found), tuple(left))
+    return Finding(verdicts.all_greater(_against(found, "SGD"), unit="nats"), _sources(found), tuple(left))
 
 
 def _sgd_least_memory(study: Study) -> Finding:
@@ -245,7 +245,7 @@ def _lora_less_memory(study: Study) -> Finding:
     if FULL not in found or not ranks(e):
         return Finding(Verdict(OPEN, "needs a rank and full tuning"), (), tuple(left))
     return Finding(
-        judge.all_greater(_against(found, FULL), resolution=_resolution(e, found), unit="GB"),
+        verdicts.all_greater(_against(found, FULL), resolution=_resolution(e, found), unit="GB"),
         _sources(found),
         tuple(left),
     )
@@ -254,7 +254,7 @@ def _lora_less_memory(study: Study) -> Finding:
 def _least(e: Experiment, found: Mapping[str, Mapping[int, Point]], left: list[str], one: str) -> Finding:
     if one not in found or len(found) < 2:
         return Finding(Verdict(OPEN, f"needs {one} and another optimizer"), (), tuple(left))
-    verdict = judge.all_greater(_against(found, one, -1), resolution=_resolution(e, found), unit="GB")
+    verdict = verdicts.all_greater(_against(found, one, -1), resolution=_resolution(e, found), unit="GB")
     return Finding(verdict, _sources(found), tuple(left))
 
 
@@ -273,7 +273,7 @@ def _sgd_least_time(study: Study) -> Finding:
     }
     if "SGD" not in found or len(found) < 2:
         return Finding(Verdict(OPEN, "needs SGD and another optimizer"))
-    return Finding(judge.all_greater(_against(found, "SGD", -1), unit="min"), _sources(found))
+    return Finding(verdicts.all_greater(_against(found, "SGD", -1), unit="min"), _sources(found))
 
 
 def _lora(event: str, key: str, unit: str) -> Callable[[Study], Finding]:
@@ -284,7 +284,7 @@ def _lora(event: str, key: str, unit: str) -> Callable[[Study], Finding]:
             return Finding(
                 Verdict(OPEN, f"needs finished runs of a rank and of full tuning with a {event} line"), (), tuple(left)
             )
-        return Finding(judge.all_greater(_against(found, FULL, -1), unit=unit), _sources(found), tuple(left))
+        return Finding(verdicts.all_greater(_against(found, FULL, -1), unit=unit), _sources(found), tuple(left))
 
     return judge
 
@@ -298,7 +298,7 @@ def _rank_memory(study: Study) -> Finding:
     low, high = labels[0], labels[-1]
     margin = HARDLY * fmean(p.value for p in found[low].values())
     gaps = {f"{high} minus {low}": differences(found[high], found[low])}
-    verdict = judge.alike(gaps, margin, resolution=_resolution(e, found), unit="GB")
+    verdict = verdicts.alike(gaps, margin, resolution=_resolution(e, found), unit="GB")
     return Finding(verdict, _sources(found), tuple(left))
 
 
@@ -312,10 +312,10 @@ def _accumulation(study: Study) -> Finding:
         return Finding(Verdict(OPEN, f"needs runs “{BATCH_4}” and “{SPLIT}” with the same seed"))
     precision = str(pairs[0][0].config.get("train", {}).get("precision", "fp32"))
     tolerance = EXACT.get(precision, EXACT["fp32"])
-    verdicts = [
-        judge.same_steps({p.step: p.value for p in a}, {p.step: p.value for p in b}, tolerance) for a, b in series
+    by_seed = [
+        verdicts.same_steps({p.step: p.value for p in a}, {p.step: p.value for p in b}, tolerance) for a, b in series
     ]
-    worst = next((v for v in verdicts if v.verdict != HOLDS), verdicts[0])
+    worst = next((v for v in by_seed if v.verdict != HOLDS), by_seed[0])
     return Finding(worst, tuple(side[-1] for pair in series for side in pair))
 
 
@@ -332,7 +332,9 @@ def _as_good(study: Study) -> Finding:
         return Finding(Verdict(OPEN, f"scored by different models: {', '.join(sorted(scorers))}"))
     a, b = prompt_rewards(helpful, step), one.rewards(one.best)
     shared = sorted(a.keys() & b.keys())
-    verdict = judge.alike_paired([a[p] for p in shared], [b[p] for p in shared], "reward, helpful only minus all data")
+    verdict = verdicts.alike_paired(
+        [a[p] for p in shared], [b[p] for p in shared], "reward, helpful only minus all data"
+    )
     marks = tuple(p for p in helpful.series("reward", "mean") if p.step == step)
     return Finding(verdict, marks + one.marks(one.best))
 
@@ -343,7 +345,7 @@ def _dpo_improves(study: Study) -> Finding:
         [s[-1] for r in runs if (s := r.series("eval", f"validation_{k}"))] for k in ("accuracy", "margin")
     )
     pairs = [p.value for r in runs for p in r.series("pairs", "validation_pairs")]
-    verdict = judge.above_chance([p.value for p in accuracy], [p.value for p in margin], int(min(pairs, default=0)))
+    verdict = verdicts.above_chance([p.value for p in accuracy], [p.value for p in margin], int(min(pairs, default=0)))
     left = [f"{r.name}: {r.trouble}" for r in dpo_runs(study).values() if r.trouble]
     return Finding(verdict, tuple(accuracy), tuple(left))
 
