@@ -11,7 +11,7 @@ class ModelOptions:
     """The model to start from"""
 
     name: str = "gpt2-medium"
-    """Hub name, local directory, run directory, RUN@STEP, or `sample` (embedded)."""
+    """Hub name (downloaded when first used), local directory, run directory, RUN@STEP, or `sample` (embedded)."""
     dropout: float = 0.0
     """Dropout probability in training, in [0, 1)."""
     init: Literal["pretrained", "random"] = "pretrained"
