@@ -94,7 +94,7 @@ class OptimizerOptions:
     lr: float | None = None
     """Peak learning rate; default 1e-4 for sft, 1e-5 for reward, 1e-6 for dpo, and with LoRA ten times that."""
     weight_decay: float | None = None
-    """Decay of matrices (never of biases and norms); default 0.01 for adamw, 0 for the others."""
+    """Decay of matrices (never of biases and norms); default 0.01 for adamw and adamw8bit, 0 for the others."""
     momentum: float = 0.9
     """Momentum of sgd-momentum and sgd-nesterov."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
