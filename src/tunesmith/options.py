@@ -72,7 +72,8 @@ class TrainOptions:
     """true: compute each block once more in backward instead of keeping its activations; selective: only what is cheap (norms and
     GELU). Neither changes a bit of the result. auto: off; `tunesmith plan --fit` chooses."""
     optimizer_in_backward: bool = False
-    """Update each weight as soon as backward has its gradient and free that; the same result. Wants accumulate 1, grad_clip 0."""
+    """Update each weight as soon as backward has its gradient and free that; weights and losses the same to the bit, the logged
+    grad_norm to its last digits. Wants accumulate 1, grad_clip 0."""
     weights: Literal["fp32", "bf16"] = "fp32"
     """How matrices are kept. bf16: in half the memory, updated with stochastic rounding; with LoRA the frozen base only."""
     allocator: Literal["fast", "lean"] = "fast"
