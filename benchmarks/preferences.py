@@ -8,11 +8,11 @@ AdamW with one constant rate a task, no clipping, no dropout. The pairs are real
 a step, prompt + answer cut to 512 tokens; everybody gets the same ids, ends of answers included, and the losses of all
 steps are compared. Contestants run in turn, each in its own process (A B C A B C ...).
 
-The reference. As it comes, tunesmith computes it in a first pass over the pairs (`dpo`) or with the adapters off in
-each step (`dpo-lora`); TRL runs a second model, or the adapters off, in each step. That is counted for all: the first
-pass over a step's pairs is a part of that step's time. `reference cached` is the second run over the same pairs, for TRL
-its `precompute_ref_log_probs`: the reference is known and not counted. `packed` is `tunesmith` on the same pairs in
-batches of about 2,048 tokens instead of two pairs, so in fewer steps.
+The reference. In `dpo` tunesmith computes it in a first pass over the pairs, as `tunesmith dpo` does by default; in `dpo-lora`
+with the adapters off in each step, which is --dpo.reference adapter and not the default. TRL runs a second model, or the
+adapters off, in each step. That is counted for all: the first pass over a step's pairs is a part of that step's time.
+`reference cached` is the second run over the same pairs, for TRL its `precompute_ref_log_probs`: the reference is known and
+not counted. `packed` is `tunesmith` on the same pairs in batches of about 2,048 tokens instead of two pairs, so in fewer steps.
 
 Rates count prompt + chosen and prompt + rejected of each pair, as cut and without the ends, for every tool alike, over
 all timed steps of a round; memory is the process's peak resident set, imports included. `tuned` and `stock` as in sft.py.

@@ -1,4 +1,4 @@
-"""Downloads from the Hugging Face hub, only when asked for by name; every failure is told with the way around it."""
+"""Downloads from the Hugging Face hub, only of what is used: named, or a default. Every failure is told with the way around it."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
     tunesmith score runs/sft runs/dpo --reward runs/reward
     tunesmith score runs/sft@all --reward runs/reward
 
-Every mean has its 95 % bootstrap interval over the prompts; several models are compared prompt by prompt with the first.
+Every mean reward has its 95 % bootstrap interval over the prompts; several models are compared prompt by prompt with the first.
 What can be counted without a judge stands in columns of its own and is never blended into the reward.
 """
 

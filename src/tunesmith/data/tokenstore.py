@@ -1,4 +1,4 @@
-"""Tokenised data sets as memory-mapped files, keyed by content: a second start reads nothing anew."""
+"""Tokenised data sets as memory-mapped files, keyed by content: a second start tokenises nothing anew."""
 
 from __future__ import annotations
 

@@ -44,10 +44,10 @@ class EvaluateCommand:
 
 @dataclass(frozen=True)
 class ScoreCommand:
-    """Answers to a set of prompts, scored by a reward model; every mean with its 95 % interval."""
+    """Answers to a set of prompts, scored by a reward model; every mean reward with its 95 % interval."""
 
     reward: str = "OpenAssistant/reward-model-deberta-v3-large-v2"
-    """The reward model: a run of `tunesmith reward`, or any sequence classifier of the Hugging Face ecosystem."""
+    """The reward model: a run of `tunesmith reward`, or any sequence classifier, local or on the hub; the default is downloaded."""
     prompts: str | None = None
     """File of prompts: one a line, or JSONL with `prompt` and perhaps `group`; default the embedded 40."""
     samples: int = 1

@@ -11,7 +11,7 @@ class ModelOptions:
     """The model to start from"""
 
     name: str = "gpt2-medium"
-    """Hub name, local directory, run directory, RUN@STEP, or `sample` (embedded)."""
+    """Hub name (downloaded when first used), local directory, run directory, RUN@STEP, or `sample` (embedded)."""
     dropout: float = 0.0
     """Dropout probability in training, in [0, 1)."""
     init: Literal["pretrained", "random"] = "pretrained"
@@ -72,7 +72,8 @@ class TrainOptions:
     """true: compute each block once more in backward instead of keeping its activations; selective: only what is cheap (norms and
     GELU). Neither changes a bit of the result. auto: off; `tunesmith plan --fit` chooses."""
     optimizer_in_backward: bool = False
-    """Update each weight as soon as backward has its gradient and free that; the same result. Wants accumulate 1, grad_clip 0."""
+    """Update each weight as soon as backward has its gradient and free that; weights and losses the same to the bit, the logged
+    grad_norm to its last digits. Wants accumulate 1, grad_clip 0."""
     weights: Literal["fp32", "bf16"] = "fp32"
     """How matrices are kept. bf16: in half the memory, updated with stochastic rounding; with LoRA the frozen base only."""
     allocator: Literal["fast", "lean"] = "fast"
@@ -94,7 +95,7 @@ class OptimizerOptions:
     lr: float | None = None
     """Peak learning rate; default 1e-4 for sft, 1e-5 for reward, 1e-6 for dpo, and with LoRA ten times that."""
     weight_decay: float | None = None
-    """Decay of matrices (never of biases and norms); default 0.01 for adamw, 0 for the others."""
+    """Decay of matrices (never of biases and norms); default 0.01 for adamw and adamw8bit, 0 for the others."""
     momentum: float = 0.9
     """Momentum of sgd-momentum and sgd-nesterov."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"

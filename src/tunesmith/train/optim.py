@@ -57,7 +57,7 @@ def build_optimizer(
     """An optimizer over the trainable parameters of `model`.
 
     Adam and AdamW use betas (0.9, 0.999) and eps 1e-8, in torch's fused form. Weight decay acts on matrices only,
-    never on biases and norms; adamw decouples it (Loshchilov & Hutter 2019), the others add it to the gradient.
+    never on biases and norms; adamw and adamw8bit decouple it (Loshchilov & Hutter 2019), the others add it to the gradient.
 
     Args:
         name: a key of OPTIMIZERS.

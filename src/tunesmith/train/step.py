@@ -27,8 +27,9 @@ B = TypeVar("B", bound=Counted)
 
 @dataclass(frozen=True)
 class StepStats:
-    """What a step saw. loss: nats per supervised token (or per pair); grad_norm: before clipping.
+    """What a step saw. loss: nats per supervised token (or per pair).
 
+    grad_norm: before clipping; of updates in backward put together from each parameter's own, 0 where the loss was not finite.
     updated: False if loss or gradient was not finite; the weights are then as before.
     observed: means over the whole step of what the loss function gave beside the loss.
     """
