@@ -160,8 +160,8 @@ class _Keys:
     """The keyboard between prompts. Inside, Ctrl-C raises KeyboardInterrupt while an answer may be stopped; a later one is
     a key at the next prompt, and SIGINT from elsewhere does nothing: neither ends the program.
 
-    What is typed during an answer is not shown in it but waits for the prompt, at any length. A terminal that collects
-    lines itself, as it does between prompts, cuts them at 4,095 characters.
+    What is typed during an answer is not shown in it but waits for the prompt. A terminal left to collect lines by itself
+    cuts them at 4,095 characters.
     """
 
     def __enter__(self) -> _Keys:
