@@ -97,7 +97,8 @@ def test_bytes_that_are_not_utf_8_do_not_end_the_conversation(tiny_directory, tm
     lines = [b"caf\xe9", b"na\xc3", "naïve".encode(), b"\x81?", f"/save {tmp_path}/c.json".encode(), b""]
     argv = [sys.executable, "-m", "tunesmith", "chat", str(tiny_directory), "--device", "cpu"]
     argv += ["--generate.max_new_tokens", "2", b"--system", b"Sois pr\xe9cis."]
-    done = subprocess.run(argv, input=b"\n".join(lines), capture_output=True, timeout=60, check=False)
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as in most locales; in C Python forgives by itself
+    done = subprocess.run(argv, input=b"\n".join(lines), capture_output=True, timeout=60, check=False, env=strict)
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.count(b"read as Latin-1") == 3
     saved = json.loads((tmp_path / "c.json").read_text(encoding="utf-8"))["messages"]

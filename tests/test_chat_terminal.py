@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from at_terminal import Terminal
+from tunesmith.commands import chat_terminal
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals of this kind")
 
@@ -138,19 +139,70 @@ def test_ctrl_c_at_the_prompt_clears_the_line_and_never_ends_the_conversation(te
     leave(terminal)
 
 
-def test_ctrl_c_at_any_moment_after_an_answer_does_not_end_the_program(terminal):
-    """Signals from the last piece of an answer until after the next prompt, at moments that chance spreads."""
-    for turn in range(1, 30, 2):
-        terminal.type("hello\r")
-        terminal.expect(f"turn {turn}, try 0]")
-        for _ in range(turn % 4 + 1):
-            os.kill(terminal.process.pid, signal.SIGINT)
-        terminal.type("\r/nothing\r")
-        terminal.expect("unknown command /nothing")
-    terminal.type(CTRL_C)
-    terminal.expect("Ctrl-D or /quit leaves")
-    terminal.type("/quit\r")
-    assert terminal.ended() == 0
+def test_a_late_ctrl_c_between_an_answer_and_the_prompt_does_not_end_the_program():
+    """A signal whenever the loop asks whether the chat is over, which is outside both."""
+    late = """
+import os, signal
+class Late(ChatSession):
+    over = property(lambda self: os.kill(os.getpid(), signal.SIGINT), lambda self, value: None)
+"""
+    with Terminal([sys.executable, "-c", COUNTS.replace("converse(ChatSession", late + "converse(Late")]) as at:
+        at.expect("you ")
+        for turn in (1, 3):
+            at.type("hello\r")
+            answered(at, f"'hello' 5 characters, turn {turn}, try 0")
+        leave(at)
+
+
+@pytest.fixture
+def keys(monkeypatch):
+    """Without a terminal: signals only."""
+    monkeypatch.setattr(chat_terminal, "termios", None)
+    before = signal.getsignal(signal.SIGINT)
+    with chat_terminal._Keys() as keys:
+        yield keys
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def ctrl_c(times=1):
+    for _ in range(times):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_while_a_piece_is_shown_lets_it_be_shown_whole(keys):
+    events = keys.stopping(iter("abc"))
+    assert next(events) == "a"
+    ctrl_c(2)
+    with pytest.raises(KeyboardInterrupt):
+        next(events)
+
+
+def test_ctrl_c_while_a_piece_is_made_raises_at_once_and_once(keys):
+    cleared = []
+
+    def pieces():
+        yield "a"
+        try:
+            ctrl_c()
+            cleared.append("never")
+        finally:
+            ctrl_c(3)
+            cleared.append("up")
+
+    events = keys.stopping(pieces())
+    assert next(events) == "a"
+    with pytest.raises(KeyboardInterrupt):
+        next(events)
+    ctrl_c()
+    assert cleared == ["up"]
+
+
+def test_ctrl_c_outside_an_answer_neither_raises_nor_stops_the_next(keys):
+    ctrl_c()
+    for piece in keys.stopping(iter("a")):
+        assert piece == "a"
+    ctrl_c()
+    assert list(keys.stopping(iter("bc"))) == ["b", "c"]
 
 
 def test_help_tells_the_keys_and_an_unknown_command_of_help(terminal):

@@ -112,12 +112,9 @@ def _by_prompts(session: ChatSession, display: Display) -> None:
                 display.note(Note("Ctrl-D or /quit leaves"))
                 continue
             try:
-                keys.may_stop(True)
-                display.show(session.send(_as_text(line, display)))
-                keys.may_stop(False)
+                display.show(keys.stopping(session.send(_as_text(line, display))))
             except KeyboardInterrupt:
                 display.interrupted()
-                keys.may_stop(False)
 
 
 def _as_text(line: str, display: Display) -> str:
@@ -157,18 +154,18 @@ def _prompt() -> Callable[[], str]:
 
 
 class _Keys:
-    """The keyboard between prompts. Inside, Ctrl-C raises KeyboardInterrupt while an answer may be stopped; a later one is
-    a key at the next prompt, and SIGINT from elsewhere does nothing: neither ends the program.
+    """The keyboard between prompts. Inside, Ctrl-C stops what is `stopping`; a later one is a key at the next prompt, and a
+    SIGINT from elsewhere does nothing then: neither ends the program.
 
     What is typed during an answer is not shown in it but waits for the prompt. A terminal left to collect lines by itself
     cuts them at 4,095 characters.
     """
 
     def __enter__(self) -> _Keys:
-        self.stoppable = False
+        self.pressed = self.waiting = False
         self.handler = signal.signal(signal.SIGINT, self._interrupt)
         self.settings = termios.tcgetattr(sys.stdin) if termios else []
-        self.may_stop(False)
+        self._send_signals(False)
         return self
 
     def __exit__(
@@ -178,15 +175,33 @@ class _Keys:
             termios.tcsetattr(sys.stdin, termios.TCSANOW, self.settings)
         signal.signal(signal.SIGINT, self.handler)
 
-    def may_stop(self, answer: bool) -> None:
-        """From now on Ctrl-C stops an answer, or waits for the prompt."""
-        self.stoppable = answer
-        if termios:
-            settings = [*self.settings]
-            settings[3] &= ~(termios.ICANON | termios.ECHO | (0 if answer else termios.ISIG))
-            termios.tcsetattr(sys.stdin, termios.TCSANOW, settings)
+    def stopping(self, events: Iterator[str | Note]) -> Iterator[str | Note]:
+        """The events until Ctrl-C. Raises: KeyboardInterrupt, but only while the next event is made: what is shown is whole."""
+        self.pressed = False
+        self._send_signals(True)
+        try:
+            while True:
+                self.waiting = True
+                if self.pressed:
+                    raise KeyboardInterrupt
+                event = next(events, None)
+                self.waiting = False
+                if event is None:
+                    return
+                yield event
+        finally:
+            self.waiting = False
+            self._send_signals(False)
 
     def _interrupt(self, *_: object) -> None:
-        if self.stoppable:
-            self.stoppable = False  # one is enough: a second must not meet the handling of the first
+        self.pressed = True
+        if self.waiting:
+            self.waiting = False  # one is enough: a second must not meet the handling of the first
             raise KeyboardInterrupt
+
+    def _send_signals(self, on: bool) -> None:
+        """Whether Ctrl-C is a signal at once, or a key that waits for the prompt."""
+        if termios:
+            settings = [*self.settings]
+            settings[3] &= ~(termios.ICANON | termios.ECHO | (0 if on else termios.ISIG))
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, settings)
