@@ -12,8 +12,6 @@ import pytest
 from at_terminal import Terminal
 from tunesmith.commands import chat_terminal
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals of this kind")
-
 COUNTS = '''
 import itertools, time
 from tunesmith.commands.chat_terminal import converse
