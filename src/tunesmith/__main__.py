@@ -118,7 +118,9 @@ def _chat(argv: Argv) -> None:
     from tunesmith.options.commands import ChatCommand
     from tunesmith.options.parse import Positional, parse
 
-    options, named = parse(ChatCommand, argv, prog="tunesmith chat", positionals=[Positional("model", "MODEL")])
+    example = "`tunesmith chat sample` (the embedded model) or `tunesmith chat runs/NAME` (a run's best checkpoint)"
+    wanted = [Positional("model", "MODEL", example=example)]
+    options, named = parse(ChatCommand, argv, prog="tunesmith chat", positionals=wanted)
     from tunesmith.commands.chat import chat
 
     chat(named["model"], options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, groupby
@@ -126,8 +126,11 @@ def stream(
     sampling: Sampling,
     max_new_tokens: int = 128,
     cut_front: bool = False,
-) -> Iterator[str]:
-    """One answer piece by piece. A piece is held back while it may be the beginning of a stop text or of a character."""
+) -> Generator[str, None, Answer]:
+    """One answer piece by piece; what the generator returns is the whole of it.
+
+    A piece is held back while it may be the beginning of a stop text or of a character.
+    """
     prompt = _fit(encode_prompt(tokenizer, conversation), model, max_new_tokens, cut_front, 0)
     new: list[int] = []
     sent, ended = 0, False
@@ -142,9 +145,10 @@ def stream(
         if safe > sent:
             yield text[sent:safe]
             sent = safe
-    text = _answer(tokenizer, new, ended).text
-    if len(text) > sent:
-        yield text[sent:]
+    answer = _answer(tokenizer, new, ended)
+    if len(answer.text) > sent:
+        yield answer.text[sent:]
+    return answer
 
 
 def _answer(tokenizer: Tokenizer, ids: Sequence[int], stopped: bool) -> Answer:

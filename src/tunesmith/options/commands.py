@@ -99,7 +99,7 @@ class ChatCommand:
 
     generate: GenerateOptions = field(default_factory=GenerateOptions)
     system: str | None = None
-    """A first message that sets the scene."""
+    """System prompt: stands before the conversation."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
 

@@ -29,11 +29,12 @@ ELSEWHERE = {
 
 @dataclasses.dataclass(frozen=True)
 class Positional:
-    """An argument without a dash. many: one or more of them."""
+    """An argument without a dash. many: one or more of them. example: commands to show where it is missing."""
 
     name: str
     help: str
     many: bool = False
+    example: str = ""
 
 
 def parse(
@@ -77,6 +78,11 @@ def parse(
         parsed = parser.parse_args([word for word in argv if word != "--print_config"])
         built = parser.instantiate(parsed)
     except jsonargparse.ArgumentError as error:
+        missing = [p for p in positionals if p.example and f"arguments are required: {p.name}" in str(error)]
+        if missing:
+            raise UsageError(
+                f"{prog.removeprefix('tunesmith ')} needs a {missing[0].help}: {missing[0].example}"
+            ) from None
         raise UsageError(_one_line(str(error), options, ", ".join(files))) from None
     config = options(**{f.name: built[f.name] for f in dataclasses.fields(options)})  # type: ignore[arg-type]
     if show:
