@@ -436,18 +436,23 @@ MODES = {
 
 
 def test_each_memory_mode_takes_less_than_the_plain_step(tmp_path):
-    """One command after the other in this process, the meter set back before each."""
+    """One command after the other in this process, the meter set back before each.
+
+    By the plan 0.86, 0.79, 0.68, 0.57 and 0.49 GB. At half of this width and depth the head's loss is the peak of the
+    lean modes, for the plan too, and they differ by less than the libraries' workspaces take.
+    """
     from tunesmith.files.weights import save_model
 
     tokenizer = Tokenizer.load(SAMPLE)
-    shape = dataclasses.replace(SHAPE, n_layer=6, n_embd=256, n_head=4)
+    shape = dataclasses.replace(SHAPE, n_layer=12, n_embd=512, n_head=8)
     save_model(random_model(shape), tokenizer, tmp_path / "model")
     shared = {"train__device": "cuda", "train__precision": "bf16", "train__compile": False, "eval__at_start": False}
     peaks, losses = {}, {}
     for name, options in MODES.items():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        run = ts.sft(tiny_config(tmp_path / "model", tmp_path / name, data__block_size=256, **shared, **options))
+        size = {"data__block_size": 256, "train__batch_size": 4}
+        run = ts.sft(tiny_config(tmp_path / "model", tmp_path / name, **size, **shared, **options))
         peaks[name] = run.metrics("train")[-1]["peak_memory_gb"]
         losses[name] = [line["loss"] for line in comparable(run) if line["event"] == "train"]
     assert all(peaks[name] < peaks["plain"] for name in MODES if name != "plain"), peaks
