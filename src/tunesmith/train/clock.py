@@ -17,7 +17,7 @@ def mark(device: torch.device) -> Mark:
     """The moment at which the device has done all that it was given so far. On a GPU nothing waits for it."""
     if device.type != "cuda":
         return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     torch.cuda.current_stream(device).record_event(event)
     return event
 
@@ -29,4 +29,4 @@ def seconds_between(start: Mark, end: Mark) -> float:
     assert isinstance(start, torch.cuda.Event)
     assert isinstance(end, torch.cuda.Event)
     end.synchronize()
-    return start.elapsed_time(end) / 1000
+    return float(start.elapsed_time(end)) / 1000  # torch counts milliseconds
