@@ -45,14 +45,14 @@ def test_it_runs_on_a_cpu_and_its_result_makes_a_table(tmp_path):
     names = [
         "matrix products",
         "SFT packed, batch 1",
-        graph,
-        "LoRA rank 1, bf16 base, checkpointing",
         "DPO, all weights",
+        "LoRA rank 1, bf16 base, checkpointing",
+        graph,
     ]
     assert [row["part"] for row in result["parts"]] == names
     assert not [row for row in result["parts"] if "note" in row]
     assert [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")] == result["parts"]
-    _, packed, recorded, lora, dpo = result["parts"]
+    _, packed, dpo, lora, recorded = result["parts"]
     assert 0 < packed["share_of_ceiling"] <= 1
     assert 0 < packed["supervised_share"] < 1
     assert recorded["supervised_share"] == lora["supervised_share"] == 1, "windows carry loss on every token"
