@@ -51,7 +51,8 @@ def gpu_table(result: dict[str, Any]) -> str:
     ]
     for row in result["parts"]:
         if "note" in row:
-            lines.append(f"| {row['part']} | {row['note']} | | | | {row.get('target', '')} |")
+            note = row["note"].replace("|", "\\|")
+            lines.append(f"| {row['part']} | {note} | | | | {row.get('target', '')} |")
             continue
         if "by_shape" in row:
             lines.append(f"| {row['part']} | {row['tflop_per_s']:.0f} TFLOP/s | | 1.00 | | |")

@@ -11,7 +11,13 @@ from tunesmith import device as machine
 from tunesmith.device import card_precision, resolve_compile
 from tunesmith.errors import UserError
 from tunesmith.models import attention as module
-from tunesmith.models.attention import Documents, attend_documents, attention_path, flash_capability
+from tunesmith.models.attention import (
+    Documents,
+    attend_documents,
+    attention_path,
+    flash_capability,
+    has_flash_kernel,
+)
 from tunesmith.train import resolve
 
 CARDS = {"P100": (6, 0), "GTX 1080": (6, 1), "V100": (7, 0), "T4": (7, 5), "A100": (8, 0), "L4": (8, 9), "H100": (9, 0)}
@@ -20,19 +26,20 @@ PATHS = [(card, dtype) for card in CARDS for dtype in (torch.float32, torch.floa
 
 
 @pytest.mark.parametrize(("card", "dtype"), PATHS, ids=str)
-def test_the_flash_kernel_is_for_half_precision_from_the_a100_on(card, dtype):
+def test_the_flash_kernel_is_for_half_precision_from_the_a100_on(monkeypatch, card, dtype):
+    monkeypatch.setattr(module, "flash_capability", lambda device: CARDS[card])
     expected = "varlen" if card in ("A100", "L4", "H100") and dtype != torch.float32 else "stretches"
-    assert attention_path(CARDS[card], dtype, 64) == expected
+    assert attention_path(has_flash_kernel(CUDA), dtype, 64) == expected
 
 
 @pytest.mark.parametrize(
     "case",
     [
-        (None, torch.bfloat16, 64),
-        ((9, 0), torch.float64, 64),
-        ((9, 0), torch.bfloat16, 12),
-        ((9, 0), torch.bfloat16, 256),
-        ((9, 0), torch.bfloat16, 64, 0.1),
+        (False, torch.bfloat16, 64),
+        (True, torch.float64, 64),
+        (True, torch.bfloat16, 12),
+        (True, torch.bfloat16, 256),
+        (True, torch.bfloat16, 64, 0.1),
     ],
     ids=["no card or no kernel", "float64", "width no multiple of 8", "too wide", "dropout"],
 )
@@ -41,9 +48,10 @@ def test_what_the_flash_kernel_cannot_do_goes_stretch_by_stretch(case):
 
 
 def test_a_processor_has_no_flash_kernel(monkeypatch):
-    assert flash_capability(torch.device("cpu")) is None
+    cpu = torch.device("cpu")
+    assert (flash_capability(cpu), has_flash_kernel(cpu)) == (None, False)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
-    assert flash_capability(CUDA) is None
+    assert (flash_capability(CUDA), has_flash_kernel(CUDA)) == (None, False)
 
 
 @pytest.mark.parametrize("card", ["P100", "V100", "T4", "H100"])

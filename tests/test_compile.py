@@ -53,11 +53,15 @@ def test_compiled_blocks_give_the_same_losses_and_do_not_recompile(tiny_director
 # ---- as on a card: with the variable-length kernel blocks are compiled whole -----------------------------------------
 
 
+RAN = []  # the dtypes that the kernel was run with
+
+
 @torch.library.custom_op("tunesmith_tests::varlen", mutates_args=())
 def varlen_kernel(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, cu_keys: torch.Tensor
 ) -> torch.Tensor:
     """Stands for the card's kernel: opaque to the compiler, shaped like it. What it gives depends on every argument."""
+    RAN.append(q.dtype)
     return q * 0.5 + v.mean() + cu.float().mean() - cu_keys.float().mean() + k.mean()
 
 
@@ -71,9 +75,11 @@ varlen_kernel.register_autograd(lambda ctx, grad: (grad * 0.5, None, None, None,
 
 @pytest.fixture
 def as_on_a_card(monkeypatch):
-    """Counts what is compiled; code that would be left uncompiled after too many versions is an error."""
+    """Counts what is compiled; code that would be left uncompiled after too many versions is an error.
+
+    Each block asks for its path as on a card; under autocast the answer is the variable-length kernel.
+    """
     monkeypatch.setattr(module, "flash_capability", lambda device: (9, 0))
-    monkeypatch.setattr(module, "attention_path", lambda *of: "varlen")  # the real one wants half precision
     monkeypatch.setattr(
         varlen, "varlen_attn", lambda q, k, v, cu, cu_keys, *rest, **more: varlen_kernel(q, k, v, cu, cu_keys)
     )
@@ -113,9 +119,9 @@ def test_after_one_estimate_and_a_few_steps_nothing_is_compiled_anew(stores, as_
     model.compile_blocks(backend="eager")  # what is compiled anew is up to the guards, not to the kernels
 
     def estimate_and_steps(first):
-        estimate_loss(model, batches.fixed())
+        estimate_loss(model, batches.fixed(), "bf16")
         for i in range(first, first + 6):
-            nll_sum(model, batches[i]).backward()
+            nll_sum(model, batches[i], "bf16").backward()
 
     estimate_and_steps(0)
     warm = as_on_a_card()
@@ -132,18 +138,42 @@ def test_nor_in_dpo_with_a_reference_pass_for_every_batch(stores, as_on_a_card):
     model, loss = small(6144), PreferenceLoss()
     apply_lora(model, rank=2, alpha=4.0)
     model.compile_blocks(backend="eager")
-    reference = adapter_off(model, "fp32")
+    reference = adapter_off(model, "bf16")
 
     def estimate_and_steps(first):
-        estimate_dpo(model, batches.fixed(), reference, loss)
+        estimate_dpo(model, batches.fixed(), reference, loss, "bf16")
         for i in range(first, first + 5):
-            dpo_loss_sum(model, batches[i], reference(batches[i]), loss)[0].backward()
+            dpo_loss_sum(model, batches[i], reference(batches[i]), loss, "bf16")[0].backward()
 
     estimate_and_steps(0)
     warm = as_on_a_card()
     assert warm > 0
     estimate_and_steps(5)
     assert as_on_a_card() == warm
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_every_model_of_a_process_takes_the_path_of_its_own_width_dropout_and_precision(as_on_a_card, backend):
+    """The first compiles with plain numbers. With the second of another width they are symbols, in torch 2.11 as later."""
+    taken, documents = [], module.Documents.from_rows([[10, 6]])
+    for width, heads, dropout, dtype in [
+        (32, 2, 0.0, torch.bfloat16),
+        (32, 4, 0.0, torch.bfloat16),
+        (64, 2, 0.0, torch.float16),
+        (24, 2, 0.0, torch.bfloat16),  # heads of 12: no multiple of 8
+        (64, 2, 0.1, torch.bfloat16),
+        (64, 2, 0.2, torch.bfloat16),
+        (64, 2, 0.0, torch.bfloat16),
+    ]:
+        model = random_model(
+            GPTConfig(n_layer=2, n_head=heads, n_embd=width, vocab_size=64, block_size=32, dropout=dropout)
+        )
+        model.train().compile_blocks(backend=backend)
+        RAN.clear()
+        with torch.autocast("cpu", dtype):
+            model(torch.arange(16)[None], documents).sum().backward()
+        taken.append(len(RAN) == 2 and set(RAN) == {dtype})
+    assert taken == [True, True, True, False, False, False, True]
 
 
 @pytest.mark.parametrize(("asked", "times"), [(True, 1), ("auto", 0), (False, 0)])

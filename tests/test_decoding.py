@@ -187,6 +187,44 @@ def test_logits_of_every_step_are_those_of_plain_steps(dtype, near):
     assert steps.replay is not None
 
 
+@pytest.mark.parametrize("steps", ["plain", "recorded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_reads_masks_keys_and_values_where_the_memory_efficient_kernel_can(
+    monkeypatch, request, dtype, steps
+):
+    """From multiples of 16 bytes on, mask rows a multiple of 16 numbers apart: torch takes them as they are, and the
+    kernel does not check. The longest prompts leave first, where the model's positions end, another on the way."""
+    if steps == "recorded":
+        request.getfixturevalue("recorded")
+    attend, begun = torch.nn.functional.scaled_dot_product_attention, []
+
+    def spied(q, k, v, attn_mask=None, *rest, **more):
+        if attn_mask is not None:
+            assert q.shape[2] == 1
+            assert attn_mask.shape == (len(q), 1, 1, k.shape[2])
+            assert [z.data_ptr() % 16 for z in (attn_mask, k, v)] == [0, 0, 0]
+            assert [stride % 16 for stride in attn_mask.stride()[:-1]] == [0, 0, 0]
+            assert attn_mask.stride(-1) == 1
+            begun.append(attn_mask.storage_offset())
+        return attend(q, k, v, attn_mask, *rest, **more)
+
+    model = random_model(SHAPE, 10, dtype=torch.float64)
+    prompts = [*PROMPTS, list(range(20, 71)), list(range(30, 107))]  # of 3, 8, 1, 1, 2, 51 and 77 tokens
+    expected = [greedy(model, p, min(60, 96 - len(p)), -1) for p in prompts]
+    end = -1
+    if dtype is torch.float32:  # an answer ends by itself too; in bf16 tokens may differ
+        end = next(t for t in expected[0][5:] if t not in [*expected[5], *expected[6]])
+        expected = [row[: row.index(end) + 1] if end in row else row for row in expected]
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spied)
+    found = decoded(model.to(dtype), SimpleNamespace(end_of_text=end, decode=lambda ids: ""), prompts, GREEDY, 60)
+    assert [len(row) for row in found] == [len(row) for row in expected]
+    assert found == expected or dtype is not torch.float32
+    first = (
+        {0, 64} if steps == "recorded" else {0, 16, 64}
+    )  # the first columns hold 0, 26 and 69; recorded steps read all
+    assert set(begun) == first
+
+
 @pytest.mark.parametrize("fail_at", [1, 2])
 def test_where_recording_fails_steps_are_plain_and_one_line_says_so(model, recorded, monkeypatch, fail_at):
     monkeypatch.setattr(decoding, "COLUMNS", 16)

@@ -45,14 +45,14 @@ def test_it_runs_on_a_cpu_and_its_result_makes_a_table(tmp_path):
     names = [
         "matrix products",
         "SFT packed, batch 1",
-        graph,
-        "LoRA rank 1, bf16 base, checkpointing",
         "DPO, all weights",
+        "LoRA rank 1, bf16 base, checkpointing",
+        graph,
     ]
     assert [row["part"] for row in result["parts"]] == names
     assert not [row for row in result["parts"] if "note" in row]
     assert [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")] == result["parts"]
-    _, packed, recorded, lora, dpo = result["parts"]
+    _, packed, dpo, lora, recorded = result["parts"]
     assert 0 < packed["share_of_ceiling"] <= 1
     assert 0 < packed["supervised_share"] < 1
     assert recorded["supervised_share"] == lora["supervised_share"] == 1, "windows carry loss on every token"
@@ -99,6 +99,64 @@ def test_a_part_that_fails_and_a_time_that_is_up_are_notes(benchmark, tmp_path):
     (late,) = benchmark.run_all([unknown], at, 0.1)
     assert late == {"part": "no such part", "note": "not run: the time was up", "target": "peak gb <= 5"}
     assert "stopped after 0" in benchmark.measured(unknown, at, 0.01)["note"]
+
+
+@pytest.fixture
+def timed(benchmark, monkeypatch, tmp_path):
+    """Runs all parts where each takes the seconds that `takes` says, cut at what it is given. (part, seconds given)."""
+
+    def run(chosen, seconds, takes):
+        now, given = [0.0], []
+
+        def measured(part, at, limit):
+            now[0] += min(takes(part), limit)
+            given.append((part, limit))
+            return {}
+
+        monkeypatch.setattr(benchmark.time, "monotonic", lambda: now[0])
+        monkeypatch.setattr(benchmark, "measured", measured)
+        rows = list(benchmark.run_all(chosen, benchmark.Setting(tmp_path, "cuda", False), seconds / 60))
+        return given, rows, now[0]
+
+    return run
+
+
+def test_every_part_has_its_turn_though_all_before_it_hang(benchmark, timed):
+    chosen, seconds = benchmark.parts(tiny=False), 60 * benchmark.MINUTES - 25  # for imports and the model
+    given, rows, took = timed(chosen, seconds, lambda part: 10_000)
+    assert [part for part, _ in given] == chosen
+    assert all(limit >= part.share for part, limit in given)
+    assert not any("note" in row for row in rows)
+    assert took == pytest.approx(seconds)
+
+
+def test_what_fast_parts_leave_goes_to_slow_ones_up_to_their_limit(benchmark, timed):
+    chosen = [benchmark.Part(str(i), "sft", share=20, limit=60) for i in range(4)]
+    given, rows, _ = timed(chosen, 100, lambda part: 5 if part.name in "01" else 90)
+    assert [limit for _, limit in given] == [40, 55, 60, 30]
+    given, rows, _ = timed(chosen, 70, lambda part: 90)
+    assert [limit for _, limit in given] == [20, 20, 20]
+    assert rows[-1]["note"] == "not run: the time was up"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_rival_is_measured(benchmark, tmp_path, rank):
+    """Its steps are seen, and tokens are counted without padding."""
+    pytest.importorskip("trl")
+    pytest.importorskip("peft")
+    benchmark.save_model(tmp_path, tiny=True)
+    found = benchmark.trl(benchmark.Setting(tmp_path, "cpu", True), rank=rank, batch_size=1)
+    assert found["steps"] == 2
+    assert 0 < found["tokens_per_s"] < 1e6
+
+
+def test_a_reason_that_holds_a_bar_stays_in_its_cell(benchmark):
+    import table
+
+    row = {"part": "TRL", "note": "failed: a | b", "target": "peak gb <= 2"}
+    assert table.gpu_table({"device": "card", "parts": [row]}).splitlines()[-1] == (
+        r"| TRL | failed: a \| b | | | | peak gb <= 2 |"
+    )
 
 
 def test_every_target_of_the_issue_is_a_part(benchmark):

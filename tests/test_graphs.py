@@ -8,7 +8,7 @@ import torch
 
 import tunesmith as ts
 from reference import random_model
-from taped import Tape
+from taped import Card, Tape
 from test_out_of_memory_runs import short_of
 from test_resume import assert_same_end, interrupted, stored_state
 from tiny_runs import comparable, last_digest, tiny_config, train_losses
@@ -170,6 +170,21 @@ def test_where_recording_fails_all_steps_are_plain_and_one_line_says_why():
     assert tape.replays == 0
     (line,) = failed.said
     assert "not recorded as a CUDA graph (operation not permitted when stream is capturing); they are" in line
+
+
+def test_a_step_that_waits_leaves_the_dropout_of_the_plain_steps_as_it_was(monkeypatch):
+    """The masks too: what a recording drew that broke off was not drawn."""
+
+    def waits(model, batch, precision):
+        loss = nll_sum(model, batch, precision)
+        assert loss.item() > 0
+        return loss
+
+    steps = steps_of(1)[:8]
+    with Card(monkeypatch) as card:
+        failed = Trained(steps, card.record, loss=waits, dropout=0.2)
+    failed.is_that_of(Trained(steps, dropout=0.2))
+    assert "not recorded as a CUDA graph (operation not permitted when stream is capturing)" in failed.said[0]
 
 
 def test_memory_that_ends_while_recording_is_a_failure_like_any_other():

@@ -3,6 +3,9 @@
 import math
 import os
 import signal
+import time
+from collections import deque
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from tunesmith.commands import sft
 from tunesmith.data.texts import Batches
 from tunesmith.errors import UserError
 from tunesmith.options.training import DPOConfig
-from tunesmith.train import session
+from tunesmith.train import loop, session
 from tunesmith.train.step import StepStats, Unread
 
 STEPS = {
@@ -77,6 +80,56 @@ def test_a_step_is_launched_before_the_one_before_is_read_but_for_estimates_and_
     ts.sft(tiny_config(tiny_directory, tmp_path / "run", **{**STEPS, "checkpoint__every": 3}))
     order = "".join(what[0] for what in late)
     assert order == "llrlrr" + "lr" + "llrr" + "llrr", "nothing is outstanding after steps 3, 4, 6 and 8"
+
+
+def rates(run):
+    """(tokens of a step, tokens a second that its line gives)."""
+    lines = run.metrics("train")
+    return [(b["tokens"] - a["tokens"], b["tokens_per_s"]) for a, b in pairwise([{"tokens": 0}, *lines])]
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_no_line_gives_a_rate_above_what_a_step_that_lasts_can_have(tiny_directory, tmp_path, late, monkeypatch, ahead):
+    """Not those before an estimate and the end either, which are read when they have long been over."""
+    taken = "step_on_device" if ahead else "optimizer_step"
+    if ahead:
+        late()
+    take_step = getattr(session, taken)
+    monkeypatch.setattr(session, taken, lambda *args, **more: (time.sleep(0.02), take_step(*args, **more))[1])
+    run = ts.sft(tiny_config(tiny_directory, tmp_path / "run", **STEPS))
+    assert late.count("launch") == 8 * ahead
+    assert all(0 < rate < tokens / 0.02 for tokens, rate in rates(run))
+
+
+@pytest.mark.parametrize(("launching", "working"), [(1, 10), (10, 1), (10, 10)])
+def test_the_rate_is_that_of_the_device_whether_the_host_waits_for_it_or_it_for_the_host(
+    tiny_directory, tmp_path, late, monkeypatch, launching, working
+):
+    """A device of which every step takes 10 s, and 50 s for a checkpoint, which are no step's."""
+    late()
+    now = {"host": 0.0, "device": 0.0}
+    launch, read, save, ends = session.step_on_device, Unread.read, loop.save_checkpoint, deque()
+
+    def launched(*args, **more):
+        now["device"] = max(max(now.values()) + working, now["host"] + launching)
+        now["host"] += launching
+        ends.append(now["device"])
+        return launch(*args, **more)
+
+    def waited(unread):
+        now["host"] = max(now["host"], ends.popleft())
+        return read(unread)
+
+    def saved(*args):
+        now["host"] = max(now.values()) + 50
+        return save(*args)
+
+    monkeypatch.setattr(session, "step_on_device", launched)
+    monkeypatch.setattr(Unread, "read", waited)
+    monkeypatch.setattr(loop, "save_checkpoint", saved)
+    monkeypatch.setattr(loop, "mark", lambda device: max(now.values()))
+    run = ts.sft(tiny_config(tiny_directory, tmp_path / "run", **{**STEPS, "checkpoint__every": 3}))
+    assert [rate for _, rate in rates(run)] == [round(tokens / 10, 1) for tokens, _ in rates(run)]
 
 
 def test_a_resumed_run_read_late_is_the_whole_plain_one(tiny_directory, tmp_path, late):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ def capture(work: Callable[[], T], device: torch.device, pool: Any, *, rehearse:
             latest may be replayed.
         rehearse: do the work once before. Libraries choose kernels and make their workspaces then, which they cannot while
             recording; needless where it has been done often.
-    Raises: whatever stood against it; the stream and the allocator are as before.
+    Raises: whatever stood against it; the stream, the allocator and the random generator are as before.
     """
     graph, current, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device), _stream(device)
     stream.wait_stream(current)
@@ -53,23 +54,33 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 def _recorded(work: Callable[[], T], graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> T:
     try:
-        # other threads may allocate meanwhile: batches are made ahead (prefetch.py)
-        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+        with _recording(graph, pool, stream):
             return work()
     except BaseException:
-        _leave(graph, pool)
+        _leave(graph, pool, stream)
         raise
 
 
-def _leave(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
-    """Give back the memory of a recording that broke off.
+def _recording(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> torch.cuda.graph:
+    # other threads may allocate meanwhile: batches are made ahead (prefetch.py)
+    return torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local")
+
+
+def _leave(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> None:
+    """Take allocator and random generator out of a recording that broke off.
 
     Where CUDA itself refused to go on, torch ends in the middle of its own way out: its allocator would go on recording,
-    and neither free this memory nor any that two streams have used.
+    and neither free this memory nor any that two streams have used; and in torch 2.11 its generator would take itself to
+    be recorded until a recording ends well, and refuse to draw. So one that holds nothing is made to its end.
     """
     try:
         graph.pool()  # whole: it gives back its memory by itself
     except RuntimeError:
+        device = torch.cuda.current_device()
         with contextlib.suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-            torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+            torch._C._cuda_endAllocateToPool(device, pool)
+            torch._C._cuda_releasePool(device, pool)
+        with contextlib.suppress(RuntimeError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch remarks that it is empty
+            with _recording(torch.cuda.CUDAGraph(), None, stream):
+                pass

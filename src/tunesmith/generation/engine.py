@@ -194,9 +194,8 @@ def decode(
     room = [min(max_new_tokens, limit - len(p)) for p in prompts]
     read = [(prompt, len(list(same))) for prompt, same in groupby(prompts)]
     record = recorded.recorder(device, max(room))
-    spare = 0 if record is None else recorded.spare_columns(max(map(len, prompts)) + max(room))
     with evaluation_mode(model):  # not around the yields: the caller's modes are the caller's
-        cache = model.new_cache([len(p) for p, _ in read], max(room) + spare, [copies for _, copies in read])
+        cache = model.new_cache([len(p) for p, _ in read], max(room), [copies for _, copies in read])
         logits = torch.cat([_read(model, cache, group, device) for group in _groups([p for p, _ in read])])
         if len(read) < len(prompts):
             logits = logits.repeat_interleave(torch.tensor([n for _, n in read], device=device), 0)  # (B, V)

@@ -3,7 +3,8 @@
 A step of a model of this size is a hundred kernels and more of a few microseconds each, and takes as long as Python needs
 to launch them. A recording is launched at once. It repeats kernels as they were, their addresses and host numbers
 included, so what changes from step to step lies in tensors that stay where they are: tokens, the column of the
-cache that they go into, the sequences' first columns. Attention reads all columns up to a bound, the later ones masked.
+cache that they go into, the sequences' first columns. Attention reads all columns up to a bound, the later ones masked:
+COLUMNS and the cache's own are multiples of `models.cache.ALIGNED_COLUMNS`, as attention wants the mask.
 """
 
 from __future__ import annotations
@@ -126,11 +127,6 @@ class FixedSteps:
 
     def advance(self, documents: Documents | None) -> None:
         """The column is set before a step."""
-
-
-def spare_columns(columns: int) -> int:
-    """Columns to add, so that kernels of attention take the mask as it is and do not pad it in every layer."""
-    return -columns % 16
 
 
 def recorder(device: torch.device, steps: int) -> Record | None:

@@ -138,7 +138,7 @@ def attend_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents, drop
     is one call of `scaled_dot_product_attention`. No (T, T) mask is ever made. On two CPU cores at T = 1,024 and six
     documents a row this takes 0.36 of the time of plain causal attention over the row, forward and backward.
     """
-    if attention_path(flash_capability(q.device), q.dtype, q.shape[-1], dropout) == "varlen":
+    if attention_path(has_flash_kernel(q.device), q.dtype, q.shape[-1], dropout) == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 
         q, k, v = (z.reshape(-1, *z.shape[2:]) for z in (q, k, v))
@@ -173,19 +173,29 @@ def _attend_one_by_one(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dr
 
 
 def attention_path(
-    capability: tuple[int, int] | None, dtype: torch.dtype, head_width: int, dropout: float = 0.0
+    flash: bool, dtype: torch.dtype, head_width: int, dropout: float = 0.0
 ) -> Literal["varlen", "stretches"]:
     """How packed documents attend: one variable-length flash kernel for all, or a call for each stretch.
 
-    capability: the card's compute capability; None where there is no card, or no flash kernel in this build of torch.
+    flash: whether the device has that kernel (`has_flash_kernel`).
 
-    >>> attention_path((9, 0), torch.bfloat16, 64), attention_path((7, 5), torch.float16, 64)
+    >>> attention_path(True, torch.bfloat16, 64), attention_path(True, torch.float32, 64)
     ('varlen', 'stretches')
     """
     half = dtype in (torch.float16, torch.bfloat16)
     fits = head_width % 8 == 0 and head_width <= VARLEN_WIDEST
-    there = capability is not None and capability >= VARLEN_SINCE
-    return "varlen" if there and half and fits and dropout == 0.0 else "stretches"
+    return "varlen" if flash and half and fits and dropout == 0.0 else "stretches"
+
+
+def has_flash_kernel(device: torch.device) -> bool:
+    """Whether this device, and this build of torch, has the variable-length flash kernel.
+
+    Compiled code takes the answer as a constant. So it is a plain bool: torch 2.11 cannot compare a tuple that became
+    a constant. And it depends on the device alone: head width and dropout turn into symbols as soon as a second model
+    in the process has different ones, and no symbol can be an argument of a constant.
+    """
+    capability = flash_capability(device)
+    return capability is not None and capability >= VARLEN_SINCE
 
 
 def flash_capability(device: torch.device) -> tuple[int, int] | None:
@@ -202,6 +212,6 @@ def prepare_for_compiling() -> None:
     A Python loop over lengths that change with every batch would be compiled anew each time: it stays outside. What a
     card can do is asked once.
     """
-    global _attend_one_by_one, flash_capability
+    global _attend_one_by_one, has_flash_kernel
     _attend_one_by_one = torch.compiler.disable(_attend_one_by_one)  # type: ignore[no-untyped-call]
-    flash_capability = torch.compiler.assume_constant_result(flash_capability)  # type: ignore[no-untyped-call]
+    has_flash_kernel = torch.compiler.assume_constant_result(has_flash_kernel)  # type: ignore[no-untyped-call]

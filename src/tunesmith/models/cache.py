@@ -15,6 +15,11 @@ from torch import Tensor
 
 from tunesmith.models.attention import Documents, attend_documents
 
+ALIGNED_COLUMNS = 16
+"""Of a mask that is added to the scores. torch's memory-efficient kernel loads 16 bytes of it at a time, and torch takes a
+mask whose rows lie a multiple of 8 numbers apart as it is, wherever its first column lies; any other it copies in every
+layer. So a cache has a multiple of these columns, and a mask is read from such a multiple on."""
+
 
 class Cache(Protocol):
     """What the model needs of keys and values that are held for growing sequences: a KVCache, or `generation.recorded.FixedSteps`."""
@@ -39,7 +44,8 @@ class KVCache:
 
     All sequences end in the same column, so that their next tokens go into one column and what is read is one slice.
 
-    keys, values: one a layer, each (B, H, size, D). A column before a sequence's first one holds 0.
+    keys, values: one a layer, each (B, H, size, D), size a multiple of ALIGNED_COLUMNS. A column before a sequence's
+        first one holds a number, which the mask hides.
     copies: for every prompt to be read, how many sequences begin with it.
     starts: first column of each sequence; `first_columns` is the same on the device, (B,) int64.
     end: columns that are filled.
@@ -91,6 +97,8 @@ class KVCache:
     def attend_next(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store one more token of every sequence and attend to all before it. q, k, v: (B, 1, H, D)."""
         b, begin, end = len(self.starts), min(self.starts), self.end + 1
+        if self.mask is not None:
+            begin -= begin % ALIGNED_COLUMNS  # columns that are masked for every sequence
         keys, values = self.keys[layer][:b, :, begin:end], self.values[layer][:b, :, begin:end]
         keys[:, :, -1], values[:, :, -1] = k[:, 0], v[:, 0]
         mask = None if self.mask is None else self.mask[:b, :, :, begin:end]

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tunesmith.errors import UserError
 from tunesmith.models.attention import Documents, attend_documents, prepare_for_compiling
-from tunesmith.models.cache import Cache, KVCache
+from tunesmith.models.cache import ALIGNED_COLUMNS, Cache, KVCache
 from tunesmith.models.linear import Linear
 from tunesmith.models.recompute import Chain, plain, recomputed
 
@@ -268,14 +268,15 @@ class GPT(nn.Module):
         c, weight = self.config, self.ln_f.weight
         copies, end = copies or [1] * len(lengths), max(lengths)
         starts = [end - n for n, times in zip(lengths, copies, strict=True) for _ in range(times)]
-        shape = (len(starts), c.n_head, end + room, c.n_embd // c.n_head)
+        columns = math.ceil((end + room) / ALIGNED_COLUMNS) * ALIGNED_COLUMNS
+        shape = (len(starts), c.n_head, columns, c.n_embd // c.n_head)
         keys = [weight.new_empty(shape) for _ in range(c.n_layer)]
         values = [weight.new_empty(shape) for _ in range(c.n_layer)]
         for held in (*keys, *values):
             held[:, :, : max(starts)] = 0  # masked, but 0 times whatever lay there might be no number
         first_columns, mask = torch.tensor(starts, device=weight.device), None
         if any(starts):
-            before = torch.arange(end + room, device=weight.device) < first_columns[:, None]
+            before = torch.arange(columns, device=weight.device) < first_columns[:, None]
             mask = weight.new_zeros(before.shape).masked_fill(before, -math.inf)[:, None, None]
         return KVCache(keys, values, copies, starts, first_columns, end, mask)
 

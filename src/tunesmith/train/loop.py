@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from tunesmith.files.run import RunLog
 from tunesmith.progress import Progress
 from tunesmith.train.checkpoint import load_state, prune, save_checkpoint
 from tunesmith.train.choice import Sums, choice_lines, choose_checkpoint, read_estimates
+from tunesmith.train.clock import Mark, mark, seconds_between
 from tunesmith.train.optim import OneByOne, set_learning_rate
 from tunesmith.train.splitting import Split, Splittable, Splitting, step_in_memory
 from tunesmith.train.step import StepStats
@@ -50,12 +50,16 @@ class Readable(Protocol):
 
 @dataclass(frozen=True)
 class Launched(Generic[B]):
-    """A step that the device was given and that the host has not looked at yet. number: from 1; began: clock, in seconds."""
+    """A step that the device was given and that the host has not looked at yet. number: from 1.
+
+    began: the end of the step before where the device went on to this one at once, else the moment of the launch.
+    """
 
     number: int
     batches: Sequence[B]
     lr: float
-    began: float
+    began: Mark
+    ended: Mark
     seen: Readable
 
 
@@ -161,7 +165,7 @@ def fit(
 
     losses = deque(state.recent, maxlen=diverge_after or 1)
     waiting: deque[Launched[B]] = deque()  # at most two
-    trouble, read_at = "", 0.0
+    trouble, clock = "", device if ahead else torch.device("cpu")  # a step that is read at once is over for the host
 
     def save() -> None:
         progress = {"progress": vars(state), "log_size": log.size()}
@@ -198,7 +202,7 @@ def fit(
         bar.say(f"step {state.step + 1:,}: {split.line}")
 
     def launch() -> None:
-        began, number = time.perf_counter(), state.step + len(waiting) + 1
+        began, number = waiting[-1].ended if waiting else mark(clock), state.step + len(waiting) + 1
         try:
             first = (number - 1) * accumulate
             batches = [micro_batch(first + i) for i in range(accumulate)]
@@ -211,11 +215,11 @@ def fit(
                 return  # the run is over before this step
             raise
         if not trouble:
-            waiting.append(Launched(number, batches, lr, began, seen))
+            waiting.append(Launched(number, batches, lr, began, mark(clock), seen))
 
     def read_one() -> None:
         """Wait for the oldest step and log it; or find that the training has diverged, and forget what came after."""
-        nonlocal trouble, read_at
+        nonlocal trouble
         done = waiting.popleft()
         stats = done.seen.read()
         losses.append(stats.loss)
@@ -232,11 +236,10 @@ def fit(
         state.recent = list(losses)
         if state.first_loss is None:
             state.first_loss = stats.loss
-        began, read_at = max(done.began, read_at), time.perf_counter()
         log.record(
             "train", state.step, loss=stats.loss, **dict(zip(observed, stats.observed, strict=True)), lr=done.lr,
             grad_norm=stats.grad_norm, tokens=state.tokens, **{counted: state.examples},
-            tokens_per_s=round(tokens / (read_at - began), 1), peak_memory_gb=round(peak_memory_gb(device), 3),
+            tokens_per_s=round(tokens / seconds_between(done.began, done.ended), 1), peak_memory_gb=round(peak_memory_gb(device), 3),
         )  # fmt: skip
         bar.advance(state.step, stats.loss, tokens)
 
