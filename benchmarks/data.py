@@ -138,7 +138,10 @@ def second_start(data: Path, folder: Path) -> dict[str, float]:
 
 
 def write_dialogues(path: Path, rows: int) -> None:
-    """A JSONL file of one-exchange dialogues with `messages`, about 393 bytes a row, all different: words of the sample data, and in every tenth row letters beyond ASCII."""
+    """A JSONL file of dialogues with `messages`, one exchange each, about 393 bytes a row, all different.
+
+    The words are the sample data's; every tenth row has letters beyond ASCII.
+    """
     import tunesmith
 
     rng, words = random.Random(1), []
@@ -147,14 +150,12 @@ def write_dialogues(path: Path, rows: int) -> None:
             row = json.loads(line)
             words += [word for turn in row["prompt"] + row["chosen"] for word in turn["content"].split()]
     starts = [rng.randrange(len(words) - 50) for _ in range(20_000)]
-    sentences = [" ".join(words[a : a + rng.randint(10, 45)]) for a in starts]
+    sentences = [" ".join(words[a : a + rng.randint(10, 46)]) for a in starts]
     with path.open("w", encoding="utf-8") as file:
         for i in range(rows):
             question, answer = (rng.choice(sentences) for _ in range(2))
-            turns = [
-                {"role": "user", "content": f"{i}: {question}"},
-                {"role": "assistant", "content": f"{answer} {i}."},
-            ]
+            answer += " It\u2019s a caf\u00e9." if i % 10 == 0 else ""
+            turns = [{"role": "user", "content": f"{i}: {question}"}, {"role": "assistant", "content": f"{answer} {i}"}]
             file.write(json.dumps({"messages": turns}) + "\n")
 
 
