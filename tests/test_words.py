@@ -47,6 +47,13 @@ def test_equals_the_tokenizer_on_all_short_ascii_texts(name):
     assert_same(name, [f"a{x}{y} {x}{y}1{y}'{x}s" for x in every for y in every])
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_each_known_character_is_of_the_class_that_rust_has_for_it(name):
+    """Beside letters, digits, signs and spaces; the last of every range and the first beyond included."""
+    characters = [chr(i) for r in (module.LATIN, module.PUNCTUATION, module.PICTURES) for i in (*r, r[-1] + 1)]
+    assert_same(name, [f"a{x}b {x}{x} 1{x}2 ({x}) \n{x}\n \u2019{x}s'{x}  {x}\t{x}" for x in characters])
+
+
 def test_forgetting_words_changes_nothing(monkeypatch):
     monkeypatch.setattr(module, "KEPT", 5)
     words, rng = Words(TOKENIZERS["gpt2"]), random.Random(0)
