@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from tunesmith.data.datasets import Source
-from tunesmith.data.pairs import PairBatches, PairStore
+from tunesmith.data.pairs import PairBatches
+from tunesmith.data.pairstore import PairStore
 from tunesmith.data.readers import Report
 from tunesmith.data.tokenstore import TokenStore
 

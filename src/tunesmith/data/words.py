@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from itertools import chain, compress
+from itertools import chain, compress, islice
 from typing import Any
 
 import numpy as np
@@ -86,7 +86,7 @@ class Words:
         ends = np.cumsum(np.fromiter(map(len, words), np.int64, len(words)))
         total = int(ends[-1]) if len(ends) else 0
         numbers = np.fromiter(map(self.numbers.__getitem__, chain.from_iterable(words)), np.int64, total)
-        if new := list(self.numbers)[len(self.counts) :]:
+        if new := list(islice(self.numbers, len(self.counts), None)):
             ids, counts = self._whole(new)
             self.ids, self.counts = np.concatenate([self.ids, ids]), np.concatenate([self.counts, counts])
             self.starts = np.cumsum(self.counts) - self.counts
