@@ -47,7 +47,8 @@ class Pieces:
     @property
     def lengths(self) -> Array:
         """(n,) int64, tokens of each."""
-        return self.stops - self.starts
+        lengths: Array = self.stops - self.starts
+        return lengths
 
     def taken(self, which: Array) -> Pieces:
         """The pieces of these numbers."""

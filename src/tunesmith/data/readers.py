@@ -187,7 +187,7 @@ def _read_parquet(path: Path, number: int) -> Iterator[Located]:
 
     line = 0
     try:
-        for batch in parquet.ParquetFile(path).iter_batches():
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=256):  # not the 65,536 of its own
             for row in batch.to_pylist():
                 line += 1
                 yield Located(row, number, line)
