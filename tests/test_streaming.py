@@ -75,6 +75,16 @@ def test_20_mb_are_read_in_under_one(tmp_path, name):
     assert peak < 1
 
 
+def test_parquet_is_read_in_small_batches(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = [f"{i} " + "some text that is long enough " * 300 for i in range(2200)]
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "rows.parquet")
+    assert [row.value["text"] for row in read_file(tmp_path / "rows.parquet", 0, Report())] == texts
+    count, peak = peak_mb(tmp_path / "rows.parquet")
+    assert count == 2200
+    assert peak < 6
+
+
 @pytest.mark.parametrize(
     "text", ['{"text": "a"}\n', '[{"text": "a"}]', '\n\n{"text": "a"}\n\n{"text": "a"}', '{"text":\n"a"}']
 )
