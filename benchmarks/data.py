@@ -29,17 +29,14 @@ from pathlib import Path
 
 SECOND_START = """
 import sys, time
-import tunesmith as ts, tunesmith.commands.sft as recipe, tunesmith.train.loop as fit
+import tunesmith as ts, tunesmith.commands.sft, tunesmith.train.session as session
 from tunesmith.options.training import *
 imported = time.perf_counter()
-step = recipe.fit
-def until_first_step(**arguments):
-    first = arguments["micro_batch"]
-    def micro_batch(i):
-        print("FIRST", time.perf_counter() - imported, flush=True)
-        raise SystemExit
-    step(**{**arguments, "micro_batch": micro_batch})
-recipe.fit = until_first_step
+def until_first_step(*_, micro_batch, **__):
+    micro_batch(0)
+    print("FIRST", time.perf_counter() - imported, flush=True)
+    raise SystemExit
+session.fit = until_first_step
 ts.sft(SFTConfig(model=ModelOptions(name="gpt2", init="random"), data=DataOptions(name=sys.argv[1]),
     train=TrainOptions(steps=1, precision="fp32"), eval=EvalOptions(at_start=False), out=sys.argv[2]))
 """
