@@ -58,7 +58,7 @@ def prepare(work: Path, task: str, args: argparse.Namespace) -> tuple[dict[str, 
     (work / "given.json").write_text(json.dumps(given))
     batches = open_pairs(given)
     (work / "pairs.json").write_text(json.dumps([plain_ids(batches.assemble([i])) for i in range(len(batches))]))
-    timed = batches.pairs[args.warmup * args.pairs :]
+    timed = list(batches.pairs)[args.warmup * args.pairs :]
     counted = sum(2 * p.prompt + sum(p.stops) for p in timed)
     padded = 0
     for start in range(0, len(timed), args.pairs):
@@ -80,7 +80,8 @@ def prepare(work: Path, task: str, args: argparse.Namespace) -> tuple[dict[str, 
 def open_pairs(given: dict[str, Any]) -> Any:
     """The pairs as batches of exactly `pairs` of them: all in a random order, or `rows` of the training split in theirs."""
     from tunesmith.data.datasets import open_dataset
-    from tunesmith.data.pairs import PairBatches, PairStore
+    from tunesmith.data.pairs import PairBatches
+    from tunesmith.data.pairstore import PairStore
     from tunesmith.data.tokenizer import Tokenizer
     from tunesmith.data.tokenstore import tokenise
     from tunesmith.options.training import DataOptions
@@ -136,7 +137,7 @@ def run_ours(
     groups = [list(range(i * pairs, (i + 1) * pairs)) for i in range(warmup + steps)]
     if packed:
         first = warmup * pairs
-        timed = [[first + i for i in g] for g in into_groups([len(p) for p in batches.pairs[first:]], PACKED)]
+        timed = [[first + i for i in g] for g in into_groups([len(p) for p in list(batches.pairs)[first:]], PACKED)]
         groups = timed[:1] * warmup + timed
     settings = PreferenceLoss(BETA)
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from tunesmith.data.datasets import Source
-from tunesmith.data.pairs import PairBatches, PairStore
+from tunesmith.data.pairs import PairBatches
+from tunesmith.data.pairstore import PairStore
 from tunesmith.data.readers import Report
 from tunesmith.data.tokenstore import TokenStore
 
@@ -21,7 +22,7 @@ def made_store(pairs) -> PairStore:
     offsets = np.cumsum([0, *map(len, rows)])
     tokens = np.array([t for row in rows for t in row], np.uint16)
     empty = np.zeros(0, np.uint8)
-    return PairStore(TokenStore(tokens, empty, offsets, empty, places, END, source, "train", Report()))
+    return PairStore(TokenStore(tokens, empty, offsets, empty, empty, places, END, source, "train", Report(), ""))
 
 
 def random_pairs(shapes, seed=0, vocabulary=500):

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from tunesmith.data.datasets import open_dataset
 from tunesmith.data.dialogue import Message, segments
-from tunesmith.data.texts import Batches, pack
+from tunesmith.data.packing import pack
+from tunesmith.data.texts import Batches
 from tunesmith.data.tokenstore import IGNORE_INDEX, tokenise
 from tunesmith.errors import UserError
 from tunesmith.options.training import DataOptions

@@ -10,7 +10,8 @@ import tunesmith as ts
 from reference import random_model
 from tiny_runs import tiny_config
 from tunesmith.data.datasets import open_dataset
-from tunesmith.data.pairs import PairBatches, PairStore
+from tunesmith.data.pairs import PairBatches
+from tunesmith.data.pairstore import PairStore
 from tunesmith.data.texts import Batches
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokenstore import tokenise

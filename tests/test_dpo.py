@@ -16,7 +16,8 @@ from reference import batch_nll, in_transformers
 from test_resume import assert_same_end, interrupted
 from tiny_runs import as_argv, comparable, last_digest, tiny_config, train_losses
 from tunesmith.data.datasets import open_dataset
-from tunesmith.data.pairs import PairBatches, PairStore
+from tunesmith.data.pairs import PairBatches
+from tunesmith.data.pairstore import PairStore
 from tunesmith.data.texts import Batches
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokenstore import tokenise

@@ -9,7 +9,7 @@ import torch
 from made_pairs import END, batches_of, random_pairs
 from reference import in_transformers, oriented, random_model
 from tunesmith.data.datasets import open_dataset
-from tunesmith.data.pairs import PairStore
+from tunesmith.data.pairstore import PairStore
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokenstore import tokenise
 from tunesmith.files.names import SAMPLE

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tunesmith.data.dialogue import Message, segments
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokenstore import encode_rows, mark_targets
+from tunesmith.data.words import Words
 from tunesmith.files.names import SAMPLE
 
 TOKENIZERS = {"gpt2": Tokenizer.gpt2(), "sample": Tokenizer.load(SAMPLE)}
@@ -39,11 +40,16 @@ def test_ordinary_dialogues_take_the_fast_path(monkeypatch):
         segments([Message("user", f"Hello {i}"), Message("assistant", "Hi there."), Message("user", "Bye")])
         for i in range(9)
     ]
-    calls = []
+    calls, words = [], Words(TOKENIZERS["gpt2"])
     plain = Tokenizer.encode_batch
-    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: calls.append(len(texts)) or plain(self, texts))
-    encode_rows(rows, TOKENIZERS["gpt2"])
-    assert calls == [9]
+    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: calls.append(texts) or plain(self, texts))
+    encode_rows(rows, TOKENIZERS["gpt2"], words)
+    assert sorted(calls[0]) == sorted(set(calls[0])), "each word once"
+    assert len(calls) == 1
+    encode_rows(rows, TOKENIZERS["gpt2"], words)
+    assert len(calls) == 1, "and never again"
+    encode_rows([segments([Message("assistant", "Odd", "")])], TOKENIZERS["gpt2"], words)
+    assert calls[2:] == [["\n\nAssistant:", "Odd"]], "piece by piece"
 
 
 def test_plain_text_is_supervised_from_its_second_token_to_its_end():

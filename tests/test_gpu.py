@@ -15,7 +15,8 @@ from test_documents import gradients, laid_out, one_by_one
 from test_resume import interrupted
 from tiny_runs import comparable, tiny_config
 from tunesmith.data.datasets import open_dataset
-from tunesmith.data.pairs import PairBatches, PairStore
+from tunesmith.data.pairs import PairBatches
+from tunesmith.data.pairstore import PairStore
 from tunesmith.data.texts import Batches
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokenstore import tokenise

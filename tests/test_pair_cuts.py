@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from made_pairs import END, PAIRS, batches_of, read_back, whole
-from tunesmith.data.pairs import PairStore
+from tunesmith.data.pairstore import PairStore
 from tunesmith.errors import UsageError, UserError
 
 BLOCK = 12

@@ -12,7 +12,8 @@ import torch
 from made_pairs import PAIRS, SHAPES, batches_of, random_pairs, read_back, whole
 from tunesmith.data.datasets import open_dataset
 from tunesmith.data.dialogue import parse_transcript, segments
-from tunesmith.data.pairs import PairBatches, PairStore
+from tunesmith.data.pairs import PairBatches
+from tunesmith.data.pairstore import PairStore
 from tunesmith.data.tokenstore import tokenise
 from tunesmith.errors import UserError
 from tunesmith.options.training import PairDataOptions

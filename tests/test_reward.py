@@ -17,7 +17,8 @@ from reference import oriented, random_model
 from test_resume import assert_same_end, interrupted
 from tiny_runs import last_digest, tiny_config, train_losses
 from tunesmith.__main__ import main
-from tunesmith.data.pairs import PairBatches, PairStore
+from tunesmith.data.pairs import PairBatches
+from tunesmith.data.pairstore import PairStore
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.files.adapters import CONFIG, WEIGHTS

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from tunesmith.data.cutting import cut_rows
 from tunesmith.data.datasets import open_dataset
-from tunesmith.data.texts import Batches, cut_rows
+from tunesmith.data.texts import Batches
 from tunesmith.data.tokenstore import IGNORE_INDEX, tokenise
 from tunesmith.errors import UserError
 from tunesmith.options.training import DataOptions

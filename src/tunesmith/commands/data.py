@@ -15,8 +15,9 @@ from rich.text import Text as RichText
 from tunesmith.data.audit.cuts import END_CUT, OWN, SHARED, Cut
 from tunesmith.data.audit.rows import DIALOGUES, PAIRS, TEXTS
 from tunesmith.data.audit.survey import Audit, SplitAudit, audit
+from tunesmith.data.cutting import cut_rows
 from tunesmith.data.datasets import Source, open_dataset
-from tunesmith.data.texts import cut_rows, resolve_loss_on
+from tunesmith.data.texts import resolve_loss_on
 from tunesmith.data.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
 from tunesmith.data.tokenstore import IGNORE_INDEX, TokenStore, tokenise
 from tunesmith.errors import UsageError, UserError
@@ -61,7 +62,7 @@ def _show_figures(
             figures.setdefault(label, []).append(value)
         cut = [
             line
-            for t in cut_rows(store, range(len(store)), data.block_size, data.truncation)[1]
+            for t in cut_rows(store, np.arange(len(store)), data.block_size, data.truncation)[1]
             for line in t.lines(data.block_size)
         ]
         problems += [f"{store.split}: {line}" for line in [*store.report.lines(), *cut]]
@@ -114,7 +115,7 @@ def supervised_tokens(store: TokenStore, loss_on: str) -> int:
     """Targets in a split, before anything is cut."""
     if loss_on == "all":
         return len(store.tokens)
-    return int(np.count_nonzero(store.flags & 1) + np.count_nonzero(store.flags & 2))
+    return int(store.taught.sum())
 
 
 # ---- audit ---------------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from rich.table import Table
 
 from tunesmith.data.datasets import Source, open_dataset
 from tunesmith.data.dialogue import Preference
-from tunesmith.data.pairs import PairBatches, PairStore
+from tunesmith.data.pairs import PairBatches
+from tunesmith.data.pairstore import PairStore
 from tunesmith.data.readers import Report
 from tunesmith.data.texts import Batches
 from tunesmith.data.tokenizer import Tokenizer, bits_per_byte, text_bytes

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -19,116 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.data.texts import PAD_STEP, pack, steady_width
-from tunesmith.data.tokenstore import TokenStore
+from tunesmith.data.packing import Groups, pack
+from tunesmith.data.pairstore import CutPair, PairStore, cut_pairs
+from tunesmith.data.texts import PAD_STEP, steady_width
 from tunesmith.device import put
 from tunesmith.errors import UsageError, UserError
 from tunesmith.models.attention import Documents
 
 Array = np.ndarray[Any, Any]
 FILL_TO = 64  # where shapes are steady, the number of targets is a multiple of this
-
-
-@dataclass(frozen=True)
-class PairStore:
-    """The preference pairs of one split as tokens; made of a TokenStore of the form `pairs`."""
-
-    store: TokenStore
-
-    def __len__(self) -> int:
-        return len(self.store) // 3
-
-    def tokens(self, pair: int) -> tuple[Array, Array, Array]:
-        """Prompt, chosen and rejected answer of a pair; each (n,) int64. The end-of-text token is not among them."""
-        cuts = self.store.offsets[3 * pair : 3 * pair + 4]
-        prompt, chosen, rejected = (self.store.tokens[a:b].astype(np.int64) for a, b in pairwise(cuts))
-        return prompt, chosen, rejected
-
-    @property
-    def lengths(self) -> Array:
-        """(pairs, 3) int64: tokens of prompt, chosen and rejected."""
-        return self.store.lengths.reshape(-1, 3)
-
-    def place(self, pair: int) -> str:
-        """`file:line` of a pair."""
-        return self.store.place(3 * pair)
-
-
-@dataclass(frozen=True)
-class CutPair:
-    """What is used of a pair: the prompt from `start` on, and the beginnings of the answers up to `stops`.
-
-    Where a stop is the answer's length, its end is learned too: the end-of-text token is its last target.
-    """
-
-    pair: int
-    start: int
-    prompt: int  # tokens used
-    stops: tuple[int, int]
-    ends: tuple[bool, bool]
-
-    def __len__(self) -> int:
-        return self.prompt + sum(self.stops)
-
-
-@dataclass
-class PairCuts:
-    """What cutting the pairs to a block size did, by kind, with the first few places."""
-
-    block_size: int
-    counts: dict[str, int] = field(default_factory=dict)
-    places: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, kind: str, place: str) -> None:
-        """Count one pair."""
-        self.counts[kind] = self.counts.get(kind, 0) + 1
-        if len(places := self.places.setdefault(kind, [])) < 3:
-            places.append(place)
-
-    def lines(self) -> list[str]:
-        """One line a kind, for the user."""
-        return [
-            f"{n:,} {'pair' if n == 1 else 'pairs'}: {kind} at block_size {self.block_size:,} "
-            f"({', '.join(self.places[kind])}{', ...' if n > 3 else ''})"
-            for kind, n in self.counts.items()
-        ]
-
-
-def cut_pairs(
-    store: PairStore, rows: Sequence[int], block_size: int, rule: str = "auto"
-) -> tuple[list[CutPair], PairCuts]:
-    """Pairs whose two sequences, prompt + answer, have at most `block_size` tokens, and what had to be done for it.
-
-    rule: keep_end (and auto): the prompt loses its beginning, the answers stay whole, and a pair with an answer that
-        is too long by itself is left out; keep_start: each sequence is cut at its end, as many courses do, and a pair
-        whose answers are then the same is left out; drop: long pairs are left out.
-    """
-    if rule == "split":
-        raise UsageError("--data.truncation split is for plain texts; for pairs use keep_end, keep_start or drop")
-    cuts, told = [], PairCuts(block_size)
-    lengths = store.lengths[list(rows)] if len(rows) else np.zeros((0, 3), np.int64)
-    for row, (prompt, chosen, rejected) in zip(rows, lengths.tolist(), strict=True):
-        answers = (chosen, rejected)
-        over = prompt + max(answers) - block_size
-        if over <= 0:
-            cuts.append(CutPair(row, 0, prompt, answers, (True, True)))
-        elif rule == "drop":
-            told.add("too long, left out", store.place(row))
-        elif rule == "keep_start":
-            stops = (min(chosen, block_size - prompt), min(rejected, block_size - prompt))
-            ends = (stops[0] == chosen, stops[1] == rejected)
-            _, a, b = store.tokens(row)
-            if prompt >= block_size or (ends[0] == ends[1] and np.array_equal(a[: stops[0]], b[: stops[1]])):
-                told.add("answers become identical, left out", store.place(row))
-                continue
-            told.add("the end of an answer lost", store.place(row))
-            cuts.append(CutPair(row, 0, prompt, stops, ends))
-        elif prompt - over < 1:
-            told.add("an answer leaves no room for a prompt, left out", store.place(row))
-        else:
-            told.add("the beginning of the prompt lost", store.place(row))
-            cuts.append(CutPair(row, over, prompt - over, answers, (True, True)))
-    return cuts, told
 
 
 @dataclass(frozen=True)
@@ -227,7 +126,7 @@ class PairBatches:
     def __init__(
         self,
         store: PairStore,
-        rows: Sequence[int],
+        rows: Sequence[int] | Array,
         *,
         batching: str,
         block_size: int,
@@ -250,7 +149,7 @@ class PairBatches:
         self.store, self.batching, self.block_size, self.batch_size = store, batching, block_size, batch_size
         self.seed, self.steady = seed, steady
         self.pairs, self.cuts = cut_pairs(store, rows, block_size, truncation)
-        if not self.pairs:
+        if not len(self.pairs):
             raise UserError(
                 f"no pair of {store.store.source.name} ({store.store.split}) is left to learn from: {'; '.join(self.cuts.lines())}"
             )
@@ -261,45 +160,47 @@ class PairBatches:
         return len(self.pairs)
 
     @lru_cache(maxsize=2)  # noqa: B019 (one PairBatches lives as long as its run)
-    def _plan(self, epoch: int) -> list[list[int]]:
+    def _plan(self, epoch: int) -> Groups:
         """Groups of pair numbers, in the epoch's order."""
         rng = np.random.default_rng((self.seed, epoch))
-        order = rng.permutation(len(self.pairs)).tolist()
+        order = rng.permutation(len(self.pairs))
         if self.batching == "padded":
-            return [[i] for i in order]
+            return Groups.of_one(order)
         groups = self._grouped(order, self.block_size)
-        return [groups[i] for i in rng.permutation(len(groups))]
+        return groups.taken(rng.permutation(len(groups)))
 
-    def _grouped(self, numbers: Sequence[int], size: int) -> list[list[int]]:
+    def _grouped(self, numbers: Sequence[int] | Array, size: int) -> Groups:
         """Pairs packed into groups of at most `size` tokens."""
-        lengths = [min(len(self.pairs[i]), size) for i in numbers]
-        return [[numbers[i] for i in group] for group in pack(lengths, size)]
+        order = np.asarray(numbers, np.int64)
+        packed = pack(np.minimum(self.pairs.lengths[order], size), size)
+        return Groups(order[packed.members], packed.borders)
 
     def __getitem__(self, index: int) -> PairBatch:
         """Micro-batch number `index`, counted from 0 over the whole training."""
         first = index * self.batch_size
         places = [divmod(n, self.rows_per_epoch) for n in range(first, first + self.batch_size)]
-        return self.assemble([i for epoch, n in places for i in self._plan(epoch)[n]])
+        return self.assemble([i for epoch, n in places for i in self._plan(epoch)[n].tolist()])
 
     def fixed(self, limit: int | None = None) -> Iterator[PairBatch]:
         """At most `limit` batches that are the same at every call; each pair once, and only here the last may be short."""
         plan = self._plan(0)
         for start in range(0, len(plan), self.batch_size)[:limit]:
-            yield self.assemble([i for group in plan[start : start + self.batch_size] for i in group])
+            yield self.assemble([i for group in plan[start : start + self.batch_size] for i in group.tolist()])
 
     def used(self, micro_batches: int) -> list[int]:
         """Numbers of the pairs that the first `micro_batches` micro-batches hold."""
         rows = min(micro_batches * self.batch_size, self.rows_per_epoch)  # an epoch holds every pair
-        return sorted(i for group in self._plan(0)[:rows] for i in group)
+        plan = self._plan(0)
+        return sorted(plan.members[: plan.borders[rows]].tolist())
 
     def of(self, numbers: Sequence[int], tokens: int) -> Iterator[PairBatch]:
         """Batches of about `tokens` tokens that hold these pairs once, in whatever order packs best."""
         for group in self._grouped(numbers, tokens):
-            yield self.assemble(group)
+            yield self.assemble(group.tolist())
 
     def longer_chosen(self, numbers: Sequence[int]) -> float:
         """Share of these pairs whose chosen answer has more tokens, equal ones counting half: what length alone would score."""
-        lengths = self.store.lengths[[self.pairs[i].pair for i in numbers]]
+        lengths = self.store.lengths[self.pairs.pairs[list(numbers)]]
         chosen, rejected = lengths[:, 1], lengths[:, 2]
         return float(np.mean(np.where(chosen == rejected, 0.5, chosen > rejected)))
 

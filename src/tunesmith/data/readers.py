@@ -6,10 +6,10 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tunesmith.errors import UserError
 
@@ -66,12 +66,13 @@ def read_file(path: Path, number: int, report: Report, name: str = "") -> Iterat
     line, name = 0, name or path.name
     try:
         with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as file:
-            if path.name.endswith((".json", ".json.gz")) and (rows := _json_array(path, file.read())) is not None:
+            document = path.name.endswith((".json", ".json.gz")) and not _are_json_lines(file)
+            if document and (rows := _json_array(path, file.read())) is not None:
                 for line, row in enumerate(rows, 1):
                     yield Located(row, number, line)
                 return
             if path.name.endswith(TEXT_SUFFIXES):
-                yield from (Located({"text": text}, number, line) for line, text in _stretches(path, file.read()))
+                yield from (Located({"text": text}, number, line) for line, text in _stretches(path, file))
                 return
             file.seek(0)
             for line, data in enumerate(file, 1):
@@ -92,6 +93,18 @@ def read_file(path: Path, number: int, report: Report, name: str = "") -> Iterat
         raise UserError(f"{path} does not exist") from None
 
 
+def _are_json_lines(file: IO[bytes]) -> bool:
+    """Whether the first line of a file alone is JSON and something comes after it; then the file need not be read whole."""
+    lines = (line for line in file if line.strip())
+    try:
+        json.loads(next(lines, b""))
+        return next(lines, None) is not None
+    except ValueError:
+        return False
+    finally:
+        file.seek(0)
+
+
 def _json_array(path: Path, data: bytes) -> list[Any] | None:
     """The rows of a JSON document; None if the file is JSON lines under the name .json."""
     try:
@@ -109,29 +122,51 @@ def _json_array(path: Path, data: bytes) -> list[Any] | None:
     return value if isinstance(value, list) else [value]
 
 
-def _stretches(path: Path, data: bytes) -> Iterator[tuple[int, str]]:
+def _stretches(path: Path, file: Iterable[bytes]) -> Iterator[tuple[int, str]]:
     """(line, text) of a text file's rows. A line `<|endoftext|>` ends a text; long ones are cut at the best place near STRETCH.
 
-    Raises: UserError if it is no text.
+    Holds little more than a row. Raises: UserError if it is no text.
     """
-    try:
-        whole = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start:,}); save it as UTF-8"
-        ) from None
-    if "\0" in whole:
-        raise UserError(f"{path} holds zero bytes: it is not a text file; name one, or JSONL or Parquet by its ending")
-    line = 1
-    for text in _END_LINE.split(whole):
-        start = 0
-        while start < len(text):
-            stop = _cut_place(text, start)
-            if text[start:stop].strip():
-                yield line, text[start:stop].strip("\r\n")
-            line += text.count("\n", start, stop)
-            start = stop
-        line += 1
+    line, waiting, size = 1, list[str](), 0
+    for text in _text_lines(path, file):
+        end = _END_LINE.match(text)
+        if end:
+            last = "".join(waiting)
+            if last.strip():
+                yield line, last.strip("\r\n")
+            line += last.count("\n") + 1
+            waiting, size = [], 0
+        waiting.append(text[end.end() :] if end else text)
+        size += len(waiting[-1])
+        if size > STRETCH:
+            long, start = "".join(waiting), 0
+            while len(long) - start > STRETCH:
+                stop = _cut_place(long, start)
+                if long[start:stop].strip():
+                    yield line, long[start:stop].strip("\r\n")
+                line += long.count("\n", start, stop)
+                start = stop
+            waiting, size = [long[start:]], len(long) - start
+    last = "".join(waiting)
+    if last.strip():
+        yield line, last.strip("\r\n")
+
+
+def _text_lines(path: Path, file: Iterable[bytes]) -> Iterator[str]:
+    """The lines of a text file, line ends included. Raises: UserError if it is no text."""
+    start = 0
+    for data in file:
+        try:
+            text = data.decode("utf-8" if start else "utf-8-sig")
+        except UnicodeDecodeError as error:
+            at = start + error.start
+            raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {at:,}); save it as UTF-8") from None
+        if "\0" in text:
+            raise UserError(
+                f"{path} holds zero bytes: it is not a text file; name one, or JSONL or Parquet by its ending"
+            )
+        yield text
+        start += len(data)
 
 
 def _cut_place(text: str, start: int) -> int:
@@ -152,7 +187,7 @@ def _read_parquet(path: Path, number: int) -> Iterator[Located]:
 
     line = 0
     try:
-        for batch in parquet.ParquetFile(path).iter_batches():
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=256):  # not the 65,536 of its own
             for row in batch.to_pylist():
                 line += 1
                 yield Located(row, number, line)

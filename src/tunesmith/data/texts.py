@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, Literal
@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.data.dialogue import END
+from tunesmith.data.cutting import Piece, Truncation, cut_rows, taught
+from tunesmith.data.packing import Groups, pack
 from tunesmith.data.tokenstore import IGNORE_INDEX, TokenStore
 from tunesmith.device import put
 from tunesmith.errors import UsageError, UserError
@@ -131,114 +132,31 @@ def steady_width(width: int, whole: int, fill_to: int) -> int:
     return up if fill_to > 1 and up < whole else width
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A stretch [start, stop) of row `row` that is short enough for a batch row."""
-
-    row: int
-    start: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-
-@dataclass
-class Truncation:
-    """How many rows were too long, what was done, and what it cost."""
-
-    rule: str = ""
-    cut: int = 0
-    tokens_lost: int = 0
-    ends_lost: int = 0
-    places: list[str] = field(default_factory=list)
-
-    def lines(self, block_size: int) -> list[str]:
-        """One line for the user, or none."""
-        if not self.cut:
-            return []
-        what = {
-            "keep_end": "lost their beginning",
-            "keep_start": "lost their end",
-            "split": "were split",
-            "drop": "were dropped",
-        }
-        cost = f" ({self.tokens_lost:,} tokens, {self.ends_lost:,} answer ends lost)" if self.tokens_lost else ""
-        where = f": {', '.join(self.places)}{', ...' if self.cut > 3 else ''}"
-        return [f"{self.cut:,} longer than block_size {block_size:,} {what[self.rule]}{cost}{where}"]
-
-
-def cut_rows(
-    store: TokenStore, rows: Sequence[int], block_size: int, rule: str = "auto"
-) -> tuple[list[Piece], list[Truncation]]:
-    """Pieces of at most `block_size` tokens, and what had to be cut.
-
-    rule: keep_end (cut the beginning, so that the last answer and its end stay), keep_start, split (consecutive pieces,
-        nothing lost), drop; auto: split for plain text, keep_end for dialogues.
-    """
-    if block_size < 1:
-        raise UsageError(f"--data.block_size is {block_size}, expected at least 1")
-    pieces: list[Piece] = []
-    told: dict[str, Truncation] = {}
-    lengths = store.lengths
-    for row in rows:
-        length = int(lengths[row])
-        if length <= block_size:
-            pieces.append(Piece(row, 0, length))
-            continue
-        how = ("split" if store.plain[row] else "keep_end") if rule == "auto" else rule
-        note = told.setdefault(how, Truncation(how))
-        note.cut += 1
-        if len(note.places) < 3:
-            note.places.append(f"{store.place(row)} with {length:,}")
-        if how == "split":
-            pieces += [Piece(row, a, min(a + block_size, length)) for a in range(0, length, block_size)]
-            continue
-        kept = Piece(row, 0, 0) if how == "drop" else Piece(row, 0, block_size)
-        if how == "keep_end":
-            kept = Piece(row, length - block_size, length)
-        note.tokens_lost += length - len(kept)
-        flags = store.flags[int(store.offsets[row]) :][:length]
-        note.ends_lost += int(np.count_nonzero(flags & END) - np.count_nonzero(flags[kept.start : kept.stop] & END))
-        if len(kept):
-            pieces.append(kept)
-    return pieces, list(told.values())
-
-
-def pack(lengths: Sequence[int], block_size: int) -> list[list[int]]:
-    """Best-fit decreasing: indices into `lengths`, grouped into bins of at most `block_size`.
-
-    The longest remaining item goes where it leaves the least room. Free room is kept as the bits of one integer, so
-    that the best bin is found without a search.
-
-    >>> pack([5, 3, 4, 2], 7)
-    [[0, 3], [2, 1]]
-    """
-    bins: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(block_size + 1)]  # bins by free room
-    occupied = 0  # bit r is set while with_room[r] is not empty
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        n = lengths[i]
-        fitting = occupied >> n
-        if fitting:
-            room = n + (fitting & -fitting).bit_length() - 1
-            chosen = with_room[room].pop()
-            if not with_room[room]:
-                occupied &= ~(1 << room)
-        else:
-            room, chosen = block_size, len(bins)
-            bins.append([])
-        bins[chosen].append(i)
-        with_room[room - n].append(chosen)
-        occupied |= 1 << (room - n)
-    return bins
-
-
 def resolve_loss_on(loss_on: str, batching: str) -> LossOn:
     """What `auto` means: the paper's windows put loss on all tokens, whole dialogues on the assistant's."""
     if loss_on == "auto":
         return "all" if batching == "windows" else "assistant"
     return "all" if loss_on == "all" else "assistant"
+
+
+class Stream:
+    """Every text, the end-of-text token, the next text: one long line of tokens, of which parts are read when wanted."""
+
+    def __init__(self, store: TokenStore, rows: Array) -> None:
+        self.store, self.rows = store, rows
+        self.borders = np.append(0, np.cumsum(store.lengths[rows] + 1))  # where each text begins
+
+    def __len__(self) -> int:
+        return int(self.borders[-1])
+
+    def part(self, start: int, stop: int) -> Array:
+        """Tokens [start, stop): (stop - start,) int64."""
+        first, last = np.searchsorted(self.borders, (start, stop - 1), side="right") - 1
+        store, parts = self.store, []
+        for row in self.rows[first : last + 1].tolist():
+            parts += [store.tokens[store.offsets[row] : store.offsets[row + 1]], [store.end_of_text]]
+        begin = start - int(self.borders[first])
+        return np.concatenate(parts).astype(np.int64)[begin : begin + stop - start]
 
 
 class Batches:
@@ -251,7 +169,7 @@ class Batches:
     def __init__(
         self,
         store: TokenStore,
-        rows: Sequence[int],
+        rows: Sequence[int] | Array,
         *,
         batching: str,
         block_size: int,
@@ -275,14 +193,13 @@ class Batches:
         self.seed, self.shuffle, self.fill_to = seed, shuffle, fill_to
         if block_size < 1 or batch_size < 1:
             raise UsageError(f"block_size is {block_size} and batch_size {batch_size}; both must be at least 1")
-        self.pieces: list[Piece] = []
         self.truncations: list[Truncation] = []
         if batching == "windows":
             if self.loss_on != "all":
                 raise UsageError(
                     "--data.batching windows cuts through dialogues and puts loss on all tokens; use packed for --data.loss_on assistant"
                 )
-            self.stream = self._stream(rows)
+            self.stream = Stream(store, np.asarray(rows, np.int64))
             self.rows_per_epoch = max(1, len(self.stream) // block_size)
             if len(self.stream) <= block_size:
                 raise UserError(
@@ -290,44 +207,35 @@ class Batches:
                 )
             return
         cut, self.truncations = cut_rows(store, rows, block_size, truncation)
-        self.pieces = [p for p in cut if self._supervised(p)]
-        if not self.pieces:
+        self.pieces = cut if self.loss_on == "all" else cut.taken(np.flatnonzero(taught(store, cut)))
+        if not len(self.pieces):
             raise UserError(
                 f"no row of {store.source.name} ({store.split}) is left to learn from: {len(cut)} have no target at block_size {block_size}"
             )
         self.rows_per_epoch = len(self._plan(0))
 
-    def _supervised(self, piece: Piece) -> bool:
-        if self.loss_on == "all":
-            return True
-        start = int(self.store.offsets[piece.row])
-        return bool((self.store.flags[start + piece.start : start + piece.stop] & 3).any())
-
-    def _stream(self, rows: Sequence[int]) -> Array:
-        """Every text, the end-of-text token, the next text: one long line of tokens."""
-        end = np.array([self.store.end_of_text], self.store.tokens.dtype)
-        parts = [
-            part for r in rows for part in (self.store.tokens[self.store.offsets[r] : self.store.offsets[r + 1]], end)
-        ]
-        return np.concatenate(parts)
-
     @lru_cache(maxsize=2)  # noqa: B019 (one Batches lives as long as its run)
-    def _plan(self, epoch: int) -> list[list[Piece]]:
-        """The rows of an epoch in order, each a list of pieces."""
+    def _plan(self, epoch: int) -> Groups:
+        """The rows of an epoch in order, each a group of numbers of pieces."""
         rng = np.random.default_rng((self.seed, epoch))
         order = rng.permutation(len(self.pieces)) if self.shuffle else np.arange(len(self.pieces))
-        pieces = [self.pieces[i] for i in order]
         if self.batching == "padded":
-            return [[piece] for piece in pieces]
-        rows = [[pieces[i] for i in group] for group in pack([len(p) for p in pieces], self.block_size)]
-        return [rows[i] for i in rng.permutation(len(rows))] if self.shuffle else rows
+            return Groups.of_one(order)
+        packed = pack(self.pieces.lengths[order], self.block_size)
+        rows = Groups(order[packed.members], packed.borders)
+        return rows.taken(rng.permutation(len(rows))) if self.shuffle else rows
+
+    def _row(self, number: int) -> list[Piece]:
+        """The pieces of row `number`, counted over all epochs."""
+        epoch, place = divmod(number, self.rows_per_epoch)
+        return [self.pieces[i] for i in self._plan(epoch)[place].tolist()]
 
     def __getitem__(self, index: int) -> Batch:
         """Micro-batch number `index`, counted from 0 over the whole training."""
         numbers = range(index * self.batch_size, (index + 1) * self.batch_size)
         if self.batching == "windows":
             return self._windows(numbers)
-        return self._assemble([self._plan(n // self.rows_per_epoch)[n % self.rows_per_epoch] for n in numbers])
+        return self._assemble([self._row(n) for n in numbers])
 
     def fixed(self, limit: int | None = None) -> Iterator[Batch]:
         """At most `limit` batches that are the same at every call: each row once, and only here the last may be short."""
@@ -337,21 +245,22 @@ class Batches:
             if self.batching == "windows":
                 yield self._windows(numbers)
                 continue
-            wanted: list[Sequence[Piece]] = [self._plan(0)[n] for n in numbers]
+            wanted = [self._row(n) for n in numbers]
             if self.fill_to > 1:
-                wanted += [()] * (self.batch_size - len(wanted))
+                wanted += [[]] * (self.batch_size - len(wanted))
             yield self._assemble(wanted)
 
     def fixed_pieces(self) -> Iterator[list[Piece]]:
         """The pieces of each batch of `fixed`, in the order in which they stand there."""
         for start in range(0, self.rows_per_epoch, self.batch_size):
-            yield [piece for row in self._plan(0)[start : start + self.batch_size] for piece in row]
+            stop = min(start + self.batch_size, self.rows_per_epoch)
+            yield [piece for n in range(start, stop) for piece in self._row(n)]
 
     def _windows(self, numbers: Sequence[int]) -> Batch:
         starts = [
             int(np.random.default_rng((self.seed, n)).integers(len(self.stream) - self.block_size)) for n in numbers
         ]
-        ids = np.stack([self.stream[a : a + self.block_size + 1] for a in starts]).astype(np.int64)
+        ids = np.stack([self.stream.part(a, a + self.block_size + 1) for a in starts])
         inputs, targets = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy()).flatten()
         return Batch(inputs, torch.arange(len(targets)), targets, None, len(targets), ())
 

@@ -115,6 +115,20 @@ class Tokenizer:
         return lengths
 
     @cached_property
+    def cuts_as_gpt2(self) -> bool:
+        """Whether a text's tokens are those of its words one by one, words being what GPT-2's expression finds."""
+        definition = json.loads(self._backend.to_str())
+        cut, model = definition["pre_tokenizer"] or {}, definition["model"]
+        kind = {name: cut.get(name) for name in ("type", "add_prefix_space", "use_regex")}
+        return (
+            kind == {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+            and definition["normalizer"] is None
+            and model["type"] == "BPE"
+            and not model["dropout"]
+            and all(token["special"] for token in definition["added_tokens"])  # others would be found in texts
+        )
+
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the tokenizer's definition: equal fingerprints encode equally."""
         return hashlib.sha256(self._backend.to_str().encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import hashlib
@@ -10,9 +11,10 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,13 +24,17 @@ from tunesmith.data.datasets import Source
 from tunesmith.data.dialogue import END, NEXT, Preference, Row, Text, prose, render, segments
 from tunesmith.data.readers import Located, Report
 from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.data.words import Words
+from tunesmith.errors import UserError
 
 IGNORE_INDEX = -100  # the target of a token that carries no loss, as torch and transformers have it
-VERSION = 3  # raise it when the meaning of a stored byte changes
-ROWS_AT_A_TIME = 8192
+VERSION = 4  # raise it when the meaning of a stored byte changes
+CHARACTERS_AT_A_TIME = 1 << 20  # what is encoded takes some fifty times its size for a moment
+COLUMNS = ("tokens", "flags", "offsets", "taught", "plain", "places")
 
 Array = np.ndarray[Any, Any]
 Form = Literal["dialogues", "texts", "pairs", "prose"]
+Pieces = list[tuple[str, bool]]
 
 
 @dataclass(frozen=True)
@@ -38,19 +44,23 @@ class TokenStore:
     tokens: (N,) uint16 or int32, all rows one after the other.
     flags: (N,) uint8, bits NEXT and END of `dialogue.py`.
     offsets: (rows + 1,) int64, where each row begins.
+    taught: (rows,) int32, targets of each row with the loss on the assistant: what its flags add up to.
     plain: (rows,) bool, True for plain text.
     places: (rows, 2) int32, file number and line of each row.
+    fingerprint: of the content of the split's files and what is made of them (`Source.fingerprint`), whatever the tokenizer.
     """
 
     tokens: Array
     flags: Array
     offsets: Array
+    taught: Array
     plain: Array
     places: Array
     end_of_text: int
     source: Source
     split: str
     report: Report
+    fingerprint: str
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -93,71 +103,192 @@ def cache_directory() -> Path:
 
 
 def tokenise(source: Source, split: str, tokenizer: Tokenizer, *, form: Form = "dialogues") -> TokenStore:
-    """The split's tokens, from the cache if these very bytes were tokenised before.
+    """The split's tokens, from the cache if these very bytes were tokenised before; in bounded memory, however large the files.
 
     form: `dialogues`: a row a dialogue, encoded segment by segment; `texts`: each as one text (for the paper's windows);
         `pairs`: three rows a preference: prompt, chosen and rejected answer, each encoded as it is within a dialogue;
         `prose`: a row a text, a dialogue's turns without their roles (for pretraining).
-    Raises: UserError if no row is usable.
+    Raises: UserError if no row is usable, or if there is nowhere to write the tokens.
     """
-    key = hashlib.sha256(repr((VERSION, source.fingerprint(split), tokenizer.fingerprint, form)).encode())
+    content = source.fingerprint(split)
+    key = hashlib.sha256(repr((VERSION, content, tokenizer.fingerprint, form)).encode())
     directory = cache_directory() / "tokens" / key.hexdigest()[:32]
-    stored = _read(directory)
-    if stored is None:
+
+    def write(aside: Path) -> None:
         report = Report()
-        stored = _encode(source.rows(split, report, pairs=form == "pairs"), tokenizer, form), report
-        with contextlib.suppress(OSError):  # a cache that cannot be written is no reason to stop
-            _write(*stored, directory)
-            stored = _read(directory) or stored
-    arrays, report = stored
-    return TokenStore(**arrays, end_of_text=tokenizer.end_of_text, source=source, split=split, report=report)
+        _encode(source.rows(split, report, pairs=form == "pairs"), tokenizer, form, aside)
+        with _writing():
+            (aside / "report.json").write_text(json.dumps(dataclasses.asdict(report)), encoding="utf-8")
+
+    arrays, report = _read(directory) or _make(directory, write)
+    return TokenStore(
+        **arrays, end_of_text=tokenizer.end_of_text, source=source, split=split, report=report, fingerprint=content
+    )
 
 
-def _read(directory: Path) -> tuple[dict[str, Array], Report] | None:
-    """What `_write` has written; None if it is not there, or damaged: then it is made anew."""
+Stored = tuple[dict[str, Array], Report]
+
+
+def _read(directory: Path) -> Stored | None:
+    """What was written there; None if it is not there, or damaged: then it is made anew."""
     try:
-        names = ("tokens", "flags", "offsets", "plain", "places")
-        arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in names}
+        arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in COLUMNS}
         return arrays, Report(**json.loads((directory / "report.json").read_text(encoding="utf-8")))
     except (OSError, EOFError, ValueError):
         return None
 
 
-def _write(arrays: dict[str, Array], report: Report, directory: Path) -> None:
-    """All files appear at once: written aside, then renamed."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=directory.parent, prefix=".writing-"))
+class _CannotWriteError(Exception):
+    """The tokens cannot be written where they were to be: a full disk, no permission. Not: the data cannot be read."""
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
     try:
-        for name, array in arrays.items():
-            np.save(aside / f"{name}.npy", array)
-        (aside / "report.json").write_text(json.dumps(dataclasses.asdict(report)), encoding="utf-8")
-        shutil.rmtree(directory, ignore_errors=True)  # a damaged one
-        aside.rename(directory)
+        yield
+    except OSError as error:
+        raise _CannotWriteError(error) from error
+
+
+def _make(directory: Path, write: Callable[[Path], None]) -> Stored:
+    """What `write` writes, kept in `directory`, or where that is impossible in a temporary directory that ends with the process."""
+    try:
+        return _keep(directory, write)
+    except _CannotWriteError as error:
+        reason = error
+    try:
+        with _writing():
+            aside = Path(tempfile.mkdtemp(prefix="tunesmith-tokens-"))
+        atexit.register(shutil.rmtree, aside, ignore_errors=True)  # after a kill it is the system's to clean up
+        write(aside)
+    except _CannotWriteError as error:
+        raise UserError(
+            f"the tokens cannot be written, neither to the cache ({reason}) nor to a temporary directory ({error}); "
+            "set TUNESMITH_CACHE to a directory on a disk with room"
+        ) from None
+    stored = _read(aside)
+    assert stored is not None
+    return stored
+
+
+def _keep(directory: Path, write: Callable[[Path], None]) -> Stored:
+    """All files appear at once: written aside, then renamed."""
+    with _writing():
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=directory.parent, prefix=".writing-"))
+    try:
+        write(aside)
+        if (stored := _read(directory)) is None:  # else another process was faster: its maps must stay
+            with _writing():
+                shutil.rmtree(directory, ignore_errors=True)  # a damaged one
+                with contextlib.suppress(OSError):  # another process has put its own there in this moment
+                    aside.rename(directory)
+                if (stored := _read(directory)) is None:
+                    raise OSError(f"{directory} cannot be replaced")
+        return stored
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _encode(rows: Iterator[Located], tokenizer: Tokenizer, form: Form) -> dict[str, Array]:
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
-    tokens, flags, lengths, plain, places = [], [], [], [], []
-    while block := list(islice(rows, ROWS_AT_A_TIME)):
-        encoded = [(pieces, located) for located in block for pieces in stored_rows(located.value, form)]
-        ids, marks, counts = encode_rows([pieces for pieces, _ in encoded], tokenizer)
-        tokens.append(ids.astype(dtype))
-        flags.append(marks)
-        lengths.append(counts)
-        plain += [form == "prose" or isinstance(located.value, Text) for _, located in encoded]
-        places += [(located.file, located.line) for _, located in encoded]
+class _Column:
+    """An array on disk that grows by its first axis; the file is what `numpy.save` writes of the whole."""
+
+    def __init__(self, path: Path, dtype: type, width: tuple[int, ...] = ()) -> None:
+        self.dtype, self.width, self.rows = np.dtype(dtype), width, 0
+        with _writing():
+            self.file = path.open("wb")
+            self._write_header()
+
+    def append(self, values: Array) -> None:
+        with _writing():
+            self.file.write(np.ascontiguousarray(values, self.dtype).data)
+        self.rows += len(values)
+
+    def close(self) -> None:
+        with _writing():
+            self.file.seek(0)
+            self._write_header()  # numpy leaves room in it for any number of rows
+            self.file.close()
+
+    def abandon(self) -> None:
+        """Close the file as it is; nothing where it was closed."""
+        with contextlib.suppress(OSError):
+            self.file.close()
+
+    def _write_header(self) -> None:
+        shape = (self.rows, *self.width)
+        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+
+def _encode(rows: Iterator[Located], tokenizer: Tokenizer, form: Form, directory: Path) -> None:
+    """The columns of a store, a block of rows at a time; while one is encoded the next is read."""
+    small = tokenizer.vocab_size <= 1 << 16
+    kinds: dict[str, tuple[Any, ...]] = {
+        "tokens": (np.uint16 if small else np.int32,), "flags": (np.uint8,), "offsets": (np.int64,), "taught": (np.int32,),
+        "plain": (np.bool_,), "places": (np.int32, (2,)),
+    }  # fmt: skip
+    columns: dict[str, _Column] = {}
+    with contextlib.ExitStack() as files:
+        for name in COLUMNS:
+            columns[name] = _Column(directory / f"{name}.npy", *kinds[name])
+            files.callback(columns[name].abandon)
+        columns["offsets"].append(np.zeros(1))
+        end, words = 0, Words(tokenizer)
+        for block in _ahead(_blocks(rows, form), lambda block: _encoded(block, words)):
+            end += int(block["lengths"].sum())
+            block["offsets"] = end - block["lengths"].sum() + np.cumsum(block.pop("lengths"))
+            for name, values in block.items():
+                columns[name].append(values)
+        for column in columns.values():
+            column.close()
+
+
+@dataclass
+class _Block:
+    """Some rows to encode: their pieces, which of them are plain text, and their file and line."""
+
+    pieces: list[Pieces]
+    plain: list[bool]
+    places: list[tuple[int, int]]
+
+
+def _blocks(rows: Iterator[Located], form: Form) -> Iterator[_Block]:
+    """The rows in blocks of about CHARACTERS_AT_A_TIME."""
+    block, size = _Block([], [], []), 0
+    for located in rows:
+        for pieces in stored_rows(located.value, form):
+            block.pieces.append(pieces)
+            block.plain.append(form == "prose" or isinstance(located.value, Text))
+            block.places.append((located.file, located.line))
+            size += sum([len(text) for text, _ in pieces])
+        if size >= CHARACTERS_AT_A_TIME:
+            yield block
+            block, size = _Block([], [], []), 0
+    if block.pieces:
+        yield block
+
+
+def _encoded(block: _Block, words: Words) -> dict[str, Array]:
+    """The columns of a block; `lengths` in place of offsets."""
+    ids, flags, lengths = encode_rows(block.pieces, words.tokenizer, words)
+    before = np.append(0, np.cumsum((flags & NEXT) // NEXT + (flags & END) // END, dtype=np.int64))
     return {
-        "tokens": np.concatenate(tokens),
-        "flags": np.concatenate(flags),
-        "offsets": np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64),
-        "plain": np.array(plain),
-        "places": np.array(places, np.int32),
-    }
+        "tokens": ids, "flags": flags, "lengths": lengths, "taught": np.diff(before[np.cumsum(lengths)], prepend=0),
+        "plain": np.array(block.plain), "places": np.array(block.places),
+    }  # fmt: skip
 
 
-Pieces = list[tuple[str, bool]]
+def _ahead(blocks: Iterator[_Block], compute: Callable[[_Block], dict[str, Array]]) -> Iterator[dict[str, Array]]:
+    """`compute` of every block, in order, each in a thread while the next is read."""
+    with ThreadPoolExecutor(1) as worker:
+        waiting: Future[dict[str, Array]] | None = None
+        for block in blocks:
+            done, waiting = waiting, worker.submit(compute, block)
+            if done is not None:
+                yield done.result()
+        if waiting is not None:
+            yield waiting.result()
 
 
 def stored_rows(row: Row, form: Form = "dialogues") -> list[Pieces]:
@@ -174,7 +305,7 @@ def stored_rows(row: Row, form: Form = "dialogues") -> list[Pieces]:
     return [[(render(dialogue.messages), False)] if form == "texts" else segments(dialogue.messages)]
 
 
-def encode_rows(rows: Sequence[Pieces], tokenizer: Tokenizer) -> tuple[Array, Array, Array]:
+def encode_rows(rows: Sequence[Pieces], tokenizer: Tokenizer, words: Words | None = None) -> tuple[Array, Array, Array]:
     """Tokens of many rows, as if every piece were encoded by itself, at nearly the cost of encoding whole rows.
 
     Each row is encoded once as a whole. A byte-level token has a known number of bytes, so the tokens' running sum
@@ -182,12 +313,12 @@ def encode_rows(rows: Sequence[Pieces], tokenizer: Tokenizer) -> tuple[Array, Ar
     no merge crossed a border, and before an answer's space and before a marker's line break the pre-tokeniser cuts
     anyway. Rows for which this does not hold (odd white space, answers without a space) are encoded piece by piece.
 
+    words: an encoder with a memory, of this tokenizer.
+
     Returns: ids (N,) int64 and flags (N,) uint8 of all rows one after the other, and tokens a row (rows,) int64.
     """
     texts = ["".join(text for text, _ in row) for row in rows]
-    encoded = tokenizer.encode_batch(texts)
-    counts = np.array([len(ids) for ids in encoded], np.int64)
-    ids = np.fromiter(chain.from_iterable(encoded), np.int64, counts.sum())
+    ids, counts = (words or Words(tokenizer)).encode(texts)
     token_ends = np.cumsum(tokenizer.token_bytes[ids])
     pieces = [piece for row in rows for piece in row]
     first = np.array([i == 0 for row in rows for i in range(len(row))])

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from tunesmith.data.packing import pack
 from tunesmith.data.pairs import join_pairs
 from tunesmith.data.prompts import encode_prompt
-from tunesmith.data.texts import pack
 from tunesmith.data.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
 from tunesmith.files.answers import ScoredAnswer
 from tunesmith.models.evaluation import evaluation_mode

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from tunesmith.data.datasets import holdout_rows, open_dataset
-from tunesmith.data.pairs import PairBatches, PairStore
+from tunesmith.data.pairs import PairBatches
+from tunesmith.data.pairstore import PairStore
 from tunesmith.data.texts import Batches
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokenstore import Form, TokenStore, tokenise
@@ -22,15 +22,17 @@ from tunesmith.options.training import (
     SFTConfig,
 )
 
+Array = np.ndarray[Any, Any]
+
 
 @dataclass(frozen=True)
 class Splits:
-    """Training and validation rows. When a data set has no test split, both are parts of one store."""
+    """Training and validation rows, by number: (rows,) int64. When a data set has no test split, both are parts of one store."""
 
     train: TokenStore
-    train_rows: Sequence[int]
+    train_rows: Array
     validation: TokenStore
-    validation_rows: Sequence[int]
+    validation_rows: Array
     notes: list[str]
 
 
@@ -58,7 +60,7 @@ def load_splits(data: DataOptions, tokenizer: Tokenizer, *, pairs: bool = False,
         )
     if data.strict and bad:
         raise UserError(f"--data.strict: {'; '.join(n for n in notes if 'skipped' in n)}")
-    return Splits(train, train_rows.tolist(), validation, validation_rows.tolist(), notes)
+    return Splits(train, train_rows, validation, validation_rows, notes)
 
 
 def text_batches(splits: Splits, config: SFTConfig | PretrainConfig) -> tuple[Batches, Batches, list[str]]:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from tunesmith.data.audit.rows import PAIRS, prompt_of
+from tunesmith.data.cutting import Piece, cut_rows
 from tunesmith.data.dialogue import END, NEXT, Message, Preference, render, segments
-from tunesmith.data.pairs import PairStore, cut_pairs
-from tunesmith.data.texts import Piece, cut_rows
+from tunesmith.data.pairstore import PairStore, cut_pairs
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokenstore import TokenStore
 
@@ -101,14 +101,14 @@ def cut_pairs_shared(store: PairStore, block_size: int) -> Cut:
 def cut_pairs_here(store: PairStore, block_size: int, rule: str) -> Cut:
     """OWN on pairs. Raises: UsageError for a rule that pairs do not know."""
     lengths = store.lengths
-    cuts, told = cut_pairs(store, range(len(store)), block_size, rule)
+    cuts, told = cut_pairs(store, np.arange(len(store)), block_size, rule)
     longest = lengths[:, 0] + lengths[:, 1:].max(1)
-    left_out = np.setdiff1d(np.arange(len(store)), [c.pair for c in cuts]).tolist()
+    left_out = np.setdiff1d(np.arange(len(store)), cuts.pairs).tolist()
     same = left_out if rule == "keep_start" else []  # only that rule cuts answers; it leaves out what became equal
     return Cut(
         OWN, PAIRS, len(store), sum(told.counts.values()), len(left_out), len(same),
-        end_lost=sum(not c.ends[0] for c in cuts), prompt_start_lost=sum(c.start > 0 for c in cuts),
-        prompt_end_lost=sum(c.start + c.prompt < int(lengths[c.pair, 0]) for c in cuts), longest=int(longest.max(initial=0)),
+        end_lost=int((~cuts.ends[:, 0]).sum()), prompt_start_lost=int((cuts.starts > 0).sum()),
+        prompt_end_lost=int((cuts.starts + cuts.prompts < lengths[cuts.pairs, 0]).sum()), longest=int(longest.max(initial=0)),
         places=tuple(map(store.place, np.flatnonzero(longest > block_size)[:3].tolist())),
         no_signal_places=tuple(map(store.place, same[:3])),
     )  # fmt: skip
@@ -133,12 +133,11 @@ def cut_rows_end(store: TokenStore, rows: Array, form: str, block_size: int, los
 
 def cut_rows_here(store: TokenStore, rows: Array, form: str, block_size: int, rule: str, loss_on: str) -> Cut:
     """OWN on dialogues or plain texts, the rows of these numbers."""
-    pieces, _ = cut_rows(store, rows.tolist(), block_size, rule)
+    pieces, _ = cut_rows(store, rows, block_size, rule)
     lengths = store.lengths
     kept: dict[int, list[Piece]] = {row: [] for row in rows[lengths[rows] > block_size].tolist()}
-    for piece in pieces:
-        if piece.row in kept:
-            kept[piece.row].append(piece)
+    for piece in pieces.taken(np.flatnonzero(lengths[pieces.rows] > block_size)):
+        kept[piece.row].append(piece)
     no_signal = []
     counts = dict.fromkeys(("left_out", "end_lost", "prompt_start_lost", "prompt_end_lost"), 0)
     for row, stretches in kept.items():

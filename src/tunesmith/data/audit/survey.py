@@ -26,7 +26,7 @@ from tunesmith.data.audit.overlap import Overlap, Print, fingerprint, overlap
 from tunesmith.data.audit.rows import CHECKS, DIALOGUES, FORMS, PAIRS, TEXTS, UNREADABLE, form_of, row_defects
 from tunesmith.data.datasets import Source, holdout_rows, label, read_row
 from tunesmith.data.dialogue import BadRow, Preference, Row
-from tunesmith.data.pairs import PairStore
+from tunesmith.data.pairstore import PairStore
 from tunesmith.data.readers import Report
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokenstore import tokenise
