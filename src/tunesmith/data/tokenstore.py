@@ -141,7 +141,8 @@ def _encode(rows: Iterator[Located], tokenizer: Tokenizer, form: Form) -> dict[s
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
     tokens, flags, lengths, plain, places = [], [], [], [], []
     while block := list(islice(rows, ROWS_AT_A_TIME)):
-        encoded = [(pieces, located) for located in block for pieces in stored_rows(located.value, form)]
+        parts = [(begun(stored_rows(located.value, form), tokenizer), located) for located in block]
+        encoded = [(pieces, located) for rows_of, located in parts for pieces in rows_of]
         ids, marks, counts = encode_rows([pieces for pieces, _ in encoded], tokenizer)
         tokens.append(ids.astype(dtype))
         flags.append(marks)
@@ -174,6 +175,12 @@ def stored_rows(row: Row, form: Form = "dialogues") -> list[Pieces]:
     return [[(render(dialogue.messages), False)] if form == "texts" else segments(dialogue.messages)]
 
 
+def begun(rows: list[Pieces], tokenizer: Tokenizer) -> list[Pieces]:
+    """What is stored of one row, its first piece as the beginning of a text (`Tokenizer.beginning`)."""
+    (text, answer), *rest = rows[0]
+    return [[(tokenizer.beginning(text), answer), *rest], *rows[1:]]
+
+
 def encode_rows(rows: Sequence[Pieces], tokenizer: Tokenizer) -> tuple[Array, Array, Array]:
     """Tokens of many rows, as if every piece were encoded by itself, at nearly the cost of encoding whole rows.
 
@@ -188,7 +195,8 @@ def encode_rows(rows: Sequence[Pieces], tokenizer: Tokenizer) -> tuple[Array, Ar
     encoded = tokenizer.encode_batch(texts)
     counts = np.array([len(ids) for ids in encoded], np.int64)
     ids = np.fromiter(chain.from_iterable(encoded), np.int64, counts.sum())
-    token_ends = np.cumsum(tokenizer.token_bytes[ids])
+    sizes, unknown = _known_sizes(tokenizer.token_bytes[ids], counts, texts)
+    token_ends = np.cumsum(sizes)
     pieces = [piece for row in rows for piece in row]
     first = np.array([i == 0 for row in rows for i in range(len(row))])
     supervised = np.array([answer for _, answer in pieces])
@@ -197,7 +205,7 @@ def encode_rows(rows: Sequence[Pieces], tokenizer: Tokenizer) -> tuple[Array, Ar
     on_border = token_ends[np.minimum(stops, len(ids) - 1)] == piece_ends
     safe = on_border & (first | ~supervised | np.array([text.startswith(" ") for text, _ in pieces]))
     row_of_piece = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-    slow = np.unique(row_of_piece[~safe])
+    slow = np.union1d(row_of_piece[~safe], unknown)
     flags = np.zeros(len(ids), np.uint8)
     fast = supervised & ~np.isin(row_of_piece, slow)
     starts = np.concatenate([[-1], stops[:-1]])  # the token before each piece
@@ -216,6 +224,16 @@ def encode_rows(rows: Sequence[Pieces], tokenizer: Tokenizer) -> tuple[Array, Ar
             counts[row] = len(marked[0])
         ids, flags = np.concatenate(ids_of), np.concatenate(flags_of)
     return ids, flags, counts
+
+
+def _known_sizes(sizes: Array, counts: Array, texts: Sequence[str]) -> tuple[Array, Array]:
+    """Bytes a token, and the rows where they are not known of every token; such a row's bytes are all at its last token."""
+    row_of_token = np.repeat(np.arange(len(counts)), counts)
+    unknown = np.unique(row_of_token[sizes < 0])
+    if len(unknown):
+        sizes = np.where(np.isin(row_of_token, unknown), 0, sizes)
+        sizes[np.cumsum(counts)[unknown] - 1] = [len(texts[row].encode()) for row in unknown]
+    return sizes, unknown
 
 
 def mark_targets(pieces: Sequence[tuple[list[int], bool]]) -> tuple[list[int], Array]:
