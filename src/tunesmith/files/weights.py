@@ -68,7 +68,8 @@ def config_from_hf(hf: dict[str, Any]) -> GPTConfig:
             f"config.json holds {', '.join(wrong)}; expected whole numbers of at least 1 (dropout and layer_norm_epsilon: "
             "numbers, tie_word_embeddings: true or false)"
         )
-    return GPTConfig(**{ours: float(value) if ours in FRACTIONS else value for ours, (_, value) in given.items()})
+    values: dict[str, Any] = {o: float(value) if o in FRACTIONS else value for o, (_, value) in given.items()}
+    return GPTConfig(**values)
 
 
 def _looks_like_gpt2(hf: dict[str, Any]) -> bool:
