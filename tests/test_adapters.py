@@ -213,7 +213,7 @@ def test_adapters_can_be_trained_on_adapters_and_the_base_is_found_from_everywhe
     second = ts.sft(tiny_config(run.path.name, tmp_path / "second", **TRAINED, lora__targets="c_attn"))
     monkeypatch.chdir(tmp_path)
     first = run.best_checkpoint()
-    assert read_adapter(second.checkpoint(4)).base == str(first.resolve())
+    assert read_adapter(second.checkpoint(4)).base == str((second.path / "base").resolve())
     assert torch.equal(loaded(f"{second.path}@0"), loaded(first))
     expected = load_adapted(first)  # the first unmerged, the second's products added by hand
     config = json.loads((second.checkpoint(4) / CONFIG).read_text())
@@ -293,8 +293,7 @@ def test_an_adapter_that_does_not_fit_its_base_names_the_layers(adapter, base, t
     ("options", "told"),
     [
         ({"use_dora": True}, ["use_dora", "plain LoRA"]), ({"bias": "lora_only"}, ["bias", "plain LoRA"]),
-        ({"lora_bias": True}, ["lora_bias", "plain LoRA"]), ({"modules_to_save": ["ln_f"]}, ["transformer.ln_f.", "no part of"]),
-        ({"target_modules": ["wte"]}, ["wte.lora_embedding_", "no part of"]), ({"init_lora_weights": "pissa"}, ["pissa"]),
+        ({"lora_bias": True}, ["lora_bias", "plain LoRA"]), ({"init_lora_weights": "pissa"}, ["pissa"]),
     ],
     ids=str,
 )  # fmt: skip

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.errors import UsageError, UserError
+from tunesmith.errors import Note, UsageError, UserError
 
 if TYPE_CHECKING:
     from tunesmith.files.run import Run
@@ -226,7 +228,8 @@ def main(argv: Argv | None = None) -> int:
             near = difflib.get_close_matches(words[0], COMMANDS, 1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise UsageError(f"unknown command {words[0]!r}.{hint} Commands: {', '.join(COMMANDS)}")
-        COMMANDS[words[0]][1](words[1:])
+        with _notes_in_one_line():
+            COMMANDS[words[0]][1](words[1:])
         return 0
     except (UserError, OSError) as error:
         if debug:
@@ -236,6 +239,21 @@ def main(argv: Argv | None = None) -> int:
     except KeyboardInterrupt:
         print("tunesmith: interrupted", file=sys.stderr)
         return 130
+
+
+@contextlib.contextmanager
+def _notes_in_one_line() -> Iterator[None]:
+    """Inside, a `Note` is printed without the place in our code that gave it."""
+    plain = warnings.formatwarning
+
+    def formatted(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
+        return f"note: {message}\n" if issubclass(category, Note) else plain(message, category, *place, **more)
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = plain
 
 
 def _told(error: Exception) -> str:

@@ -24,6 +24,7 @@ def download_model(repo: str) -> Path:
         "config.json",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "generation_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
         "special_tokens_map.json",
@@ -36,7 +37,7 @@ def download_model(repo: str) -> Path:
     ]
     directory = _snapshot(repo, "model", [*small, "model*.safetensors"], otherwise)
     if not any(directory.glob("*.safetensors")):
-        directory = _snapshot(repo, "model", [*small, "pytorch_model*.bin"], otherwise)
+        directory = _snapshot(repo, "model", [*small, "pytorch_model*.bin", "adapter_model.bin"], otherwise)
     return directory
 
 

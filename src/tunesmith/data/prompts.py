@@ -73,4 +73,4 @@ def encode_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]
         raise UserError(
             f"a prompt is no conversation: {reason}; expected [{{'role': 'user', 'content': '...'}}, ...]"
         ) from None
-    return list(chain.from_iterable(tokenizer.encode_batch(prompt_segments(messages))))
+    return list(chain.from_iterable(tokenizer.encode_pieces(prompt_segments(messages))))

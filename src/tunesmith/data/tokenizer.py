@@ -15,41 +15,72 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from tunesmith.data.chat_template import chat_template, generation_settings
+from tunesmith.data.jsonfile import read_json, write_json
+from tunesmith.data.special_tokens import SpecialTokens, read_special_tokens
 from tunesmith.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+OTHER_ENDS = ("</s>", "<|im_end|>", "<eos>", "<|end_of_text|>", "[EOS]")  # of tokenizers that name no eos_token
 SMALLEST_VOCABULARY = 257  # the bytes and the end of text
 
 
 class Tokenizer:
     """A model's tokenizer.
 
-    The string `<|endoftext|>` inside a text is encoded as the letters it is made of; the end-of-text token is only ever
-    added by `dialogue.py` and `texts.py`, as the id `end_of_text`.
+    end_of_text: the id that ends a text and an answer in training: the model's `eos_token`. stops: all ids that end an answer.
+    vocab_size: the largest id and one more.
+    The string `<|endoftext|>` (or any special token's) inside a text is encoded as the letters it is made of; the
+    end-of-text token is only ever added by `dialogue.py` and `texts.py`, as the id `end_of_text`.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, where: str = "tokenizer") -> None:
-        """Raises: UserError if `backend` has no end-of-text token."""
-        backend.encode_special_tokens = True
-        backend.no_padding()
-        backend.no_truncation()
-        self._backend = backend
-        end = backend.token_to_id(END_OF_TEXT)
-        if end is None:
-            raise UserError(f"{where} has no {END_OF_TEXT} token, which every GPT-2 tokenizer has as its end of text")
-        self.end_of_text: int = end
-        self.vocab_size: int = backend.get_vocab_size()
+    def __init__(
+        self, backend: tokenizers.Tokenizer, where: str = "tokenizer", special: SpecialTokens | None = None
+    ) -> None:
+        """special: what is known beside `backend`. Raises: UserError if there is no end-of-text token."""
+        self.special = special or SpecialTokens()
+        backend = _with_tokens(backend, self.special, where)
+        cutter = json.loads(backend.pre_tokenizer.__getstate__()) if backend.pre_tokenizer is not None else {}
+        opens_with_space = any(part["add_prefix_space"] for part in _byte_levels(cutter))
+        self.prefix_space = self.special.prefix_space(opens_with_space)
+        self._stored = self._backend = _plain(_with_prefix_space(backend, False) if opens_with_space else backend)
+        self.vocab_size: int = max(backend.get_vocab().values(), default=-1) + 1
+        self.end_of_text: int = self._end_of_text(where)
+
+    def _end_of_text(self, where: str) -> int:
+        """The token that ends a text: the one that is named, GPT-2's, the first that ends an answer, or a usual one."""
+        named, find = self.special.roles.get("eos_token"), self._backend.token_to_id
+        ids = [find(named) if named else None, find(END_OF_TEXT)]
+        if not named:
+            ids += [end for end in self.special.ends if self._backend.id_to_token(end) is not None]
+            ids += [find(text) for text in OTHER_ENDS]
+        for number in ids:
+            if number is not None:
+                return number
+        raise UserError(
+            f"{where} has no {named or END_OF_TEXT} token, with which a text ends; name the one of its tokens that does "
+            "as eos_token in tokenizer_config.json"
+        )
+
+    @property
+    def stops(self) -> frozenset[int]:
+        """Ids that end an answer: the end of text, and those with which transformers' `generate` ends one."""
+        return frozenset({self.end_of_text, *self.special.ends})
 
     @staticmethod
     def load(directory: Path) -> Tokenizer:
-        """From `tokenizer.json`, or from GPT-2's older pair `vocab.json` + `merges.txt`."""
-        file = directory / "tokenizer.json"
+        """From `tokenizer.json`, or from GPT-2's older pair `vocab.json` + `merges.txt`, and what stands beside them.
+
+        Raises: UserError naming the file that is missing, broken or says nonsense.
+        """
+        file, special = directory / "tokenizer.json", read_special_tokens(directory)
         try:
             if file.exists():
-                return Tokenizer(tokenizers.Tokenizer.from_file(str(file)), str(file))
+                return Tokenizer(tokenizers.Tokenizer.from_file(str(file)), str(file), special)
             vocab, merges = directory / "vocab.json", directory / "merges.txt"
             if vocab.exists() and merges.exists():
-                return Tokenizer(_byte_level(models.BPE.from_file(str(vocab), str(merges))), str(vocab))
+                bpe = models.BPE.from_file(str(vocab), str(merges))
+                return Tokenizer(_byte_level(bpe, END_OF_TEXT in read_json(vocab)), str(vocab), special)
         except UserError:
             raise
         except Exception as error:  # the Rust side raises bare Exception
@@ -89,29 +120,67 @@ class Tokenizer:
             )
         return Tokenizer(backend, "new tokenizer")
 
+    def limit(self, embeddings: int, where: str) -> None:
+        """Let text give only ids that a model of so many embeddings knows: an added token beyond them becomes letters.
+
+        Raises: UserError if the vocabulary itself or the end of text lies beyond them.
+        """
+        if self.vocab_size <= embeddings:
+            return
+        plain = max(self._backend.get_vocab(with_added_tokens=False).values(), default=-1) + 1
+        if plain > embeddings:
+            raise UserError(f"{where}: the tokenizer has {plain:,} tokens, the model embeddings for {embeddings:,}")
+        if self.end_of_text >= embeddings:
+            raise UserError(
+                f"{where}: the tokenizer's end of text, {self._backend.id_to_token(self.end_of_text)}, is token "
+                f"{self.end_of_text:,}, the model has embeddings for {embeddings:,}. Make room for it with transformers: "
+                "model.resize_token_embeddings(len(tokenizer)), and save the model again"
+            )
+        content = json.loads(self._backend.to_str())
+        beyond = [token for token in content["added_tokens"] if token["id"] >= embeddings and not token["special"]]
+        if beyond:
+            for token in beyond:
+                token["special"] = True
+            self._backend = _plain(tokenizers.Tokenizer.from_str(json.dumps(content)))
+
+    def beginning(self, text: str) -> str:
+        """The beginning of a text as it is encoded: with a space before it where this tokenizer has that."""
+        return f" {text}" if self.prefix_space and text and not text.startswith(" ") else text
+
     def encode(self, text: str) -> list[int]:
         """Ids of one text; no special token is added or recognised."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self._backend.encode(self.beginning(text), add_special_tokens=False).ids
+
+    def encode_pieces(self, pieces: Sequence[str]) -> list[list[int]]:
+        """Ids of the pieces of one text, each encoded by itself."""
+        return self.encode_batch([self.beginning(piece) if i == 0 else piece for i, piece in enumerate(pieces)])
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of many texts, on all cores."""
+        """Ids of many texts as they stand (see `beginning`), on all cores."""
         return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; the end-of-text token and incomplete UTF-8 at the end give nothing and U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
+    @property
+    def _cuts_as_gpt2(self) -> bool:
+        return self._backend.normalizer is None and isinstance(self._backend.pre_tokenizer, pre_tokenizers.ByteLevel)
+
     @cached_property
     def token_bytes(self) -> np.ndarray[Any, Any]:
         """(vocab,) int64: how many bytes of text each token stands for. A byte-level symbol has one letter a byte.
 
-        -1 for every token of a tokenizer that is not byte-level without normalisation: its lengths are not known.
+        -1 for a token that text never gives or that takes white space with it, and for every token of a tokenizer that
+        is not byte-level without normalisation: its lengths are not known.
         """
         lengths = np.full(self.vocab_size, -1, np.int64)
-        plain = self._backend.normalizer is None and isinstance(self._backend.decoder, decoders.ByteLevel)
-        if plain and isinstance(self._backend.pre_tokenizer, pre_tokenizers.ByteLevel):
+        if self._cuts_as_gpt2 and isinstance(self._backend.decoder, decoders.ByteLevel):
             for symbol, number in self._backend.get_vocab(with_added_tokens=False).items():
                 lengths[number] = len(symbol)
+            for number, token in self._backend.get_added_tokens_decoder().items():
+                takes_spaces = token.lstrip or token.rstrip
+                lengths[number] = -1 if token.special or takes_spaces else len(token.content.encode())
         return lengths
 
     @cached_property
@@ -131,7 +200,11 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the tokenizer's definition: equal fingerprints encode equally."""
-        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
+        return hashlib.sha256(self._in_force(self._backend).to_str().encode()).hexdigest()
+
+    def _in_force(self, backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+        """With the space before a text as part of it, as tokenizer.json has it."""
+        return _with_prefix_space(backend, True) if self.prefix_space else backend
 
     def same_tokens(self, other: Tokenizer) -> bool:
         """Whether every id stands for the same text in both, and the end of text is the same."""
@@ -140,19 +213,49 @@ class Tokenizer:
             self.fingerprint == other.fingerprint or ours.get_vocab() == theirs.get_vocab()
         )
 
-    def save(self, directory: Path, block_size: int) -> None:
-        """Write `tokenizer.json` and the `tokenizer_config.json` that transformers reads beside it."""
+    def save(self, directory: Path, block_size: int, embeddings: int | None = None) -> None:
+        """Write what transformers needs to encode, to render a dialogue and to stop as this project does.
+
+        That is `tokenizer.json`, `tokenizer_config.json` with the special tokens, their settings and the chat template,
+        and `generation_config.json`. embeddings: how many the model has; None: as many as there are tokens.
+        """
         # not `backend.save`: that tells of a full disk as a bare Exception
-        (directory / "tokenizer.json").write_text(self._backend.to_str(pretty=True), encoding="utf-8")
-        config = {
-            "tokenizer_class": "GPT2Tokenizer",
+        (directory / "tokenizer.json").write_text(self._in_force(self._stored).to_str(pretty=True), encoding="utf-8")
+        write_json(directory / "tokenizer_config.json", self._config(block_size))
+        room = embeddings or self.vocab_size
+        ends = [self.end_of_text, *(end for end in self.special.ends if end != self.end_of_text)]
+        begin = self._id_of("bos_token")
+        settings = generation_settings(ends, self.pad(room), self.end_of_text if begin is None else begin)
+        write_json(directory / "generation_config.json", settings)
+
+    def _config(self, block_size: int) -> dict[str, Any]:
+        """What tokenizer_config.json holds."""
+        end, asked = self._backend.id_to_token(self.end_of_text), self.special.settings.get("tokenizer_class")
+        roles = self.special.roles | {"eos_token": end}
+        if self.special.is_gpt2s:
+            usual = end if self._backend.token_to_id(END_OF_TEXT) is None else END_OF_TEXT  # where no other is named
+            roles = {"bos_token": usual, "unk_token": usual} | roles
+            # transformers builds that class anew: as if every one cut text into words as the first GPT-2
+            asked = "GPT2Tokenizer" if self._cuts_as_gpt2 else "PreTrainedTokenizerFast"
+        extra = {"extra_special_tokens": list(self.special.extra)} if self.special.extra else {}
+        return {
+            **self.special.settings,
+            "tokenizer_class": asked,
             "model_max_length": block_size,
-            "bos_token": END_OF_TEXT,
-            "eos_token": END_OF_TEXT,
-            "unk_token": END_OF_TEXT,
-            "add_prefix_space": False,
+            **roles,
+            **extra,
+            "add_prefix_space": self.prefix_space,
+            "chat_template": chat_template(),
         }
-        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def _id_of(self, role: str) -> int | None:
+        text = self.special.roles.get(role)
+        return None if text is None else self._backend.token_to_id(text)
+
+    def pad(self, embeddings: int) -> int:
+        """The id for padding in a model of so many embeddings: the tokenizer's own, or the end of text."""
+        own = self._id_of("pad_token")
+        return self.end_of_text if own is None or own >= embeddings else own
 
 
 class ByteRuns:
@@ -183,12 +286,54 @@ def gpt2_byte_symbols() -> list[str]:
     return [chr(b) for b in printable] + [chr(0x100 + i) for i in range(256 - len(printable))]
 
 
-def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
+def _byte_level(model: models.BPE, with_end: bool = True) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False)])
+    if with_end:
+        backend.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False)])
     return backend
+
+
+def _plain(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Itself, so set that text gives its own ids and nothing else."""
+    backend.encode_special_tokens = True
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
+
+
+def _with_tokens(backend: tokenizers.Tokenizer, special: SpecialTokens, where: str) -> tokenizers.Tokenizer:
+    """The backend with what its vocabulary lacks, and with special tokens marked as such."""
+    for number, token in special.added.items():
+        if backend.token_to_id(token.content) is None:
+            (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+        if backend.token_to_id(token.content) != number:
+            raise UserError(
+                f"{where}: the files beside it give {token.content!r} the id {number:,}, the vocabulary "
+                f"{backend.token_to_id(token.content):,}; save the tokenizer again with transformers"
+            )
+    known = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    lacking = [text for text in special.texts if text not in known and backend.token_to_id(text) is not None]
+    if not lacking:
+        return backend
+    backend.add_special_tokens([AddedToken(text, normalized=False) for text in lacking])
+    content = json.loads(backend.to_str())
+    for token in content["added_tokens"]:
+        token["special"] |= token["content"] in lacking
+    return tokenizers.Tokenizer.from_str(json.dumps(content))
+
+
+def _byte_levels(cutter: dict[str, Any]) -> list[dict[str, Any]]:
+    """The byte-level parts of a tokenizer.json's `pre_tokenizer`, where a prefix space is set."""
+    return [part for part in cutter.get("pretokenizers", [cutter]) if part.get("type") == "ByteLevel"]
+
+
+def _with_prefix_space(backend: tokenizers.Tokenizer, on: bool) -> tokenizers.Tokenizer:
+    content = json.loads(backend.to_str())
+    for part in _byte_levels(content["pre_tokenizer"] or {}):
+        part["add_prefix_space"] = on
+    return tokenizers.Tokenizer.from_str(json.dumps(content))
 
 
 # ---- bytes that tokens stand for --------------------------------------------------------------------------------------

@@ -235,7 +235,7 @@ def _encode(rows: Iterator[Located], tokenizer: Tokenizer, form: Form, directory
             files.callback(columns[name].abandon)
         columns["offsets"].append(np.zeros(1))
         end, words = 0, Words(tokenizer)
-        for block in _ahead(_blocks(rows, form), lambda block: _encoded(block, words)):
+        for block in _ahead(_blocks(rows, tokenizer, form), lambda block: _encoded(block, words)):
             end += int(block["lengths"].sum())
             block["offsets"] = end - block["lengths"].sum() + np.cumsum(block.pop("lengths"))
             for name, values in block.items():
@@ -253,11 +253,11 @@ class _Block:
     places: list[tuple[int, int]]
 
 
-def _blocks(rows: Iterator[Located], form: Form) -> Iterator[_Block]:
+def _blocks(rows: Iterator[Located], tokenizer: Tokenizer, form: Form) -> Iterator[_Block]:
     """The rows in blocks of about CHARACTERS_AT_A_TIME."""
     block, size = _Block([], [], []), 0
     for located in rows:
-        for pieces in stored_rows(located.value, form):
+        for pieces in begun(stored_rows(located.value, form), tokenizer):
             block.pieces.append(pieces)
             block.plain.append(form == "prose" or isinstance(located.value, Text))
             block.places.append((located.file, located.line))
@@ -305,6 +305,12 @@ def stored_rows(row: Row, form: Form = "dialogues") -> list[Pieces]:
     return [[(render(dialogue.messages), False)] if form == "texts" else segments(dialogue.messages)]
 
 
+def begun(rows: list[Pieces], tokenizer: Tokenizer) -> list[Pieces]:
+    """What is stored of one row, its first piece as the beginning of a text (`Tokenizer.beginning`)."""
+    (text, answer), *rest = rows[0]
+    return [[(tokenizer.beginning(text), answer), *rest], *rows[1:]]
+
+
 def encode_rows(rows: Sequence[Pieces], tokenizer: Tokenizer, words: Words | None = None) -> tuple[Array, Array, Array]:
     """Tokens of many rows, as if every piece were encoded by itself, at nearly the cost of encoding whole rows.
 
@@ -319,7 +325,8 @@ def encode_rows(rows: Sequence[Pieces], tokenizer: Tokenizer, words: Words | Non
     """
     texts = ["".join(text for text, _ in row) for row in rows]
     ids, counts = (words or Words(tokenizer)).encode(texts)
-    token_ends = np.cumsum(tokenizer.token_bytes[ids])
+    sizes, unknown = _known_sizes(tokenizer.token_bytes[ids], counts, texts)
+    token_ends = np.cumsum(sizes)
     pieces = [piece for row in rows for piece in row]
     first = np.array([i == 0 for row in rows for i in range(len(row))])
     supervised = np.array([answer for _, answer in pieces])
@@ -328,7 +335,7 @@ def encode_rows(rows: Sequence[Pieces], tokenizer: Tokenizer, words: Words | Non
     on_border = token_ends[np.minimum(stops, len(ids) - 1)] == piece_ends
     safe = on_border & (first | ~supervised | np.array([text.startswith(" ") for text, _ in pieces]))
     row_of_piece = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-    slow = np.unique(row_of_piece[~safe])
+    slow = np.union1d(row_of_piece[~safe], unknown)
     flags = np.zeros(len(ids), np.uint8)
     fast = supervised & ~np.isin(row_of_piece, slow)
     starts = np.concatenate([[-1], stops[:-1]])  # the token before each piece
@@ -347,6 +354,16 @@ def encode_rows(rows: Sequence[Pieces], tokenizer: Tokenizer, words: Words | Non
             counts[row] = len(marked[0])
         ids, flags = np.concatenate(ids_of), np.concatenate(flags_of)
     return ids, flags, counts
+
+
+def _known_sizes(sizes: Array, counts: Array, texts: Sequence[str]) -> tuple[Array, Array]:
+    """Bytes a token, and the rows where they are not known of every token; such a row's bytes are all at its last token."""
+    row_of_token = np.repeat(np.arange(len(counts)), counts)
+    unknown = np.unique(row_of_token[sizes < 0])
+    if len(unknown):
+        sizes = np.where(np.isin(row_of_token, unknown), 0, sizes)
+        sizes[np.cumsum(counts)[unknown] - 1] = [len(texts[row].encode()) for row in unknown]
+    return sizes, unknown
 
 
 def mark_targets(pieces: Sequence[tuple[list[int], bool]]) -> tuple[list[int], Array]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -13,14 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunesmith.data.jsonfile import read_json, write_json
 from tunesmith.errors import UserError
-from tunesmith.files.weights import read_json, read_safetensors, write_safetensors
+from tunesmith.files.adapted_weights import AdaptedWeights, apply, take
+from tunesmith.files.weights import read_pickled, read_safetensors, write_safetensors
 from tunesmith.models.gpt2 import GPT
 from tunesmith.models.lora import HEAD, LoRALinear, freeze_base, lora_layers, replace_layer, short_name
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 FINGERPRINT = "base_sha256"  # in the metadata of adapter_model.safetensors, which PEFT does not mind
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # PEFT's starts that put other weights into the base
+VARIANTS = (  # settings of LoRA that compute something else
+    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "layer_replication", "target_parameters",
+    "arrow_config", "kasa_config", "velora_config", "monteclora_config",
+)  # fmt: skip
 PREFIX = "base_model.model."
 SCORE = "score.weight"  # of a reward model: trained in full beside its adapters
 
@@ -72,7 +77,7 @@ def save_adapter(
         "init_lora_weights": True,
         "inference_mode": True,
     }
-    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / CONFIG, config)
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class AdapterFiles:
     """An adapter as it lies on disk.
 
     layers: module name -> (A, B, alpha / rank). extra: other weights by name. copies: module name -> the base's weight,
-    which PEFT stores beside an adapter on the head.
+    which PEFT stores beside an adapter on the head. adapted: what else changes in the base.
     """
 
     where: str
@@ -90,24 +95,22 @@ class AdapterFiles:
     layers: dict[str, tuple[Tensor, Tensor, float]]
     extra: dict[str, Tensor]
     copies: dict[str, Tensor]
+    adapted: AdaptedWeights
 
 
 def read_adapter(directory: Path) -> AdapterFiles:
     """A LoRA adapter in PEFT's format, ours or PEFT's own.
 
-    Raises: UserError if a file is missing or broken, or uses a variant that `LoRALinear` does not compute.
+    Raises: UserError if a file is missing or broken, or uses a variant that is not computed here; with the way out.
     """
     config = read_json(directory / CONFIG)
-    odd = [f"peft_type {config['peft_type']!r}"] if config.get("peft_type", "LORA") != "LORA" else []
-    odd += [key for key in ("use_dora", "use_qalora", "lora_bias", "alora_invocation_tokens") if config.get(key)]
-    odd += ["bias"] if config.get("bias", "none") != "none" else []
-    start = str(config.get("init_lora_weights"))
-    odd += [f"init_lora_weights {start!r} (it changes the base)"] if start.startswith(CHANGES_BASE) else []
-    if odd:
-        raise UserError(f"{directory / CONFIG} uses {', '.join(odd)}; tunesmith computes plain LoRA without biases")
-    tensors, metadata = read_safetensors(directory / WEIGHTS)
+    if odd := _not_computed(config):
+        raise UserError(
+            f"{directory / CONFIG} uses {', '.join(odd)}; tunesmith computes plain LoRA without biases. {_remedy(directory, config)}"
+        )
+    tensors, metadata, file = _tensors(directory)
     halves: dict[str, dict[str, Tensor]] = {}
-    extra, copies = {}, {}
+    extra, copies, adapted = {}, {}, AdaptedWeights()
     for key, value in tensors.items():
         name = key.removeprefix(PREFIX)
         if match := re.fullmatch(r"(.+)\.lora_([AB])\.weight", name):
@@ -116,22 +119,68 @@ def read_adapter(directory: Path) -> AdapterFiles:
             extra[name] = value
         elif match := re.fullmatch(r"(.+)\.base_layer\.weight", name):
             copies[match[1]] = value
-        else:
-            raise UserError(f"{directory / WEIGHTS} holds {key}, which is no part of a LoRA adapter on a GPT-2")
+        elif not take(name, value, config, adapted):
+            raise UserError(
+                f"{file} holds {key}, which is no part of a LoRA adapter on a GPT-2. {_remedy(directory, config)}"
+            )
     layers = {}
     for name, half in halves.items():
         if set(half) != {"A", "B"} or half["A"].shape[0] != half["B"].shape[-1]:
-            raise UserError(f"{directory / WEIGHTS}: the two halves of {name} do not belong together; save it again")
-        rank = half["A"].shape[0]
-        alpha = _by_pattern(config.get("alpha_pattern") or {}, name, config.get("lora_alpha"))
-        if not isinstance(alpha, int | float):
-            raise UserError(f"{directory / CONFIG}: lora_alpha is {alpha!r}, expected a number")
-        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        layers[name] = (half["A"], half["B"], float(scaling))
-    if not layers:
-        raise UserError(f"{directory / WEIGHTS} holds no adapter")
-    base, dropout = str(config.get("base_model_name_or_path") or ""), float(config.get("lora_dropout") or 0.0)
-    return AdapterFiles(str(directory), base, metadata.get(FINGERPRINT, ""), dropout, layers, extra, copies)
+            raise UserError(f"{file}: the two halves of {name} do not belong together; save it again")
+        layers[name] = (half["A"], half["B"], _scaling(directory, config, name, half["A"].shape[0]))
+    for name, half in adapted.low_rank.items():
+        adapted.scaling[name] = _scaling(directory, config, name, len(half.get("A", ())) or 1)
+    if not layers and not adapted:
+        raise UserError(f"{file} holds no adapter")
+    base = config.get("base_model_name_or_path") or ""
+    if not isinstance(base, str):
+        raise UserError(f"{directory / CONFIG}: base_model_name_or_path is {base!r}, expected a name or directory")
+    fingerprint, dropout = metadata.get(FINGERPRINT, ""), _number(directory, config, "lora_dropout", 0.0)
+    return AdapterFiles(str(directory), base, fingerprint, dropout, layers, extra, copies, adapted)
+
+
+def _tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, str], Path]:
+    """Tensors, metadata and the file that they are from: safetensors, or the .bin of PEFT before 0.6."""
+    old = directory / OLD_WEIGHTS
+    if old.exists() and not (directory / WEIGHTS).exists():
+        return read_pickled(old), {}, old
+    return *read_safetensors(directory / WEIGHTS), directory / WEIGHTS
+
+
+def _not_computed(config: Mapping[str, Any]) -> list[str]:
+    """Settings of an adapter_config.json that ask for something else than plain LoRA."""
+    odd = [f"peft_type {config['peft_type']!r}"] if config.get("peft_type", "LORA") != "LORA" else []
+    odd += [key for key in VARIANTS if config.get(key)]
+    odd += ["bias"] if config.get("bias", "none") != "none" else []
+    start = str(config.get("init_lora_weights"))
+    return odd + ([f"init_lora_weights {start!r} (it changes the base)"] if start.startswith(CHANGES_BASE) else [])
+
+
+def _remedy(directory: Path, config: Mapping[str, Any]) -> str:
+    """How to have PEFT merge what is not computed here."""
+    if any(part in str(config.get("peft_type")) for part in ("PROMPT", "PREFIX", "P_TUNING")):
+        return "Such an adapter is no change of weights and cannot be merged; train a LoRA adapter"
+    return (
+        f'Merge it with peft and load {directory}-merged: python -c "import peft, transformers as t; '
+        f"peft.AutoPeftModelForCausalLM.from_pretrained('{directory}').merge_and_unload().save_pretrained('{directory}-merged'); "
+        f"t.AutoTokenizer.from_pretrained('{config.get('base_model_name_or_path')}').save_pretrained('{directory}-merged')\""
+    )
+
+
+def _scaling(directory: Path, config: Mapping[str, Any], name: str, rank: int) -> float:
+    alphas = config.get("alpha_pattern") or {}
+    if not isinstance(alphas, dict):
+        raise UserError(f"{directory / CONFIG}: alpha_pattern is {alphas!r}, expected an object")
+    alpha = _number(directory, {"lora_alpha": _by_pattern(alphas, name, config.get("lora_alpha"))}, "lora_alpha", None)
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _number(directory: Path, config: Mapping[str, Any], key: str, default: float | None) -> float:
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{directory / CONFIG}: {key} is {value!r}, expected a number")
+    return float(value)
 
 
 def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
@@ -156,7 +205,9 @@ def load_adapter(model: GPT, files: AdapterFiles, *, fingerprint: str = "") -> N
             f"{files.where} was trained on other weights than those that its base {files.base!r} has now; "
             "name the right base in its adapter_config.json (base_model_name_or_path)"
         )
-    present, problems = lora_layers(model), []
+    present, problems = lora_layers(model), list[str]()
+    if not present:
+        apply(model, files.adapted, files.where)
     for theirs, (a, b, scaling) in files.layers.items():
         name = ours.get(theirs)
         if name is None or (present and name not in present):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from tunesmith.data.jsonfile import read_json
+from tunesmith.data.special_tokens import ends_of_answers, with_ends
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.device import resolve_device
 from tunesmith.errors import UserError
@@ -14,12 +16,13 @@ from tunesmith.files import adapters
 from tunesmith.files.adapters import AdapterFiles, load_adapter, read_adapter
 from tunesmith.files.reward import is_reward_model, load_reward_model, set_score
 from tunesmith.files.run import STEP_NAME, Run
-from tunesmith.files.weights import config_from_hf, load_model, read_json, weights_fingerprint
+from tunesmith.files.weights import config_from_hf, load_model, weights_fingerprint
 from tunesmith.hub import download_model
 from tunesmith.models.gpt2 import GPT, SIZES, GPTConfig
 from tunesmith.models.lora import merge, strip
 from tunesmith.models.scored import RewardModel
 
+OWN_BASE = "base"  # in a run's directory: the base of its adapters where no other directory holds it
 SAMPLE = Path(__file__).parents[1] / "sample" / "model"
 
 
@@ -71,11 +74,25 @@ def run_and_step(name: str) -> tuple[Run, int] | None:
 
 
 def lasting_name(name: str) -> str:
-    """A MODEL's name that still means the same model later and from elsewhere: a directory's absolute path, or the hub's name."""
+    """A MODEL's name that still means the same model later: the name on the hub, or a directory's path (`lasting_path`)."""
     if name == "sample" or name in SIZES:
         return name
     here = Path(name).expanduser().exists() or "@" in name
-    return str(find_model(name).resolve()) if here else name
+    return lasting_path(find_model(name)) if here else name
+
+
+def lasting_path(directory: Path) -> str:
+    """A directory below the current one by its path from there, so that both can move together; any other by its absolute path.
+
+    Transformers and PEFT read a relative path from where they run; `_base_directory` also from every folder above an adapter.
+    """
+    whole, here = directory.resolve(), Path.cwd()
+    return whole.relative_to(here).as_posix() if whole.is_relative_to(here) and whole != here else str(whole)
+
+
+def is_adapted(name: str) -> bool:
+    """Whether a MODEL is an adapter, so that its weights exist only after merging. Raises: as `find_model`."""
+    return name != "sample" and name not in SIZES and is_adapter(find_model(name))
 
 
 def is_adapter(directory: Path) -> bool:
@@ -105,7 +122,7 @@ def load(name: str, *, device: str = "auto", dtype: torch.dtype = torch.float32)
     where = resolve_device(device)
     directory = find_model(name)
     model, tokenizer = load_plain(directory), load_tokenizer(directory)
-    check_pair(model.config, tokenizer, str(directory))
+    tokenizer.limit(model.config.vocab_size, str(directory))
     return model.to(where, dtype), tokenizer
 
 
@@ -161,9 +178,14 @@ def _merged(directory: Path, files: AdapterFiles, dropout: float | None = None) 
 def _base_directory(directory: Path, files: AdapterFiles) -> Path:
     if not files.base:
         raise UserError(f"{directory / adapters.CONFIG} names no base model (base_model_name_or_path); add it")
-    stored, beside = Path(files.base), directory.absolute().parent.parent / "base"
-    if files.fingerprint and stored.is_absolute() and not stored.exists() and (beside / "config.json").exists():
-        return beside  # a random base that its run keeps, wherever the run lies now; the fingerprint tells whether it is that
+    stored, beside = Path(files.base).expanduser(), directory.absolute().parent.parent / OWN_BASE
+    lost = stored.name == OWN_BASE or (stored.is_absolute() and not stored.exists())
+    if files.fingerprint and lost and (beside / "config.json").exists():
+        return beside  # the base that a run keeps, wherever the run lies now; the fingerprint tells whether it is that
+    if not stored.is_absolute() and len(stored.parts) > 1:  # a name on the hub is never found like this by accident:
+        for above in directory.absolute().parents:  # the same folders would have to lie above the adapter
+            if any((above / stored / config).exists() for config in ("config.json", adapters.CONFIG, "status.json")):
+                return find_model(str(above / stored))
     try:
         return find_model(files.base)
     except UserError as error:
@@ -171,10 +193,19 @@ def _base_directory(directory: Path, files: AdapterFiles) -> Path:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer in a model's directory; an adapter's is its base's where it has none of its own."""
-    if is_adapter(directory) and not (directory / "tokenizer.json").exists():
+    """The tokenizer in a model's directory; an adapter's is its base's where it has none of its own.
+
+    Where an adapter does not say what ends an answer, its base does.
+    """
+    if not is_adapter(directory):
+        return Tokenizer.load(directory)
+    if not (directory / "tokenizer.json").exists():
         return load_tokenizer(_base_directory(directory, read_adapter(directory)))
-    return Tokenizer.load(directory)
+    tokenizer = Tokenizer.load(directory)
+    if not (directory / "generation_config.json").exists():
+        base = _base_directory(directory, read_adapter(directory))
+        tokenizer.special = with_ends(tokenizer.special, ends_of_answers(base))
+    return tokenizer
 
 
 def load_for_training(name: str, *, init: str, dropout: float, seed: int) -> tuple[GPT, Tokenizer]:
@@ -188,13 +219,20 @@ def load_for_training(name: str, *, init: str, dropout: float, seed: int) -> tup
     else:
         directory = find_model(name)
         model, tokenizer = load_plain(directory, dropout=dropout), load_tokenizer(directory)
-    check_pair(model.config, tokenizer, name)
+    tokenizer.limit(model.config.vocab_size, name)
     return model, tokenizer
 
 
 def shape_of(name: str) -> GPTConfig:
     """Shape of a named size (gpt2, gpt2-medium, ...), which needs no download, or of a MODEL."""
-    return SIZES[name] if name in SIZES else config_from_hf(read_json(find_model(name) / "config.json"))
+    return SIZES[name] if name in SIZES else _stored_shape(find_model(name))
+
+
+def _stored_shape(directory: Path) -> GPTConfig:
+    """The shape of the model in a directory; an adapter's is its base's. Raises: as `find_model` and `config_from_hf`."""
+    while is_adapter(directory):
+        directory = _base_directory(directory, read_adapter(directory))
+    return config_from_hf(read_json(directory / "config.json"))
 
 
 def known_shape(model: str) -> GPTConfig | None:
@@ -204,10 +242,7 @@ def known_shape(model: str) -> GPTConfig | None:
     if model != "sample" and not Path(model.rpartition("@")[0] or model).expanduser().exists():
         return None
     try:
-        directory = find_model(model)
-        if is_adapter(directory):
-            directory = _base_directory(directory, read_adapter(directory))
-        return config_from_hf(read_json(directory / "config.json"))
+        return _stored_shape(find_model(model))
     except (UserError, OSError):  # nothing that could be trained: the run will tell
         return None
 
@@ -222,11 +257,3 @@ def new_model(shape: GPTConfig, seed: int) -> GPT:
     model = GPT(shape)
     model.init_weights(torch.Generator().manual_seed(seed))
     return model
-
-
-def check_pair(config: GPTConfig, tokenizer: Tokenizer, where: str) -> None:
-    """Raises: UserError if the tokenizer can produce ids that the model has no embedding for."""
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"{where}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model embeddings for {config.vocab_size:,}"
-        )

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from tunesmith.data.jsonfile import read_json, write_json
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.files.weights import (
+    check_size,
     config_from_hf,
     config_to_hf,
     empty_model,
     from_hf_state_dict,
-    read_json,
     stored_weights,
     to_hf_state_dict,
     write_safetensors,
@@ -28,8 +28,8 @@ ARCHITECTURE = "GPT2ForSequenceClassification"
 
 def is_reward_model(directory: Path) -> bool:
     """Whether a model directory holds a sequence classifier."""
-    config = read_json(directory / "config.json")
-    return any("SequenceClassification" in str(name) for name in config.get("architectures") or [])
+    named = read_json(directory / "config.json").get("architectures")
+    return isinstance(named, list) and any("SequenceClassification" in str(name) for name in named)
 
 
 def save_reward_model(model: RewardModel, tokenizer: Tokenizer, directory: Path) -> None:
@@ -43,10 +43,11 @@ def save_reward_model(model: RewardModel, tokenizer: Tokenizer, directory: Path)
         "id2label": {"0": "reward"},
         "label2id": {"reward": 0},
         "problem_type": "regression",
-        "pad_token_id": tokenizer.end_of_text,  # transformers scores the last token that is no padding
+        # transformers scores the last token that is no padding
+        "pad_token_id": tokenizer.pad(model.transformer.config.vocab_size),
     }
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    tokenizer.save(directory, model.transformer.config.block_size)
+    write_json(directory / "config.json", config)
+    tokenizer.save(directory, model.transformer.config.block_size, model.transformer.config.vocab_size)
 
 
 def load_reward_model(directory: Path) -> RewardModel:
@@ -55,10 +56,13 @@ def load_reward_model(directory: Path) -> RewardModel:
     Raises: UserError if the directory holds no GPT-2 with one score, or is broken.
     """
     hf = read_json(directory / "config.json")
-    labels = len(hf.get("id2label") or {"0": ""})
+    named = hf.get("id2label")
+    labels = len(named) if named and isinstance(named, dict) else 1
     if labels != 1:
         raise UserError(f"{directory} gives {labels} numbers a text; a reward model gives one")
-    model = RewardModel(empty_model(config_from_hf(hf)))
+    config = config_from_hf(hf)
+    check_size(config, directory)
+    model = RewardModel(empty_model(config))
     load_reward_weights(model, directory)
     return model.eval()
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,47 +19,78 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from tunesmith.data.jsonfile import read_json, write_json
 from tunesmith.data.tokenizer import Tokenizer
-from tunesmith.errors import UserError
+from tunesmith.errors import UserError, note
 from tunesmith.models.gpt2 import GPT, GPTConfig
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # Conv1D: (in, out)
 TIED = {"lm_head.weight", "wte.weight"}  # one and the same tensor where the head is tied
+COMPUTED = {  # settings of which only these values are computed here; without one transformers takes the first
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate", "gelu_python_tanh"),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+}
+NAMES = {  # ours -> GPT-2's name in config.json, and the general one that transformers takes as well
+    "n_layer": ("n_layer", "num_hidden_layers"),
+    "n_head": ("n_head", "num_attention_heads"),
+    "n_embd": ("n_embd", "hidden_size"),
+    "vocab_size": ("vocab_size",),
+    "block_size": ("n_positions", "max_position_embeddings", "n_ctx"),
+    "dropout": ("resid_pdrop",),
+    "layer_norm_epsilon": ("layer_norm_epsilon",),
+    "n_inner": ("n_inner",),
+    "tied_head": ("tie_word_embeddings",),
+}
+FRACTIONS = ("dropout", "layer_norm_epsilon")
 BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that old checkpoints carry
 
 
 def config_from_hf(hf: dict[str, Any]) -> GPTConfig:
-    """The shape in a Hugging Face `config.json`.
+    """The shape in a Hugging Face `config.json`, read as transformers reads it: other names and missing ones included.
 
-    Raises: UserError if it is no GPT-2, or uses a variant that this model does not compute (each is named).
+    Raises: UserError if it is no GPT-2, uses a variant that this model does not compute, or holds a value that is no size
+        (each is named).
     """
-    if hf.get("model_type") != "gpt2":
-        raise UserError(f"config.json says model_type {hf.get('model_type')!r}; tunesmith runs gpt2 models")
-    expected = {
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "add_cross_attention": (False,),
-    }
-    odd = [f"{k} = {hf[k]!r}" for k, fine in expected.items() if k in hf and hf[k] not in fine]
+    kind = hf.get("model_type")
+    says_gpt2 = kind == "gpt2" or (kind is None and _looks_like_gpt2(hf))
+    if not says_gpt2:
+        raise UserError(f"config.json says model_type {kind!r}; tunesmith runs gpt2 models")
+    odd = [f"{k} = {hf[k]!r}" for k, fine in COMPUTED.items() if k in hf and hf[k] not in fine]
     if odd:
         raise UserError(f"config.json asks for {', '.join(odd)}, which tunesmith's GPT-2 does not compute")
-    try:
-        return GPTConfig(
-            n_layer=hf["n_layer"],
-            n_head=hf["n_head"],
-            n_embd=hf["n_embd"],
-            vocab_size=hf["vocab_size"],
-            block_size=hf.get("n_positions") or hf["n_ctx"],
-            dropout=float(hf.get("resid_pdrop", 0.0)),
-            layer_norm_epsilon=float(hf.get("layer_norm_epsilon", 1e-5)),
-            n_inner=hf.get("n_inner"),
-            tied_head=bool(hf.get("tie_word_embeddings", True)),
+    given = {ours: _named(hf, theirs) for ours, theirs in NAMES.items() if not hf.keys().isdisjoint(theirs)}
+    given = {ours: found for ours, found in given.items() if ours != "n_inner" or found[1] is not None}
+    wrong = [f"{name} = {value!r}" for ours, (name, value) in given.items() if not _is_fine(ours, value)]
+    if wrong:
+        raise UserError(
+            f"config.json holds {', '.join(wrong)}; expected whole numbers of at least 1 (dropout and layer_norm_epsilon: "
+            "numbers, tie_word_embeddings: true or false)"
         )
-    except KeyError as missing:
-        raise UserError(f"config.json has no {missing}, which a GPT-2 needs") from None
-    except TypeError as error:
-        raise UserError(f"config.json holds a value of the wrong kind ({error})") from None
+    values: dict[str, Any] = {o: float(value) if o in FRACTIONS else value for o, (_, value) in given.items()}
+    return GPTConfig(**values)
+
+
+def _looks_like_gpt2(hf: dict[str, Any]) -> bool:
+    """Whether a config without model_type is one: by its architecture, or by GPT-2's own names for sizes."""
+    stated = hf.get("architectures")
+    stated = stated if isinstance(stated, list) else []
+    return any(str(name).startswith("GPT2") for name in stated) or (not stated and {"n_embd", "n_layer"} <= hf.keys())
+
+
+def _named(hf: dict[str, Any], names: tuple[str, ...]) -> tuple[str, Any]:
+    """The first of several names that the config has a value for, and that value; None where all that it has are null."""
+    there = [name for name in names if name in hf]
+    return next(((name, hf[name]) for name in there if hf[name] is not None), (there[0], None))
+
+
+def _is_fine(name: str, value: Any) -> bool:
+    if name == "tied_head":
+        return isinstance(value, bool)
+    if name in FRACTIONS:
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
+    return type(value) is int and 1 <= value < 2**31
 
 
 def config_to_hf(config: GPTConfig, end_of_text: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -89,18 +121,22 @@ def config_to_hf(config: GPTConfig, end_of_text: int, dtype: torch.dtype = torch
 def from_hf_state_dict(model: GPT, state: Iterable[tuple[str, Tensor]], where: str) -> None:
     """Copy published weights into `model`, whatever their dtype, with or without the prefix `transformer.`.
 
-    A head that is stored although the model's is tied must equal the embedding (it is checked, not assumed).
-    Raises: UserError naming every missing, unknown or misshapen weight.
+    A head that is stored although the model's is tied must equal the embedding (it is checked, not assumed). Weights
+    that a GPT-2 does not use, of a value head for instance, are left out with a note, as transformers does.
+    Raises: UserError naming every missing or misshapen weight, and those of blocks that config.json does not count.
     """
     targets = dict(model.state_dict())
-    waiting, problems = set(targets), []
+    waiting, problems, unused = set(targets), [], []
     with torch.no_grad():
         for key, value in state:
             name = key.removeprefix("transformer.")
             if name.endswith(BUFFERS):
                 continue
             if name not in targets:
-                problems.append(f"unknown weight {key}")
+                block = re.match(r"h\.(\d+)\.", name)
+                beyond = block is not None and int(block[1]) >= model.config.n_layer
+                problems.extend([f"unknown weight {key}"] * beyond)
+                unused.extend([key] * (not beyond))
                 continue
             value = value.t() if name.endswith(TRANSPOSED) else value
             if value.shape != targets[name].shape:
@@ -114,12 +150,15 @@ def from_hf_state_dict(model: GPT, state: Iterable[tuple[str, Tensor]], where: s
             else:
                 targets[name].copy_(value)
             waiting.discard(name)
-    if model.config.tied_head:
-        waiting.discard("lm_head.weight")
+    if model.config.tied_head and not waiting >= TIED:  # either name stands for both: safetensors keeps one of them
+        waiting -= TIED
     problems += [f"missing weight {name}" for name in sorted(waiting)]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise UserError(f"{where} does not hold this model: {'; '.join(problems[:3])}{more}")
+    if unused:
+        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        note(f"{where} also holds {', '.join(unused[:3])}{more}, which a GPT-2 does not use: left out")
 
 
 def to_hf_state_dict(model: GPT) -> dict[str, Tensor]:
@@ -134,19 +173,6 @@ def to_hf_state_dict(model: GPT) -> dict[str, Tensor]:
     return state
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file. Raises: UserError naming the file if it is missing or broken."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; a model directory needs it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); download or save the model again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object; download or save the model again")
-    return content
-
-
 def load_model(directory: Path, *, dropout: float | None = None) -> GPT:
     """The model in a directory, on the CPU in float32, in evaluation mode.
 
@@ -155,6 +181,7 @@ def load_model(directory: Path, *, dropout: float | None = None) -> GPT:
     Raises: UserError naming the file and what is wrong with it.
     """
     config = config_from_hf(read_json(directory / "config.json"))
+    check_size(config, directory)
     if dropout is not None:
         config = GPTConfig(**{**vars(config), "dropout": dropout})
     model = empty_model(config)
@@ -178,8 +205,22 @@ def empty_model(config: GPTConfig) -> GPT:
         return GPT(config)
 
 
-def stored_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, weight) one by one, so that a model is never in memory twice. Raises: UserError naming the broken file."""
+MOST_BLOCKS, MANY_NUMBERS = 10_000, 10**9
+
+
+def check_size(config: GPTConfig, directory: Path) -> None:
+    """Raises: UserError for a shape so far beyond the weights that building it would take this machine down first."""
+    numbers = config.n_embd * (config.vocab_size + config.block_size + 12 * config.n_embd * config.n_layer)
+    stored = sum(file.stat().st_size for file in _weight_files(directory) if file.exists())
+    if config.n_layer > MOST_BLOCKS or (numbers > MANY_NUMBERS and numbers > stored):
+        raise UserError(
+            f"{directory}: config.json asks for {config.n_layer:,} blocks and about {numbers:,} numbers, the weights are "
+            f"{stored:,} bytes; correct config.json, or download the model again"
+        )
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The files that hold a model's weights. Raises: UserError if there are none, or the index of them is broken."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     old, old_index = directory / "pytorch_model.bin", directory / "pytorch_model.bin.index.json"
     if single.exists():
@@ -188,12 +229,17 @@ def stored_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
         listed = read_json(index if index.exists() else old_index)
         if not isinstance(listed.get("weight_map"), dict):
             raise UserError(f"{directory}: the index of the weights has no weight_map; download the model again")
-        files = [directory / name for name in sorted(set(listed["weight_map"].values()))]
+        files = [directory / name for name in sorted(set(map(str, listed["weight_map"].values())))]
     elif old.exists():
         files = [old]
     else:
         raise UserError(f"{directory} holds no weights: neither model.safetensors (or its index) nor pytorch_model.bin")
-    for file in files:
+    return files
+
+
+def stored_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, weight) one by one, so that a model is never in memory twice. Raises: UserError naming the broken file."""
+    for file in _weight_files(directory):
         try:
             if file.suffix == ".bin":
                 yield from _unpickled(file)
@@ -210,6 +256,15 @@ def stored_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
                 raise
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"{file} cannot be read as weights ({reason}); download or save it again") from None
+
+
+def read_pickled(path: Path) -> dict[str, Tensor]:
+    """Named tensors of an old .bin file, read without running code in it. Raises: UserError naming the file if it is broken."""
+    try:
+        return dict(_unpickled(path))
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path} cannot be read as weights ({reason}); download or save it again") from None
 
 
 def _unpickled(file: Path) -> Iterator[tuple[str, Tensor]]:
@@ -230,9 +285,8 @@ def save_model(model: GPT, tokenizer: Tokenizer, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().cpu() for name, value in to_hf_state_dict(model).items()}
     write_safetensors(state, directory / "model.safetensors", {"format": "pt"})
-    text = json.dumps(config_to_hf(model.config, tokenizer.end_of_text, model.wte.weight.dtype), indent=2) + "\n"
-    (directory / "config.json").write_text(text, encoding="utf-8")
-    tokenizer.save(directory, model.config.block_size)
+    write_json(directory / "config.json", config_to_hf(model.config, tokenizer.end_of_text, model.wte.weight.dtype))
+    tokenizer.save(directory, model.config.block_size, model.config.vocab_size)
 
 
 def write_safetensors(state: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, groupby
@@ -111,7 +111,9 @@ def generate_answers(
             new: list[list[int]] = [[] for _ in group]
             ended: list[bool] = [False] * len(group)
             texts, numbers = [ids[i] for i, _ in group], [n for _, n in group]
-            for row, token, stopped in decode(model, tokenizer, texts, sampling, max_new_tokens, numbers):
+            for row, token, stopped in decode(
+                model, tokenizer, texts, sampling, max_new_tokens, numbers, tokenizer.stops
+            ):
                 new[row].append(token)
                 ended[row] = stopped
             for row, which in enumerate(group):
@@ -134,7 +136,7 @@ def stream(
     prompt = _fit(encode_prompt(tokenizer, conversation), model, max_new_tokens, cut_front, 0)
     new: list[int] = []
     sent, ended = 0, False
-    for _, token, ended in decode(model, tokenizer, [prompt], sampling, max_new_tokens):
+    for _, token, ended in decode(model, tokenizer, [prompt], sampling, max_new_tokens, stops=tokenizer.stops):
         new.append(token)
         text = _answer(tokenizer, new, ended).text
         safe = len(text.rstrip("\ufffd"))
@@ -177,6 +179,7 @@ def decode(
     sampling: Sampling,
     max_new_tokens: int,
     samples: Sequence[int] | None = None,
+    stops: Collection[int] = (),
 ) -> Iterator[tuple[int, int, bool]]:
     """New tokens of a batch of prompts as they are made: (row, token, whether the row's answer ended itself with it).
 
@@ -185,6 +188,7 @@ def decode(
     and replayed (`recorded`).
 
     samples: what is added to `sampling.sample` for each prompt; None: nothing.
+    stops: ids that end an answer; none: the end of text.
     """
     sampling.check()
     device, limit = model.wte.weight.device, model.config.block_size
@@ -201,14 +205,14 @@ def decode(
             logits = logits.repeat_interleave(torch.tensor([n for _, n in read], device=device), 0)  # (B, V)
     next_logits = partial(_next, model)
     fixed = None if record is None else recorded.FixedSteps(next_logits, cache, logits, record)
-    rows = list(range(len(prompts)))
+    rows, ends = list(range(len(prompts))), stops or {tokenizer.end_of_text}
     tails: list[list[int]] = [[] for _ in prompts]
     for step in range(max_new_tokens):
         tokens = sample_tokens(logits, draws[:, step], sampling)
         done = []
         for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
             tails[row] = [*tails[row][-STOP_TAIL:], token]
-            stopped = token == tokenizer.end_of_text or cut_at_stop(tokenizer.decode(tails[row]))[1]
+            stopped = token in ends or cut_at_stop(tokenizer.decode(tails[row]))[1]
             yield row, token, stopped
             if stopped or step + 1 == room[row]:
                 done.append(i)

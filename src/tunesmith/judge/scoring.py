@@ -12,13 +12,13 @@ from typing import Any, Protocol
 import torch
 
 from tunesmith.data.dialogue import Message, parse_messages, segments
+from tunesmith.data.jsonfile import read_json
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.device import resolve_device
 from tunesmith.errors import UserError
 from tunesmith.files.names import find_model, is_adapter, load_reward
 from tunesmith.files.reward import is_reward_model
 from tunesmith.files.run import Run
-from tunesmith.files.weights import read_json
 from tunesmith.models.attention import Documents
 from tunesmith.models.evaluation import evaluation_mode
 from tunesmith.models.scored import RewardModel
@@ -82,7 +82,7 @@ class OwnScorer:
 def encode_answer(tokenizer: Tokenizer, prompt: Question, answer: str) -> list[int]:
     """Ids of prompt and answer, cut into pieces as in training, without an end-of-text token."""
     pieces = segments([*conversation(prompt), Message("assistant", answer)])
-    return list(chain.from_iterable(tokenizer.encode_batch([text for text, _ in pieces])))
+    return list(chain.from_iterable(tokenizer.encode_pieces([text for text, _ in pieces])))
 
 
 def conversation(prompt: Question) -> list[Message]:

@@ -222,6 +222,10 @@ def unmerge(model: nn.Module) -> None:
 
 
 def strip(model: nn.Module) -> None:
-    """Replace every adapted layer by its base, with the weight that it has now: after `merge`, a plain model."""
+    """Replace every adapted layer by its base, with the weight that it has now: after `merge`, a plain model.
+
+    Adapters froze the rest of the model; without them all of it can be trained again.
+    """
     for name, layer in lora_layers(model).items():
         replace_layer(model, name, layer.base)
+    model.requires_grad_(True)

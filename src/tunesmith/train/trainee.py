@@ -14,7 +14,7 @@ from tunesmith.device import resolve_device, return_freed_memory
 from tunesmith.errors import UserError
 from tunesmith.files import adapters
 from tunesmith.files.adapters import load_adapter, read_adapter, save_adapter
-from tunesmith.files.names import lasting_name, load_for_training
+from tunesmith.files.names import OWN_BASE, is_adapted, lasting_name, lasting_path, load_for_training
 from tunesmith.files.reward import load_reward_weights, save_reward_model, set_score
 from tunesmith.files.weights import from_hf_state_dict, save_model, stored_weights, weights_fingerprint
 from tunesmith.models.gpt2 import GPT
@@ -48,7 +48,7 @@ class Trainee:
         score = {adapters.SCORE: self.model.score.weight} if isinstance(self.model, RewardModel) else {}
         if self.lora:
             save_adapter(self.gpt, directory, base=self.base, fingerprint=self.fingerprint, extra=score)
-            self.tokenizer.save(directory, self.gpt.config.block_size)
+            self.tokenizer.save(directory, self.gpt.config.block_size, self.gpt.config.vocab_size)
         elif isinstance(self.model, RewardModel):
             save_reward_model(self.model, self.tokenizer, directory)
         else:
@@ -70,7 +70,7 @@ class Trainee:
 def load_trainee(config: TuningConfig, path: Path, *, reward: bool = False, fingerprint: bool = False) -> Trainee:
     """Load the model, with fresh adapters and score layer where asked for.
 
-    path: the run's directory, where new random weights that an adapter stands on are kept too.
+    path: the run's directory, where weights that an adapter stands on and no other directory holds are kept too.
     fingerprint: whether somebody needs it; an adapter always does.
     Raises: UserError if the model cannot be had, or the block size or rank does not suit it.
     """
@@ -81,13 +81,7 @@ def load_trainee(config: TuningConfig, path: Path, *, reward: bool = False, fing
             f"--data.block_size {block_size:,} is more than {m.name} can hold: it has positions "
             f"for {gpt.config.block_size:,} tokens, a part of its weights. Use {gpt.config.block_size} or less"
         )
-    base, own = m.name, path / "base"
-    if lora.rank and m.init == "random":
-        if not config.resume:
-            save_model(gpt, tokenizer, own)
-        base = str(own.resolve())
-    elif lora.rank:
-        base = lasting_name(m.name)
+    base = base_for_adapters(config, gpt, tokenizer, path) if lora.rank else m.name
     mark = weights_fingerprint(gpt) if fingerprint or lora.rank else ""
     model: nn.Module = gpt
     if reward:
@@ -99,6 +93,20 @@ def load_trainee(config: TuningConfig, path: Path, *, reward: bool = False, fing
     if config.train.weights == "bf16":
         store_in_bf16(model)
     return Trainee(model, gpt, tokenizer, base, mark, bool(lora.rank))
+
+
+def base_for_adapters(config: TuningConfig, gpt: GPT, tokenizer: Tokenizer, path: Path) -> str:
+    """Where a run's adapters find their base, a name for `adapter_config.json`; `gpt` as loaded.
+
+    Random weights, and those of an adapter merged into its own base, exist nowhere else: they are written once, into the
+    run, where they move with it. Costs the size of the model in float32.
+    """
+    own = path / OWN_BASE
+    if config.model.init != "random" and not is_adapted(config.model.name):
+        return lasting_name(config.model.name)
+    if not (config.resume and (own / "config.json").exists()):
+        save_model(gpt, tokenizer, own)
+    return lasting_path(own)
 
 
 def store_in_bf16(model: nn.Module) -> None:
@@ -120,9 +128,29 @@ def prepare_model(model: nn.Module, gpt: GPT, config: AnyConfig) -> torch.device
     return device
 
 
+def check_trainable(model: nn.Module, *, lora: bool, name: str) -> None:
+    """Raises: UserError if what was asked for would not be trained: every weight, or with LoRA every adapter.
+
+    An optimizer without parameters fails by itself; one that holds the score head alone would train on without a word.
+    """
+    asked = {n: p for n, p in model.named_parameters() if not lora or n.endswith(("lora_A", "lora_B"))}
+    frozen = [n for n, p in asked.items() if not p.requires_grad]
+    if frozen or not asked:
+        what = "adapters" if lora else "weights"
+        raise UserError(
+            f"{name}: {len(frozen)} of the {len(asked)} {what} that this run is to train are frozen"
+            f"{' (' + ', '.join(frozen[:3]) + ', ...)' if frozen else ''}; call model.requires_grad_(True) before training"
+            f"{'' if lora else ', or train adapters with --lora.rank 8'}"
+        )
+
+
 def make_optimizer(model: nn.Module, config: AnyConfig) -> Optimizer | OneByOne:
-    """The optimizer of a resolved configuration, its state made. Raises: UserError if that does not fit into memory."""
+    """The optimizer of a resolved configuration, its state made.
+
+    Raises: UserError if that does not fit into memory, or if a weight that is to be trained is frozen.
+    """
     o, t = config.optimizer, config.train
+    check_trainable(model, lora=config.lora.rank > 0, name=config.model.name)
     assert o.lr is not None
     plain = build_optimizer(model, o.name, lr=o.lr, weight_decay=o.weight_decay, momentum=o.momentum)
     one_by_one = OneByOne(plain, in_backward=t.optimizer_in_backward)

@@ -63,7 +63,7 @@ def cut_pairs_end(
         left, right = ([*tokenizer.encode(text), store.store.end_of_text] for text in texts)
         before = segments((*prompt_of(row.chosen.messages), Message("assistant", "", "")))
         end_lost += len(left) > block_size
-        prompt_end_lost += sum(len(tokenizer.encode(text)) for text, _ in before) > block_size
+        prompt_end_lost += sum(map(len, tokenizer.encode_pieces([text for text, _ in before]))) > block_size
         most = max(most, len(left), len(right))
         cut += [place] if max(len(left), len(right)) > block_size else []
         same += [place] if left[:block_size] == right[:block_size] else []

@@ -1,0 +1,120 @@
+"""What a model's directory knows of its tokenizer beside tokenizer.json: special tokens by their roles, added tokens, ends.
+
+The rules are those of transformers 5: `tokenizer_config.json` with its `added_tokens_decoder`; without that, the older
+`special_tokens_map.json` (which wins) and `added_tokens.json`; and as the ends of an answer the `eos_token_id` of
+`generation_config.json`, or of `config.json` where there is none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+
+from tunesmith.data.jsonfile import read_json_if_there
+from tunesmith.errors import UserError
+
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+EXTRA = ("extra_special_tokens", "additional_special_tokens")  # the second is what it was called before transformers 5
+OF_ONE_LOADING = (  # what transformers writes of how and from where a tokenizer was loaded, or what we write anew
+    "name_or_path", "is_local", "local_files_only", "backend", "special_tokens_map_file", "tokenizer_file",
+    "added_tokens_decoder", "chat_template", "model_max_length", "auto_map", *EXTRA,
+)  # fmt: skip
+GPT2_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast")  # None: what transformers takes for a gpt2 model
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """What stands beside tokenizer.json.
+
+    settings: tokenizer_config.json without tokens and without what belongs to one loading. roles: `eos_token` and its like
+    -> the token's text. extra: further special tokens. added: id -> token, for a vocabulary that lacks it.
+    ends: ids with which transformers' `generate` ends an answer, in its order.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    roles: dict[str, str] = field(default_factory=dict)
+    extra: tuple[str, ...] = ()
+    added: dict[int, AddedToken] = field(default_factory=dict)
+    ends: tuple[int, ...] = ()
+
+    @property
+    def texts(self) -> list[str]:
+        """Every special token's text, once."""
+        return list(dict.fromkeys([*self.roles.values(), *self.extra]))
+
+    def prefix_space(self, stored: bool) -> bool:
+        """Whether a text is encoded as if a space stood before it. stored: what tokenizer.json says.
+
+        transformers builds GPT-2's own class anew from tokenizer_config.json, whatever tokenizer.json says.
+        """
+        return bool(self.settings.get("add_prefix_space")) if self.is_gpt2s else stored
+
+    @property
+    def is_gpt2s(self) -> bool:
+        """Whether transformers takes GPT-2's own tokenizer class."""
+        return self.settings.get("tokenizer_class") in GPT2_CLASSES
+
+
+def read_special_tokens(directory: Path) -> SpecialTokens:
+    """What the files of a model, or of an adapter, say. Raises: UserError naming a file that is broken or says nonsense."""
+    config = read_json_if_there(directory / "tokenizer_config.json")
+    added = {}
+    try:
+        if isinstance(config.get("added_tokens_decoder"), dict):
+            added = {int(i): AddedToken(**token) for i, token in config["added_tokens_decoder"].items()}
+        else:
+            config |= read_json_if_there(directory / "special_tokens_map.json")
+        extra = _extra(config)
+        roles = {role: _text(config[role]) for role in ROLES if config.get(role)}
+        if "added_tokens_decoder" not in config:
+            special = {*roles.values(), *extra}
+            for text, number in read_json_if_there(directory / "added_tokens.json").items():
+                added[int(number)] = AddedToken(text, normalized=text not in special, special=text in special)
+    except (TypeError, ValueError, KeyError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{directory}: tokenizer_config.json, special_tokens_map.json or added_tokens.json holds a value of the wrong "
+            f"kind ({error}); download or save the tokenizer again"
+        ) from None
+    settings = {k: v for k, v in config.items() if k not in ROLES and k not in OF_ONE_LOADING}
+    return SpecialTokens(settings, roles, extra, dict(sorted(added.items())), ends_of_answers(directory))
+
+
+def _text(token: Any) -> str:
+    text = token["content"] if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise TypeError(f"{text!r} is no token")
+    return text
+
+
+def _extra(config: dict[str, Any]) -> tuple[str, ...]:
+    """Special tokens without a role, and those with a role of the model's own (`image_token` and its like)."""
+    found = []
+    for key in EXTRA:
+        listed = config.get(key) or []
+        found += list(listed.values()) if isinstance(listed, dict) else list(listed)
+    own = [v for k, v in config.items() if k.endswith("_token") and k not in ROLES and isinstance(v, str | dict)]
+    return tuple(dict.fromkeys(map(_text, [*found, *own])))
+
+
+def ends_of_answers(directory: Path) -> tuple[int, ...]:
+    """Ids with which transformers' `generate` ends an answer of the model there. Raises: UserError if they are no ids."""
+    for name in ("generation_config.json", "config.json"):
+        file = directory / name
+        if file.exists():
+            ends = read_json_if_there(file).get("eos_token_id")
+            listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
+            if not all(type(end) is int for end in listed):
+                raise UserError(f"{file}: eos_token_id is {ends!r}, expected a token's number or a list of them")
+            return tuple(end for end in listed if end >= 0)
+    return ()
+
+
+def with_ends(tokens: SpecialTokens, ends: tuple[int, ...]) -> SpecialTokens:
+    """The same tokens with other ends of an answer."""
+    return dataclasses.replace(tokens, ends=ends)
