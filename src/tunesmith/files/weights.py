@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
+from tunesmith.jsontext import parse_json
 from tunesmith.models.gpt2 import GPT, GPTConfig
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # Conv1D: (in, out)
@@ -137,7 +138,7 @@ def to_hf_state_dict(model: GPT) -> dict[str, Tensor]:
 def read_json(path: Path) -> dict[str, Any]:
     """An object from a JSON file. Raises: UserError naming the file if it is missing or broken."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing; a model directory needs it") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -251,7 +252,7 @@ def _sort_metadata(path: Path) -> None:
     """safetensors writes its metadata in an order that changes from save to save; equal content shall be equal bytes."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
+        header = parse_json(file.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         assert len(text) <= size, (len(text), size)
