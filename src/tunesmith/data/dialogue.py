@@ -24,9 +24,13 @@ from tunesmith.jsontext import parse_json
 MARKERS = {"user": "\n\nHuman:", "assistant": "\n\nAssistant:", "system": "\n\nSystem:"}
 ROLE_NAMES = {
     "user": "user", "human": "user", "prompter": "user",
-    "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
-    "system": "system", "developer": "system",
+    "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant",
+    "system": "system",
 }  # fmt: skip
+RARE_ROLES = {
+    "developer": "system",
+    "chatgpt": "assistant",
+}  # read, but at the start of a line they are words as any other
 TOOL_ROLES = (
     "tool",
     "function",
@@ -263,6 +267,8 @@ def _role(name: Any) -> str:
     plain = name.strip().lower() if isinstance(name, str) else ""
     if plain in TOOL_ROLES:
         raise BadRow(f"unknown role {name!r}: {NO_TOOLS}")
+    if plain in RARE_ROLES:
+        return RARE_ROLES[plain]
     if plain not in ROLE_NAMES:
         raise BadRow(f"unknown role {str(name)[:40]!r}" if name is not None else "unknown role None")
     return ROLE_NAMES[plain]

@@ -45,7 +45,8 @@ NAMES = {
 """What a column can be, and the names by which it is recognised, in lower case; the first that a row has is taken."""
 MAPPED = ("messages", "text", "system", "prompt", "completion", "chosen", "rejected", "label", "weight")
 BECOMES = {
-    "messages": "turns", "text": "text, or turns where it is a transcript", "system": "system turn", "prompt": "user turn", "completion": "assistant turn",
+    "messages": "turns", "text": "text (a transcript: turns)",
+    "system": "system turn", "prompt": "user turn", "completion": "assistant turn",
     "chosen": "better answer", "rejected": "worse answer", "label": "false: row left out", "weight": "0: row left out",
     "history": "turns before", "input": "added to the user turn",
 }  # fmt: skip
@@ -446,7 +447,7 @@ def prompt_turns(row: Any, mapped: Columns = ()) -> list[Message]:
     if isinstance(row, str):
         row = {"prompt": row}
     if isinstance(row, dict) and recognise(frozenset(k for k, v in row.items() if v is not None), mapped) is None:
-        row = {**row, "completion": "?"}  # a prompt has no answer yet
+        row = {**row, "completion": "\n\nAssistant: ?"}  # a prompt has no answer yet
     read = Reader(mapped).read(row)
     if isinstance(read, Text):
         raise BadRow("a text without roles")

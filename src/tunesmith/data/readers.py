@@ -114,6 +114,17 @@ def read_object(path: Path) -> dict[str, Any] | None:
         return None
 
 
+def read_text(path: Path) -> str:
+    """A text file's content. Raises: UserError if it is not text, or not there."""
+    try:
+        with _opened(path) as file:
+            return _decoded(path, file.read(), _by_mark)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path} is a broken gzip ({error}); download it again") from None
+
+
 def _opened(path: Path) -> IO[bytes]:
     file = path.open("rb")
     if path.name.lower().endswith(".gz") or file.read(2) == b"\x1f\x8b":

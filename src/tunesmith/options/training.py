@@ -157,7 +157,7 @@ class EvalOptions:
     reward: str | None = None
     """Reward model that scores answers at every estimate, ours or a sequence classifier; the best checkpoint is then chosen by it."""
     prompts: str | None = None
-    """With eval.reward: file of prompts, one a line or JSONL with `prompt` and perhaps `group`; default the embedded 40."""
+    """With eval.reward: file of prompts, one a line or rows with `prompt` and perhaps `group`; default the embedded 40."""
     samples: int = 1
     """With eval.reward: answers a prompt."""
     max_new_tokens: int = 128
