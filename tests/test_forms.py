@@ -5,9 +5,10 @@ from itertools import chain
 
 import pytest
 
+from tunesmith.data.columns import parse_columns
 from tunesmith.data.datasets import open_dataset
 from tunesmith.data.dialogue import BadRow, Dialogue, Message, Preference, Text, parse_messages, render
-from tunesmith.data.forms import Reader, parse_columns, parse_pair, parse_row
+from tunesmith.data.forms import Reader, parse_pair, parse_row
 from tunesmith.data.readers import Report
 from tunesmith.data.tokenstore import tokenise
 from tunesmith.errors import UsageError, UserError
@@ -251,7 +252,7 @@ def test_reading_is_the_same_through_any_reader():
     reader = Reader()
     for row, expected in FORMS.values():
         assert reader.read(row) == expected
-    assert reader.forms.total() == len(FORMS)
+    assert reader.rows.total() == len(FORMS)
 
 
 def test_rendered_dialogues_come_back_as_they_were():

@@ -119,7 +119,7 @@ def test_shares_and_order_by_numbers():
 
 def test_sets_and_columns_in_yaml_are_lists_and_mappings(tmp_path):
     written = {"data": {"name": ["a.jsonl*0.7", "hh:helpful-base*0.3"], "columns": {"prompt": "ask", "label": None}}}
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(written))
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(written, sort_keys=False))
     for argv in (["--config", str(tmp_path / "c.yaml")], [f"--config={tmp_path / 'c.yaml'}"]):
         config, _ = parse(SFTConfig, argv, prog="x")
         assert (config.data.name, config.data.columns) == ("a.jsonl*0.7,hh:helpful-base*0.3", "prompt=ask,label=")

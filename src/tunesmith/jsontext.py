@@ -17,23 +17,22 @@ def parse_json(text: str | bytes) -> Any:
     both are a JSONDecodeError, so that one bad row stays one bad row.
     Raises: json.JSONDecodeError; UnicodeDecodeError for bytes that are not Unicode text.
     """
-    if isinstance(text, bytes):
-        text = text.decode(json.detect_encoding(text))
-    return _guarded(json.loads, text)
+    try:
+        return json.loads(text)
+    except (RecursionError, ValueError) as error:
+        raise _as_one_kind(error, text) from None
 
 
 def parse_json_from(text: str, start: int) -> tuple[Any, int]:
     """The first value at `start`, and where it ends: for texts that hold several. Raises: json.JSONDecodeError."""
-    found: tuple[Any, int] = _guarded(json.JSONDecoder().raw_decode, text, start)
-    return found
-
-
-def _guarded(parse: Any, text: str, *more: Any) -> Any:
     try:
-        return parse(text, *more)
-    except json.JSONDecodeError:
-        raise
-    except RecursionError:
-        raise UnreadableJSON("nested too deeply", text, 0) from None
-    except ValueError:  # sys.get_int_max_str_digits
-        raise UnreadableJSON("a number with too many digits", text, 0) from None
+        return json.JSONDecoder().raw_decode(text, start)
+    except (RecursionError, ValueError) as error:
+        raise _as_one_kind(error, text) from None
+
+
+def _as_one_kind(error: Exception, text: str | bytes) -> Exception:
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        return error
+    reason = "nested too deeply" if isinstance(error, RecursionError) else "a number with too many digits"
+    return UnreadableJSON(reason, text if isinstance(text, str) else "", 0)

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from tunesmith.data.columns import FORMATS, Columns, parse_columns
 from tunesmith.data.dialogue import BadRow
 from tunesmith.data.documents import split_keys, split_of_word
-from tunesmith.data.forms import FORMATS, Columns, Reader, checked, parse_columns, repeats_prompts
+from tunesmith.data.forms import Reader, checked, repeats_prompts
 from tunesmith.data.forms import parse_pair as parse_pair
 from tunesmith.data.forms import parse_row as parse_row
 from tunesmith.data.forms import read_row as read_row

@@ -48,6 +48,7 @@ STOP_TEXTS = (MARKERS["user"], MARKERS["assistant"], MARKERS["system"])
 """An answer ends at the end-of-text token or before any of these, whichever comes first."""
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
+_ROLE_OF_MARKER = {"Human": "user", "Assistant": "assistant"}
 _OPENING = re.compile(r"\s*(?:Human|Assistant|System):")
 _ONE_BREAK = re.compile(r"\n(?=(?:Human|Assistant):)")
 
@@ -152,7 +153,7 @@ def as_transcript(text: str) -> str | None:
     '\n\nHuman: hi\n\nAssistant: hello'
     """
     whole = text.startswith(("\n\nHuman:", "\n\nAssistant:"))
-    if whole and "\r\n\r\nAssistant:" not in text and "\r\n\r\nHuman:" not in text:
+    if whole and ("\r" not in text or ("\r\n\r\nAssistant:" not in text and "\r\n\r\nHuman:" not in text)):
         return text
     if not whole and not _OPENING.match(text):
         return None
@@ -175,15 +176,14 @@ def parse_transcript(text: str) -> Dialogue:
     opening = pieces[0].removeprefix(MARKERS["system"])
     if (pieces[0] and opening == pieces[0]) or len(pieces) == 1:
         raise BadRow("no role marker at the beginning")
-    messages = [_turn_after_marker("system", opening)] if pieces[0] else []
-    for name, body in zip(pieces[1::2], pieces[2::2], strict=True):
-        messages.append(_turn_after_marker("user" if name == "Human" else "assistant", body))
+    messages = [_after_marker("system", opening)] if pieces[0] else []
+    for marker, body in zip(pieces[1::2], pieces[2::2], strict=True):
+        messages.append(_after_marker(_ROLE_OF_MARKER[marker], body))
     return Dialogue(tuple(messages))
 
 
-def _turn_after_marker(role: str, body: str) -> Message:
-    lead = " " if body.startswith(" ") else ""
-    return Message(role, body[len(lead) :], lead)
+def _after_marker(role: str, body: str) -> Message:
+    return Message(role, body[1:]) if body[:1] == " " else Message(role, body, "")
 
 
 # ---- lists of turns ------------------------------------------------------------------------------------------------
@@ -191,9 +191,10 @@ def _turn_after_marker(role: str, body: str) -> Message:
 
 @dataclass
 class Seen:
-    """What the turns of many rows had: each role's name and what it became, and the keys that were not used."""
+    """What the turns of many rows had: each role's name and what it became, keys not used, and answers of weight 0."""
 
     roles: dict[str, str] = field(default_factory=dict)
+    of_weight_0: int = 0
     unused: dict[str, None] = field(default_factory=dict)
 
 
@@ -206,7 +207,7 @@ def parse_messages(messages: Any, seen: Seen | None = None) -> Dialogue:
     The list may also be JSON text, a single turn, or an object of two lists (as `datasets` stores a sequence).
     seen: where to write down what the turns had. Raises: BadRow with the reason.
     """
-    turns = _as_list(messages)
+    turns = messages if isinstance(messages, list) else _as_list(messages)
     if not isinstance(turns, list | tuple) or not turns:
         raise BadRow("messages is not a list of turns")
     return Dialogue(tuple(_message(turn, seen) for turn in turns))
@@ -219,12 +220,18 @@ def is_turn(value: Any) -> bool:
 
 def is_turns(value: Any) -> bool:
     """Whether this is a dialogue: a list of turns, one turn, an object of lists, or any of these as JSON text."""
+    if isinstance(value, str) and not _may_be_json(value):
+        return False
     found = _as_list(value)
     return isinstance(found, list | tuple) and bool(found) and all(map(is_turn, found))
 
 
+def _may_be_json(text: str) -> bool:
+    return text[:64].lstrip()[:1] in ("[", "{")
+
+
 def _as_list(value: Any) -> Any:
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+    if isinstance(value, str) and _may_be_json(value):
         try:
             value = parse_json(value)
         except ValueError:
@@ -255,12 +262,17 @@ def _message(turn: Any, seen: Seen | None) -> Message:
         raise BadRow(f"a turn with tool calls: {NO_TOOLS}")
     if not isinstance(content, str):
         content = _text_of_parts(content)
+    if seen is not None and name not in seen.roles:
+        seen.roles[str(name).strip()] = role
+    if len(turn) == 2:
+        return Message(role, check_text(content))
     if seen is not None:
-        seen.roles.setdefault(str(name).strip(), role)
-        if len(turn) > 2:
-            seen.unused |= dict.fromkeys(k for k, v in turn.items() if v is not None and k not in _TURN_KEYS)
+        seen.unused |= dict.fromkeys(k for k, v in turn.items() if v is not None and k not in _TURN_KEYS)
     weight = turn.get("weight") if role == "assistant" else None
-    return Message(role, check_text(content), weight=1 if weight is None else turn_weight(weight))
+    found = Message(role, check_text(content), weight=1 if weight is None else turn_weight(weight))
+    if seen is not None and not found.weight:
+        seen.of_weight_0 += 1
+    return found
 
 
 def _role(name: Any) -> str:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tunesmith.data.columns import NAMES
 from tunesmith.data.dialogue import is_turns
-from tunesmith.data.forms import NAMES
 from tunesmith.errors import UserError
 from tunesmith.jsontext import UnreadableJSON, parse_json, parse_json_from
 

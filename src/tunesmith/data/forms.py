@@ -1,13 +1,13 @@
-"""Forms of a row: which column holds what, and the dialogue, text or preference that a row becomes."""
+"""Rows of every form to what they are: a dialogue, a text or a preference; and what there is to say of a whole set."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
+from tunesmith.data.columns import BARE, FORMATS, Columns, Form, recognise
 from tunesmith.data.dialogue import (
     BadRow,
     Dialogue,
@@ -23,113 +23,10 @@ from tunesmith.data.dialogue import (
     parse_transcript,
     turn_weight,
 )
-from tunesmith.errors import UsageError
 
-FORMATS = (
-    "text | messages | prompt + completion | instruction + output | prompt + chosen + rejected | chosen + rejected; "
-    "other names: --data.columns prompt=COLUMN,completion=COLUMN"
-)
-NAMES = {
-    "messages": ("messages", "conversations", "conversation"),
-    "text": ("text",),
-    "system": ("system", "system_prompt"),
-    "prompt": ("prompt", "question", "instruction", "query", "input"),
-    "completion": ("completion", "response", "output", "answer"),
-    "chosen": ("chosen",),
-    "rejected": ("rejected",),
-    "label": ("label",),
-    "weight": ("weight",),
-    "history": ("history",),
-    "input": ("input", "context"),
-}
-"""What a column can be, and the names by which it is recognised, in lower case; the first that a row has is taken."""
-MAPPED = ("messages", "text", "system", "prompt", "completion", "chosen", "rejected", "label", "weight")
-BECOMES = {
-    "messages": "turns", "text": "text (a transcript: turns)",
-    "system": "system turn", "prompt": "user turn", "completion": "assistant turn",
-    "chosen": "better answer", "rejected": "worse answer", "label": "false: row left out", "weight": "0: row left out",
-    "history": "turns before", "input": "added to the user turn",
-}  # fmt: skip
-TAKES_INPUT = ("instruction", "question", "query")  # the columns that a column `input` or `context` goes with
 LONG_PROMPT = 4, 20  # words or characters from which on an answer that repeats the prompt is no chance
 FALSE, TRUE = ("false", "0", "0.0", "no"), ("true", "1", "1.0", "yes")
-
 HH_ROLES = {"user": "Human", "assistant": "Assistant", "system": "System"}
-
-Columns = tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True)
-class Form:
-    """How the rows with one set of columns are read. columns: what -> its column. unused: columns that say nothing here."""
-
-    columns: Mapping[str, str]
-    unused: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        """The columns that make the form: `prompt + completion`."""
-        return " + ".join(c for what, c in self.columns.items() if what not in ("label", "weight"))
-
-    def line(self, rows: int) -> str:
-        """For the user: what each column becomes."""
-        columns = ", ".join(f"{column} -> {BECOMES[what]}" for what, column in self.columns.items())
-        return f"form: {self.name} ({rows:,} {'row' if rows == 1 else 'rows'}): {columns}"
-
-
-def parse_columns(option: str | None) -> Columns:
-    """`prompt=question,label=` as pairs; an empty name means that no column is that.
-
-    Raises: UsageError for an unknown key, or a word without `=`.
-    """
-    pairs = []
-    for word in filter(None, (option or "").split(",")):
-        what, equals, column = (part.strip() for part in word.partition("="))
-        if not equals or what not in MAPPED:
-            raise UsageError(
-                f"--data.columns {option}: {word.strip()!r} is not KEY=COLUMN; the keys are {', '.join(MAPPED)}"
-            )
-        pairs.append((what, column))
-    return tuple(pairs)
-
-
-@lru_cache(maxsize=4096)
-def recognise(columns: frozenset[str], mapped: Columns = ()) -> Form | None:
-    """The form of rows in which these columns have values; None if it is none that is known."""
-    given = dict(mapped)
-    plain = {name.strip().lower(): name for name in sorted(columns)} | {name: name for name in columns}
-    taken = set(given.values())
-
-    def find(what: str) -> str | None:
-        if what in given:
-            return given[what] if given[what] in columns else None
-        return next((plain[n] for n in NAMES[what] if n in plain and plain[n] not in taken), None)
-
-    form = _what_makes_it({what: c for what in NAMES if (c := find(what))})
-    if form is None:
-        return None
-    used = {what: column for what, column in form.items() if column}
-    return Form(used, tuple(sorted(columns - set(used.values()))))
-
-
-def _what_makes_it(found: dict[str, str]) -> dict[str, str] | None:
-    """Of the columns found those that make the form, in the order in which they become turns."""
-    if found.get("input") == found.get("prompt"):
-        found.pop("input", None)
-    prompt = ["system", "history", "prompt"]
-    if found.get("prompt", "").lower() in TAKES_INPUT:
-        prompt.append("input")
-    if "chosen" in found and "rejected" in found:
-        wanted = [*prompt, "chosen", "rejected", "weight"]
-    elif "messages" in found:
-        wanted = ["system", "messages", "label", "weight"]
-    elif "prompt" in found and "completion" in found:
-        wanted = [*prompt, "completion", "label", "weight"]
-    elif "text" in found:
-        wanted = ["text", "weight"]
-    else:
-        return None
-    return {what: found[what] for what in wanted if what in found}
 
 
 @dataclass
@@ -143,7 +40,8 @@ class Reader:
     mapped: Columns = ()
     honoured: tuple[str, ...] = ()
     echoes: bool = False
-    forms: Counter[frozenset[str]] = field(default_factory=Counter)
+    forms: dict[tuple[str, ...], Form] = field(default_factory=dict)
+    rows: Counter[tuple[str, ...]] = field(default_factory=Counter)
     facts: Counter[str] = field(default_factory=Counter)
     seen: Seen = field(default_factory=Seen)
 
@@ -169,18 +67,20 @@ class Reader:
             raise BadRow("nested too deeply") from None
 
     def _form(self, row: Any) -> Form:
-        if isinstance(row, list) and is_turns(row):
-            self.forms[frozenset()] += 1
-            return BARE
         if not isinstance(row, dict):
-            raise BadRow("not an object with columns")
-        columns = frozenset(key for key, value in row.items() if value is not None)
-        form = recognise(columns, self.mapped)
+            if not isinstance(row, list) or not is_turns(row):
+                raise BadRow("not an object with columns")
+            self.forms[()] = BARE
+            self.rows[()] += 1
+            return BARE
+        columns = tuple([key for key, value in row.items() if value is not None])
+        form = self.forms.get(columns) or recognise(frozenset(columns), self.mapped)
         if form is None:
             raise BadRow(
                 f"no known columns (found {', '.join(sorted(map(str, columns))) or 'none'}; expected {FORMATS})"
             )
-        self.forms[columns] += 1
+        self.forms[columns] = form
+        self.rows[columns] += 1
         return form
 
     # ---- the forms ---------------------------------------------------------------------------------------------
@@ -189,14 +89,14 @@ class Reader:
         if (column := form.columns.get("weight")) and turn_weight(row[column]) == 0:
             raise BadRow("weight 0: a row not to learn from")
         prompt, answers = self._prompt(row, form), [row[form.columns[name]] for name in ("chosen", "rejected")]
-        texts = [self._repeated(prompt, answer) for answer in answers]
-        if isinstance(prompt, str) and all(rest is not None for _, rest in texts) and any(s for s, _ in texts):
+        if len(form.columns) == 2:
+            return Preference(self._alone(answers[0]), self._alone(answers[1]))
+        after = [self._after_prompt(prompt, answer) for answer in answers]
+        repeated = None not in after
+        joined = [self._join(prompt, answer) for answer in (after if repeated else answers)]
+        if repeated or any(twice for _, twice in joined):
             self.facts["repeated"] += 1
-            answers = [rest for _, rest in texts]
-        joined = [self._join(prompt, answer) for answer in answers]
-        self.facts["repeated"] += any(twice for _, twice in joined)
-        chosen, rejected = (self._whole(row, form, turns) for turns, _ in joined)
-        return Preference(chosen, rejected)
+        return Preference(*(self._whole(row, form, turns) for turns, _ in joined))
 
     def _single(self, row: Any, form: Form) -> Row:
         columns = form.columns
@@ -205,17 +105,16 @@ class Reader:
         self._heed_marks(row, columns)
         if "messages" in columns:
             value = row[columns["messages"]]
-            if isinstance(value, str) and (transcript := as_transcript(value)) is not None:
-                return self._whole(row, form, self._taken_apart(transcript))
-            return self._whole(row, form, list(parse_messages(value, self.seen).messages))
+            is_transcript = isinstance(value, str) and as_transcript(value) is not None
+            found = self._alone(value) if is_transcript else parse_messages(value, self.seen)
+            return found if len(columns) == 1 else self._whole(row, form, list(found.messages))
         if "text" in columns:
             return self._text(row[columns["text"]], row.get("role") is not None)
         prompt, answer = self._prompt(row, form), row[columns["completion"]]
-        strong, rest = self._repeated(prompt, answer)
-        if strong:
-            answer = rest
-        turns, twice = self._join(prompt, answer)
-        self.facts["repeated"] += strong or twice
+        after = self._after_prompt(prompt, answer)
+        turns, twice = self._join(prompt, answer if after is None else after)
+        if twice or after is not None:
+            self.facts["repeated"] += 1
         return self._whole(row, form, turns)
 
     def _heed_marks(self, row: dict[str, Any], columns: Mapping[str, str]) -> None:
@@ -247,8 +146,6 @@ class Reader:
             first = turns[0] if turns else None
             if system.strip() and not (first and first.role == "system" and first.content.strip() == system.strip()):
                 turns = [Message("system", check_text(system)), *turns]
-        if any(m.weight != 1 for m in turns):
-            self.facts["weight 0"] += sum(m.weight == 0 for m in turns)
         return Dialogue(tuple(turns))
 
     def _history(self, history: Any) -> list[Message]:
@@ -271,21 +168,36 @@ class Reader:
             )
         transcript = as_transcript(value)
         if transcript is not None and (value.startswith("\n\nHuman:") or "\n\nAssistant:" in transcript[2:]):
-            return Dialogue(tuple(self._taken_apart(transcript)))
+            return self._taken_apart(transcript)
         return Text(check_text(value))
 
     # ---- prompt and answer ---------------------------------------------------------------------------------------
 
-    def _repeated(self, prompt: Any, answer: Any) -> tuple[bool, Any]:
-        """Whether a plain answer surely repeats the plain prompt, and what follows it; (False, None) where it does not."""
-        if not (isinstance(prompt, str) and isinstance(answer, str)) or as_transcript(answer) is not None:
-            return False, None
+    def _after_prompt(self, prompt: Any, answer: Any) -> str | None:
+        """What follows in a plain answer that surely repeats the plain prompt; None for any other."""
+        if not (isinstance(prompt, str) and isinstance(answer, str)):
+            return None
         rest = after_prompt(prompt, answer)
-        return rest is not None and (self.echoes or _is_long(prompt)), rest
+        if rest is None or not (self.echoes or _is_long(prompt)) or as_transcript(answer) is not None:
+            return None
+        return rest
+
+    def _alone(self, value: Any) -> Dialogue:
+        """The dialogue of a column that holds a whole one, as a list of turns or a transcript."""
+        if not isinstance(value, str) or is_turns(value):
+            if not isinstance(value, str | list | dict):
+                raise BadRow("prompt or answer is neither text nor a list of turns")
+            return parse_messages(value, self.seen)
+        transcript = as_transcript(value)
+        return self._taken_apart(value if transcript is None else transcript)
 
     def _join(self, prompt: Any, answer: Any) -> tuple[list[Message], bool]:
         """Prompt and answer as turns, and whether the answer held the prompt, which then counts once."""
-        if isinstance(prompt, str | None) and isinstance(answer, str) and not (is_turns(answer) or is_turns(prompt)):
+        if (
+            isinstance(answer, str)
+            and (prompt is None or isinstance(prompt, str))
+            and not (is_turns(answer) or is_turns(prompt))
+        ):
             return self._join_texts(prompt, answer)
         before, after = self._turns(prompt, "user"), self._turns(answer, "assistant")
         while before and before[-1].role == "assistant" and not before[-1].content.strip():
@@ -295,23 +207,24 @@ class Reader:
     def _join_texts(self, prompt: str | None, answer: str) -> tuple[list[Message], bool]:
         asked, said = None if prompt is None else as_transcript(prompt), as_transcript(answer)
         if prompt is None:
-            return self._taken_apart(answer if said is None else said), False
+            return list(self._alone(answer).messages), False
         if said is not None:
-            after = self._taken_apart(said)
-            before = self._taken_apart(asked) if asked is not None else [Message("user", prompt)]
+            after = list(self._taken_apart(said).messages)
+            before = list(self._taken_apart(asked).messages) if asked is not None else [Message("user", prompt)]
             if before[-1].role == "assistant" and not before[-1].content.strip() and len(before) > 1:
                 before.pop()
             turns, twice = _once(before, after)
             if twice or after[0].role == "assistant":
                 return turns, twice
         if asked is not None:
-            return self._taken_apart(asked + answer), False
+            return list(self._taken_apart(asked + answer).messages), False
         return [Message("user", check_text(prompt)), Message("assistant", check_text(answer))], False
 
-    def _taken_apart(self, transcript: str) -> list[Message]:
-        turns = list(parse_transcript(transcript).messages)
-        self.seen.roles |= {HH_ROLES[turn.role]: turn.role for turn in turns}
-        return turns
+    def _taken_apart(self, transcript: str) -> Dialogue:
+        found = parse_transcript(transcript)
+        if "Human" not in self.seen.roles or found.messages[0].role == "system":
+            self.seen.roles |= {HH_ROLES[turn.role]: turn.role for turn in found.messages}
+        return found
 
     def _turns(self, value: Any, role: str) -> list[Message]:
         if value is None:
@@ -322,7 +235,7 @@ class Reader:
             return list(parse_messages(value, self.seen).messages)
         transcript = as_transcript(value)
         if transcript is not None and role == "user":
-            return self._taken_apart(transcript)
+            return list(self._taken_apart(transcript).messages)
         return [Message(role, check_text(value))]
 
     # ---- words ---------------------------------------------------------------------------------------------------
@@ -331,8 +244,8 @@ class Reader:
         """What was recognised: a line a form, the most frequent first, and one for the names of the roles."""
         rows: Counter[str] = Counter()
         lines: dict[str, Form] = {}
-        for columns, n in self.forms.items():
-            form = recognise(columns, self.mapped) or BARE
+        for columns, n in self.rows.items():
+            form = self.forms[columns]
             lines.setdefault(form.line(0), form)
             rows[form.line(0)] += n
         told = [lines[key].line(n) for key, n in rows.most_common()]
@@ -341,13 +254,13 @@ class Reader:
 
     def notes(self) -> list[str]:
         """What a user should know: columns not used, texts that stood in two columns, answers not learned."""
-        unused = {c for columns in self.forms if (f := recognise(columns, self.mapped)) for c in f.unused}
+        unused = {column for form in self.forms.values() for column in form.unused}
         lines = [f"not used: {', '.join(sorted(unused - set(self.honoured)))}"] if unused - set(self.honoured) else []
         if self.seen.unused:
             lines.append(f"not used in turns: {', '.join(self.seen.unused)}")
         if n := self.facts["repeated"]:
             lines.append(f"{n:,} {_rows(n)}: the answer begins with the prompt, which counts once")
-        if n := self.facts["weight 0"]:
+        if n := self.seen.of_weight_0:
             lines.append(
                 f"{n:,} {'turn has' if n == 1 else 'turns have'} weight 0: read, not learned (where every token carries loss, "
                 "as with --data.loss_on all or windows, they are learned all the same)"
@@ -356,10 +269,6 @@ class Reader:
         return lines + [
             f"not used: {column} of {n:,} {_rows(n)}, which is neither true nor false" for column, n in labels
         ]
-
-
-BARE = Form({"messages": "list of turns"}, ())
-"""A row that is a list of turns itself."""
 
 
 def _rows(n: int) -> str:
@@ -380,8 +289,10 @@ def _once(before: list[Message], after: list[Message]) -> tuple[list[Message], b
 def after_prompt(prompt: str, answer: str) -> str | None:
     """What follows in an answer that begins with the whole prompt and goes on with a new word; None for any other."""
     asked, said = prompt.strip(), answer.lstrip()
+    if not asked or not said.startswith(asked):
+        return None
     rest = said[len(asked) :]
-    if not asked or not said.startswith(asked) or not rest.strip() or (asked[-1].isalnum() and rest[0].isalnum()):
+    if not rest.strip() or (asked[-1].isalnum() and rest[0].isalnum()):
         return None
     return rest.lstrip()
 

@@ -217,7 +217,14 @@ class _Reading:
             return
         for line, data in chain([first, second], lines):
             self.line = line
-            yield from self._line(line, data)
+            try:
+                value = parse_json(data.decode())
+            except ValueError:  # a mark, an empty or a broken line
+                value = None
+            if type(value) is dict:
+                yield line, value
+            else:
+                yield from self._line(line, data)
 
     def _line(self, line: int, data: bytes) -> Iterator[tuple[int, Any]]:
         try:
