@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,7 @@ def _show_figures(
     source: Source, data: DataOptions, tokenizer: Tokenizer, options: DataCommand, console: Console
 ) -> list[str]:
     stores = [_stored(source, split, data, tokenizer) for split in source.files]
-    _show_form(console, [line for store in stores for line in store.report.form])
+    _show_form(console, {store.split: store.report.form for store in stores})
     loss_on = resolve_loss_on(data.loss_on, data.batching)
     table = Table(title=f"{source.name}, tokens of {options.tokenizer}", title_justify="left")
     table.add_column("")
@@ -80,10 +80,11 @@ def _show_figures(
     return problems
 
 
-def _show_form(console: Console, lines: Sequence[str]) -> None:
-    """Which form was recognised; what all splits say of the roles only once."""
-    for line in dict.fromkeys(lines):
-        console.print(line, markup=False)
+def _show_form(console: Console, forms: Mapping[str, Sequence[str]]) -> None:
+    """Which form was recognised in each split; what all of them say stands there once."""
+    for line in dict.fromkeys(line for lines in forms.values() for line in lines):
+        own = [split for split, lines in forms.items() if line in lines]
+        console.print(line if len(own) == len(forms) else f"{', '.join(own)}: {line}", markup=False)
 
 
 def _stored(source: Source, split: str, data: DataOptions, tokenizer: Tokenizer) -> TokenStore:
@@ -149,7 +150,7 @@ def _show_audit(
         source, tokenizer, block_size=data.block_size, truncation=None if data.batching == "windows" else data.truncation,
         loss_on=resolve_loss_on(data.loss_on, data.batching), holdout=data.holdout, seed=data.seed, against=others,
     )  # fmt: skip
-    _show_form(console, [line for split in found.splits for line in split.form])
+    _show_form(console, {split.split: split.form for split in found.splits})
     console.print(audit_table(found, options.tokenizer))
     problems = found.problems()
     _show_notes(console, [*source.notes, *problems, *found.remarks()])
