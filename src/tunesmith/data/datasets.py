@@ -316,7 +316,10 @@ def _rm_static_files(options: DataOptions) -> dict[str, tuple[Path, ...]]:
     if options.rm_static is None:
         return find_layout(download_dataset(RM_STATIC_REPO, ["*.parquet", "*.jsonl"], "--data.rm_static DIR")).files
     root = Path(options.rm_static).expanduser()
-    files = find_layout(root).files if root.is_dir() and any(root.rglob("*train*")) else {}
+    try:
+        files = find_layout(root).files
+    except UserError:
+        files = {}
     if set(files) != {"train", "test"}:
         raise UserError(f"--data.rm_static {root}: expected a directory with train.* and test.* (Parquet or JSONL)")
     return files
