@@ -57,6 +57,14 @@ def test_an_audit_says_the_form_too_and_names_its_tokenizer(tmp_path, capsys):
     assert "--tokenizer MODEL" in out
 
 
+def test_rows_that_are_lists_can_be_audited(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text((json.dumps([{"role": r, "content": c} for r, c in TURNS]) + "\n") * 2)
+    assert main(["data", str(tmp_path / "a.jsonl"), "--audit", "--tokenizer", "sample"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("form: list of turns (2 rows)")
+    assert "1 row: duplicate of an earlier row" in out
+
+
 def test_an_audit_finds_no_doubled_prompt_to_join(tmp_path, capsys):
     """Such rows were advised to be joined, which made it worse; now the prompt counts once."""
     turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]

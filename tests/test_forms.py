@@ -2,6 +2,7 @@
 
 import json
 from itertools import chain
+from pathlib import Path
 
 import pytest
 
@@ -272,3 +273,24 @@ def test_rows_that_parse_but_nest_deeply_are_bad_rows(depth):
         parse_row({"messages": [{"role": nested, "content": "x"}]})
     with pytest.raises(BadRow):
         parse_messages(nested)
+
+
+def test_the_examples_of_the_page_are_read_as_it_says():
+    """docs/data.md: the table of forms; rows with `...` show only a beginning."""
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    table = page[page.index("| form | an example | becomes |") : page.index("**Names of columns**")]
+    kinds = {"a dialogue": Dialogue, "a preference": Preference, "plain text": Text}
+    found = 0
+    for line in filter(None, table.splitlines()[2:]):
+        name, example, becomes = (cell.strip() for cell in line.strip("| \n").split(" | "))
+        if "..." in example:
+            continue
+        found += 1
+        row = json.loads(example.strip("`"))
+        if becomes.startswith("nothing"):
+            with pytest.raises(BadRow, match="label is false"):
+                parse_row(row)
+        else:
+            kind = next(kind for start, kind in kinds.items() if becomes.startswith(start))
+            assert isinstance(parse_row(row), kind), name
+    assert found >= 12

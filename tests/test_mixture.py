@@ -13,7 +13,8 @@ from tunesmith.data.readers import Report
 from tunesmith.data.tokenstore import tokenise
 from tunesmith.errors import UsageError, UserError
 from tunesmith.options.parse import parse
-from tunesmith.options.training import DataOptions, SFTConfig
+from tunesmith.options.training import DataOptions, ModelOptions, SFTConfig
+from tunesmith.train import session
 
 
 @pytest.fixture
@@ -101,6 +102,19 @@ def test_mixed_sets_go_through_the_store(sets, tokenizer):
 def test_wrong_weights_are_told(name, told):
     with pytest.raises(UsageError, match=told):
         parse_sets(name)
+
+
+def test_a_run_is_called_after_all_its_sets(sets, monkeypatch):
+    called = []
+    monkeypatch.setattr(session, "new_run_directory", lambda out, default, resume: called.append(default))
+    session.begin(
+        SFTConfig(model=ModelOptions(name="sample"), data=DataOptions(name="hh:helpful-base*0.3,a.jsonl*0.7")), "sft"
+    )
+    assert called == ["runs/sft-sample-hh-helpful-base-a"]
+
+
+def test_long_lists_are_no_file_names():
+    assert len(parse_sets(",".join(["hh:helpful-base*0.5"] * 300))) == 300
 
 
 def test_a_file_may_have_a_comma_or_a_star_in_its_name(sets):

@@ -19,7 +19,7 @@ def parse_sets(name: str) -> list[Part]:
 
     Raises: UsageError for a weight that is no positive number, or where some sets have one and others none.
     """
-    if Path(name).expanduser().exists() or not ("," in name or "*" in name):
+    if not ("," in name or "*" in name) or _exists(name):
         return [(name, None)]
     parts = [_parse_part(part.strip(), name) for part in name.split(",") if part.strip()]
     weights = [weight for _, weight in parts]
@@ -28,8 +28,15 @@ def parse_sets(name: str) -> list[Part]:
     return parts
 
 
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # a long list is no file's name
+        return False
+
+
 def _parse_part(part: str, whole: str) -> Part:
-    if Path(part).expanduser().exists() or "*" not in part:
+    if "*" not in part or _exists(part):
         return part, None
     name, _, weight = part.rpartition("*")
     try:
@@ -60,6 +67,6 @@ def mixed(counts: Sequence[int], wanted: Sequence[int], seed: int) -> Iterator[t
     Of each set `wanted` of its `counts` rows are drawn; they keep their order, and the sets are shuffled into each other.
     """
     rng = np.random.default_rng(seed)
-    chosen = [iter(np.sort(rng.permutation(n)[:k]).tolist()) for n, k in zip(counts, wanted, strict=True)]
-    for part in rng.permutation(np.repeat(np.arange(len(wanted)), wanted)).tolist():
-        yield part, next(chosen[part])
+    chosen = [map(int, np.sort(rng.permutation(n)[:k])) for n, k in zip(counts, wanted, strict=True)]
+    for part in rng.permutation(np.repeat(np.arange(len(wanted), dtype=np.int16), wanted)):
+        yield int(part), next(chosen[part])

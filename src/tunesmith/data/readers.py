@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from tunesmith.data.documents import document_rows, joined_values, parse_document, rows_of, values
 from tunesmith.data.tables import arrow_rows, csv_rows, parquet_rows
@@ -129,7 +129,7 @@ def _opened(path: Path) -> IO[bytes]:
     file = path.open("rb")
     if path.name.lower().endswith(".gz") or file.read(2) == b"\x1f\x8b":
         file.close()
-        return gzip.open(path, "rb")
+        return cast("IO[bytes]", gzip.open(path, "rb"))
     file.seek(0)
     return file
 

@@ -219,7 +219,7 @@ def _read(source: Source, split: str) -> Texts:
                 found.skipped.append((row, place))
         printed = fingerprint(row, place, usable)
         found.prints.append(printed)
-        defects = row_defects(located.value, row)
+        defects = row_defects(located.value if isinstance(located.value, dict) else {}, row)
         if printed.texts in seen:
             found.defects["duplicate"].append(f"{place} = {seen[printed.texts]}")
         elif len(printed.texts) == 2 and printed.texts[::-1] in seen and "same_answers" not in defects:
