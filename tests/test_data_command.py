@@ -40,11 +40,14 @@ def test_brackets_join_what_belongs_together():
 
 
 def test_the_forms_of_unlike_splits_are_told_apart(tmp_path, capsys):
-    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n' * 3)
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n{"text": "Human: a\\n\\nAssistant: b"}\n')
     (tmp_path / "test.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     main(["data", str(tmp_path), "--tokenizer", "sample"])
-    told = "train: form: text (3 rows): text -> text (a transcript: turns)\ntest: form: prompt + completion (1 row): "
-    assert capsys.readouterr().out.startswith(told)
+    told = [
+        "train: form: text (3 rows): text -> text", "train: 1 text is a transcript, taken apart into turns",
+        "train: roles: Human -> user, Assistant -> assistant", "test: form: prompt + completion (1 row): prompt -> user turn",
+    ]  # fmt: skip
+    assert capsys.readouterr().out.startswith("\n".join(told))
 
 
 def test_an_audit_says_the_form_too_and_names_its_tokenizer(tmp_path, capsys):

@@ -56,6 +56,7 @@ FILES = {
     "utf32.json": json.dumps(ROWS).encode("utf-32"),
     "marks.jsonl": "\n".join("\ufeff" + line for line in LINES).encode(),
     "joined.jsonl": "\ufeff".join(["\n".join(LINES[:2]), "\n".join(LINES[2:])]).encode(),
+    "cut out of an array.jsonl": ",\n".join(LINES).encode(),
     "windows.jsonl": "\r\n".join(LINES).encode("utf-8-sig"),
     "mac.jsonl": "\r".join(LINES).encode(),
     "packed.jsonl": gzip.compress("\n".join(LINES).encode()),
@@ -125,13 +126,17 @@ def test_one_row_that_nobody_can_read_is_one_bad_row(tmp_path, name, bad):
         ("a.json", '{"train": 5, "a": [{"x": 1}], "b": [{"x": 1}]}', r"several lists \(a, b\): save the one"),
         ("a.json", '{"text": "a"}\n{"text": ', "not valid JSON|invalid JSON"), ("a.zip", "PK\x03\x04rest", "a zip or Excel file"),
         ("a.jsonl", "PK\x03\x04rest", "a zip or Excel file"), ("a.csv", b"prompt,completion\n\xe9,b\n", "not UTF-8 .*save it as UTF-8"),
+        ("a.csv", "messages\n\"[{'role': 'user', 'content': 'Hi'}]\"\n", "Python's notation.*json.dumps"),
+        ("a.jsonl", '{"turns": [{"role": "user", "content": "a"}]}', "no known columns \\(found turns"),
         ("a.arrow", "nothing", "cannot be read as Arrow"), ("a.json", f'{{"text": {DEEP}}}', "nested too deeply"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_gives_the_true_reason(tmp_path, name, content, told):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    report = Report()
     try:
-        reasons = "; ".join(rows_in(tmp_path / name)[1].lines())
+        list(open_dataset(DataOptions(name=str(tmp_path / name))).rows("train", report))
+        reasons = "; ".join(report.lines())
     except UserError as error:
         reasons = str(error)
     assert re.search(told, reasons)

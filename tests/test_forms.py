@@ -66,6 +66,9 @@ FORMS = {
     "system twice": ({"system": "Be brief.", "messages": BRIEF_TURNS}, BRIEF),
     "empty system": ({"system": " ", "prompt": Q, "completion": A}, DIALOGUE),
     "Orca": ({"system": "Be brief.", "question": Q, "chosen": A, "rejected": B}, BRIEF_PAIR),
+    "OpenAI's preferences": (
+        {"input": {"messages": [user(Q)]}, "preferred_output": [said(A)], "non_preferred_output": [said(B)]}, PAIR,
+    ),
     "one turn as an object": ({"prompt": user(Q), "chosen": said(A), "rejected": said(B)}, PAIR),
     "turns as JSON text": ({"prompt": Q, "chosen": json.dumps([said(A)]), "rejected": json.dumps(said(B))}, PAIR),
     "HH": ({"chosen": HH, "rejected": HH_WORSE}, PAIR),

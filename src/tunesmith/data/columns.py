@@ -18,8 +18,8 @@ NAMES = {
     "system": ("system", "system_prompt"),
     "prompt": ("prompt", "question", "instruction", "query", "input"),
     "completion": ("completion", "response", "output", "answer"),
-    "chosen": ("chosen",),
-    "rejected": ("rejected",),
+    "chosen": ("chosen", "preferred_output"),
+    "rejected": ("rejected", "non_preferred_output"),
     "label": ("label",),
     "weight": ("weight",),
     "history": ("history",),
@@ -28,7 +28,7 @@ NAMES = {
 """What a column can be, and the names by which it is recognised, in lower case; the first that a row has is taken."""
 MAPPED = ("messages", "text", "system", "prompt", "completion", "chosen", "rejected", "label", "weight")
 BECOMES = {
-    "messages": "turns", "text": "text (a transcript: turns)",
+    "messages": "turns", "text": "text",
     "system": "system turn", "prompt": "user turn", "completion": "assistant turn",
     "chosen": "better answer", "rejected": "worse answer", "label": "false: row left out", "weight": "0: row left out",
     "history": "turns before", "input": "added to the user turn",

@@ -209,6 +209,8 @@ def parse_messages(messages: Any, seen: Seen | None = None) -> Dialogue:
     """
     turns = messages if isinstance(messages, list) else _as_list(messages)
     if not isinstance(turns, list | tuple) or not turns:
+        if isinstance(turns, str) and turns.lstrip().startswith(("[{'", "{'")):
+            raise BadRow("turns in Python's notation, which is not JSON: save them with json.dumps, or as JSON lines")
         raise BadRow("messages is not a list of turns")
     return Dialogue(tuple(_message(turn, seen) for turn in turns))
 

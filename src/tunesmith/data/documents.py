@@ -22,6 +22,7 @@ ROW_KEYS = {*NAMES["messages"], *NAMES["text"], *NAMES["chosen"], "prompt", "que
 ABOUT = ("features", "fields", "columns", "schema")  # lists that describe the rows beside them
 
 _BETWEEN = re.compile(r"[\s\ufeff]*")
+_COMMA = re.compile(r"[\s\ufeff,]*")
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{},]', re.DOTALL)
 
 
@@ -52,12 +53,14 @@ def values(text: str, path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def joined_values(text: str) -> list[Any] | None:
-    """The objects that a line holds one after the other, as where files were joined; None if it holds anything else."""
-    found, at = [], 0
+    """The objects that a line holds, as where files were joined or cut out of an array; None if it holds anything else."""
+    found: list[Any] = []
+    at = _start(text, 0)
     try:
-        while (at := _start(text, at)) < len(text):
-            value, at = parse_json_from(text, at)
+        while at < len(text):
+            value, end = parse_json_from(text, at)
             found.append(value)
+            at = _COMMA.match(text, end).end()  # type: ignore[union-attr]
     except json.JSONDecodeError:
         return None
     return found if all(isinstance(value, dict) for value in found) else None
@@ -65,9 +68,7 @@ def joined_values(text: str) -> list[Any] | None:
 
 def rows_of(value: Any) -> list[Any]:
     """The rows of a list, if it is a list of objects; a dialogue, and anything else, is one row."""
-    if isinstance(value, list) and value and all(isinstance(row, dict) for row in value) and not is_turns(value):
-        return value
-    return [value]
+    return value if _holds_rows(value) else [value]
 
 
 def document_rows(path: Path, value: Any, key: str = "") -> list[Any]:
@@ -86,7 +87,7 @@ def document_rows(path: Path, value: Any, key: str = "") -> list[Any]:
         return columns
     if value.keys() & ROW_KEYS or is_turns(value):
         return [value]
-    lists = {name: found for name, found in value.items() if _holds_objects(found) and name not in ABOUT}
+    lists = {name: found for name, found in value.items() if _holds_rows(found) and name not in ABOUT}
     if len(lists) > 1:
         raise UserError(
             f"{path} holds several lists ({', '.join(lists)}): save the one with the rows as a file of its own"
@@ -102,8 +103,10 @@ def _start(text: str, at: int) -> int:
     return _BETWEEN.match(text, at).end()  # type: ignore[union-attr]
 
 
-def _holds_objects(found: Any) -> bool:
-    return isinstance(found, list) and bool(found) and all(isinstance(row, dict) for row in found)
+def _holds_rows(found: Any) -> bool:
+    return (
+        isinstance(found, list) and bool(found) and all(isinstance(row, dict) for row in found) and not is_turns(found)
+    )
 
 
 def _columns(value: dict[str, Any]) -> list[Any] | None:

@@ -168,6 +168,7 @@ class Reader:
             )
         transcript = as_transcript(value)
         if transcript is not None and (value.startswith("\n\nHuman:") or "\n\nAssistant:" in transcript[2:]):
+            self.facts["transcripts"] += 1
             return self._taken_apart(transcript)
         return Text(check_text(value))
 
@@ -249,6 +250,10 @@ class Reader:
             lines.setdefault(form.line(0), form)
             rows[form.line(0)] += n
         told = [lines[key].line(n) for key, n in rows.most_common()]
+        if n := self.facts["transcripts"]:
+            told.append(
+                f"{n:,} {'text is a transcript' if n == 1 else 'texts are transcripts'}, taken apart into turns"
+            )
         roles = [f"{name} -> {role}" for name, role in self.seen.roles.items()]
         return [*told, *([f"roles: {', '.join(roles)}"] if roles else [])]
 
