@@ -93,6 +93,7 @@ FORMS = {
     "HH prompt in turns": ({"prompt": HH_PROMPT, "chosen": TURNS, "rejected": [user(Q), said(B)]}, PAIR),
     "marker twice": ({"prompt": HH_PROMPT, "completion": f"\n\nAssistant: {A}"}, DIALOGUE),
     "plain prompt in plain text": ({"prompt": Q, "chosen": f"{Q} {A}", "rejected": f"{Q}\n{B}"}, PAIR),
+    "plain prompt in one of two": ({"prompt": Q, "chosen": f"{Q} {A}", "rejected": B}, PAIR),
     "plain prompt in completion": ({"prompt": Q, "completion": f"{Q}\n\n{A}"}, DIALOGUE),
 }  # fmt: skip
 
@@ -128,7 +129,7 @@ def test_an_answer_that_greets_back_is_not_a_prompt_that_stands_twice(tmp_path):
 
 def test_short_prompts_count_once_where_most_answers_begin_with_them(tmp_path):
     rows = [{"prompt": f"Q{i}", "chosen": f"Q{i} good", "rejected": f"Q{i} bad"} for i in range(5)]
-    rows.append({"prompt": "Q", "chosen": "Quite so", "rejected": "Q no"})
+    rows.append({"prompt": "Q", "chosen": "Quite so", "rejected": "Quick"})
     found, report = rows_of(written(tmp_path / "a.jsonl", rows))
     assert [row.chosen.messages[1].content for row in found] == ["good"] * 5 + ["Quite so"]
     assert report.notes == ["5 rows: the answer begins with the prompt, which counts once"]

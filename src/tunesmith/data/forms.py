@@ -33,7 +33,7 @@ HH_ROLES = {"user": "Human", "assistant": "Assistant", "system": "System"}
 class Reader:
     """Rows to dialogues, texts and preferences, and what there is to say of all of them.
 
-    mapped: `--data.columns`. honoured: columns that somebody else heeds, as `split`.
+    mapped: `--data.columns`. honoured: columns that are used elsewhere, as `split`.
     echoes: whether answers in plain text repeat even a short prompt as a rule (see `repeats_prompts`).
     """
 
@@ -91,12 +91,10 @@ class Reader:
         prompt, answers = self._prompt(row, form), [row[form.columns[name]] for name in ("chosen", "rejected")]
         if len(form.columns) == 2:
             return Preference(self._alone(answers[0]), self._alone(answers[1]))
-        after = [self._after_prompt(prompt, answer) for answer in answers]
-        repeated = None not in after
-        joined = [self._join(prompt, answer) for answer in (after if repeated else answers)]
-        if repeated or any(twice for _, twice in joined):
+        (chosen, once), (rejected, again) = (self._join(prompt, answer) for answer in answers)
+        if once or again:
             self.facts["repeated"] += 1
-        return Preference(*(self._whole(row, form, turns) for turns, _ in joined))
+        return Preference(self._whole(row, form, chosen), self._whole(row, form, rejected))
 
     def _single(self, row: Any, form: Form) -> Row:
         columns = form.columns
@@ -110,10 +108,8 @@ class Reader:
             return found if len(columns) == 1 else self._whole(row, form, list(found.messages))
         if "text" in columns:
             return self._text(row[columns["text"]], row.get("role") is not None)
-        prompt, answer = self._prompt(row, form), row[columns["completion"]]
-        after = self._after_prompt(prompt, answer)
-        turns, twice = self._join(prompt, answer if after is None else after)
-        if twice or after is not None:
+        turns, twice = self._join(self._prompt(row, form), row[columns["completion"]])
+        if twice:
             self.facts["repeated"] += 1
         return self._whole(row, form, turns)
 
@@ -174,15 +170,6 @@ class Reader:
 
     # ---- prompt and answer ---------------------------------------------------------------------------------------
 
-    def _after_prompt(self, prompt: Any, answer: Any) -> str | None:
-        """What follows in a plain answer that surely repeats the plain prompt; None for any other."""
-        if not (isinstance(prompt, str) and isinstance(answer, str)):
-            return None
-        rest = after_prompt(prompt, answer)
-        if rest is None or not (self.echoes or _is_long(prompt)) or as_transcript(answer) is not None:
-            return None
-        return rest
-
     def _alone(self, value: Any) -> Dialogue:
         """The dialogue of a column that holds a whole one, as a list of turns or a transcript."""
         if not isinstance(value, str) or is_turns(value):
@@ -219,7 +206,12 @@ class Reader:
                 return turns, twice
         if asked is not None:
             return list(self._taken_apart(asked + answer).messages), False
-        return [Message("user", check_text(prompt)), Message("assistant", check_text(answer))], False
+        rest = after_prompt(prompt, answer) if self.echoes or _is_long(prompt) else None
+        turns = [
+            Message("user", check_text(prompt)),
+            Message("assistant", check_text(answer if rest is None else rest)),
+        ]
+        return turns, rest is not None
 
     def _taken_apart(self, transcript: str) -> Dialogue:
         found = parse_transcript(transcript)
