@@ -141,10 +141,10 @@ def _mixed_rows(source: Source, split: str, report: Report, *, pairs: bool) -> I
     wanted = shares(counts, source.weights)
     first = [sum(len(p.files[split]) for p in source.parts[:i]) for i in range(len(source.parts))]
     rows = [enumerate(part.rows(split, Report(), pairs=pairs)) for part in source.parts]
-    for part, number in mixed(counts, wanted, source.seed):
-        located = next(row for i, row in rows[part] if i == number)
+    for which, number in mixed(counts, wanted, source.seed):
+        located = next(row for i, row in rows[which] if i == number)
         report.used += 1
-        yield Located(located.value, first[part] + located.file, located.line)
+        yield Located(located.value, first[which] + located.file, located.line)
     for part, its in zip(source.parts, reports, strict=True):
         for reason, n in its.bad.items():
             report.bad[reason] = report.bad.get(reason, 0) + n

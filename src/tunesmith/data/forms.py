@@ -150,10 +150,9 @@ class Reader:
             return []
         if is_turns(history):
             return list(parse_messages(history, self.seen).messages)
-        pairs = history if isinstance(history, list | tuple) else [None]
-        if not all(isinstance(p, list | tuple) and len(p) == 2 and all(isinstance(t, str) for t in p) for p in pairs):
+        if not isinstance(history, list | tuple) or not all(map(_is_exchange, history)):
             raise BadRow("`history` is neither a list of turns nor of [question, answer] pairs")
-        return [Message(role, check_text(t)) for p in pairs for role, t in zip(("user", "assistant"), p, strict=True)]
+        return [Message(role, check_text(t)) for p in history for role, t in zip(("user", "assistant"), p, strict=True)]
 
     def _text(self, value: Any, has_role: bool) -> Row:
         if not isinstance(value, str):
@@ -266,6 +265,10 @@ class Reader:
         return lines + [
             f"not used: {column} of {n:,} {_rows(n)}, which is neither true nor false" for column, n in labels
         ]
+
+
+def _is_exchange(pair: Any) -> bool:
+    return isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
 
 
 def _rows(n: int) -> str:

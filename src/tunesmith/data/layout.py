@@ -104,9 +104,10 @@ def _classify(root: Path, path: Path) -> Found:
     for i in reversed(range(len(parts))):
         if known := _split_in(parts[i]):
             split, rank, rest = known
-            rest = [_SHARD.sub("", rest).strip("_.-")] if i == len(folders) else [rest.strip("_.-")]
-            within = folders[i + 1 :] if i < len(folders) else []
-            return Found(path, split, rank, "/".join(p for p in (*folders[:i], *rest, *within) if p and p != "data"))
+            if i == len(folders):  # the file's own name, of which shard numbers are no part
+                rest = _SHARD.sub("", rest)
+            config = (*folders[:i], rest.strip("_.-"), *folders[i + 1 :])
+            return Found(path, split, rank, "/".join(p for p in config if p and p != "data"))
     return Found(path, "", 0, "/".join(p for p in folders if p != "data"))
 
 

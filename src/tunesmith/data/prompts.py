@@ -78,8 +78,8 @@ def _of_rows(path: Path) -> list[Prompt]:
             prompts.append(_prompt(prompt_turns(located.value), "" if group is None else str(group)))
         except BadRow as reason:
             raise UserError(f"{path}:{located.line}: {reason}; {EXPECTED}") from None
-    for reason, places in report.places.items():
-        raise UserError(f"{places[0]}: {reason.replace('invalid JSON', 'not JSON')}; {EXPECTED}")
+    for unreadable, places in report.places.items():
+        raise UserError(f"{places[0]}: {unreadable.replace('invalid JSON', 'not JSON')}; {EXPECTED}")
     return prompts
 
 
