@@ -7,6 +7,7 @@ from rich.text import Text
 
 from tunesmith.__main__ import main
 from tunesmith.commands.data import bracketed
+from tunesmith.train.splits import describe_pairs
 
 TURNS = [("user", "Hi"), ("assistant", "WRONG"), ("user", "Sure?"), ("assistant", "Hello")]
 
@@ -100,3 +101,15 @@ def test_wrong_names_are_told_with_the_right_one(rows, capsys, argv, code, told)
     err = capsys.readouterr().err
     assert told.replace("{here}", here) in err
     assert err.count("\n") == 1
+
+
+def test_a_training_says_in_whose_tokens_answers_are_long(capsys):
+    """`data --audit` counts with --tokenizer, so its figure for the same pairs may differ."""
+
+    class Pairs(list):
+        used = staticmethod(lambda iters: [0, 1])
+        longer_chosen = staticmethod(lambda numbers: 0.5)
+
+    describe_pairs(Pairs([1] * 5), Pairs([1, 2]), 3)
+    told = "in 50.0% of the 2 validation pairs the longer answer is the chosen one, in tokens of this model"
+    assert told in capsys.readouterr().out
