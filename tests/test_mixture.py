@@ -104,6 +104,26 @@ def test_wrong_weights_are_told(name, told):
         parse_sets(name)
 
 
+def test_a_mapping_is_for_the_files_and_not_for_the_named_sets(sets):
+    (sets / "own.jsonl").write_text('{"ask": "a?", "reply": "b"}\n' * 3)
+    source = open_dataset(DataOptions(name="own.jsonl*0.5,sample*0.5", columns="prompt=ask,completion=reply"))
+    report = Report()
+    assert len(list(source.rows("train", report))) == 6
+    assert report.notes == ["mixture, train: 3 of 3 rows of own.jsonl, 3 of 480 rows of sample"]
+    argv = [
+        "data",
+        "own.jsonl",
+        "--audit",
+        "--against",
+        "sample",
+        "--tokenizer",
+        "sample",
+        "--data.columns",
+        "prompt=ask,completion=reply",
+    ]
+    assert main(argv) == 0
+
+
 def test_a_run_is_called_after_all_its_sets(sets, monkeypatch):
     called = []
     monkeypatch.setattr(session, "new_run_directory", lambda out, default, resume: called.append(default))

@@ -15,7 +15,7 @@ from rich.text import Text as RichText
 from tunesmith.data.audit.cuts import END_CUT, OWN, SHARED, Cut
 from tunesmith.data.audit.rows import DIALOGUES, PAIRS, TEXTS
 from tunesmith.data.audit.survey import Audit, SplitAudit, audit
-from tunesmith.data.datasets import Source, open_dataset
+from tunesmith.data.datasets import Source, beside, open_dataset
 from tunesmith.data.texts import cut_rows, resolve_loss_on
 from tunesmith.data.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
 from tunesmith.data.tokenstore import IGNORE_INDEX, TokenStore, tokenise
@@ -164,7 +164,7 @@ def _show_audit(
 def _other(name: str, data: DataOptions) -> Source:
     """A set to compare with, whole: `data.max_rows` is for the audited one."""
     try:
-        return open_dataset(dataclasses.replace(data, name=name, max_rows=None))
+        return open_dataset(beside(data, name))
     except UserError as error:
         raise type(error)(f"--against {name}: {error}") from None
 

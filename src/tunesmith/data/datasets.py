@@ -174,8 +174,7 @@ def open_dataset(options: DataOptions) -> Source:
     if len(sets) > 1:
         return _mixture(options, sets)
     name = sets[0][0]
-    base = name.partition(":")[0]
-    if name == "sample" or base in ("hh", "hh-static", "hh-helpful-half", "hh-pairs"):
+    if _is_named(name):
         if options.columns or options.config:
             given = "columns" if options.columns else "config"
             raise UsageError(f"--data.{given} is for files of your own; {name} has its columns and no configurations")
@@ -226,9 +225,19 @@ def _near(path: Path) -> str:
     return f"{names}. Did you mean {close[0]}?" if close else names
 
 
+def beside(options: DataOptions, name: str) -> DataOptions:
+    """The options for another set beside the main one, read whole; a named set has its own columns and configuration."""
+    own = options if not _is_named(name) else replace(options, columns=None, config=None)
+    return replace(own, name=name, max_rows=None)
+
+
+def _is_named(name: str) -> bool:
+    return name == "sample" or name.partition(":")[0] in ("hh", "hh-static", "hh-helpful-half", "hh-pairs")
+
+
 def _mixture(options: DataOptions, sets: Sequence[tuple[str, float | None]]) -> Source:
     """Several sets as one; it has a test split where all of them have one."""
-    parts = tuple(open_dataset(replace(options, name=name, max_rows=None)) for name, _ in sets)
+    parts = tuple(open_dataset(beside(options, name)) for name, _ in sets)
     splits = [s for s in ("train", "test") if all(s in part.files for part in parts)]
     files = {split: tuple(chain.from_iterable(part.files[split] for part in parts)) for split in splits}
     notes = [f"{part.name}: {note}" for part in parts for note in part.notes]
