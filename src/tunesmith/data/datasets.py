@@ -116,7 +116,9 @@ class Source:
                 report.add_bad(str(reason), self.place(split, located.file, located.line))
         if not report.used:
             reasons = "; ".join(report.lines()) or f"it is empty; expected rows with {FORMATS}"
-            raise UserError(f"{self.name} ({split}) has no usable row in {_names(self.files[split])}: {reasons}")
+            raise UserError(
+                f"{self.name} ({split}) has no usable row in {', '.join(map(str, self.files[split]))}: {reasons}"
+            )
         report.form += reader.form_lines()
         report.notes += reader.notes()
         expected = PUBLISHED_ROWS.get(self.name)
@@ -332,10 +334,6 @@ def _rm_static_files(options: DataOptions) -> dict[str, tuple[Path, ...]]:
     if set(files) != {"train", "test"}:
         raise UserError(f"--data.rm_static {root}: expected a directory with train.* and test.* (Parquet or JSONL)")
     return files
-
-
-def _names(paths: Sequence[Path]) -> str:
-    return ", ".join(str(p) for p in paths)
 
 
 # ---- recipes: which raw rows, in which order -----------------------------------------------------------------------
