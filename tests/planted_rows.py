@@ -51,7 +51,7 @@ OPEN = {"no_final_answer"}
 # (row, the kinds that it must be told for)
 PLANTED = {
     "text": [
-        ({"text": " \n "}, {"empty_text"}), ({"text": "Human: hi\n\nAssistant: hello"}, {"role_marker"}),
+        ({"text": " \n "}, {"empty_text"}), ({"text": "Words.\nHuman: hi\n\nAssistant: hello"}, {"role_marker"}),
         ({"text": "Some text.\n\nHuman: hi there"}, {"role_marker"}), ({"text": "The end.<|endoftext|>"}, {"template_text"}),
         ({"text": "<s>Some words</s>"}, {"template_text"}), ({"text": "[INST] Say it [/INST] it"}, {"template_text"}),
     ],

@@ -106,8 +106,9 @@ def test_directories_give_train_and_test(tmp_path):
         assert read(tmp_path / folder, "test")[0] == [Text("held out")]
 
 
-def test_directory_without_train_is_an_error_that_says_what_was_expected(tmp_path):
-    write_rows(tmp_path / "rows.jsonl", [{"text": "x"}])
+def test_directory_without_rows_is_an_error_that_says_what_was_expected(tmp_path):
+    (tmp_path / "README.md").write_text("train on this")
+    write_rows(tmp_path / "test.jsonl", [{"text": "x"}])
     with pytest.raises(UserError, match=r"no train\.\* file; expected train\{\.jsonl"):
         open_dataset(DataOptions(name=str(tmp_path)))
 
@@ -137,7 +138,7 @@ def test_bad_rows_are_counted_by_reason_with_file_and_line(tmp_path):
         json.dumps({"messages": [ASKED]}).encode(),
         json.dumps({"messages": [ASKED, {"role": "assistant", "content": " "}]}).encode(),
         json.dumps({"messages": [ASKED, {"role": "tool", "content": "x"}]}).encode(),
-        json.dumps({"question": "x", "answer": "y"}).encode(),
+        json.dumps({"q": "x", "a": "y"}).encode(),
         json.dumps(["not", "an", "object"]).encode(),
         json.dumps({"text": 5}).encode(),
         json.dumps({"prompt": USER, "chosen": "", "rejected": BAD}).encode(),
@@ -152,7 +153,7 @@ def test_bad_rows_are_counted_by_reason_with_file_and_line(tmp_path):
     told = "\n".join(report.lines())
     for reason, count, line in [
         ("invalid JSON", 1, 2), ("invalid UTF-8", 1, 3), ("empty text", 5, 5), ("no assistant turn", 1, 6),
-        ("unknown role 'tool'", 1, 8), ("no known columns (found answer, question", 1, 9), ("not an object", 1, 10),
+        ("unknown role 'tool'", 1, 8), ("no known columns (found a, q", 1, 9), ("not an object", 1, 10),
         ("`text` is not a string", 1, 11), ("no role marker", 1, 13), ("half a character", 1, 14),
     ]:  # fmt: skip
         found = [why for why in report.bad if reason in why]

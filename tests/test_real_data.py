@@ -11,7 +11,6 @@ from tunesmith.data.dialogue import Dialogue, Preference, parse_transcript, rend
 from tunesmith.data.readers import Report
 from tunesmith.data.texts import Batches
 from tunesmith.data.tokenstore import tokenise
-from tunesmith.errors import UserError
 from tunesmith.options.training import DataOptions
 
 HH_COUNTS = {"train": 1300, "test": 200}
@@ -202,8 +201,14 @@ def test_every_row_comes_through_whole(shared_data, tokenizer, name):
         assert tokenizer.decode(ids) == text
 
 
-def test_instruction_files_as_they_are_tell_their_columns(shared_data, tmp_path):
-    """Alpaca's columns are no format of ours: every row is counted, and the message names what it found."""
+def test_instruction_files_are_read_as_they_are(shared_data):
+    """Alpaca's columns: the input belongs to the question."""
     source = open_dataset(DataOptions(name=str(shared_data / "instructions" / "rasbt_instruction_data.json")))
-    with pytest.raises(UserError, match=r"1,100 skipped: no known columns \(found input, instruction, output"):
-        list(source.rows("train", Report()))
+    report = Report()
+    rows = [located.value for located in source.rows("train", report)]
+    assert (report.rows, report.used) == (1100, 1100)
+    file = shared_data / "instructions" / "rasbt_instruction_data.json"
+    first = json.loads(file.read_text(encoding="utf-8"))[0]
+    question, answer = rows[0].messages
+    assert question.content == "\n\n".join(filter(None, (first["instruction"], first["input"])))
+    assert answer.content == first["output"]

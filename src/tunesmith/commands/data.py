@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from tunesmith.data.audit.cuts import END_CUT, OWN, SHARED, Cut
 from tunesmith.data.audit.rows import DIALOGUES, PAIRS, TEXTS
 from tunesmith.data.audit.survey import Audit, SplitAudit, audit
 from tunesmith.data.cutting import cut_rows
-from tunesmith.data.datasets import Source, open_dataset
+from tunesmith.data.datasets import Source, beside, open_dataset
 from tunesmith.data.texts import resolve_loss_on
 from tunesmith.data.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
 from tunesmith.data.tokenstore import IGNORE_INDEX, TokenStore, tokenise
@@ -34,7 +34,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 def show_data(name: str, options: DataCommand) -> None:
     """Print the table, the notes and the first rows. Raises: UserError with `data.strict` if any row is bad or cut."""
-    data = dataclasses.replace(options.data, name=name)
+    data = one_name(name, options.data)
     if not options.audit and (options.against or options.out):
         raise UsageError(f"--{'against' if options.against else 'out'} belongs to an audit; add --audit true")
     tokenizer = load_tokenizer(options.tokenizer)
@@ -47,10 +47,18 @@ def show_data(name: str, options: DataCommand) -> None:
         raise UserError(f"--data.strict: {'; '.join(problems)}")
 
 
+def one_name(name: str, data: DataOptions) -> DataOptions:
+    """The options for the data set that a command names. Raises: UsageError if --data.name gives another."""
+    if data.name not in (type(data)().name, name):
+        raise UsageError(f"two data sets: {name} and --data.name {data.name}; give one")
+    return dataclasses.replace(data, name=name)
+
+
 def _show_figures(
     source: Source, data: DataOptions, tokenizer: Tokenizer, options: DataCommand, console: Console
 ) -> list[str]:
     stores = [_stored(source, split, data, tokenizer) for split in source.files]
+    _show_form(console, {store.split: store.report.form for store in stores})
     loss_on = resolve_loss_on(data.loss_on, data.batching)
     table = Table(title=f"{source.name}, tokens of {options.tokenizer}", title_justify="left")
     table.add_column("")
@@ -73,12 +81,19 @@ def _show_figures(
     return problems
 
 
+def _show_form(console: Console, forms: Mapping[str, Sequence[str]]) -> None:
+    """Which form was recognised in each split; what all of them say stands there once."""
+    for line in dict.fromkeys(line for lines in forms.values() for line in lines):
+        own = [split for split, lines in forms.items() if line in lines]
+        console.print(line if len(own) == len(forms) else f"{', '.join(own)}: {line}", markup=False)
+
+
 def _stored(source: Source, split: str, data: DataOptions, tokenizer: Tokenizer) -> TokenStore:
     return tokenise(source, split, tokenizer, form="texts" if data.batching == "windows" else "dialogues")
 
 
 def _show_notes(console: Console, lines: Sequence[str]) -> None:
-    for line in lines:
+    for line in dict.fromkeys(lines):
         console.print(f"note: {line}", markup=False)
 
 
@@ -87,10 +102,17 @@ def _show_rows(source: Source, data: DataOptions, tokenizer: Tokenizer, count: i
     loss_on = resolve_loss_on(data.loss_on, data.batching)
     for index in range(min(count, len(store))):
         console.print(f"\n[bold]{store.place(index)}[/bold]")
-        console.print(coloured(store, index, loss_on, tokenizer))
-    console.print(
-        "\n[dim]context[/dim]  [black on green]carries loss[/black on green]  [white on red]end of answer, also a target[/white on red]"
-    )
+        row = coloured(store, index, loss_on, tokenizer)
+        console.print(row if _has_colour(console) else bracketed(row), markup=False, soft_wrap=True)
+    if _has_colour(console):
+        end = "[white on red]end of answer, also a target[/white on red]"
+        console.print(f"\n[dim]context[/dim]  [black on green]carries loss[/black on green]  {end}")
+    else:
+        console.print(f"\n[...] carries loss; {END_OF_TEXT}: end of an answer, also a target", markup=False)
+
+
+def _has_colour(console: Console) -> bool:
+    return console.color_system is not None and not console.no_color
 
 
 def _figures(store: TokenStore, loss_on: str, block_size: int) -> dict[str, str]:
@@ -129,6 +151,7 @@ def _show_audit(
         source, tokenizer, block_size=data.block_size, truncation=None if data.batching == "windows" else data.truncation,
         loss_on=resolve_loss_on(data.loss_on, data.batching), holdout=data.holdout, seed=data.seed, against=others,
     )  # fmt: skip
+    _show_form(console, {split.split: split.form for split in found.splits})
     console.print(audit_table(found, options.tokenizer))
     problems = found.problems()
     _show_notes(console, [*source.notes, *problems, *found.remarks()])
@@ -142,7 +165,7 @@ def _show_audit(
 def _other(name: str, data: DataOptions) -> Source:
     """A set to compare with, whole: `data.max_rows` is for the audited one."""
     try:
-        return open_dataset(dataclasses.replace(data, name=name, max_rows=None))
+        return open_dataset(beside(data, name))
     except UserError as error:
         raise type(error)(f"--against {name}: {error}") from None
 
@@ -247,3 +270,15 @@ def coloured(store: TokenStore, index: int, loss_on: str, tokenizer: Tokenizer) 
             text.append(END_OF_TEXT, style="white on red")
         previous = target
     return text
+
+
+def bracketed(row: RichText) -> str:
+    """A row of `coloured` without colours: what carries loss stands in brackets, each stretch in its own."""
+    parts: list[tuple[str, bool]] = []
+    for span in row.spans:
+        text, loss = row.plain[span.start : span.end], span.style != "dim"
+        if parts and parts[-1][1] == loss:
+            parts[-1] = parts[-1][0] + text, loss
+        else:
+            parts.append((text, loss))
+    return "".join(f"[{text}]" if loss else text for text, loss in parts)

@@ -157,7 +157,9 @@ def load_sft_rows(config: DPOConfig, trainee: Trainee) -> tuple[Batches | None, 
     """Validation rows of `dpo.sft_data`, on which the paper watches the policy's loss, and what was skipped or cut of them."""
     if config.dpo.sft_data is None:
         return None, []
-    data = dataclasses.replace(config.data, name=config.dpo.sft_data, batching="packed", truncation="auto")
+    data = dataclasses.replace(
+        config.data, name=config.dpo.sft_data, columns=None, config=None, batching="packed", truncation="auto"
+    )
     splits = load_splits(data, trainee.tokenizer)
     rows = Batches(
         splits.validation, splits.validation_rows, batching="packed", block_size=data.block_size,

@@ -6,7 +6,6 @@ log-probabilities of the two answers, held against a reference where there is on
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tunesmith.commands.data import one_name
 from tunesmith.data.datasets import Source, open_dataset
 from tunesmith.data.dialogue import Preference
 from tunesmith.data.pairs import PairBatches
@@ -82,7 +82,7 @@ def evaluate(model_name: str, dataset: str, options: EvaluateCommand) -> dict[st
     Raises: UserError if model or data cannot be had or do not go together, or with `data.strict` for any bad row.
     """
     keep_freed_memory()
-    data = dataclasses.replace(options.data, name=dataset)
+    data = one_name(dataset, options.data)
     source = open_dataset(data)
     split = options.split if options.split in source.files else "train"
     held = Held(source, split, data, options)

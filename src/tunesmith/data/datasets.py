@@ -1,37 +1,38 @@
-"""Named data sets and the ecosystem's formats: files to rows of text, with every bad row counted and told."""
+"""Named data sets, files and directories as rows: dialogues, texts and preferences, every bad row counted and reported."""
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tunesmith.data.dialogue import (
-    BadRow,
-    Dialogue,
-    Preference,
-    Row,
-    Text,
-    check_text,
-    parse_messages,
-    parse_transcript,
-)
-from tunesmith.data.readers import TEXT_SUFFIXES, Located, Report, read_file
+from tunesmith.data.columns import FORMATS, Columns, parse_columns
+from tunesmith.data.dialogue import BadRow
+from tunesmith.data.documents import split_keys, split_of_word
+from tunesmith.data.forms import Reader, checked, repeats_prompts
+from tunesmith.data.forms import parse_pair as parse_pair
+from tunesmith.data.forms import parse_row as parse_row
+from tunesmith.data.forms import read_row as read_row
+from tunesmith.data.layout import find_layout
+from tunesmith.data.mixture import mixed, parse_sets, shares
+from tunesmith.data.readers import SUFFIXES, TEXT_SUFFIXES, Located, Report, read_file, read_object, suffix_of
 from tunesmith.errors import UsageError, UserError
 from tunesmith.hub import download_dataset
 from tunesmith.options.training import DataOptions
 
 HH_REPO, RM_STATIC_REPO = "Anthropic/hh-rlhf", "Dahoas/rm-static"
 HH_SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
-FORMATS = "text | messages | prompt + completion | prompt + chosen + rejected | chosen + rejected"
-SPLIT_NAMES = {"train": ("train",), "test": ("test", "validation", "valid", "dev", "eval")}
+NAMED = ("hh", *(f"hh:{subset}" for subset in HH_SUBSETS), "hh-static", "hh-helpful-half", "hh-pairs", "sample")
+READING = 2  # raise it when rows of own files come to mean something else: what was tokenised of them is then made anew
+HEAD = 200  # rows at the beginning of a split that show how its answers are written
 PUBLISHED_ROWS = {  # train, test: counts of the report that spec'd these recipes and of the data set's card
     "hh": (160_800, 8_552), "hh-static": (84_576, 3_451), "hh-helpful-half": (21_917, 1_177), "hh-pairs": (21_917, 1_177),
     "hh:harmless-base": (42_537, 2_312), "hh:helpful-base": (43_835, 2_354), "hh:helpful-online": (22_007, 1_137),
@@ -41,7 +42,12 @@ PUBLISHED_ROWS = {  # train, test: counts of the report that spec'd these recipe
 
 @dataclass(frozen=True)
 class Source:
-    """A resolved data set: which files hold its splits, and how their rows become dialogues."""
+    """A resolved data set: which files hold its splits, and how their rows become dialogues.
+
+    columns: `--data.columns`. keys: of a JSON object with several splits, the key of each. split_column, split_of: a column
+    that says of every row where it belongs, and what its values mean; "" for rows of neither split. own: files of the user's.
+    parts, weights: of a mixture, the sets that it is made of; `files` are then theirs, one after the other.
+    """
 
     name: str
     recipe: str
@@ -50,43 +56,106 @@ class Source:
     seed: int = 0
     max_rows: int | None = None
     notes: tuple[str, ...] = ()
+    columns: Columns = ()
+    keys: dict[str, str] = field(default_factory=dict)
+    split_column: str = ""
+    split_of: dict[str, str] = field(default_factory=dict)
+    own: bool = False
+    parts: tuple[Source, ...] = ()
+    weights: tuple[float | None, ...] = ()
 
     def fingerprint(self, split: str) -> str:
         """SHA-256 over the bytes of the split's files and everything else that decides its rows and their report."""
+        if self.parts:
+            inner = [part.fingerprint(split) for part in self.parts]
+            return hashlib.sha256(repr((inner, self.weights, self.seed, self.max_rows)).encode()).hexdigest()
         published = self.name if self.name in PUBLISHED_ROWS else ""
         labels = [label(self.files[split], i) for i in range(len(self.files[split]))]
         digest = hashlib.sha256(repr((published, split, labels, self.recipe, self.seed, self.max_rows)).encode())
+        if self.own:
+            read_as = (READING, self.columns, self.keys.get(split), self.split_column, sorted(self.split_of.items()))
+            digest.update(repr(read_as).encode())
         for path in (*self.files[split], *self.rm_static.get(split, ())):
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
     def raw_rows(self, split: str, report: Report) -> Iterator[Located]:
-        """The rows that the recipe selects, as they stand in the files; unreadable lines go to `report`."""
-        paths = self.files[split]
-        read = (r for i, path in enumerate(paths) for r in read_file(path, i, report, label(paths, i)))
+        """The rows that the recipe selects, as they stand in the files; unreadable lines go to `report`. Not of a mixture."""
+        paths, key = self.files[split], self.keys.get(split, "")
+        read = (r for i, path in enumerate(paths) for r in read_file(path, i, report, label(paths, i), key))
+        if any(self.split_of.values()):
+            read = (r for r in read if self._split_of(r.value) == split)
         return islice(RECIPES[self.recipe](self, split, read), self.max_rows)
+
+    def _split_of(self, row: Any) -> str:
+        value = row.get(self.split_column) if isinstance(row, dict) else None
+        return "train" if value is None else self.split_of.get(str(value), "")
+
+    def opened(self, split: str, report: Report) -> tuple[Reader, Iterator[Located]]:
+        """The rows as `raw_rows`, and the reader that makes dialogues of them. Not of a mixture."""
+        rows = self.raw_rows(split, report)
+        head = list(islice(rows, HEAD))
+        honoured = (self.split_column, *(("group",) if not self.own else ()))
+        echoes = repeats_prompts((located.value for located in head), self.columns)
+        return Reader(self.columns, honoured, echoes), chain(head, rows)
 
     def rows(self, split: str, report: Report, *, pairs: bool = False) -> Iterator[Located]:
         """Located Dialogues, Texts and Preferences (`pairs`: only good Preferences) in order; bad rows go to `report`."""
-        for located in self.raw_rows(split, report):
+        if self.parts:
+            yield from islice(_mixed_rows(self, split, report, pairs=pairs), self.max_rows)
+            return
+        reader, rows = self.opened(split, report)
+        for located in rows:
             report.rows += 1
             try:
-                row = parse_pair(located.value) if pairs else parse_row(located.value)
+                row = reader.read_pair(located.value) if pairs else checked(reader.read(located.value))
                 report.used += 1
                 yield Located(row, located.file, located.line)
             except BadRow as reason:
                 report.add_bad(str(reason), self.place(split, located.file, located.line))
         if not report.used:
             reasons = "; ".join(report.lines()) or f"it is empty; expected rows with {FORMATS}"
-            raise UserError(f"{self.name} ({split}) has no usable row in {_names(self.files[split])}: {reasons}")
+            raise UserError(
+                f"{self.name} ({split}) has no usable row in {', '.join(map(str, self.files[split]))}: {reasons}"
+            )
+        report.form += reader.form_lines()
+        report.notes += reader.notes()
         expected = PUBLISHED_ROWS.get(self.name)
         if expected and self.max_rows is None and report.rows != (want := expected[split != "train"]):
             report.notes.append(f"{self.name} {split}: {report.rows:,} rows, the published data set has {want:,}")
 
     def place(self, split: str, file: int, line: int) -> str:
         """`file:line` of a row, for messages."""
+        for part in self.parts:
+            if file < len(part.files[split]):
+                return part.place(split, file, line)
+            file -= len(part.files[split])
         return f"{label(self.files[split], file)}:{line}"
+
+
+def _mixed_rows(source: Source, split: str, report: Report, *, pairs: bool) -> Iterator[Located]:
+    """The rows of a mixture. The parts are read twice: to count their usable rows, and to give those that are drawn."""
+    reports = [Report() for _ in source.parts]
+    counts = [
+        sum(1 for _ in part.rows(split, its, pairs=pairs)) for part, its in zip(source.parts, reports, strict=True)
+    ]
+    wanted = shares(counts, source.weights)
+    first = [sum(len(p.files[split]) for p in source.parts[:i]) for i in range(len(source.parts))]
+    rows = [enumerate(part.rows(split, Report(), pairs=pairs)) for part in source.parts]
+    for which, number in mixed(counts, wanted, source.seed):
+        located = next(row for i, row in rows[which] if i == number)
+        report.used += 1
+        yield Located(located.value, first[which] + located.file, located.line)
+    for part, its in zip(source.parts, reports, strict=True):
+        for reason, n in its.bad.items():
+            report.bad[reason] = report.bad.get(reason, 0) + n
+            report.places[reason] = [*report.places.get(reason, []), *its.places[reason]][:3]
+        report.form += [f"{part.name}: {line}" for line in its.form]
+        report.notes += [f"{part.name}: {line}" for line in its.notes]
+    report.rows = report.used + sum(report.bad.values())
+    drawn = ", ".join(f"{k:,} of {n:,} rows of {p.name}" for k, n, p in zip(wanted, counts, source.parts, strict=True))
+    report.notes.append(f"mixture, {split}: {drawn}")
 
 
 def label(paths: Sequence[Path], number: int) -> str:
@@ -96,40 +165,132 @@ def label(paths: Sequence[Path], number: int) -> str:
 
 
 def open_dataset(options: DataOptions) -> Source:
-    """Find the files of `options.name`: a recipe, a local file or directory, or a data set on the hub.
+    """Find the files of `options.name`: a recipe, a file or directory, a data set on the hub, or a mixture of such.
 
     Raises: UserError if something is missing; it says what was looked for and where.
     """
-    name, seed, limit = options.name, options.seed, options.max_rows
+    name, limit = options.name, options.max_rows
     if limit is not None and limit < 1:
         raise UsageError(f"--data.max_rows is {limit}, expected at least 1")
-    if name == "sample":
-        here = Path(__file__).parents[1] / "sample"
-        return Source(name, "rows", {s: (here / f"{s}.jsonl",) for s in ("train", "test")}, max_rows=limit)
-    base = name.partition(":")[0]
-    if base in ("hh", "hh-static", "hh-helpful-half", "hh-pairs"):
-        subset = name.partition(":")[2]
-        if subset and (base != "hh" or subset not in HH_SUBSETS):
-            raise UserError(f"--data.name {name}: the subsets are {', '.join('hh:' + s for s in HH_SUBSETS)}")
-        helpful_only = base in ("hh-helpful-half", "hh-pairs")
-        wanted = (subset,) if subset else ("helpful-base",) if helpful_only else HH_SUBSETS
-        files, notes = _hh_files(wanted, options)
-        rm = _rm_static_files(options) if base == "hh-static" else {}
-        return Source(name, base, files, rm, seed, limit, notes)
-    path = Path(name).expanduser()
+    sets = parse_sets(name)
+    if len(sets) > 1:
+        return _mixture(options, sets)
+    name = sets[0][0]
+    if _is_named(name):
+        if options.columns or options.config:
+            given = "columns" if options.columns else "config"
+            raise UsageError(f"--data.{given} is for files of your own; {name} has its columns and no configurations")
+        return _named(name, options)
+    path, columns = Path(name).expanduser(), parse_columns(options.columns)
+    own = Source(name, "rows", {}, seed=0, max_rows=limit, columns=columns, own=True)
     if path.is_file():
-        return Source(name, "rows", {"train": (path,)}, max_rows=limit)
+        if options.config:
+            raise UsageError(
+                f"--data.config {options.config}: {name} is one file; configurations are those of a directory"
+            )
+        return _with_splits_inside(replace(own, files={"train": (path,)}))
     if not path.is_dir():
         if path.suffix[1:].isalpha() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-            near = "; names: hh, hh:SUBSET, hh-static, hh-helpful-half, hh-pairs, sample"
-            raise UserError(f"data set {name!r} is neither a file nor a directory here, nor a known name{near}")
-        path = download_dataset(name, [f"*{suffix}" for suffix in (*SUFFIXES, *TEXT_SUFFIXES)], "--data.name DIR")
-    files = _split_files(path)
-    if "train" not in files:
+            raise UserError(f"data set {name!r} is neither a file nor a directory here, nor a known name{_near(path)}")
+        wanted = [f"*{suffix}{gz}" for suffix in (*SUFFIXES, *TEXT_SUFFIXES) for gz in ("", ".gz")]
+        path = download_dataset(name, wanted, "--data.name DIR")
+    layout = find_layout(path, options.config)
+    found = replace(own, files=layout.files, notes=layout.notes)
+    return found if "test" in layout.files else _with_splits_inside(found)
+
+
+def _named(name: str, options: DataOptions) -> Source:
+    """The sample, or a recipe on HH-RLHF."""
+    base, _, subset = name.partition(":")
+    if name == "sample":
+        here = Path(__file__).parents[1] / "sample"
+        return Source(name, "rows", {s: (here / f"{s}.jsonl",) for s in ("train", "test")}, max_rows=options.max_rows)
+    if subset and (base != "hh" or subset not in HH_SUBSETS):
+        near = difflib.get_close_matches(name, NAMED, 1, 0.5)
+        hint = f". Did you mean {near[0]}?" if near else ""
+        raise UserError(f"--data.name {name}: the subsets are {', '.join('hh:' + s for s in HH_SUBSETS)}{hint}")
+    helpful_only = base in ("hh-helpful-half", "hh-pairs")
+    wanted = (subset,) if subset else ("helpful-base",) if helpful_only else HH_SUBSETS
+    files, notes = _hh_files(wanted, options)
+    rm = _rm_static_files(options) if base == "hh-static" else {}
+    return Source(name, base, files, rm, options.seed, options.max_rows, notes)
+
+
+def _near(path: Path) -> str:
+    """The names there are, and the one that was probably meant: a data set's, or a file's beside the missing one."""
+    names = "; names: hh, hh:SUBSET, hh-static, hh-helpful-half, hh-pairs, sample"
+    folder = path.parent
+    beside = [p.name for p in folder.iterdir()][:1000] if folder.is_dir() else []
+    close = difflib.get_close_matches(str(path), NAMED, 1, 0.7) or [
+        str(folder / name) for name in difflib.get_close_matches(path.name, beside, 1, 0.7)
+    ]
+    return f"{names}. Did you mean {close[0]}?" if close else names
+
+
+def beside(options: DataOptions, name: str) -> DataOptions:
+    """The options for another set beside the main one, read whole; a named set has its own columns and configuration."""
+    own = options if not _is_named(name) else replace(options, columns=None, config=None)
+    return replace(own, name=name, max_rows=None)
+
+
+def _is_named(name: str) -> bool:
+    return name == "sample" or name.partition(":")[0] in ("hh", "hh-static", "hh-helpful-half", "hh-pairs")
+
+
+def _mixture(options: DataOptions, sets: Sequence[tuple[str, float | None]]) -> Source:
+    """Several sets as one; it has a test split where all of them have one."""
+    parts = tuple(open_dataset(beside(options, name)) for name, _ in sets)
+    splits = [s for s in ("train", "test") if all(s in part.files for part in parts)]
+    files = {split: tuple(chain.from_iterable(part.files[split] for part in parts)) for split in splits}
+    notes = [f"{part.name}: {note}" for part in parts for note in part.notes]
+    alone = [part.name for part in parts if "test" in part.files] if "test" not in splits else []
+    if alone:
+        notes.append(f"the test rows of {', '.join(alone)} are not used: the other sets have none")
+    weights = tuple(weight for _, weight in sets)
+    return Source(
+        options.name,
+        "rows",
+        files,
+        seed=options.seed,
+        max_rows=options.max_rows,
+        notes=tuple(notes),
+        parts=parts,
+        weights=weights,
+    )
+
+
+def _with_splits_inside(source: Source) -> Source:
+    """The source with the splits that its files hold: under keys of a JSON object, or by a column of the rows."""
+    files = source.files["train"]
+    if len(files) == 1 and suffix_of(files[0]) in (".json", ".jsonl") and (keys := split_keys(read_object(files[0]))):
+        return replace(source, files=dict.fromkeys(keys, files), keys=keys)
+    head = [r.value for r in islice(source.raw_rows("train", Report()), HEAD) if isinstance(r.value, dict)]
+    columns = [c for row in head for c in row if c.strip().lower() == "split" and split_of_word(str(row[c]))]
+    if not columns:
+        return source
+    column = columns[0]
+    whole = replace(source, max_rows=None)
+    every = (r.value.get(column) for r in whole.raw_rows("train", Report()) if isinstance(r.value, dict))
+    values = Counter(str(value) for value in every if value is not None)
+    known = {value: split_of_word(value) for value in values}
+    best = min((found[1] for found in known.values() if found and found[0] == "test"), default=0)
+    split_of = {v: f[0] if f and (f[0] == "train" or f[1] == best) else "" for v, f in known.items()}
+    left = [f"{n:,} of {v!r}" for v, n in values.items() if not split_of[v]]
+    notes = (
+        (f"rows of neither train nor test by their column `{column}` are not used: {', '.join(left)}",) if left else ()
+    )
+    splits = [s for s in ("train", "test") if s in split_of.values()]
+    if "train" not in splits:
         raise UserError(
-            f"{path} holds no train.* file; expected train{{{','.join((*SUFFIXES, *TEXT_SUFFIXES))}}} and, if you have one, test.*"
+            f"{source.name}: no row is of train by its column `{column}` ({', '.join(values)}); rename or drop the column"
         )
-    return Source(name, "rows", files, max_rows=limit)
+    return replace(
+        source,
+        files=dict.fromkeys(splits, files),
+        split_column=column,
+        split_of=split_of,
+        notes=(*source.notes, *notes),
+    )
 
 
 def _hh_files(subsets: Sequence[str], options: DataOptions) -> tuple[dict[str, tuple[Path, ...]], tuple[str, ...]]:
@@ -148,7 +309,7 @@ def _hh_files(subsets: Sequence[str], options: DataOptions) -> tuple[dict[str, t
     for subset in subsets:
         found = [
             next((p for p in (root / subset / f"{s}.jsonl.gz", root / subset / f"{s}.jsonl") if p.exists()), None)
-            for s in SPLIT_NAMES
+            for s in ("train", "test")
         ]
         (present if all(found) else missing).append((subset, found))
     names = ", ".join(f"{subset}/{{train,test}}.jsonl.gz" for subset, _ in missing)
@@ -156,90 +317,23 @@ def _hh_files(subsets: Sequence[str], options: DataOptions) -> tuple[dict[str, t
         raise UserError(
             f"{root} lacks {names}. Add them, name one subset (hh:SUBSET), or pass --data.allow_missing true"
         )
-    files = {split: tuple(path for _, found in present if (path := found[i])) for i, split in enumerate(SPLIT_NAMES)}
+    files = {
+        split: tuple(path for _, found in present if (path := found[i])) for i, split in enumerate(("train", "test"))
+    }
     return files, ((f"going on without {names}",) if missing else ())
 
 
 def _rm_static_files(options: DataOptions) -> dict[str, tuple[Path, ...]]:
     if options.rm_static is None:
-        return _split_files(download_dataset(RM_STATIC_REPO, ["*.parquet", "*.jsonl"], "--data.rm_static DIR"))
+        return find_layout(download_dataset(RM_STATIC_REPO, ["*.parquet", "*.jsonl"], "--data.rm_static DIR")).files
     root = Path(options.rm_static).expanduser()
-    files = _split_files(root) if root.is_dir() else {}
+    try:
+        files = find_layout(root).files
+    except UserError:
+        files = {}
     if set(files) != {"train", "test"}:
         raise UserError(f"--data.rm_static {root}: expected a directory with train.* and test.* (Parquet or JSONL)")
     return files
-
-
-def _split_files(root: Path) -> dict[str, tuple[Path, ...]]:
-    files = sorted(p for p in root.rglob("*") if p.is_file())
-    rows = [p for p in files if p.name.endswith(SUFFIXES)]  # a train-log.txt beside train.jsonl is no data
-    found = rows or [p for p in files if p.name.endswith(TEXT_SUFFIXES)]
-    splits = {}
-    for split, prefixes in SPLIT_NAMES.items():  # of test, validation, ... the first that is there
-        by_prefix = (tuple(p for p in found if p.name.lower().startswith(prefix)) for prefix in prefixes)
-        if named := next(filter(None, by_prefix), ()):
-            splits[split] = named
-    return splits
-
-
-def _names(paths: Sequence[Path]) -> str:
-    return ", ".join(str(p) for p in paths)
-
-
-# ---- raw rows to dialogues -----------------------------------------------------------------------------------------
-
-
-def parse_row(row: Any) -> Row:
-    """A Dialogue, Text or Preference from a row in one of FORMATS.
-
-    Strings in the HH form are taken apart; any other prompt is one user turn and any other answer one assistant turn.
-    Raises: BadRow with the reason.
-    """
-    read = read_row(row)
-    if isinstance(read, Text):
-        return read.check()
-    (read.chosen if isinstance(read, Preference) else read).check()
-    return read
-
-
-def read_row(row: Any) -> Row:
-    """As `parse_row`, also where there is nothing to learn from: an empty answer, none at all, two prompts that differ."""
-    if not isinstance(row, dict):
-        raise BadRow("not an object with columns")
-    columns = {key for key, value in row.items() if value is not None}
-    if {"chosen", "rejected"} <= columns:
-        chosen, rejected = (_dialogue(row.get("prompt"), row[name]) for name in ("chosen", "rejected"))
-        return Preference(chosen, rejected)
-    if "messages" in columns:
-        return parse_messages(row["messages"])
-    if {"prompt", "completion"} <= columns:
-        return _dialogue(row["prompt"], row["completion"])
-    if "text" in columns:
-        if not isinstance(row["text"], str):
-            raise BadRow("`text` is not a string")
-        if row["text"].startswith("\n\nHuman:"):
-            return parse_transcript(row["text"])
-        return Text(check_text(row["text"]))
-    raise BadRow(f"no known columns (found {', '.join(sorted(columns)) or 'none'}; expected {FORMATS})")
-
-
-def parse_pair(row: Any) -> Preference:
-    """A Preference from a row with chosen and rejected. Raises: BadRow with the reason."""
-    if not isinstance(row, dict) or row.get("chosen") is None or row.get("rejected") is None:
-        raise BadRow("no pair (columns chosen and rejected)")
-    return Preference(*(_dialogue(row.get("prompt"), row[name]) for name in ("chosen", "rejected"))).check()
-
-
-def _dialogue(prompt: Any, answer: Any) -> Dialogue:
-    if isinstance(answer, list) or isinstance(prompt, list):
-        turns = [(prompt, "user"), (answer, "assistant")] if prompt is not None else [(answer, "assistant")]
-        lists = [part if isinstance(part, list) else [{"role": role, "content": part}] for part, role in turns]
-        return parse_messages(list(chain.from_iterable(lists)))
-    if not isinstance(answer, str) or not (prompt is None or isinstance(prompt, str)):
-        raise BadRow("prompt or answer is neither text nor a list of turns")
-    if prompt is None or prompt.startswith("\n\nHuman:"):
-        return parse_transcript((prompt or "") + answer)
-    return parse_messages([{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}])
 
 
 # ---- recipes: which raw rows, in which order -----------------------------------------------------------------------

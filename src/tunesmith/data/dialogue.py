@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from tunesmith.jsontext import parse_json
 
 MARKERS = {"user": "\n\nHuman:", "assistant": "\n\nAssistant:", "system": "\n\nSystem:"}
 ROLE_NAMES = {
@@ -25,10 +27,30 @@ ROLE_NAMES = {
     "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant",
     "system": "system",
 }  # fmt: skip
+RARE_ROLES = {
+    "developer": "system",
+    "chatgpt": "assistant",
+}  # read, but at the start of a line they are words as any other
+TOOL_ROLES = (
+    "tool",
+    "function",
+    "tool_call",
+    "tool_response",
+    "tool_result",
+    "function_call",
+    "observation",
+    "ipython",
+)
+NO_TOOLS = (
+    "the dialogue form has no place for tool calls; take them out, or write what they say into the turns around them"
+)
 STOP_TEXTS = (MARKERS["user"], MARKERS["assistant"], MARKERS["system"])
 """An answer ends at the end-of-text token or before any of these, whichever comes first."""
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
+_ROLE_OF_MARKER = {"Human": "user", "Assistant": "assistant"}
+_OPENING = re.compile(r"\s*(?:Human|Assistant|System):")
+_ONE_BREAK = re.compile(r"\n(?=(?:Human|Assistant):)")
 
 # What a token teaches, as bits of one byte a token (see `encode_rows`)
 NEXT = 1  # its target is the token after it, which belongs to an answer
@@ -41,11 +63,15 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `lead` stands between the marker's colon and the content: a space, but for a few odd HH rows."""
+    """One turn. `lead` stands between the marker's colon and the content: a space, but for a few odd HH rows.
+
+    weight: of the loss on an answer: 1, or 0 for an answer that is read but not learned.
+    """
 
     role: str
     content: str
     lead: str = " "
+    weight: float = 1
 
 
 @dataclass(frozen=True)
@@ -61,6 +87,8 @@ class Dialogue:
             raise BadRow("no assistant turn")
         if not answers[-1].content.strip():
             raise BadRow("empty answer")
+        if not any(m.weight for m in answers):
+            raise BadRow("every answer has weight 0: nothing to learn")
         return self
 
 
@@ -92,6 +120,8 @@ class Preference:
                 raise BadRow(f"{name} does not end with an answer")
             if not turns[-1].content.strip():
                 raise BadRow(f"empty {name} answer")
+            if turns[-1].weight != 1:
+                raise BadRow(f"the {name} answer has weight {turns[-1].weight:g}: a preference has no weights")
         if chosen[:-1] != rejected[:-1]:
             raise BadRow("the prompts of chosen and rejected differ")
         if len(chosen) == 1:
@@ -113,6 +143,27 @@ def check_text(text: str) -> str:
     return text
 
 
+def as_transcript(text: str) -> str | None:
+    r"""A transcript in the HH form, byte for byte if it has it already; None for any other text.
+
+    Read as one too: no blank lines before the first marker, Windows' line ends, a system turn first, and single line breaks
+    between all turns.
+
+    >>> as_transcript("Human: hi\r\n\r\nAssistant: hello")
+    '\n\nHuman: hi\n\nAssistant: hello'
+    """
+    whole = text.startswith(("\n\nHuman:", "\n\nAssistant:"))
+    if whole and ("\r" not in text or ("\r\n\r\nAssistant:" not in text and "\r\n\r\nHuman:" not in text)):
+        return text
+    if not whole and not _OPENING.match(text):
+        return None
+    text = "\n\n" + text.replace("\r\n", "\n").lstrip()
+    markers = len(_TURN.findall(text))
+    if text.startswith("\n\nSystem:"):
+        return text if markers else None
+    return text if markers > 1 else text[:1] + _ONE_BREAK.sub("\n\n", text[1:])[1:]
+
+
 def parse_transcript(text: str) -> Dialogue:
     r"""A dialogue from the HH form. `render(parse_transcript(text).messages) == text` for every text it accepts.
 
@@ -122,28 +173,142 @@ def parse_transcript(text: str) -> Dialogue:
     Raises: BadRow if the text does not begin with a role marker.
     """
     pieces = _TURN.split(check_text(text))
-    if pieces[0] or len(pieces) == 1:
+    opening = pieces[0].removeprefix(MARKERS["system"])
+    if (pieces[0] and opening == pieces[0]) or len(pieces) == 1:
         raise BadRow("no role marker at the beginning")
-    messages = []
-    for name, body in zip(pieces[1::2], pieces[2::2], strict=True):
-        lead = " " if body.startswith(" ") else ""
-        messages.append(Message("user" if name == "Human" else "assistant", body[len(lead) :], lead))
+    messages = [_after_marker("system", opening)] if pieces[0] else []
+    for marker, body in zip(pieces[1::2], pieces[2::2], strict=True):
+        messages.append(_after_marker(_ROLE_OF_MARKER[marker], body))
     return Dialogue(tuple(messages))
 
 
-def parse_messages(messages: Any) -> Dialogue:
-    """A dialogue from the ecosystem's `[{"role": ..., "content": ...}, ...]`. Raises: BadRow with the reason."""
-    if not isinstance(messages, list | tuple) or not messages:
+def _after_marker(role: str, body: str) -> Message:
+    return Message(role, body[1:]) if body[:1] == " " else Message(role, body, "")
+
+
+# ---- lists of turns ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Seen:
+    """What the turns of many rows had: each role's name and what it became, keys not used, and answers of weight 0."""
+
+    roles: dict[str, str] = field(default_factory=dict)
+    of_weight_0: int = 0
+    unused: dict[str, None] = field(default_factory=dict)
+
+
+_TURN_KEYS = {"role", "from", "content", "value", "weight", "tool_calls", "function_call"}
+
+
+def parse_messages(messages: Any, seen: Seen | None = None) -> Dialogue:
+    """A dialogue from the ecosystem's `[{"role": ..., "content": ...}, ...]`, or ShareGPT's `from` and `value`.
+
+    The list may also be JSON text, a single turn, or an object of two lists (as `datasets` stores a sequence).
+    seen: where to write down what the turns had. Raises: BadRow with the reason.
+    """
+    turns = messages if isinstance(messages, list) else _as_list(messages)
+    if not isinstance(turns, list | tuple) or not turns:
+        if isinstance(turns, str) and turns.lstrip().startswith(("[{'", "{'")):
+            raise BadRow("turns in Python's notation, which is not JSON: save them with json.dumps, or as JSON lines")
         raise BadRow("messages is not a list of turns")
-    parsed = []
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise BadRow("a turn without text in `content`")
-        role = ROLE_NAMES.get(str(message.get("role")).lower())
-        if role is None:
-            raise BadRow(f"unknown role {message.get('role')!r}")
-        parsed.append(Message(role, check_text(message["content"])))
-    return Dialogue(tuple(parsed))
+    return Dialogue(tuple(_message(turn, seen) for turn in turns))
+
+
+def is_turn(value: Any) -> bool:
+    """Whether this is one turn of a dialogue: an object that says who and what."""
+    return isinstance(value, dict) and ("role" in value or "from" in value) and ("content" in value or "value" in value)
+
+
+def is_turns(value: Any) -> bool:
+    """Whether this is a dialogue: a list of turns, one turn, an object of lists, or any of these as JSON text."""
+    if isinstance(value, str) and not _may_be_json(value):
+        return False
+    found = _as_list(value)
+    return isinstance(found, list | tuple) and bool(found) and all(map(is_turn, found))
+
+
+def _may_be_json(text: str) -> bool:
+    return text[:64].lstrip()[:1] in ("[", "{")
+
+
+def _as_list(value: Any) -> Any:
+    if isinstance(value, str) and _may_be_json(value):
+        try:
+            value = parse_json(value)
+        except ValueError:
+            return value
+    if not isinstance(value, dict):
+        return value
+    if not is_turn(value):
+        return value.get("messages", value)
+    columns = list(value.values())
+    if not all(isinstance(column, list) for column in columns):
+        return [value]
+    if len({len(column) for column in columns}) > 1:
+        return value
+    return [dict(zip(value, turn, strict=True)) for turn in zip(*columns, strict=True)]
+
+
+def _message(turn: Any, seen: Seen | None) -> Message:
+    if not isinstance(turn, dict):
+        raise BadRow("a turn without text in `content`")
+    name = turn.get("role") or turn.get("from")
+    role = ROLE_NAMES.get(name) if isinstance(name, str) else None
+    if role is None:
+        role = _role(name)
+    content = turn.get("content")
+    if content is None:
+        content = turn.get("value")
+    if len(turn) > 2 and (turn.get("tool_calls") or turn.get("function_call")):
+        raise BadRow(f"a turn with tool calls: {NO_TOOLS}")
+    if not isinstance(content, str):
+        content = _text_of_parts(content)
+    if seen is not None and name not in seen.roles:
+        seen.roles[str(name).strip()] = role
+    if len(turn) == 2:
+        return Message(role, check_text(content))
+    if seen is not None:
+        seen.unused |= dict.fromkeys(k for k, v in turn.items() if v is not None and k not in _TURN_KEYS)
+    weight = turn.get("weight") if role == "assistant" else None
+    found = Message(role, check_text(content), weight=1 if weight is None else turn_weight(weight))
+    if seen is not None and not found.weight:
+        seen.of_weight_0 += 1
+    return found
+
+
+def _role(name: Any) -> str:
+    plain = name.strip().lower() if isinstance(name, str) else ""
+    if plain in TOOL_ROLES:
+        raise BadRow(f"unknown role {name!r}: {NO_TOOLS}")
+    if plain in RARE_ROLES:
+        return RARE_ROLES[plain]
+    if plain not in ROLE_NAMES:
+        raise BadRow(f"unknown role {str(name)[:40]!r}" if name is not None else "unknown role None")
+    return ROLE_NAMES[plain]
+
+
+def _text_of_parts(content: Any) -> str:
+    """The text of `[{"type": "text", "text": ...}, ...]`. Raises: BadRow for anything else, a picture for example."""
+    if not isinstance(content, list) or not content or not all(isinstance(part, dict) for part in content):
+        raise BadRow("a turn without text in `content`")
+    for part in content:
+        if not isinstance(part.get("text"), str):
+            raise BadRow(f"a turn with a part of type {str(part.get('type'))[:40]!r}: only text can be learned")
+    return "".join(part["text"] for part in content)
+
+
+def turn_weight(weight: Any) -> float:
+    """The weight of an answer's loss. Raises: BadRow for any but 0 and 1."""
+    try:
+        value = float(weight)
+    except (TypeError, ValueError, OverflowError):
+        raise BadRow(f"weight {str(weight)[:40]!r} is no number") from None
+    if value not in (0, 1):
+        raise BadRow(
+            f"weight {value:g}: only 0 (read, not learned) and 1 are known; repeat the row, or leave the weight out"
+        )
+    return value
 
 
 def render(messages: Sequence[Message]) -> str:
@@ -166,7 +331,7 @@ def prose(row: Row) -> str:
 
 
 def segments(messages: Sequence[Message]) -> list[tuple[str, bool]]:
-    r"""The dialogue as (text, is_answer) pieces that are encoded one by one; joined they are `render(messages)`.
+    r"""The dialogue as (text, carries loss) pieces that are encoded one by one; joined they are `render(messages)`.
 
     >>> segments([Message("user", "hi"), Message("assistant", "hello")])
     [('\n\nHuman: hi\n\nAssistant:', False), (' hello', True)]
@@ -175,7 +340,7 @@ def segments(messages: Sequence[Message]) -> list[tuple[str, bool]]:
     context = ""
     for m in messages:
         if m.role == "assistant":
-            pieces += [(context + MARKERS["assistant"], False), (m.lead + m.content, True)]
+            pieces += [(context + MARKERS["assistant"], False), (m.lead + m.content, m.weight != 0)]
             context = ""
         else:
             context += MARKERS[m.role] + m.lead + m.content

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import UserError
+from tunesmith.jsontext import parse_json
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """An object from a JSON file. Raises: UserError naming the file if it is missing or broken."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = parse_json(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing; a model directory needs it") from None
-    except (ValueError, RecursionError) as error:  # also: an integer of thousands of digits, nesting without end
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise UserError(f"{path} is not valid JSON ({reason}); download or save the model again") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); download or save the model again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object; download or save the model again")
     return content

@@ -2,67 +2,107 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from tunesmith.data.dialogue import BadRow, Message, parse_messages, prompt_segments
+from tunesmith.data.dialogue import (
+    BadRow,
+    Message,
+    as_transcript,
+    parse_messages,
+    parse_transcript,
+    prompt_segments,
+    render,
+)
+from tunesmith.data.forms import prompt_turns
+from tunesmith.data.readers import SUFFIXES, Report, read_file, read_text, suffix_of
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UsageError, UserError
 
 EMBEDDED = Path(__file__).parents[1] / "sample" / "prompts.jsonl"
+_OPEN_END = re.compile(r"\n\nAssistant:\s*(?:\Z|\n\nHuman:)")
 Conversation = Sequence[Message] | Sequence[Mapping[str, str]]
+
+
+EXPECTED = (
+    "expected one prompt a line, or rows with a text `prompt` (and perhaps `group`), or of another form in docs/data.md"
+)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One user question; group: its topic, "" where the file names none."""
+    """What a model is asked. text: its one question, or the whole conversation as a transcript.
+
+    group: its topic, "" where the file names none. turns: the conversation, empty for one question.
+    """
 
     text: str
     group: str = ""
+    turns: tuple[Message, ...] = ()
+
+    @property
+    def conversation(self) -> Sequence[Message]:
+        """The turns that a model reads before it answers."""
+        return self.turns or (Message("user", self.text),)
 
 
 def load_prompts(file: str | None = None, limit: int | None = None, option: str = "--prompts") -> list[Prompt]:
-    """The embedded prompts, or those of a file: JSONL with `prompt` (and perhaps `group`), else one prompt a line.
+    """The embedded prompts, or those of a file: of its rows in any form of data, else one prompt a line.
 
+    A text file in the HH form holds conversations; each ends with `Assistant:`.
     Raises: UserError naming file and line.
     """
     if limit is not None and limit < 1:
         raise UsageError(f"--limit is {limit}, expected at least 1")
     path = Path(file).expanduser() if file else EMBEDDED
+    if not path.is_file():
+        raise UserError(f"{option} {path}: no such file; {EXPECTED}")
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also cut at U+2028 and its like
-    except FileNotFoundError:
-        raise UserError(
-            f"{option} {path}: no such file; give one prompt a line, or JSONL with `prompt` and `group`"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{option} {path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from None
-    jsonl = path.suffix == ".jsonl"
-    prompts = [
-        _prompt(line, f"{option} {path}:{number}") if jsonl else Prompt(line.strip())
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
+        prompts = _of_rows(path) if suffix_of(path) in SUFFIXES else _of_text(read_text(path))
+    except UserError as error:
+        raise UserError(f"{option} {error}") from None
     if not prompts:
-        raise UserError(f"{option} {path}: no prompt in it; give one a line, or JSONL with `prompt` and `group`")
+        raise UserError(f"{option} {path}: no prompt in it; give one a line, or rows with `prompt` and perhaps `group`")
     return prompts[:limit]
 
 
-def _prompt(line: str, place: str) -> Prompt:
-    """A line of JSON: a string, or an object with `prompt` and perhaps `group`."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not JSON ({error.msg}); expected an object with `prompt`") from None
-    row = {"prompt": row} if isinstance(row, str) else row
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise UserError(f"{place}: expected an object with a text `prompt` (and perhaps `group`)")
-    return Prompt(row["prompt"], str(row.get("group", "")))
+def _of_rows(path: Path) -> list[Prompt]:
+    """Prompts of a file of rows. Raises: UserError for the first row without one."""
+    report, prompts = Report(), []
+    for located in read_file(path, 0, report, str(path)):
+        try:
+            group = located.value.get("group") if isinstance(located.value, dict) else None
+            prompts.append(_prompt(prompt_turns(located.value), "" if group is None else str(group)))
+        except BadRow as reason:
+            raise UserError(f"{path}:{located.line}: {reason}; {EXPECTED}") from None
+    for unreadable, places in report.places.items():
+        raise UserError(f"{places[0]}: {unreadable.replace('invalid JSON', 'not JSON')}; {EXPECTED}")
+    return prompts
+
+
+def _of_text(text: str) -> list[Prompt]:
+    """Prompts of a text: a line each; of a transcript each conversation up to its `Assistant:`."""
+    transcript = as_transcript(text)
+    if transcript is None or not _OPEN_END.search(transcript):
+        lines = filter(None, map(str.strip, text.split("\n")))  # splitlines would also cut at U+2028 and its like
+        return [_prompt(prompt_turns(line)) for line in lines]
+    prompts: list[list[Message]] = [[]]
+    for turn in parse_transcript(transcript).messages:
+        if turn.role == "assistant" and not turn.content.strip():
+            prompts.append([])
+        else:
+            prompts[-1].append(turn)
+    return [_prompt(turns) for turns in prompts if turns and turns[-1].role == "user"]
+
+
+def _prompt(turns: Sequence[Message], group: str = "") -> Prompt:
+    """A conversation as a prompt."""
+    if len(turns) == 1 and turns[0].role == "user":
+        return Prompt(turns[0].content, group)
+    return Prompt(render(turns).lstrip("\n"), group, tuple(turns))
 
 
 def encode_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:

@@ -12,6 +12,7 @@ from typing import Literal
 from tunesmith.data.dialogue import ROLE_NAMES
 from tunesmith.errors import UserError
 from tunesmith.files.run import write_atomically
+from tunesmith.jsontext import parse_json
 
 _LEAK = re.compile(rf"^\s*({'|'.join(ROLE_NAMES)})\s*:", re.IGNORECASE | re.MULTILINE)
 
@@ -45,7 +46,7 @@ def read_answers(path: Path) -> list[ScoredAnswer]:
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 known = {k: row[k] for k in ScoredAnswer.__dataclass_fields__ if k in row}
                 found.append(ScoredAnswer(**known))
             except (ValueError, TypeError) as error:

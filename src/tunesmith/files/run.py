@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from tunesmith.errors import UserError
+from tunesmith.jsontext import parse_json
 
 STEP_NAME = re.compile(r"step-(\d{8})")
 
@@ -64,7 +65,7 @@ class Run:
         """`{"state": "running|finished|stopped|diverged|failed", "step": ..., "reason": ..., "best_step": ...}`."""
         path = self.path / "status.json"
         try:
-            status = json.loads(path.read_text(encoding="utf-8"))
+            status = parse_json(path.read_text(encoding="utf-8"))
             if not isinstance(status, dict) or not {"state", "step"} <= status.keys():
                 raise ValueError("no state and step in it")
             return status
@@ -90,7 +91,7 @@ class Run:
     def losses(self, step: int) -> list[tuple[float, int]]:
         """The validation loss at a step batch by batch, (summed loss, count); empty where it was not kept or is damaged."""
         try:
-            stored = json.loads((self.path / "losses" / f"{step_name(step)}.json").read_text(encoding="utf-8"))
+            stored = parse_json((self.path / "losses" / f"{step_name(step)}.json").read_text(encoding="utf-8"))
             return [(float(nats), int(count)) for nats, count in stored]
         except (OSError, ValueError, TypeError):
             return []
@@ -119,7 +120,7 @@ class Run:
 
 def _log_line(line: str, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError as error:
         raise UserError(f"{where} is damaged ({error}); delete that line, or make the run again") from None
     if not isinstance(record, dict) or "event" not in record:

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from tunesmith.data.jsonfile import read_json, write_json
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError, note
+from tunesmith.jsontext import parse_json
 from tunesmith.models.gpt2 import GPT, GPTConfig
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # Conv1D: (in, out)
@@ -305,7 +306,7 @@ def _sort_metadata(path: Path) -> None:
     """safetensors writes its metadata in an order that changes from save to save; equal content shall be equal bytes."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
+        header = parse_json(file.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         assert len(text) <= size, (len(text), size)

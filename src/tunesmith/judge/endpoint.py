@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tunesmith.errors import UsageError, UserError
+from tunesmith.jsontext import parse_json
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 LONGEST_WAIT = 120.0  # seconds; a server that asks for more is asked again nevertheless
@@ -112,7 +113,7 @@ class Endpoint:
                 raise _Refusal(error.code, self._message(error.read(LONGEST_REPLY)), error.headers) from None
         self._reached = True
         try:
-            reply = json.loads(content)
+            reply = parse_json(content)
             text, spent = reply["choices"][0]["message"]["content"], (reply.get("usage") or {}).get("total_tokens")
         except (ValueError, LookupError, TypeError, AttributeError):
             text, spent = None, 0
@@ -139,7 +140,7 @@ class Endpoint:
         """What an error's body says, in one short line without the key."""
         text = body.decode(errors="replace")
         try:
-            found = json.loads(text)
+            found = parse_json(text)
             found = found.get("error", found)
             text = str(found["message"] if isinstance(found, dict) else found)
         except (ValueError, LookupError, AttributeError):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from tunesmith.errors import UserError
+from tunesmith.jsontext import parse_json
 from tunesmith.judge.endpoint import Endpoint, Messages, NoReply
 
 Side = Literal["a", "b", "tie"]
@@ -157,7 +158,7 @@ class Judge:
             self._cut = bool(text) and not text.endswith("\n")
             for line in text.split("\n"):
                 try:
-                    record = json.loads(line)
+                    record = parse_json(line)
                     yield str(record["question"]), str(record["reply"])
                 except (ValueError, LookupError, TypeError):
                     continue  # an empty line, or one that was cut while being written

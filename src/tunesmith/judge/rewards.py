@@ -37,7 +37,7 @@ def answer_prompts(
     meet the same luck and differ by their weights.
     """
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
-    conversations = [[{"role": "user", "content": p.text}] for p in prompts]
+    conversations = [p.conversation for p in prompts]
     drawn = generate_answers(model, tokenizer, conversations, sampling, options.max_new_tokens, samples=samples)
     answers = [
         ScoredAnswer(p.text, p.group, a.text, a.finish_reason, a.tokens)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from tunesmith.data.dialogue import Message, parse_messages, segments
+from tunesmith.data.dialogue import Message, as_transcript, parse_messages, parse_transcript, segments
 from tunesmith.data.jsonfile import read_json
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.device import resolve_device
@@ -86,9 +86,10 @@ def encode_answer(tokenizer: Tokenizer, prompt: Question, answer: str) -> list[i
 
 
 def conversation(prompt: Question) -> list[Message]:
-    """The turns of a prompt; a text is the only one. Raises: BadRow if it is none."""
+    """The turns of a prompt; a text is the only one, or a transcript of several. Raises: BadRow if it is none."""
     if isinstance(prompt, str):
-        return [Message("user", prompt)]
+        transcript = as_transcript(prompt)
+        return [Message("user", prompt)] if transcript is None else list(parse_transcript(transcript).messages)
     return [m if isinstance(m, Message) else parse_messages([m]).messages[0] for m in prompt]
 
 

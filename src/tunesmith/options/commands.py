@@ -49,7 +49,7 @@ class ScoreCommand:
     reward: str = "OpenAssistant/reward-model-deberta-v3-large-v2"
     """The reward model: a run of `tunesmith reward`, or any sequence classifier, local or on the hub; the default is downloaded."""
     prompts: str | None = None
-    """File of prompts: one a line, or JSONL with `prompt` and perhaps `group`; default the embedded 40."""
+    """File of prompts: one a line, or rows with `prompt` and perhaps `group`, or of any form of data; default the embedded 40."""
     samples: int = 1
     """Answers a prompt; with more than one, best-of-n stands beside the mean."""
     generate: GenerateOptions = field(default_factory=GenerateOptions)
@@ -68,7 +68,7 @@ class CompareCommand:
     """The same prompts to two models, side by side; differences and win rates are those of B against A."""
 
     prompts: str | None = None
-    """File of prompts: one a line, or JSONL with `prompt` and perhaps `group`; default the embedded 40."""
+    """File of prompts: one a line, or rows with `prompt` and perhaps `group`, or of any form of data; default the embedded 40."""
     generate: GenerateOptions = field(default_factory=GenerateOptions)
     limit: int | None = None
     """Use only the first N prompts."""

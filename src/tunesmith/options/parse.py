@@ -70,8 +70,13 @@ def parse(
         for before, w in zip(["", *argv], argv, strict=False)
         if before == "--config" or w.startswith("--config=")
     ]
-    for file in files:
-        _check_file(file, options)
+    texts = {file: text for file in files if (text := _check_file(file, options))}
+    argv = [
+        (f"--config={texts[word[9:]]}" if word.startswith("--config=") else texts[word])
+        if (word if before == "--config" else word.removeprefix("--config=")) in texts
+        else word
+        for before, word in zip(["", *argv], argv, strict=False)
+    ]
     argv = _bare_switches(options, _repeated(options, _underscored(options, argv)))
     show = "--print_config" in argv
     try:
@@ -101,7 +106,7 @@ def from_settings(options: type[T], settings: Mapping[str, Any], where: str) -> 
     nested: dict[str, Any] = {}
     for name, value in settings.items():
         group, _, key = name.rpartition(".")
-        (nested.setdefault(group, {}) if group else nested)[key] = value
+        (nested.setdefault(group, {}) if group else nested)[key] = _joined(value)
     parser = jsonargparse.ArgumentParser(exit_on_error=False, default_env=False)
     parser.add_class_arguments(options)
     try:
@@ -151,8 +156,20 @@ def _repeated(options: type[Any], argv: Sequence[str]) -> list[str]:
     return [f"{word}+" if word in lists else word for word in words]
 
 
-def _check_file(file: str, options: type[Any]) -> None:
-    """Raises: UsageError if a configuration file is no YAML of groups of options; what they hold is checked later."""
+def _joined(value: Any) -> Any:
+    """A YAML list as the text that it is on the command line, `a,b`; a mapping as `a=b`; anything else as it is."""
+    if isinstance(value, list) and value and all(isinstance(v, str | int | float) for v in value):
+        return ",".join(map(str, value))
+    if isinstance(value, dict):
+        return ",".join(f"{key}={'' if v is None else v}" for key, v in value.items())
+    return value
+
+
+def _check_file(file: str, options: type[Any]) -> str:
+    """What to read in place of the file, where it gives a list or a mapping for an option that is a text; else "".
+
+    Raises: UsageError if it is no YAML of groups of options; what they hold is checked later.
+    """
     try:
         with Path(file).open(encoding="utf-8") as text:
             content = yaml.safe_load(text)  # from the file, so that errors name it
@@ -169,6 +186,13 @@ def _check_file(file: str, options: type[Any]) -> None:
             raise UsageError(
                 f'{file}: "{group}" is a group of options, as --print_config prints them, not {content[group]!r}'
             )
+    changed = False
+    for name, kind in option_types(options).items():
+        group, _, key = name.rpartition(".")
+        holder = content.get(group, {}) if group else content
+        if kind in (str, str | None) and isinstance(holder.get(key), list | dict):
+            holder[key], changed = _joined(holder[key]), True
+    return yaml.safe_dump(content, sort_keys=False) if changed else ""
 
 
 def option_types(options: type[Any], prefix: str = "") -> dict[str, Any]:

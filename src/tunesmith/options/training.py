@@ -23,7 +23,13 @@ class DataOptions:
     """The dialogues to train on"""
 
     name: str = "hh-static"
-    """hh, hh:SUBSET, hh-static, hh-helpful-half, hh-pairs, sample, or a file, directory or hub data set."""
+    """hh, hh:SUBSET, hh-static, hh-helpful-half, hh-pairs, sample, or a file, directory or hub data set; or several sets with
+    their shares of the examples: a.jsonl*0.7,hh:helpful-base*0.3 (in YAML also a list)."""
+    columns: str | None = None
+    """Which column is what, where the names do not say so: prompt=question,completion=reply. Keys: messages, text, system,
+    prompt, completion, chosen, rejected, label, weight; an empty name means that no column is that."""
+    config: str | None = None
+    """Which of several configurations in a directory; all joins them."""
     root: str | None = None
     """Local copy of HH-RLHF in the publisher's layout (helpful-base/train.jsonl.gz, ...)."""
     rm_static: str | None = None
@@ -152,7 +158,7 @@ class EvalOptions:
     reward: str | None = None
     """Reward model that scores answers at every estimate, ours or a sequence classifier; the best checkpoint is then chosen by it."""
     prompts: str | None = None
-    """With eval.reward: file of prompts, one a line or JSONL with `prompt` and perhaps `group`; default the embedded 40."""
+    """With eval.reward: file of prompts, one a line or rows with `prompt` and perhaps `group`; default the embedded 40."""
     samples: int = 1
     """With eval.reward: answers a prompt."""
     max_new_tokens: int = 128

@@ -13,6 +13,7 @@ from typing import Any
 
 from tunesmith.errors import UserError
 from tunesmith.files.run import Run, write_atomically
+from tunesmith.jsontext import parse_json
 from tunesmith.study.matrix import Plan, PlannedRun, directory_of
 
 STAMP = "study.json"  # in a run's directory: which run of which study it is, and its hash
@@ -41,7 +42,7 @@ class Ledger:
 
     def _read(self) -> dict[str, dict[str, Any]]:
         try:
-            runs = json.loads(self.file.read_text(encoding="utf-8"))["runs"]
+            runs = parse_json(self.file.read_text(encoding="utf-8"))["runs"]
         except (FileNotFoundError, ValueError, KeyError):  # the times are lost, nothing else
             return {}
         return runs if isinstance(runs, dict) else {}
@@ -102,7 +103,7 @@ def _past(state: str) -> str:
 def stamped(out: Path, name: str) -> str | None:
     """The hash of the run that lies in the directory of a name; None where there is none."""
     try:
-        return str(json.loads((out / directory_of(name) / STAMP).read_text(encoding="utf-8"))["hash"])
+        return str(parse_json((out / directory_of(name) / STAMP).read_text(encoding="utf-8"))["hash"])
     except (OSError, ValueError, KeyError):
         return None
 
@@ -142,7 +143,7 @@ def position(directory: Path) -> tuple[int, int, float | None]:
         return 0, steps, None
     for line in reversed(lines):
         with contextlib.suppress(ValueError):
-            record = json.loads(line)
+            record = parse_json(line)
             if record["event"] == "train":
                 return int(record["step"]), steps, record["loss"]
     return 0, steps, None

@@ -5,7 +5,6 @@ Every number keeps the run and the line of metrics.jsonl that it comes from. No 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import yaml
 
 from tunesmith.errors import UserError
 from tunesmith.files.run import STEP_NAME, Run
+from tunesmith.jsontext import parse_json
 
 KEPT = 2000  # training lines of a run that a figure needs; of longer runs every n-th is kept
 OVER = ("finished", "diverged", "failed", "stopped")
@@ -245,7 +245,7 @@ def _plan(path: Path) -> Json:
 
 def _json(path: Path) -> Json:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except ValueError as error:
@@ -268,7 +268,7 @@ def _read_run(root: Path, name: str, entry: Json, progress: Json) -> RunRecord:
             return {}
         return found if isinstance(found, dict) else {}
 
-    status = tolerant("status.json", json.loads)
+    status = tolerant("status.json", parse_json)
     config = tolerant("config.yaml", yaml.safe_load)
     lines, peak, minutes, more = read_metrics(where / "metrics.jsonl", name)
     damage += more
@@ -277,7 +277,7 @@ def _read_run(root: Path, name: str, entry: Json, progress: Json) -> RunRecord:
     answers, more = read_answers(where / "answers")
     state, reason = _state(where, status, progress)
     return RunRecord(
-        name, where, state, reason, entry, config, status, tolerant("environment.json", json.loads), lines, peak, minutes,
+        name, where, state, reason, entry, config, status, tolerant("environment.json", parse_json), lines, peak, minutes,
         answers, (*damage, *more),
     )  # fmt: skip
 
@@ -328,7 +328,7 @@ def _records(path: Path, damage: list[str]) -> Iterator[tuple[int, Json]]:
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             try:
-                record = json.loads(line)
+                record = parse_json(line)
             except ValueError:
                 cut = "" if line.endswith("\n") else ": the file was cut there"
                 damage.append(f"{path.name} line {number} is damaged and left out{cut}")
@@ -361,7 +361,7 @@ def _count_weights(path: Path) -> int | None:
     """Numbers in a safetensors file, from its header; None if it cannot be read."""
     try:
         with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            header = parse_json(file.read(int.from_bytes(file.read(8), "little")))
         return int(sum(math.prod(tensor["shape"]) for key, tensor in header.items() if key != "__metadata__"))
     except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError):
         return None

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from tunesmith.errors import UserError
 from tunesmith.files.run import Run, step_name
 from tunesmith.files.weights import write_safetensors
+from tunesmith.jsontext import parse_json
 from tunesmith.train.optim import OneByOne, state_parts, whole_state
 
 STATE = "training_state"
@@ -73,7 +74,7 @@ def load_state(
     Raises: UserError naming the file that is missing or broken.
     """
     try:
-        state: dict[str, Any] = json.loads((directory / STATE / "state.json").read_text(encoding="utf-8"))
+        state: dict[str, Any] = parse_json((directory / STATE / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(directory / STATE / "optimizer.safetensors")
     except (OSError, json.JSONDecodeError, SafetensorError) as error:
         raise UserError(

@@ -167,7 +167,8 @@ def resolve_length(config: Config, train: Countable, validation: Countable) -> C
 
 FIXED = (  # what a resumed run cannot change without becoming another run
     "model.name", "model.dropout", "model.n_layer", "model.n_head", "model.n_embd", "model.block_size",
-    "tokenizer.name", "tokenizer.vocab_size", "data.name", "data.block_size", "data.batching", "data.loss_on", "data.truncation",
+    "tokenizer.name", "tokenizer.vocab_size", "data.name", "data.columns", "data.config",
+    "data.block_size", "data.batching", "data.loss_on", "data.truncation",
     "data.max_rows", "data.holdout", "data.seed", "train.batch_size", "train.accumulate", "train.precision", "train.weights",
     "optimizer.name", "lora.rank", "lora.alpha", "lora.dropout", "lora.targets",
     "dpo.beta", "dpo.loss", "dpo.label_smoothing",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from tunesmith.data.mixture import parse_sets
 from tunesmith.device import (
     describe,
     environment,
@@ -45,7 +46,8 @@ def begin(config: AnyConfig, command: Command) -> Path:
             "--train.allocator lean is a setting of glibc, which is not here or which TUNESMITH_ALLOCATOR=system keeps as it is: "
             "leave it out, or unset that"
         )
-    default = f"runs/{command}-{_short(config.model.name)}-{_short(config.data.name)}"
+    sets = "-".join(_short(name) for name, _ in parse_sets(config.data.name))
+    default = f"runs/{command}-{_short(config.model.name)}-{sets}"
     path = new_run_directory(config.out, default, config.resume)
     seed_everything(config.train.seed)
     return path

@@ -105,5 +105,7 @@ def describe_pairs(train: PairBatches, validation: PairBatches, iters: int) -> d
     """What a run logs of its pairs: how many there are, and what length alone would score on those of an estimate."""
     held = validation.used(iters)
     share = validation.longer_chosen(held)
-    print(f"note: in {share:.1%} of the {len(held):,} validation pairs the longer answer is the chosen one")
+    print(
+        f"note: in {share:.1%} of the {len(held):,} validation pairs the longer answer is the chosen one, in tokens of this model"
+    )
     return {"train_pairs": len(train), "validation_pairs": len(held), "validation_longer_chosen": share}

@@ -39,7 +39,7 @@ CHECKS = {
     "duplicate": Check("duplicate of an earlier row", ALL, "it is learned twice, and may be held out as well as trained on: keep one"),
     "contradiction": Check("an earlier pair turned round", PAIR, "the two cancel out: decide for one and delete the other"),
     "empty_turn": Check("empty turn before the last", TURNS, "an empty answer teaches to end at once: fill the turn in or delete it"),
-    "repeated_role": Check("one role twice in a row", TURNS, "chat templates expect turns to alternate: join the two"),
+    "repeated_role": Check("one role twice in a row", TURNS, "chat templates expect turns to alternate: is one missing, or there twice?"),
     "role_marker": Check("role marker inside a text", ALL, "the model learns to write both sides: split it into turns or delete it"),
     "template_text": Check("another template's markers", ALL, "here they are letters, no tokens: delete them, ends are added"),
     "prompt_space": Check("prompt ends in white space", TURNS, "it makes tokens that training never shows there: strip the prompt"),

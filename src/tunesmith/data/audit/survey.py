@@ -24,7 +24,7 @@ from tunesmith.data.audit.cuts import (
 )
 from tunesmith.data.audit.overlap import Overlap, Print, fingerprint, overlap
 from tunesmith.data.audit.rows import CHECKS, DIALOGUES, FORMS, PAIRS, TEXTS, UNREADABLE, form_of, row_defects
-from tunesmith.data.datasets import Source, holdout_rows, label, read_row
+from tunesmith.data.datasets import Source, holdout_rows
 from tunesmith.data.dialogue import BadRow, Preference, Row
 from tunesmith.data.pairstore import PairStore
 from tunesmith.data.readers import Report
@@ -94,6 +94,7 @@ class SplitAudit:
     bias: LengthBias | None
     overlaps: tuple[Overlap, ...]
     notes: tuple[str, ...]
+    form: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,9 @@ class Audit:
                 which = "longer" if s.bias.rule.mean > 0.5 else "shorter"
                 right = max(s.bias.rule.mean, 1 - s.bias.rule.mean)
                 lines.append(
-                    f"{s.split}: `the {which} answer is better` is right for {right:.1%} of the pairs: hold a reward model's accuracy "
-                    "against that, and compare answers of like length"
+                    f"{s.split}: `the {which} answer is better` is right for {right:.1%} of the pairs, counted in tokens of this "
+                    "tokenizer: hold a reward model's accuracy against that, with the tokenizer of its model (--tokenizer MODEL), "
+                    "and compare answers of like length"
                 )
         return list(dict.fromkeys(lines))
 
@@ -157,6 +159,10 @@ def audit(
     """
     if block_size < 1:
         raise UsageError(f"--data.block_size is {block_size}, expected at least 1")
+    for several in (found for found in (source, *against) if found.parts):
+        raise UsageError(
+            f"--audit looks at one set at a time: audit each of {several.name} alone, the others as --against"
+        )
     if not 0 < holdout < 1:
         raise UsageError(f"--data.holdout is {holdout}, expected a share between 0 and 1")
     texts = {split: _read(source, split) for split in source.files}
@@ -167,7 +173,7 @@ def audit(
         forms = {form: n for form, n in read.forms.items() if n}
         splits.append(SplitAudit(
             split, read.rows, sum(read.usable.values()), forms, read.repeated_prompts, tuple(_findings(read, forms)), cuts, lengths,
-            bias, tuple(overlaps[split]), notes,
+            bias, tuple(overlaps[split]), notes, tuple(read.form),
         ))  # fmt: skip
     return Audit(source.name, block_size, truncation or "windows", tuple(splits))
 
@@ -188,16 +194,19 @@ class Texts:
     skipped: list[tuple[Preference, str]] = field(default_factory=list)
     pair_places: set[tuple[int, int]] = field(default_factory=set)
     repeated_prompts: int = 0
+    form: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def _read(source: Source, split: str) -> Texts:
     found, seen = Texts(), dict[tuple[bytes, ...], str]()
-    prompts, files = set[bytes](), [label(source.files[split], i) for i in range(len(source.files[split]))]
-    for located in source.raw_rows(split, found.unreadable):
+    prompts = set[bytes]()
+    reader, rows = source.opened(split, found.unreadable)
+    for located in rows:
         found.rows += 1
-        place = f"{files[located.file]}:{located.line}"
+        place = source.place(split, located.file, located.line)
         try:
-            row = read_row(located.value)
+            row = reader.read(located.value)
         except BadRow as reason:
             found.unreadable.add_bad(str(reason), place)
             continue
@@ -210,7 +219,7 @@ def _read(source: Source, split: str) -> Texts:
                 found.skipped.append((row, place))
         printed = fingerprint(row, place, usable)
         found.prints.append(printed)
-        defects = row_defects(located.value, row)
+        defects = row_defects(located.value if isinstance(located.value, dict) else {}, row)
         if printed.texts in seen:
             found.defects["duplicate"].append(f"{place} = {seen[printed.texts]}")
         elif len(printed.texts) == 2 and printed.texts[::-1] in seen and "same_answers" not in defects:
@@ -224,6 +233,7 @@ def _read(source: Source, split: str) -> Texts:
         for kind in defects:
             found.defects[kind].append(place)
     found.rows += found.unreadable.rows
+    found.form, found.notes = reader.form_lines(), reader.notes()
     if not found.rows:
         raise UserError(
             f"{source.name} ({split}) has no row in {', '.join(map(str, source.files[split]))}; give it some, or take the file away"
@@ -280,7 +290,7 @@ def _read_tokens(
 ) -> tuple[tuple[Cut, ...], dict[str, Lengths], LengthBias | None, tuple[str, ...]]:
     cuts: list[Cut] = []
     lengths: dict[str, Lengths] = {}
-    bias, notes = None, dict[str, None]()
+    bias, notes = None, dict.fromkeys(read.notes)
     if read.usable[PAIRS]:
         pairs = PairStore(tokenise(source, split, tokenizer, form="pairs"))
         cuts += [
