@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -22,6 +21,7 @@ from tunesmith.data.dialogue import (
     parse_messages,
     parse_transcript,
 )
+from tunesmith.data.fingerprint import content_hash
 from tunesmith.data.readers import TEXT_SUFFIXES, Located, Report, read_file
 from tunesmith.errors import UsageError, UserError
 from tunesmith.hub import download_dataset
@@ -51,15 +51,19 @@ class Source:
     max_rows: int | None = None
     notes: tuple[str, ...] = ()
 
-    def fingerprint(self, split: str) -> str:
-        """SHA-256 over the bytes of the split's files and everything else that decides its rows and their report."""
+    def digests(self, split: str) -> dict[str, str]:
+        """The content of each file that decides the split's rows: its name among them -> SHA-256, in the order of reading."""
+        paths, rm = self.files[split], self.rm_static.get(split, ())
+        named = {label(paths, i): path for i, path in enumerate(paths)}
+        named |= {f"rm-static/{label(rm, i)}": path for i, path in enumerate(rm)}
+        return {name: content_hash([path]) for name, path in named.items()}
+
+    def fingerprint(self, split: str, digests: Mapping[str, str]) -> str:
+        """Of everything that decides the split's rows and their report; digests: those of its files."""
         published = self.name if self.name in PUBLISHED_ROWS else ""
         labels = [label(self.files[split], i) for i in range(len(self.files[split]))]
-        digest = hashlib.sha256(repr((published, split, labels, self.recipe, self.seed, self.max_rows)).encode())
-        for path in (*self.files[split], *self.rm_static.get(split, ())):
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()
+        rules = repr((published, split, labels, self.recipe, self.seed, self.max_rows))
+        return content_hash([rules, *map(bytes.fromhex, digests.values())])
 
     def raw_rows(self, split: str, report: Report) -> Iterator[Located]:
         """The rows that the recipe selects, as they stand in the files; unreadable lines go to `report`."""

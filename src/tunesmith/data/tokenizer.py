@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from tunesmith.data.fingerprint import content_hash
 from tunesmith.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -117,7 +117,7 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the tokenizer's definition: equal fingerprints encode equally."""
-        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
+        return content_hash([self._backend.to_str()])
 
     def same_tokens(self, other: Tokenizer) -> bool:
         """Whether every id stands for the same text in both, and the end of text is the same."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +19,7 @@ import numpy as np
 
 from tunesmith.data.datasets import Source
 from tunesmith.data.dialogue import END, NEXT, Preference, Row, Text, prose, render, segments
+from tunesmith.data.fingerprint import content_hash
 from tunesmith.data.readers import Located, Report
 from tunesmith.data.tokenizer import Tokenizer
 
@@ -40,6 +40,7 @@ class TokenStore:
     offsets: (rows + 1,) int64, where each row begins.
     plain: (rows,) bool, True for plain text.
     places: (rows, 2) int32, file number and line of each row.
+    digests: name of each file that was read -> SHA-256 of its content.
     """
 
     tokens: Array
@@ -51,6 +52,7 @@ class TokenStore:
     source: Source
     split: str
     report: Report
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -100,8 +102,9 @@ def tokenise(source: Source, split: str, tokenizer: Tokenizer, *, form: Form = "
         `prose`: a row a text, a dialogue's turns without their roles (for pretraining).
     Raises: UserError if no row is usable.
     """
-    key = hashlib.sha256(repr((VERSION, source.fingerprint(split), tokenizer.fingerprint, form)).encode())
-    directory = cache_directory() / "tokens" / key.hexdigest()[:32]
+    digests = source.digests(split)
+    key = content_hash([repr((VERSION, source.fingerprint(split, digests), tokenizer.fingerprint, form))])
+    directory = cache_directory() / "tokens" / key[:32]
     stored = _read(directory)
     if stored is None:
         report = Report()
@@ -110,7 +113,8 @@ def tokenise(source: Source, split: str, tokenizer: Tokenizer, *, form: Form = "
             _write(*stored, directory)
             stored = _read(directory) or stored
     arrays, report = stored
-    return TokenStore(**arrays, end_of_text=tokenizer.end_of_text, source=source, split=split, report=report)
+    end = tokenizer.end_of_text
+    return TokenStore(**arrays, end_of_text=end, source=source, split=split, report=report, digests=digests)
 
 
 def _read(directory: Path) -> tuple[dict[str, Array], Report] | None:
