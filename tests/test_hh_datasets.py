@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tunesmith.data.datasets import HH_SUBSETS, open_dataset
+from tunesmith.data.datasets import open_dataset
+from tunesmith.data.hh import HH_SUBSETS
 from tunesmith.data.dialogue import Preference, render
 from tunesmith.data.readers import Report
 from tunesmith.data.tokenstore import tokenise

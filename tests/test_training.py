@@ -37,7 +37,7 @@ def run(tiny_directory, tmp_path_factory):
 
 
 def test_a_run_directory_holds_what_the_interface_names(run):
-    expected = ["config.yaml", "environment.json", "metrics.jsonl", "status.json", "tensorboard"]
+    expected = ["config.yaml", "environment.json", "inputs.json", "metrics.jsonl", "status.json", "tensorboard"]
     assert sorted(p.name for p in run.path.iterdir()) == sorted([*expected, "checkpoints", "losses"])
     assert list((run.path / "tensorboard").glob("events.out.tfevents.*"))
     newest = run.path / "checkpoints" / "step-00000006"
@@ -85,12 +85,12 @@ def test_metrics_being_written_are_read_up_to_the_last_whole_line(run, tmp_path)
 
 @pytest.mark.parametrize("keep", [0, 1, 2])
 def test_the_last_few_checkpoints_and_the_best_are_kept(tiny_directory, tmp_path, keep):
-    """At this learning rate the loss only rises, so the best is not among the last."""
+    """At this learning rate the loss only rises, so the best is not among the last; the newest stays even with 0."""
     options = {"optimizer__lr": 1.0, "train__steps": 5, "eval__every": 1, "checkpoint__every": 1}
     run = ts.sft(tiny_config(tiny_directory, tmp_path / "r", checkpoint__keep=keep, **options))
     best = run.status["best_step"]
     assert best < 3
-    assert {step for step, _ in run.checkpoints()} == {best, *[4, 5][2 - keep :]}
+    assert {step for step, _ in run.checkpoints()} == {best, *[4, 5][-max(keep, 1) :]}
 
 
 def test_config_yaml_repeats_the_run(run, tmp_path):
@@ -226,7 +226,7 @@ def test_a_noisy_but_falling_loss_is_no_divergence(tiny_directory, tmp_path):
 
 def test_the_command_line_tells_of_a_divergence_in_one_line_and_a_lower_rate_goes_on(tiny_directory, tmp_path, capsys):
     run = broken_run(tiny_directory, tmp_path / "r", optimizer__lr=1.0, train__diverge_after=4)
-    argv = ["sft", "--out", str(run.path), "--resume", "--train.steps", "9"]
+    argv = ["sft", "--out", str(run.path), "--resume", "--train.steps", "9", "--resume_changes", "accept"]
     capsys.readouterr()
     assert main(argv) == 1
     assert capsys.readouterr().err.startswith("tunesmith: mean loss of the last 4 steps")

@@ -8,7 +8,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import Note, UsageError, UserError
@@ -20,40 +19,36 @@ Argv = Sequence[str]
 
 
 def _pretrain(argv: Argv) -> None:
-    from tunesmith.options.parse import parse
     from tunesmith.options.pretraining import PretrainConfig
 
-    config, _ = parse(PretrainConfig, _with_stored_config(argv), prog="tunesmith pretrain")
+    config = _training_options(PretrainConfig, argv, "pretrain")
     from tunesmith.commands.pretrain import pretrain
 
     _told_if_diverged(pretrain(config))
 
 
 def _sft(argv: Argv) -> None:
-    from tunesmith.options.parse import parse
     from tunesmith.options.training import SFTConfig
 
-    config, _ = parse(SFTConfig, _with_stored_config(argv), prog="tunesmith sft")
+    config = _training_options(SFTConfig, argv, "sft")
     from tunesmith.commands.sft import sft
 
     _told_if_diverged(sft(config))
 
 
 def _dpo(argv: Argv) -> None:
-    from tunesmith.options.parse import parse
     from tunesmith.options.training import DPOConfig
 
-    config, _ = parse(DPOConfig, _with_stored_config(argv), prog="tunesmith dpo")
+    config = _training_options(DPOConfig, argv, "dpo")
     from tunesmith.commands.dpo import dpo
 
     _told_if_diverged(dpo(config))
 
 
 def _reward(argv: Argv) -> None:
-    from tunesmith.options.parse import parse
     from tunesmith.options.training import RewardConfig
 
-    config, _ = parse(RewardConfig, _with_stored_config(argv), prog="tunesmith reward")
+    config = _training_options(RewardConfig, argv, "reward")
     from tunesmith.commands.reward import train_reward_model
 
     _told_if_diverged(train_reward_model(config))
@@ -64,13 +59,20 @@ def _told_if_diverged(run: Run) -> None:
         raise UserError(run.status["reason"])
 
 
-def _with_stored_config(argv: Argv) -> list[str]:
-    """With `--resume`, the run's own configuration comes first, so that only changes need to be given."""
-    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--out=") else [word])]
-    out = next((after for word, after in pairwise(words) if word == "--out"), None)
-    if "--resume" in words and out and os.path.exists(stored := os.path.join(out, "config.yaml")):
-        return ["--config", stored, *argv]
-    return list(argv)
+def _training_options(options: type[Any], argv: Argv, command: str) -> Any:
+    """The options of a training command. With `--resume` the run's own come first, so that only changes need to be given."""
+    from tunesmith.files.run import default_directory
+    from tunesmith.options.parse import parse
+
+    prog, printed = f"tunesmith {command}", [word for word in argv if word == "--print_config"]
+    config, _ = parse(options, [word for word in argv if word not in printed], prog=prog)
+    out = config.out or default_directory(command, config.model.name, config.data.name)
+    if config.resume and os.path.exists(stored := os.path.join(out, "config.yaml")):
+        decided = ["--train.steps", "null"] if config.train.epochs is not None and config.train.steps is None else []
+        config, _ = parse(options, ["--config", stored, *decided, *argv], prog=prog)
+    elif printed:
+        parse(options, argv, prog=prog)  # prints them and exits
+    return config
 
 
 def _data(argv: Argv) -> None:

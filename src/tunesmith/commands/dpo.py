@@ -13,6 +13,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,11 +32,11 @@ from tunesmith.train.reference import LogpStore, adapter_off, cached, second_mod
 from tunesmith.train.resolve import (
     check_options,
     check_pair_options,
-    check_resumable,
     precision_of,
     resolve_length,
     resolve_machine,
 )
+from tunesmith.train.resuming import inputs_of, prompts_of, rows_of, settle_origin
 from tunesmith.train.session import begin, run_training
 from tunesmith.train.splits import describe_pairs, load_splits, pair_batches
 from tunesmith.train.token_loss import estimate_loss
@@ -107,17 +108,22 @@ def dpo(config: DPOConfig) -> Run:
     Raises: UserError for anything in the configuration, data or model that cannot work, before the first step.
     """
     check_options(config, check(config))
-    path = begin(config, "dpo")
+    with begin(config, "dpo") as (config, path):
+        return _dpo(config, path)
+
+
+def _dpo(config: DPOConfig, path: Path) -> Run:
+    """As `dpo`, in the run's own directory."""
     config = resolve_dpo(config)
-    trainee = load_trainee(config, path, fingerprint=config.dpo.reference == "cached")
+    trainee = load_trainee(config, path, fingerprint=True)
     model = trainee.gpt
     config = resolve_machine(config, model.config.n_embd, "dpo")
     splits = load_splits(config.data, trainee.tokenizer, pairs=True)
     train, validation, cut = pair_batches(splits, config)
     config = resolve_length(config, train, validation)
-    if config.resume and (path / "config.yaml").exists():
-        check_resumable(Run(path).config, config)
     sft_rows, more_notes = load_sft_rows(config, trainee)
+    more = prompts_of(config.eval.prompts) | ({"sft_data": rows_of(sft_rows.store)} if sft_rows else {})
+    origin = settle_origin(config, path, inputs_of("dpo", trainee, splits, more))
     device, precision = prepare_model(trainee.model, trainee.gpt, config), precision_of(config)
     d = config.dpo
     settings = PreferenceLoss(d.beta, d.loss, d.label_smoothing or 0.0)
@@ -140,6 +146,7 @@ def dpo(config: DPOConfig) -> Run:
 
     return run_training(
         config, path, trainee, device,
+        origin=origin,
         micro_batch=lambda i: train[i].to(device),
         loss_sum=loss_sum,
         evaluate=evaluate,

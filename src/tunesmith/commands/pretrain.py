@@ -11,6 +11,7 @@ tokenizers can be compared. Left out: a schedule of lengths, a mixture of data s
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from tunesmith.data.texts import Batches
 from tunesmith.data.tokenizer import Tokenizer, bits_per_byte, text_bytes
@@ -18,9 +19,11 @@ from tunesmith.errors import UserError
 from tunesmith.files.names import new_model
 from tunesmith.files.run import Run
 from tunesmith.judge.rewards import rewards_at_steps
+from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.train.choice import Sums
-from tunesmith.train.resolve import check_options, check_resumable, precision_of, resolve_length, resolve_machine
+from tunesmith.train.resolve import check_options, precision_of, resolve_length, resolve_machine
+from tunesmith.train.resuming import inputs_of, prompts_of, settle_origin
 from tunesmith.train.scratch import make_tokenizer, problems_of, resolve_shape
 from tunesmith.train.session import begin, run_training
 from tunesmith.train.splits import Splits, load_splits, text_batches
@@ -35,7 +38,12 @@ def pretrain(config: PretrainConfig) -> Run:
     """
     config, shape = resolve_shape(config)
     check_options(config, problems_of(config))
-    path = begin(config, "pretrain")
+    with begin(config, "pretrain") as (config, path):
+        return _pretrain(config, shape, path)
+
+
+def _pretrain(config: PretrainConfig, shape: GPTConfig, path: Path) -> Run:
+    """As `pretrain`, in the run's own directory."""
     tokenizer = make_tokenizer(config, path)
     model = new_model(dataclasses.replace(shape, vocab_size=tokenizer.vocab_size), config.train.seed)
     trainee = Trainee(model, model, tokenizer, base="", fingerprint="", lora=False)
@@ -44,8 +52,7 @@ def pretrain(config: PretrainConfig) -> Run:
     tokens = check_length(splits, config)
     train, validation, cut = text_batches(splits, config)
     config = resolve_length(config, train, validation)
-    if config.resume and (path / "config.yaml").exists():
-        check_resumable(Run(path).config, config)
+    origin = settle_origin(config, path, inputs_of("pretrain", trainee, splits, prompts_of(config.eval.prompts)))
     device, precision = prepare_model(trainee.model, trainee.gpt, config), precision_of(config)
     size = held_out_bytes(validation, tokenizer, config)
 
@@ -60,6 +67,7 @@ def pretrain(config: PretrainConfig) -> Run:
 
     return run_training(
         config, path, trainee, device,
+        origin=origin,
         micro_batch=lambda i: train[i].to(device),
         loss_sum=lambda batch: nll_sum(model, batch, precision),
         evaluate=evaluate,

@@ -8,6 +8,8 @@ and pairs share rows; both answers are scored at their last token.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tunesmith.files.run import Run
 from tunesmith.models.scored import RewardModel
 from tunesmith.options.training import RewardConfig
@@ -16,11 +18,11 @@ from tunesmith.train.pair_loss import OBSERVED, estimate_reward, reward_loss_sum
 from tunesmith.train.resolve import (
     check_options,
     check_pair_options,
-    check_resumable,
     precision_of,
     resolve_length,
     resolve_machine,
 )
+from tunesmith.train.resuming import inputs_of, settle_origin
 from tunesmith.train.session import begin, run_training
 from tunesmith.train.splits import describe_pairs, load_splits, pair_batches
 from tunesmith.train.trainee import load_trainee, prepare_model
@@ -37,7 +39,12 @@ def train_reward_model(config: RewardConfig) -> Run:
     if config.eval.reward is not None:
         problems.append("--eval.reward has no meaning for a reward model, which writes no answers")
     check_options(config, problems)
-    path = begin(config, "reward")
+    with begin(config, "reward") as (config, path):
+        return _train_reward_model(config, path)
+
+
+def _train_reward_model(config: RewardConfig, path: Path) -> Run:
+    """As `train_reward_model`, in the run's own directory."""
     trainee = load_trainee(config, path, reward=True)
     model = trainee.model
     assert isinstance(model, RewardModel)
@@ -45,8 +52,7 @@ def train_reward_model(config: RewardConfig) -> Run:
     splits = load_splits(config.data, trainee.tokenizer, pairs=True)
     train, validation, cut = pair_batches(splits, config)
     config = resolve_length(config, train, validation)
-    if config.resume and (path / "config.yaml").exists():
-        check_resumable(Run(path).config, config)
+    origin = settle_origin(config, path, inputs_of("reward", trainee, splits, {}))
     device, precision = prepare_model(trainee.model, trainee.gpt, config), precision_of(config)
 
     def evaluate() -> tuple[dict[str, float], Sums]:
@@ -57,6 +63,7 @@ def train_reward_model(config: RewardConfig) -> Run:
 
     return run_training(
         config, path, trainee, device,
+        origin=origin,
         micro_batch=lambda i: train[i].to(device),
         loss_sum=lambda batch: reward_loss_sum(model, batch, precision),
         evaluate=evaluate,

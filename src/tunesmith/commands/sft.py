@@ -10,12 +10,14 @@ have and this one leaves out: padding to the longest row, logits of unsupervised
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from tunesmith.files.run import Run
 from tunesmith.judge.rewards import rewards_at_steps
 from tunesmith.options.training import SFTConfig
 from tunesmith.train.choice import Sums
-from tunesmith.train.resolve import check_options, check_resumable, precision_of, resolve_length, resolve_machine
+from tunesmith.train.resolve import check_options, precision_of, resolve_length, resolve_machine
+from tunesmith.train.resuming import inputs_of, prompts_of, settle_origin
 from tunesmith.train.session import begin, run_training
 from tunesmith.train.splits import load_splits, text_batches
 from tunesmith.train.token_loss import estimate_loss, nll_sum
@@ -28,7 +30,12 @@ def sft(config: SFTConfig) -> Run:
     Raises: UserError for anything in the configuration, data or model that cannot work, before the first step.
     """
     check_options(config)
-    path = begin(config, "sft")
+    with begin(config, "sft") as (config, path):
+        return _sft(config, path)
+
+
+def _sft(config: SFTConfig, path: Path) -> Run:
+    """As `sft`, in the run's own directory."""
     trainee = load_trainee(config, path)
     model = trainee.gpt
     config = resolve_machine(config, model.config.n_embd, "sft")
@@ -36,8 +43,7 @@ def sft(config: SFTConfig) -> Run:
     train, validation, cut = text_batches(splits, config)
     config = resolve_length(config, train, validation)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, loss_on=train.loss_on))
-    if config.resume and (path / "config.yaml").exists():
-        check_resumable(Run(path).config, config)
+    origin = settle_origin(config, path, inputs_of("sft", trainee, splits, prompts_of(config.eval.prompts)))
     device, precision = prepare_model(trainee.model, trainee.gpt, config), precision_of(config)
 
     def evaluate() -> tuple[dict[str, float], Sums]:
@@ -51,6 +57,7 @@ def sft(config: SFTConfig) -> Run:
 
     return run_training(
         config, path, trainee, device,
+        origin=origin,
         micro_batch=lambda i: train[i].to(device),
         loss_sum=lambda batch: nll_sum(model, batch, precision),
         evaluate=evaluate,

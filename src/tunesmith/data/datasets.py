@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -17,10 +16,12 @@ import numpy as np
 from tunesmith.data.columns import FORMATS, Columns, parse_columns
 from tunesmith.data.dialogue import BadRow
 from tunesmith.data.documents import split_keys, split_of_word
+from tunesmith.data.fingerprint import content_hash
 from tunesmith.data.forms import Reader, checked, repeats_prompts
 from tunesmith.data.forms import parse_pair as parse_pair
 from tunesmith.data.forms import parse_row as parse_row
 from tunesmith.data.forms import read_row as read_row
+from tunesmith.data.hh import HH_SUBSETS, PUBLISHED_ROWS, RECIPES, hh_files, rm_static_files
 from tunesmith.data.layout import find_layout
 from tunesmith.data.mixture import mixed, parse_sets, shares
 from tunesmith.data.readers import SUFFIXES, TEXT_SUFFIXES, Located, Report, read_file, read_object, suffix_of
@@ -28,16 +29,9 @@ from tunesmith.errors import UsageError, UserError
 from tunesmith.hub import download_dataset
 from tunesmith.options.training import DataOptions
 
-HH_REPO, RM_STATIC_REPO = "Anthropic/hh-rlhf", "Dahoas/rm-static"
-HH_SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
 NAMED = ("hh", *(f"hh:{subset}" for subset in HH_SUBSETS), "hh-static", "hh-helpful-half", "hh-pairs", "sample")
 READING = 2  # raise it when rows of own files come to mean something else: what was tokenised of them is then made anew
 HEAD = 200  # rows at the beginning of a split that show how its answers are written
-PUBLISHED_ROWS = {  # train, test: counts of the report that spec'd these recipes and of the data set's card
-    "hh": (160_800, 8_552), "hh-static": (84_576, 3_451), "hh-helpful-half": (21_917, 1_177), "hh-pairs": (21_917, 1_177),
-    "hh:harmless-base": (42_537, 2_312), "hh:helpful-base": (43_835, 2_354), "hh:helpful-online": (22_007, 1_137),
-    "hh:helpful-rejection-sampled": (52_421, 2_749),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,21 +58,36 @@ class Source:
     parts: tuple[Source, ...] = ()
     weights: tuple[float | None, ...] = ()
 
-    def fingerprint(self, split: str) -> str:
-        """SHA-256 over the bytes of the split's files and everything else that decides its rows and their report."""
+    def digests(self, split: str) -> dict[str, str]:
+        """The content of each file that decides the split's rows: its name among them -> SHA-256, in the order of reading."""
         if self.parts:
-            inner = [part.fingerprint(split) for part in self.parts]
-            return hashlib.sha256(repr((inner, self.weights, self.seed, self.max_rows)).encode()).hexdigest()
+            inner = [part.digests(split).items() for part in self.parts]
+            return {self._of_part(i, name): digest for i, found in enumerate(inner) for name, digest in found}
+        paths, rm = self.files[split], self.rm_static.get(split, ())
+        named = {label(paths, i): path for i, path in enumerate(paths)}
+        named |= {f"rm-static/{label(rm, i)}": path for i, path in enumerate(rm)}
+        return {name: content_hash([path]) for name, path in named.items()}
+
+    def _of_part(self, number: int, name: str) -> str:
+        """A file of one of the mixture's sets; a set may be there twice."""
+        return f"{self.parts[number].name}#{number + 1}/{name}"
+
+    def fingerprint(self, split: str, digests: Mapping[str, str]) -> str:
+        """Of everything that decides the split's rows and their report; digests: those of its files."""
+        if self.parts:
+            inner = []
+            for i, part in enumerate(self.parts):
+                own = self._of_part(i, "")
+                mine = {name.removeprefix(own): digest for name, digest in digests.items() if name.startswith(own)}
+                inner.append(part.fingerprint(split, mine))
+            return content_hash([repr((inner, self.weights, self.seed, self.max_rows))])
         published = self.name if self.name in PUBLISHED_ROWS else ""
         labels = [label(self.files[split], i) for i in range(len(self.files[split]))]
-        digest = hashlib.sha256(repr((published, split, labels, self.recipe, self.seed, self.max_rows)).encode())
+        rules = [repr((published, split, labels, self.recipe, self.seed, self.max_rows))]
         if self.own:
             read_as = (READING, self.columns, self.keys.get(split), self.split_column, sorted(self.split_of.items()))
-            digest.update(repr(read_as).encode())
-        for path in (*self.files[split], *self.rm_static.get(split, ())):
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()
+            rules.append(repr(read_as))
+        return content_hash([*rules, *map(bytes.fromhex, digests.values())])
 
     def raw_rows(self, split: str, report: Report) -> Iterator[Located]:
         """The rows that the recipe selects, as they stand in the files; unreadable lines go to `report`. Not of a mixture."""
@@ -86,7 +95,7 @@ class Source:
         read = (r for i, path in enumerate(paths) for r in read_file(path, i, report, label(paths, i), key))
         if any(self.split_of.values()):
             read = (r for r in read if self._split_of(r.value) == split)
-        return islice(RECIPES[self.recipe](self, split, read), self.max_rows)
+        return islice(RECIPES[self.recipe](self.rm_static.get(split, ()), self.seed, read), self.max_rows)
 
     def _split_of(self, row: Any) -> str:
         value = row.get(self.split_column) if isinstance(row, dict) else None
@@ -211,8 +220,8 @@ def _named(name: str, options: DataOptions) -> Source:
         raise UserError(f"--data.name {name}: the subsets are {', '.join('hh:' + s for s in HH_SUBSETS)}{hint}")
     helpful_only = base in ("hh-helpful-half", "hh-pairs")
     wanted = (subset,) if subset else ("helpful-base",) if helpful_only else HH_SUBSETS
-    files, notes = _hh_files(wanted, options)
-    rm = _rm_static_files(options) if base == "hh-static" else {}
+    files, notes = hh_files(wanted, options)
+    rm = rm_static_files(options) if base == "hh-static" else {}
     return Source(name, base, files, rm, options.seed, options.max_rows, notes)
 
 
@@ -291,99 +300,6 @@ def _with_splits_inside(source: Source) -> Source:
         split_of=split_of,
         notes=(*source.notes, *notes),
     )
-
-
-def _hh_files(subsets: Sequence[str], options: DataOptions) -> tuple[dict[str, tuple[Path, ...]], tuple[str, ...]]:
-    if options.root is None:
-        root = download_dataset(
-            HH_REPO, [f"{s}/{split}.jsonl.gz" for s in subsets for split in ("train", "test")], "--data.root DIR"
-        )
-    else:
-        root = Path(options.root).expanduser()
-        if not root.is_dir():
-            raise UserError(
-                f"--data.root {root} is not a directory; it should hold helpful-base/train.jsonl.gz and so on"
-            )
-    present: list[tuple[str, list[Path | None]]] = []
-    missing: list[tuple[str, list[Path | None]]] = []
-    for subset in subsets:
-        found = [
-            next((p for p in (root / subset / f"{s}.jsonl.gz", root / subset / f"{s}.jsonl") if p.exists()), None)
-            for s in ("train", "test")
-        ]
-        (present if all(found) else missing).append((subset, found))
-    names = ", ".join(f"{subset}/{{train,test}}.jsonl.gz" for subset, _ in missing)
-    if missing and not (options.allow_missing and present):
-        raise UserError(
-            f"{root} lacks {names}. Add them, name one subset (hh:SUBSET), or pass --data.allow_missing true"
-        )
-    files = {
-        split: tuple(path for _, found in present if (path := found[i])) for i, split in enumerate(("train", "test"))
-    }
-    return files, ((f"going on without {names}",) if missing else ())
-
-
-def _rm_static_files(options: DataOptions) -> dict[str, tuple[Path, ...]]:
-    if options.rm_static is None:
-        return find_layout(download_dataset(RM_STATIC_REPO, ["*.parquet", "*.jsonl"], "--data.rm_static DIR")).files
-    root = Path(options.rm_static).expanduser()
-    try:
-        files = find_layout(root).files
-    except UserError:
-        files = {}
-    if set(files) != {"train", "test"}:
-        raise UserError(f"--data.rm_static {root}: expected a directory with train.* and test.* (Parquet or JSONL)")
-    return files
-
-
-# ---- recipes: which raw rows, in which order -----------------------------------------------------------------------
-
-
-def _all_rows(_source: Source, _split: str, rows: Iterator[Located]) -> Iterator[Located]:
-    return rows
-
-
-def _static(source: Source, split: str, rows: Iterator[Located]) -> Iterator[Located]:
-    """All of HH without the rows that rm-static holds: the report's EYLSFTStaticDataset."""
-    report, known = Report(), set()
-    for number, path in enumerate(source.rm_static[split]):
-        for r in read_file(path, number, report):
-            try:
-                known.add(r.value["prompt"] + r.value["chosen"])
-            except (KeyError, TypeError):
-                raise UserError(
-                    f"{path}:{r.line} is no row of rm-static: expected the texts prompt and chosen (--data.rm_static)"
-                ) from None
-    if report.bad:  # a row less here would be a row more to train on
-        raise UserError(f"--data.rm_static: {'; '.join(report.lines())}; download it again")
-    return (r for r in rows if not isinstance(r.value, dict) or r.value.get("chosen") not in known)
-
-
-def _helpful_half(_source: Source, _split: str, rows: Iterator[Located]) -> Iterator[Located]:
-    """The first half of helpful-base in the order of torch.manual_seed(123); randperm: the report's SFTDataset."""
-    listed = list(rows)
-    return (listed[i] for i in _randperm(len(listed) // 2, 123))
-
-
-def _pairs(source: Source, _split: str, rows: Iterator[Located]) -> Iterator[Located]:
-    """A random half of helpful-base: the report's RLHFDataset."""
-    listed = list(rows)
-    return (listed[i] for i in _randperm(len(listed), source.seed)[: len(listed) // 2])
-
-
-def _randperm(n: int, seed: int) -> list[int]:
-    import torch
-
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-RECIPES: dict[str, Callable[[Source, str, Iterator[Located]], Iterator[Located]]] = {
-    "rows": _all_rows,
-    "hh": _all_rows,
-    "hh-static": _static,
-    "hh-helpful-half": _helpful_half,
-    "hh-pairs": _pairs,
-}
 
 
 def holdout_rows(rows: int, share: float, seed: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

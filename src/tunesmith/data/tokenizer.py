@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -16,6 +15,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from tunesmith.data.chat_template import chat_template, generation_settings
+from tunesmith.data.fingerprint import content_hash
 from tunesmith.data.jsonfile import read_json, write_json
 from tunesmith.data.special_tokens import SpecialTokens, read_special_tokens
 from tunesmith.errors import UserError
@@ -200,7 +200,7 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the tokenizer's definition: equal fingerprints encode equally."""
-        return hashlib.sha256(self._in_force(self._backend).to_str().encode()).hexdigest()
+        return content_hash([self._in_force(self._backend).to_str()])
 
     def _in_force(self, backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
         """With the space before a text as part of it, as tokenizer.json has it."""

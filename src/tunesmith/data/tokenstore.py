@@ -5,15 +5,14 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +21,7 @@ import numpy as np
 
 from tunesmith.data.datasets import Source
 from tunesmith.data.dialogue import END, NEXT, Preference, Row, Text, prose, render, segments
+from tunesmith.data.fingerprint import content_hash
 from tunesmith.data.readers import Located, Report
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.words import Words
@@ -48,6 +48,7 @@ class TokenStore:
     plain: (rows,) bool, True for plain text.
     places: (rows, 2) int32, file number and line of each row.
     fingerprint: of the content of the split's files and what is made of them (`Source.fingerprint`), whatever the tokenizer.
+    digests: name of each file that was read -> SHA-256 of its content.
     """
 
     tokens: Array
@@ -61,6 +62,7 @@ class TokenStore:
     split: str
     report: Report
     fingerprint: str
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -110,9 +112,10 @@ def tokenise(source: Source, split: str, tokenizer: Tokenizer, *, form: Form = "
         `prose`: a row a text, a dialogue's turns without their roles (for pretraining).
     Raises: UserError if no row is usable, or if there is nowhere to write the tokens.
     """
-    content = source.fingerprint(split)
-    key = hashlib.sha256(repr((VERSION, content, tokenizer.fingerprint, form)).encode())
-    directory = cache_directory() / "tokens" / key.hexdigest()[:32]
+    digests = source.digests(split)
+    content = source.fingerprint(split, digests)
+    key = content_hash([repr((VERSION, content, tokenizer.fingerprint, form))])
+    directory = cache_directory() / "tokens" / key[:32]
 
     def write(aside: Path) -> None:
         report = Report()
@@ -121,8 +124,9 @@ def tokenise(source: Source, split: str, tokenizer: Tokenizer, *, form: Form = "
             (aside / "report.json").write_text(json.dumps(dataclasses.asdict(report)), encoding="utf-8")
 
     arrays, report = _read(directory) or _make(directory, write)
+    end = tokenizer.end_of_text
     return TokenStore(
-        **arrays, end_of_text=tokenizer.end_of_text, source=source, split=split, report=report, fingerprint=content
+        **arrays, end_of_text=end, source=source, split=split, report=report, fingerprint=content, digests=digests
     )
 
 

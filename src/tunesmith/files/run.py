@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from typing import Any
 import yaml
 
 from tunesmith.errors import UserError
+from tunesmith.files.lock import one_writer
 from tunesmith.jsontext import parse_json
 
 STEP_NAME = re.compile(r"step-(\d{8})")
@@ -73,6 +75,27 @@ class Run:
             raise UserError(f"{self.path} is no run directory: it has no status.json") from None
         except ValueError as error:
             raise UserError(f"{path} is damaged ({error}); name a checkpoint of the run by its directory") from None
+
+    @property
+    def inputs(self) -> dict[str, Any] | None:
+        """What the run is made from, by content (`train.resuming.inputs_of`); None where nobody wrote that down.
+
+        Raises: UserError if inputs.json is damaged.
+        """
+        path = self.path / "inputs.json"
+        try:
+            inputs = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise UserError(
+                f"{path} is damaged ({error}); put it back, or start a new run with another --out"
+            ) from None
+        if not isinstance(inputs, dict):
+            raise UserError(
+                f"{path} is damaged: it names no inputs; put it back, or start a new run with another --out"
+            )
+        return inputs
 
     def metrics(self, event: str | None = None) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl in order, or those of one event: train, eval, ...
@@ -147,6 +170,10 @@ class RunLog:
         """Store the resolved configuration, from which the run can be repeated."""
         write_atomically(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
+    def write_inputs(self, inputs: dict[str, Any]) -> None:
+        """Store what the run is made from, by content, so that a resumed run can tell whether it is still that."""
+        write_atomically(self.path / "inputs.json", json.dumps(inputs, indent=2) + "\n")
+
     def write_environment(self, environment: dict[str, Any]) -> None:
         """Store the versions and the hardware that the run is made with; of a resumed run, the last ones."""
         write_atomically(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
@@ -160,7 +187,7 @@ class RunLog:
         from tensorboardX.summary import scalar
 
         for key, value in clean.items():
-            if isinstance(value, int | float):
+            if isinstance(value, int | float) and event != "changed":  # an option is no curve
                 self._board_event(step=step, summary=scalar(f"{event}/{key}", value))
         if event != "train":
             self._board.flush()
@@ -211,21 +238,75 @@ def open_log(path: Path) -> Iterator[RunLog]:
     log.close()
 
 
-def new_run_directory(out: str | None, default: str, resume: bool) -> Path:
-    """Where a run goes. Raises: UserError if `out` already holds a run and `resume` is off, or holds none and it is on."""
-    path = Path(out or default)
-    if out is None and not resume:
-        number = 2
-        while path.exists():
-            path = Path(f"{default}-{number}")
-            number += 1
-    taken = (path / "status.json").exists()
-    if taken and not resume:
-        status = Run(path).status
-        raise UserError(
-            f"{path} already holds a run ({status['state']} at step {status['step']}). "
-            "Continue it with --resume, or name another directory with --out"
-        )
-    if resume and not taken:
+def default_directory(command: str, model: str, sets: Sequence[str]) -> str:
+    """Where a run goes that nobody named: `runs/sft-gpt2-medium-hh`."""
+    return f"runs/{command}-{_short(model)}-{'-'.join(map(_short, sets))}"
+
+
+def _short(name: str) -> str:
+    """A name as part of a directory's name."""
+    return name.rstrip("/").rsplit("/", 1)[-1].replace(":", "-").partition(".")[0] or "model"
+
+
+@contextlib.contextmanager
+def run_directory(out: str | None, default: str, resume: bool) -> Iterator[Path]:
+    """Where a run goes, ours alone until the end; a directory made here in which nothing was written goes again.
+
+    Raises: UserError if another process writes there, if `out` already holds a run and `resume` is off, or if `resume` is
+    on and there is nothing to go on from.
+    """
+    if resume:
+        path, made = Path(out or default), False
+        check_resumable_directory(path)
+    else:
+        path, made = new_run_directory(out, default)
+    try:
+        with one_writer(path):
+            if resume:
+                check_resumable_directory(path)  # once more, now that nobody changes it
+            elif (path / "status.json").exists():
+                status = Run(path).status
+                raise UserError(
+                    f"{path} already holds a run ({status['state']} at step {status['step']}). "
+                    "Continue it with --resume, or name another directory with --out"
+                )
+            yield path
+    finally:
+        if made:
+            with contextlib.suppress(OSError):  # not empty: the usual case
+                path.rmdir()
+
+
+def new_run_directory(out: str | None, default: str) -> tuple[Path, bool]:
+    """`out`, or the first free of `default`, `default-2`, ..., made here; and whether it was not there before.
+
+    Of two processes that ask at the same moment each gets a default of its own: making a directory succeeds for one.
+    """
+    for number in itertools.count(1):
+        path = Path(out or (default if number == 1 else f"{default}-{number}"))
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            if out is None:
+                continue
+            path.mkdir(exist_ok=True)  # raises where a file has that name
+            return path, False
+        return path, True
+    raise AssertionError("unreachable")
+
+
+def check_resumable_directory(path: Path) -> None:
+    """Raises: UserError in one line if there is no run, or none whose options and weights are still there."""
+    if not (path / "status.json").exists():
         raise UserError(f"--resume: {path} holds no run to continue; name its directory with --out")
-    return path
+    if not (path / "config.yaml").exists():
+        raise UserError(
+            f"--resume: {path} has lost its config.yaml, which holds the options it runs with; put it back, or start a "
+            "new run with another --out"
+        )
+    run = Run(path)
+    if (step := run.status["step"]) and not run.checkpoints():
+        raise UserError(
+            f"--resume: {path} was at step {step:,} ({run.status['state']}) but holds no checkpoint to go on from; start "
+            "a new run with another --out"
+        )

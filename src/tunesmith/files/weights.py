@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import pickle
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from tunesmith.data.fingerprint import content_hash
 from tunesmith.data.jsonfile import read_json, write_json
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError, note
@@ -328,12 +328,15 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def weights_fingerprint(model: GPT) -> str:
     """SHA-256 over shape and weights: two models with the same one compute the same."""
-    digest = hashlib.sha256(repr(dataclasses.replace(model.config, dropout=0.0)).encode())
-    for name, value in model.named_parameters():  # a tied head comes once
-        plain = value.detach().cpu().contiguous()
-        digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
-        digest.update(plain.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+
+    def parts() -> Iterator[str | memoryview]:
+        yield repr(dataclasses.replace(model.config, dropout=0.0))
+        for name, value in model.named_parameters():  # a tied head comes once
+            plain = value.detach().cpu().contiguous()
+            yield f"{name} {plain.dtype} {tuple(plain.shape)}"
+            yield plain.flatten().view(torch.uint8).numpy().data
+
+    return content_hash(parts())
 
 
 def _umask() -> int:

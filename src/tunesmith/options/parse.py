@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import re
@@ -15,6 +16,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from tunesmith.errors import UsageError
+from tunesmith.options.resuming import HISTORY, checked_history
 
 PRESETS = Path(__file__).parents[1] / "presets"
 T = TypeVar("T")
@@ -61,10 +63,15 @@ def parse(
         parser.add_argument(positional.name, type=str, help=positional.help, **more)
     parser.add_argument("--config", action="config", help="YAML file or preset (paper/e1, ...); repeatable, later wins")
     parser.add_class_arguments(options)
+    resumable = "resume" in option_types(options)
+    if resumable:  # config.yaml of a run that was changed on its way says so; to repeat it, that is no option
+        parser.add_argument(f"--{HISTORY}", type=Any, default=None, help=argparse.SUPPRESS)
     argv = [
         preset_path(word) if before == "--config" else word for before, word in zip(["", *argv], argv, strict=False)
     ]
     argv = [f"--config={preset_path(word[9:])}" if word.startswith("--config=") else word for word in argv]
+    if any(word.split("=")[0] == f"--{HISTORY}" for word in argv):
+        raise UsageError(f"unknown option --{HISTORY}")
     files = [
         w.removeprefix("--config=")
         for before, w in zip(["", *argv], argv, strict=False)
@@ -90,10 +97,21 @@ def parse(
             ) from None
         raise UsageError(_one_line(str(error), options, ", ".join(files))) from None
     config = options(**{f.name: built[f.name] for f in dataclasses.fields(options)})  # type: ignore[arg-type]
+    if resumable and not (show or config.resume):  # type: ignore[attr-defined]
+        _tell_history(built[HISTORY], ", ".join(files))
     if show:
         print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), end="")  # type: ignore[call-overload]
         raise SystemExit(0)
     return config, {p.name: built[p.name] for p in positionals}
+
+
+def _tell_history(history: Any, files: str) -> None:
+    """What repeating a run that was changed on its way does not repeat. Raises: UsageError if it is none."""
+    for entry in checked_history(history, files):
+        print(
+            f"note: {files}: {entry['option']} was {entry['from']!r} up to step {entry['step']:,} and {entry['to']!r} after it; "
+            "a run from this file does not repeat that, it has the last value from its first step on"
+        )
 
 
 def from_settings(options: type[T], settings: Mapping[str, Any], where: str) -> T:

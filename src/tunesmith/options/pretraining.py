@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tunesmith.options.resuming import CONTENT, FIXED
 from tunesmith.options.training import (
     CheckpointOptions,
     DataOptions,
@@ -19,13 +20,13 @@ class NewModelOptions:
 
     name: str = "gpt2"
     """A named size (gpt2, gpt2-medium, gpt2-large, gpt2-xl), or a MODEL whose shape is taken; the options below change it."""
-    n_layer: int | None = None
+    n_layer: int | None = field(default=None, metadata=FIXED)
     """Blocks; default those of model.name, as the three below."""
-    n_head: int | None = None
+    n_head: int | None = field(default=None, metadata=FIXED)
     """Attention heads; they divide n_embd."""
-    n_embd: int | None = None
+    n_embd: int | None = field(default=None, metadata=FIXED)
     """Width."""
-    block_size: int | None = None
+    block_size: int | None = field(default=None, metadata=FIXED)
     """Longest text the model can read, in tokens."""
     dropout: float = 0.0
     """Dropout probability in training, in [0, 1)."""
@@ -35,9 +36,9 @@ class NewModelOptions:
 class TokenizerOptions:
     """The tokenizer of the new model"""
 
-    name: str = "new"
+    name: str = field(default="new", metadata=FIXED)
     """new: byte-level BPE trained on the texts; gpt2: GPT-2's own vocabulary; or a MODEL whose tokenizer is taken."""
-    vocab_size: int | None = None
+    vocab_size: int | None = field(default=None, metadata=FIXED)
     """Tokens of a new tokenizer, the 256 bytes and the end of text among them; default 8192."""
 
 
@@ -45,7 +46,7 @@ class TokenizerOptions:
 class PretrainDataOptions(DataOptions):
     """The texts to train on"""
 
-    name: str = ""
+    name: str = field(default="", metadata=CONTENT)
     """Text file, JSONL, directory or hub data set, or one of the names of sft; dialogues become text without roles."""
     block_size: int = 0
     """Tokens in one row of a batch; 0: as many as the model can read (model.block_size)."""
@@ -86,6 +87,8 @@ class PretrainConfig:
     """Run directory; default runs/pretrain-MODEL-DATA."""
     resume: bool = False
     """Continue the run in `out` from its last checkpoint."""
+    resume_changes: Literal["refuse", "accept"] = "refuse"
+    """accept: a resumed run may change what alters its result; the change is logged and config.yaml keeps from which step it holds."""
 
     @property
     def lora(self) -> LoRAOptions:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tunesmith.options.resuming import AS_BEGUN, CONTENT, FIXED, LENGTH, OPEN, ROUNDING
+
 Switch = Literal["auto"] | bool
 
 
@@ -10,7 +12,7 @@ Switch = Literal["auto"] | bool
 class ModelOptions:
     """The model to start from"""
 
-    name: str = "gpt2-medium"
+    name: str = field(default="gpt2-medium", metadata=CONTENT)  # the base of adapters and DPO's reference; else by name
     """Hub name (downloaded when first used), local directory, run directory, RUN@STEP, or `sample` (embedded)."""
     dropout: float = 0.0
     """Dropout probability in training, in [0, 1)."""
@@ -22,7 +24,7 @@ class ModelOptions:
 class DataOptions:
     """The dialogues to train on"""
 
-    name: str = "hh-static"
+    name: str = field(default="hh-static", metadata=CONTENT)
     """hh, hh:SUBSET, hh-static, hh-helpful-half, hh-pairs, sample, or a file, directory or hub data set; or several sets with
     their shares of the examples: a.jsonl*0.7,hh:helpful-base*0.3 (in YAML also a list)."""
     columns: str | None = None
@@ -30,11 +32,11 @@ class DataOptions:
     prompt, completion, chosen, rejected, label, weight; an empty name means that no column is that."""
     config: str | None = None
     """Which of several configurations in a directory; all joins them."""
-    root: str | None = None
+    root: str | None = field(default=None, metadata=CONTENT)
     """Local copy of HH-RLHF in the publisher's layout (helpful-base/train.jsonl.gz, ...)."""
-    rm_static: str | None = None
+    rm_static: str | None = field(default=None, metadata=CONTENT)
     """Local copy of Dahoas/rm-static (Parquet or JSONL with prompt and chosen), for hh-static."""
-    allow_missing: bool = False
+    allow_missing: bool = field(default=False, metadata=CONTENT)  # what is missing shows in the rows
     """Go on when subsets of HH-RLHF are missing under data.root."""
     block_size: int = 1024
     """Tokens in one row of a batch; at most the model's own limit."""
@@ -50,7 +52,7 @@ class DataOptions:
     """Share of the rows held out for validation where a data set has no test split."""
     seed: int = 1234
     """Seed of the order of the rows."""
-    strict: bool = False
+    strict: bool = field(default=False, metadata=OPEN)  # refuses rows, never changes them
     """Make any bad, cut or skipped row an error."""
 
 
@@ -58,9 +60,9 @@ class DataOptions:
 class TrainOptions:
     """The training loop"""
 
-    steps: int | None = None
+    steps: int | None = field(default=None, metadata=LENGTH)
     """Optimizer steps (or give train.epochs)."""
-    epochs: float | None = None
+    epochs: float | None = field(default=None, metadata=OPEN)  # decided as train.steps, which is compared
     """Passes over the data; 1 where neither steps nor epochs is given."""
     batch_size: int = 1
     """Rows of block_size tokens in one micro-batch, per process."""
@@ -68,27 +70,31 @@ class TrainOptions:
     """Micro-batches in one optimizer step; the gradient equals that of one large batch exactly."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 where the device is faster with it (measured on a CPU), fp16 on older cards, else fp32."""
-    compile: Switch = "auto"
+    compile: Switch = field(default="auto", metadata=ROUNDING)  # fused kernels; compiled dropout draws other masks
     """torch.compile of the blocks; auto: on a GPU."""
-    cuda_graphs: Switch = "auto"
+    cuda_graphs: Switch = field(default="auto", metadata=ROUNDING)  # the learning rate becomes a float32 tensor
     """Record a step as a CUDA graph and replay it. Wants data.batching windows; auto: where it can be and batches are small."""
     grad_clip: float = 1.0
     """Largest gradient norm; 0 = off."""
-    activation_checkpointing: Literal["auto", "selective"] | bool = "auto"
+    activation_checkpointing: Literal["auto", "selective"] | bool = field(
+        default="auto", metadata=OPEN
+    )  # the same to the bit: what is computed again draws its dropout again
     """true: compute each block once more in backward instead of keeping its activations; selective: only what is cheap (norms and
     GELU). Neither changes a bit of the result. auto: off; `tunesmith plan --fit` chooses."""
-    optimizer_in_backward: bool = False
+    optimizer_in_backward: bool = field(default=False, metadata=ROUNDING)  # another order of stochastic rounding
     """Update each weight as soon as backward has its gradient and free that; weights and losses the same to the bit, the logged
     grad_norm to its last digits. Wants accumulate 1, grad_clip 0."""
     weights: Literal["fp32", "bf16"] = "fp32"
     """How matrices are kept. bf16: in half the memory, updated with stochastic rounding; with LoRA the frozen base only."""
-    allocator: Literal["fast", "lean"] = "fast"
+    allocator: Literal["fast", "lean"] = field(default="fast", metadata=OPEN)  # where memory lies, not what is in it
     """On a CPU. fast: freed memory is kept for the next step; lean: it is given back at once, which takes less of it and more time."""
     seed: int = 1234
     """Seed of new weights and of dropout."""
-    device: str = "auto"
+    device: str = field(
+        default="auto", metadata=ROUNDING
+    )  # other kernels; each kind of device has its own random numbers
     """auto, cpu, cuda, cuda:1, mps."""
-    diverge_after: int = 50
+    diverge_after: int = 50  # closed, as eval.patience: it may end the run at another step
     """Stop as diverged when the mean loss of this many steps lies 5 % above that of step 0; 0 = never."""
 
 
@@ -96,7 +102,9 @@ class TrainOptions:
 class OptimizerOptions:
     """The optimizer and its schedule"""
 
-    name: Literal["adamw", "adam", "sgd", "sgd-momentum", "sgd-nesterov", "adamw8bit"] = "adamw"
+    name: Literal["adamw", "adam", "sgd", "sgd-momentum", "sgd-nesterov", "adamw8bit"] = field(
+        default="adamw", metadata=FIXED
+    )
     """Update rule. adamw8bit: AdamW with its state in 8 bits (install tunesmith[8bit])."""
     lr: float | None = None
     """Peak learning rate; default 1e-4 for sft, 1e-5 for reward, 1e-6 for dpo, and with LoRA ten times that."""
@@ -114,13 +122,13 @@ class OptimizerOptions:
 class LoRAOptions:
     """Low-rank adapters instead of full fine-tuning"""
 
-    rank: int = 0
+    rank: int = field(default=0, metadata=FIXED)
     """Rank of the adapters; 0 = train all weights."""
-    alpha: float | None = None
+    alpha: float | None = field(default=None, metadata=FIXED)  # an adapter's checkpoint brings its own
     """What the adapters add is scaled by alpha / rank; default twice the rank."""
     dropout: float = 0.0
     """Dropout probability before the adapters, in [0, 1)."""
-    targets: str = "all-linear"
+    targets: str = field(default="all-linear", metadata=FIXED)
     """Layers, joined by commas: all-linear (of the blocks), c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj, lm_head, or patterns as h.0.*"""
 
 
@@ -134,20 +142,20 @@ class DPOOptions:
     """sigmoid: DPO; ipo; hinge; robust: DPO for pairs of which a share is flipped."""
     label_smoothing: float | None = None
     """Assumed share of flipped pairs, in [0, 0.5), for sigmoid and robust; default 0, with robust 0.1."""
-    reference: Literal["auto", "model", "adapter", "cached"] = "auto"
+    reference: Literal["auto", "model", "adapter", "cached"] = field(default="auto", metadata=OPEN)
     """Where the reference's log-probabilities come from: a second model, the policy with its adapters off, or computed once and
     kept for later runs; the loss is the same. auto: cached, or model where dpo.reference_device is given."""
-    reference_device: str | None = None
+    reference_device: str | None = field(default=None, metadata=OPEN)  # to rounding; a reference draws no dropout
     """Device of the second model, with dpo.reference model; default train.device."""
-    sft_data: str | None = None
+    sft_data: str | None = field(default=None, metadata=CONTENT)
     """Data set on which the policy's loss is estimated too (sft_loss); default the chosen answers of the validation pairs."""
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """Loss estimates during training"""
+    """Loss estimates during training"""  # closed: which checkpoint is best, and when patience ends, hangs on each of them
 
-    every: int | None = None
+    every: int | None = field(default=None, metadata=AS_BEGUN)
     """Steps between two estimates; default a 40th of the training, on small data fewer so that training takes half the time."""
     iters: int = 200
     """Batches in one estimate, for train and validation each; always the same rows."""
@@ -157,7 +165,7 @@ class EvalOptions:
     """Stop when the validation loss has not fallen for this many estimates; default never."""
     reward: str | None = None
     """Reward model that scores answers at every estimate, ours or a sequence classifier; the best checkpoint is then chosen by it."""
-    prompts: str | None = None
+    prompts: str | None = field(default=None, metadata=CONTENT)
     """With eval.reward: file of prompts, one a line or rows with `prompt` and perhaps `group`; default the embedded 40."""
     samples: int = 1
     """With eval.reward: answers a prompt."""
@@ -169,10 +177,10 @@ class EvalOptions:
 class CheckpointOptions:
     """What is kept of the training"""
 
-    every: int | None = None
+    every: int | None = field(default=None, metadata=OPEN)  # when is saved what would also be there unsaved
     """Steps between two checkpoints; default as eval.every."""
-    keep: int = 3
-    """How many of the latest to keep, beside the best."""
+    keep: int = field(default=3, metadata=OPEN)
+    """How many of the latest to keep, beside the best; the newest always stays."""
 
 
 @dataclass(frozen=True)
@@ -190,13 +198,15 @@ class SFTConfig:
     """Run directory; default runs/sft-MODEL-DATA."""
     resume: bool = False
     """Continue the run in `out` from its last checkpoint."""
+    resume_changes: Literal["refuse", "accept"] = "refuse"
+    """accept: a resumed run may change what alters its result; the change is logged and config.yaml keeps from which step it holds."""
 
 
 @dataclass(frozen=True)
 class PairDataOptions(DataOptions):
     """The preference pairs to train on"""
 
-    name: str = "hh-pairs"
+    name: str = field(default="hh-pairs", metadata=CONTENT)
     """hh-pairs, hh, hh:SUBSET, sample, or a file, directory or hub data set with chosen and rejected (and perhaps prompt)."""
     block_size: int = 1024
     """Longest prompt + answer, in tokens; packed micro-batches hold this many tokens a row."""
@@ -222,6 +232,8 @@ class DPOConfig:
     """Run directory; default runs/dpo-MODEL-DATA."""
     resume: bool = False
     """Continue the run in `out` from its last checkpoint."""
+    resume_changes: Literal["refuse", "accept"] = "refuse"
+    """accept: a resumed run may change what alters its result; the change is logged and config.yaml keeps from which step it holds."""
 
 
 @dataclass(frozen=True)
@@ -239,6 +251,8 @@ class RewardConfig:
     """Run directory; default runs/reward-MODEL-DATA."""
     resume: bool = False
     """Continue the run in `out` from its last checkpoint."""
+    resume_changes: Literal["refuse", "accept"] = "refuse"
+    """accept: a resumed run may change what alters its result; the change is logged and config.yaml keeps from which step it holds."""
 
 
 @dataclass(frozen=True)

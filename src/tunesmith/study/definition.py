@@ -16,7 +16,7 @@ from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
 
 COMMANDS: dict[str, Any] = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig}
 BUILT_IN = Path(__file__).parent / "built_in"
-NOT_YOURS = ("out", "resume")  # options that the study sets itself
+NOT_YOURS = ("out", "resume", "resume_changes")  # options that the study sets itself
 BATCHINGS = ("paper", "ours", "as_set")
 TOP = ("name", "title", "batching", "seeds", "base", "runs", "experiments", "figures", "tables", "scales")
 ENTRY = ("command", "config", "set", "matrix", "label", "labels", "once", "continues", "needs")

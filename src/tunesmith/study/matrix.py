@@ -16,7 +16,7 @@ import yaml
 
 from tunesmith.errors import UsageError
 from tunesmith.options.parse import from_settings, nearest, preset_path
-from tunesmith.study.definition import COMMANDS, Entry, Experiment, StudyFile, flatten
+from tunesmith.study.definition import COMMANDS, NOT_YOURS, Entry, Experiment, StudyFile, flatten
 
 BATCHING: dict[str, dict[str, dict[str, Any]]] = {  # what `batching:` at the top of a study means for each command
     "paper": {
@@ -305,7 +305,7 @@ def _flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
     for key, value in nested.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
-        elif prefix or key not in ("out", "resume"):
+        elif prefix or key not in NOT_YOURS:
             yield prefix + key, value
 
 

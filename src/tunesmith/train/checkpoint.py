@@ -130,9 +130,12 @@ def _flush(path: Path) -> None:
 
 
 def prune(run: Run, keep: int, best: Collection[int | None]) -> None:
-    """Remove all but the last `keep` checkpoints and the best ones, and what a killed process left unfinished."""
+    """Remove all but the last `keep` checkpoints and the best ones, and what a killed process left unfinished.
+
+    The newest stays whatever `keep` is: a run that stops goes on from it.
+    """
     checkpoints = run.checkpoints()
-    last = {step for step, _ in checkpoints[-keep:]} if keep > 0 else set()
+    last = {step for step, _ in checkpoints[-max(keep, 1) :]}
     for step, path in checkpoints:
         if step not in last and step not in best:
             _remove(path)

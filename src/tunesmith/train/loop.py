@@ -121,6 +121,7 @@ def fit(
     counted: str,
     observed: Sequence[str] = (),
     opening: Sequence[tuple[str, dict[str, Any]]] = (),
+    settle: Callable[[], None],
     reward_at: Callable[[int], dict[str, Any]] | None = None,
     steps: int,
     accumulate: int,
@@ -146,6 +147,7 @@ def fit(
         counted: what the log calls the number of examples that the loss is a mean over.
         observed: names of what a step gives beside the loss.
         opening: (event, values) to log at the very start of a run.
+        settle: called once, as soon as a resumed run's checkpoint has turned out to be readable, before the first line is logged.
         reward_at: step -> what to log of the rewards of its answers, which then choose the best checkpoint; without, the
             validation loss does.
         patience: estimates without a lower validation loss after which the training is over.
@@ -162,6 +164,7 @@ def fit(
         log.rewind(0)  # a run that was cut before its first checkpoint begins anew
         for event, values in opening:
             log.record(event, 0, **values)
+    settle()
 
     losses = deque(state.recent, maxlen=diverge_after or 1)
     waiting: deque[Launched[B]] = deque()  # at most two
@@ -252,6 +255,10 @@ def fit(
         due = number % eval_every == 0 or number % checkpoint_every == 0 or number == steps
         return due or bool(signals.received)
 
+    def enough() -> bool:
+        """Whether patience ends the run before its steps do; where such a run is resumed, that is before another step."""
+        return patience is not None and state.since_lowest >= patience and state.step < steps
+
     def end(kind: str, reason: str = "") -> None:
         choice = choose_checkpoint(log.run, [step for step, _ in log.run.checkpoints()])
         more: dict[str, Any] = {"choice": choice.as_dict()} if choice else {}
@@ -275,7 +282,7 @@ def fit(
         if not saved and eval_at_start:
             estimate()
             save()
-        while state.step < steps and not trouble:
+        while state.step < steps and not trouble and not enough():
             if not waiting:
                 launch()
             if ahead and waiting and not pauses(waiting[-1].number):
@@ -288,20 +295,14 @@ def fit(
             stopping = bool(signals.received)
             if state.step % eval_every == 0 or last:
                 estimate()
-            enough = bool(patience) and state.since_lowest >= (patience or 0) and not last
-            if state.step % checkpoint_every == 0 or last or stopping or enough or state.best_step == state.step:
+            if state.step % checkpoint_every == 0 or last or stopping or enough() or state.best_step == state.step:
                 save()
                 log.status("running", state.step, steps=steps, best_step=state.best_step)
             if stopping and not last:
                 end("stopped", f"{signals.received} received; go on with --resume")
                 return
-            if enough:
-                end(
-                    "finished",
-                    f"the validation loss has not fallen for {patience} estimates, since step {state.lowest_step:,}",
-                )
-                return
-        end("diverged" if trouble else "finished", trouble)
+        worn_out = f"the validation loss has not fallen for {patience} estimates, since step {state.lowest_step:,}"
+        end("diverged" if trouble else "finished", trouble or (worn_out if enough() else ""))
 
 
 def _bounds(found: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 
 from tunesmith.device import Precision, resolve_compile, resolve_device, resolve_precision
-from tunesmith.errors import UsageError, UserError
+from tunesmith.errors import UsageError
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import DPOConfig, PairDataOptions, RewardConfig, SFTConfig
 from tunesmith.train.optim import DEFAULT_WEIGHT_DECAY
@@ -66,6 +66,8 @@ def check_options(config: AnyConfig, more: Sequence[str] = ()) -> None:
         )
     if config.lora.alpha is not None and not config.lora.alpha > 0:
         problems.append(f"--lora.alpha is {config.lora.alpha:g}, expected more than 0")
+    if config.resume_changes == "accept" and not config.resume:
+        problems.append("--resume_changes accept is for a run that goes on: give --resume and its directory with --out")
     if problems := [*problems, *more]:
         raise UsageError("; ".join(problems))
 
@@ -165,30 +167,9 @@ def resolve_length(config: Config, train: Countable, validation: Countable) -> C
     )
 
 
-FIXED = (  # what a resumed run cannot change without becoming another run
-    "model.name", "model.dropout", "model.n_layer", "model.n_head", "model.n_embd", "model.block_size",
-    "tokenizer.name", "tokenizer.vocab_size", "data.name", "data.columns", "data.config",
-    "data.block_size", "data.batching", "data.loss_on", "data.truncation",
-    "data.max_rows", "data.holdout", "data.seed", "train.batch_size", "train.accumulate", "train.precision", "train.weights",
-    "optimizer.name", "lora.rank", "lora.alpha", "lora.dropout", "lora.targets",
-    "dpo.beta", "dpo.loss", "dpo.label_smoothing",
-)  # fmt: skip
-
-
-def check_resumable(stored: dict[str, Any], config: AnyConfig) -> None:
-    """Raises: UserError naming every setting that differs from the run's and would change what it already did."""
-    asked = as_dict(config)
-    parts = [(key, *key.split(".")) for key in FIXED]
-    pairs = [(key, stored.get(group, {}).get(name), asked.get(group, {}).get(name)) for key, group, name in parts]
-    changed = [f"{key} was {before!r}, now {now!r}" for key, before, now in pairs if before != now]
-    if changed:
-        raise UserError(f"--resume: {'; '.join(changed)}. Keep these, or start a new run with another --out")
-
-
 def as_dict(config: AnyConfig) -> dict[str, Any]:
-    """What config.yaml holds: everything but where the run is written."""
-    whole = dataclasses.asdict(config)
-    return {key: value for key, value in whole.items() if key not in ("out", "resume")}
+    """What config.yaml holds: the groups of options. Outside them stands only where the run is written and whether it goes on."""
+    return {key: value for key, value in dataclasses.asdict(config).items() if isinstance(value, dict)}
 
 
 def precision_of(config: AnyConfig) -> Precision:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from tunesmith.device import (
     set_allocator,
 )
 from tunesmith.errors import UsageError
-from tunesmith.files.run import Run, new_run_directory, open_log
+from tunesmith.files.run import Run, RunLog, default_directory, open_log, run_directory
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import (
     LoRAOptions,
@@ -31,31 +32,28 @@ from tunesmith.train.optim import OneByOne, decides_on_device, schedule_factor
 from tunesmith.train.prefetch import made_ahead
 from tunesmith.train.recorded import RecordedStep, recorder
 from tunesmith.train.resolve import Command, as_dict, precision_of
+from tunesmith.train.resuming import Config, Origin, as_begun
 from tunesmith.train.splitting import Splitting
 from tunesmith.train.step import Seen, Unread, optimizer_step, step_on_device
 from tunesmith.train.trainee import AnyConfig, Trainee, make_optimizer
 
 
-def begin(config: AnyConfig, command: Command) -> Path:
-    """Settle where the run goes, and make the process ready: allocator and seeds.
+@contextlib.contextmanager
+def begin(config: Config, command: Command) -> Iterator[tuple[Config, Path]]:
+    """The configuration, of a resumed run with what was decided when it began, and the directory that is now ours alone.
 
-    Raises: UserError if `out` is taken, or the allocator cannot be had.
+    The process is made ready: allocator and seeds.
+    Raises: UserError if `out` is taken or being written, there is nothing to resume, or the allocator cannot be had.
     """
     if not set_allocator(config.train.allocator) and config.train.allocator == "lean":
         raise UsageError(
             "--train.allocator lean is a setting of glibc, which is not here or which TUNESMITH_ALLOCATOR=system keeps as it is: "
             "leave it out, or unset that"
         )
-    sets = "-".join(_short(name) for name, _ in parse_sets(config.data.name))
-    default = f"runs/{command}-{_short(config.model.name)}-{sets}"
-    path = new_run_directory(config.out, default, config.resume)
-    seed_everything(config.train.seed)
-    return path
-
-
-def _short(name: str) -> str:
-    """A name as part of a directory's name."""
-    return name.rstrip("/").rsplit("/", 1)[-1].replace(":", "-").partition(".")[0] or "model"
+    default = default_directory(command, config.model.name, [name for name, _ in parse_sets(config.data.name)])
+    with run_directory(config.out, default, config.resume) as path:
+        seed_everything(config.train.seed)
+        yield as_begun(config, Run(path).config) if config.resume else config, path
 
 
 B = TypeVar("B", bound=MicroBatch)
@@ -67,6 +65,7 @@ def run_training(
     trainee: Trainee,
     device: torch.device,
     *,
+    origin: Origin,
     micro_batch: Callable[[int], B],
     loss_sum: Callable[[B], Tensor],
     evaluate: Callable[[], tuple[dict[str, float], Sums]],
@@ -80,7 +79,7 @@ def run_training(
 ) -> Run:
     """Say what will be done and do it; the run's status tells how it ended. Arguments as in `fit`.
 
-    about: the data in words. notes: what the user should know before the first step.
+    origin: what the run is made from. about: the data in words. notes: what the user should know before the first step.
     """
     o, t, precision = config.optimizer, config.train, precision_of(config)
     steps, every, save_every, peak = t.steps, config.eval.every, config.checkpoint.every, o.lr
@@ -94,10 +93,10 @@ def run_training(
         f", {trained:,} of them trained (LoRA rank {config.lora.rank})" if trainee.lora else ""
     )
     with open_log(path) as log, made_ahead(micro_batch, device) as batch_number:
-        log.write_config(as_dict(config))
         log.write_environment(environment(device))
         without_rank = not config.lora.rank and config.lora != LoRAOptions()
         for line in [
+            *origin.notes,
             *notes,
             *(["--lora.rank is 0: all weights are trained, other lora options have no effect"] * without_rank),
         ]:
@@ -112,7 +111,7 @@ def run_training(
                 micro_batch=batch_number, take_step=take_step, ahead=ahead, splitting=splitting_of(config, device),
                 learning_rate=lambda step: peak * schedule_factor(o.schedule, step, steps=steps, warmup_steps=o.warmup_steps),
                 evaluate=evaluate, describe_rows=describe_rows, counted=counted, observed=observed, opening=opening,
-                reward_at=reward_at, steps=steps, accumulate=t.accumulate,
+                settle=partial(write_origin, log, origin, config), reward_at=reward_at, steps=steps, accumulate=t.accumulate,
                 eval_every=every, eval_at_start=config.eval.at_start, patience=config.eval.patience, checkpoint_every=save_every,
                 keep=config.checkpoint.keep, diverge_after=t.diverge_after, resume=config.resume,
             )  # fmt: skip
@@ -121,6 +120,14 @@ def run_training(
             log.status("failed", step, f"{type(error).__name__}: {error}")
             raise
     return Run(path)
+
+
+def write_origin(log: RunLog, origin: Origin, config: AnyConfig) -> None:
+    """Store what the run is made from, and log what was changed where it goes on."""
+    log.write_config(origin.config(as_dict(config)))
+    log.write_inputs(origin.inputs)
+    for change in origin.events():
+        log.record("changed", origin.step, **change)
 
 
 READ_LATE_ON = ("cuda",)  # devices that would have nothing to do while the host reads a step's numbers

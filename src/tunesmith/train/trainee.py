@@ -33,7 +33,8 @@ AnyConfig = TuningConfig | PretrainConfig
 class Trainee:
     """The model that a run trains. model: the GPT, or the reward model around it; gpt: the GPT in both cases.
 
-    base: a lasting name of what it started from; fingerprint: of the weights then, "" where nobody needs it.
+    base: a lasting name of what it started from; fingerprint: of the weights then, "" where nobody needs it: a resumed run
+    of all weights without a reference has its own.
     """
 
     model: nn.Module

@@ -1,0 +1,140 @@
+"""One run has one writer: a file in its directory that names the process which writes there. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tunesmith.errors import UserError
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+NAME = ".lock"  # hidden: a copy of a run (a study's `continues`) does not take it along
+UNREADABLE_FOR = 1.0  # seconds in which whoever has just made the file has surely written its name into it
+
+
+@contextlib.contextmanager
+def one_writer(directory: Path) -> Iterator[None]:
+    """The directory belongs to this process until the end; then the file is gone.
+
+    Where the file system knows locks (flock), they decide: the kernel takes them back from whatever dies, on this host or
+    another. Where it does not, the file itself is the lock, and one that a dead process of this host left is taken over.
+    Raises: UserError naming the process that writes there, its host, and since when.
+    """
+    path = directory.absolute() / NAME
+    descriptor = _locked(path) if fcntl else None
+    if descriptor is None:
+        _claimed(path)
+    try:
+        yield
+    finally:
+        if descriptor is None or _is_at(
+            descriptor, path
+        ):  # the directory may have been moved, and another taken its place
+            path.unlink(missing_ok=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _locked(path: Path) -> int | None:
+    """The open file with the kernel's lock on it; None where there are no such locks."""
+    assert fcntl
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise _taken(path) from None
+        except OSError:  # some network file systems
+            if os.fstat(descriptor).st_size == 0:
+                path.unlink(missing_ok=True)
+            os.close(descriptor)
+            return None
+        if _is_at(descriptor, path):  # else its holder has removed it between our two calls
+            os.truncate(descriptor, 0)
+            os.write(descriptor, _this_process())
+            return descriptor
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _claimed(path: Path) -> None:
+    """Make the file, or take over that of a dead process of this host."""
+    while True:
+        try:
+            with path.open("xb") as file:
+                file.write(_this_process())
+            return
+        except FileExistsError:
+            holder = _holder(path)
+            if holder.get("host") != socket.gethostname() or _lives(int(holder.get("process", 0))):
+                raise _taken(path) from None
+            path.unlink(missing_ok=True)  # two that find the same dead process within microseconds both go on here
+
+
+def _this_process() -> bytes:
+    since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    return (json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": since}) + "\n").encode()
+
+
+def _holder(path: Path) -> dict[str, Any]:
+    """What the file says; empty where that cannot be read."""
+    end = time.monotonic() + UNREADABLE_FOR
+    while time.monotonic() < end:
+        try:
+            holder = json.loads(path.read_bytes())
+            return holder if isinstance(holder, dict) else {}
+        except FileNotFoundError:
+            return {}
+        except ValueError:  # being written
+            time.sleep(0.02)
+    return {}
+
+
+def _taken(path: Path) -> UserError:
+    holder = _holder(path)
+    who = "another process"
+    if holder:
+        who = f"process {holder.get('process')} on {holder.get('host')} (since {holder.get('since')})"
+    return UserError(
+        f"{path.parent} is being written by {who}, and a run has one writer: wait for it or end it, or name another "
+        f"directory with --out. If that process is gone, remove {path}"
+    )
+
+
+def _lives(process: int) -> bool:
+    """Whether a process of this host is there."""
+    if process <= 0:
+        return False
+    if sys.platform == "win32":  # os.kill would end it
+        import ctypes
+
+        handle = ctypes.windll.kernel32.OpenProcess(0x00100000, False, process)  # SYNCHRONIZE
+        return bool(handle and (ctypes.windll.kernel32.CloseHandle(handle) or True))
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
