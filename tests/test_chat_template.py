@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tunesmith as ts
 from tiny_runs import tiny_config
 from tunesmith.data.datasets import open_dataset
-from tunesmith.data.dialogue import ROLE_NAMES, Message, Preference, cut_at_stop, render, segments
+from tunesmith.data.dialogue import ROLE_NAMES, STOP_TEXTS, Message, Preference, cut_at_stop, render, segments
 from tunesmith.data.prompts import encode_prompt
 from tunesmith.data.readers import Report
 from tunesmith.data.tokenizer import Tokenizer
@@ -120,7 +120,7 @@ def test_every_kind_of_checkpoint_carries_both(tiny_directory, tmp_path):
             asked = [{"role": "user", "content": "What is fog?"}]
             assert their_prompt(tokenizer, asked) == encode_prompt(ts.load(str(tiny_directory), device="cpu")[1], asked)
             settings = json.loads((checkpoint / "generation_config.json").read_text())
-            assert settings["stop_strings"] == ["\n\nHuman:", "\n\nAssistant:", "\n\nSystem:"]
+            assert "stop_strings" not in settings  # with them `generate` without `tokenizer=` raises
             assert settings["eos_token_id"] == settings["pad_token_id"] == tokenizer.eos_token_id
 
 
@@ -131,6 +131,7 @@ def test_transformers_gives_our_answers_and_stops_where_we_stop(tmp_path):
     model, tokenizer = ts.load("sample", device="cpu")
     save_model(model, tokenizer, tmp_path)
     theirs, other = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), AutoTokenizer.from_pretrained(tmp_path)
+    stops = {"stop_strings": list(STOP_TEXTS), "tokenizer": other}
     talks = [
         list(m[: max(i for i, t in enumerate(m) if t.role == "assistant")])
         for m in itertools.islice(dialogues(DataOptions(name="sample")), 8)
@@ -141,11 +142,24 @@ def test_transformers_gives_our_answers_and_stops_where_we_stop(tmp_path):
     for talk in talks:
         (ours,) = generate_answers(model, tokenizer, [talk], Sampling(0, 1, 0, 1), 60)
         prompt = torch.tensor([their_prompt(other, as_messages(talk))])
-        said = theirs.generate(prompt, max_new_tokens=60, do_sample=False, tokenizer=other)[0, prompt.shape[1] :]
+        said = theirs.generate(prompt, max_new_tokens=60, do_sample=False, **stops)[0, prompt.shape[1] :]
         assert len(said) == ours.tokens
         assert cut_at_stop(tokenizer.decode(said.tolist()))[0].removeprefix(" ") == ours.text
         reasons.add(ours.finish_reason)
     assert "stop" in reasons
+
+
+def test_generate_and_pipeline_need_no_arguments_of_ours(tmp_path):
+    from transformers import pipeline
+
+    from tunesmith.files.weights import save_model
+
+    model, tokenizer = ts.load("sample", device="cpu")
+    save_model(model, tokenizer, tmp_path)
+    asked = [{"role": "user", "content": "What is fog?"}]
+    answered = pipeline("text-generation", model=str(tmp_path), device="cpu")(asked, max_new_tokens=4, do_sample=False)
+    (ours,) = generate_answers(model, tokenizer, [asked], Sampling(0, 1, 0, 1), 4)
+    assert answered[0]["generated_text"][-1]["content"].strip() == ours.text
 
 
 def test_a_role_marker_stops_an_answer_in_transformers_too(tmp_path):
@@ -171,5 +185,6 @@ def test_a_role_marker_stops_an_answer_in_transformers_too(tmp_path):
     (ours,) = generate_answers(loaded, tokenizer, [[{"role": "user", "content": "hi"}]], Sampling(0, 1, 0, 1), 20)
     assert (ours.text, ours.finish_reason, ours.tokens) == ("yes", "stop", len(says) - len(tokenizer.encode(" no")))
     theirs, other = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    said = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, tokenizer=other)
+    stops = {"stop_strings": list(STOP_TEXTS), "tokenizer": other}
+    said = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, **stops)
     assert said[0, len(prompt) :].tolist() == says[: ours.tokens]

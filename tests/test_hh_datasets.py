@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tunesmith.data.datasets import open_dataset
-from tunesmith.data.hh import HH_SUBSETS
 from tunesmith.data.dialogue import Preference, render
+from tunesmith.data.hh import HH_SUBSETS
 from tunesmith.data.readers import Report
 from tunesmith.data.tokenstore import tokenise
 from tunesmith.errors import UserError

@@ -2,7 +2,7 @@ r"""Our form of a dialogue as a Jinja template, with which transformers' `apply_
 
 from __future__ import annotations
 
-from tunesmith.data.dialogue import MARKERS, ROLE_NAMES, STOP_TEXTS
+from tunesmith.data.dialogue import MARKERS, ROLE_NAMES
 
 
 def chat_template() -> str:
@@ -31,13 +31,13 @@ def _quoted(text: str) -> str:
 
 
 def generation_settings(ends: list[int], pad: int, begin: int) -> dict[str, object]:
-    """A generation_config.json with which `generate` stops where our answers do.
+    """A generation_config.json with which `generate` stops where our answers end by themselves.
 
-    Before a role marker too: for that `generate` needs the tokenizer, `model.generate(..., tokenizer=tokenizer)`.
+    The role markers, before which our answers stop too, are left out on purpose: with `stop_strings` in this file every
+    `generate` without `tokenizer=`, that of `pipeline` among them, is an error.
     """
     return {
         "bos_token_id": begin,
         "eos_token_id": ends[0] if len(ends) == 1 else ends,
         "pad_token_id": pad,
-        "stop_strings": list(STOP_TEXTS),
     }
