@@ -152,7 +152,7 @@ class Stream:
     def part(self, start: int, stop: int) -> Array:
         """Tokens [start, stop): (stop - start,) int64."""
         first, last = np.searchsorted(self.borders, (start, stop - 1), side="right") - 1
-        store, parts = self.store, []
+        store, parts = self.store, list[Any]()
         for row in self.rows[first : last + 1].tolist():
             parts += [store.tokens[store.offsets[row] : store.offsets[row + 1]], [store.end_of_text]]
         begin = start - int(self.borders[first])
