@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.errors import Note, UsageError, UserError
+from tunesmith.errors import Note, UsageError, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from tunesmith.files.run import Run
@@ -24,7 +24,7 @@ def _pretrain(argv: Argv) -> None:
     config = _training_options(PretrainConfig, argv, "pretrain")
     from tunesmith.commands.pretrain import pretrain
 
-    _told_if_diverged(pretrain(config))
+    _finish(pretrain(config), "pretrain")
 
 
 def _sft(argv: Argv) -> None:
@@ -33,7 +33,7 @@ def _sft(argv: Argv) -> None:
     config = _training_options(SFTConfig, argv, "sft")
     from tunesmith.commands.sft import sft
 
-    _told_if_diverged(sft(config))
+    _finish(sft(config), "sft")
 
 
 def _dpo(argv: Argv) -> None:
@@ -42,7 +42,7 @@ def _dpo(argv: Argv) -> None:
     config = _training_options(DPOConfig, argv, "dpo")
     from tunesmith.commands.dpo import dpo
 
-    _told_if_diverged(dpo(config))
+    _finish(dpo(config), "dpo")
 
 
 def _reward(argv: Argv) -> None:
@@ -51,12 +51,17 @@ def _reward(argv: Argv) -> None:
     config = _training_options(RewardConfig, argv, "reward")
     from tunesmith.commands.reward import train_reward_model
 
-    _told_if_diverged(train_reward_model(config))
+    _finish(train_reward_model(config), "reward")
 
 
-def _told_if_diverged(run: Run) -> None:
+def _finish(run: Run, command: str) -> None:
+    """Say how to go on from the end of a training. Raises: UserError if it has diverged."""
+    from tunesmith.commands.next_steps import next_steps
+
     if run.status["state"] == "diverged":
         raise UserError(run.status["reason"])
+    for line in next_steps(run, command):
+        print(line)
 
 
 def _training_options(options: type[Any], argv: Argv, command: str) -> Any:
@@ -77,9 +82,12 @@ def _training_options(options: type[Any], argv: Argv, command: str) -> Any:
 
 def _data(argv: Argv) -> None:
     from tunesmith.options.commands import DataCommand
-    from tunesmith.options.parse import Positional, parse
+    from tunesmith.options.parse import parse
+    from tunesmith.options.shortforms import Positional
 
-    options, named = parse(DataCommand, argv, prog="tunesmith data", positionals=[Positional("dataset", "data set")])
+    options, named = parse(
+        DataCommand, argv, prog="tunesmith data", positionals=[Positional("dataset", "a data set", option="data")]
+    )
     from tunesmith.commands.data import show_data
 
     show_data(named["dataset"], options)
@@ -87,9 +95,10 @@ def _data(argv: Argv) -> None:
 
 def _evaluate(argv: Argv) -> None:
     from tunesmith.options.commands import EvaluateCommand
-    from tunesmith.options.parse import Positional, parse
+    from tunesmith.options.parse import parse
+    from tunesmith.options.shortforms import Positional
 
-    wanted = [Positional("model", "MODEL"), Positional("dataset", "data set")]
+    wanted = [Positional("model", "a MODEL", option="model"), Positional("dataset", "a data set", option="data")]
     options, named = parse(EvaluateCommand, argv, prog="tunesmith evaluate", positionals=wanted)
     from tunesmith.commands.evaluate import evaluate
 
@@ -98,9 +107,10 @@ def _evaluate(argv: Argv) -> None:
 
 def _score(argv: Argv) -> None:
     from tunesmith.options.commands import ScoreCommand
-    from tunesmith.options.parse import Positional, parse
+    from tunesmith.options.parse import parse
+    from tunesmith.options.shortforms import Positional
 
-    wanted = [Positional("models", "MODELs; RUN@all is every checkpoint of a run", many=True)]
+    wanted = [Positional("models", "MODELs (RUN@all is every checkpoint of a run)", many=True, option="model")]
     options, named = parse(ScoreCommand, argv, prog="tunesmith score", positionals=wanted)
     from tunesmith.commands.score import score
 
@@ -109,7 +119,8 @@ def _score(argv: Argv) -> None:
 
 def _compare(argv: Argv) -> None:
     from tunesmith.options.commands import CompareCommand
-    from tunesmith.options.parse import Positional, parse
+    from tunesmith.options.parse import parse
+    from tunesmith.options.shortforms import Positional
 
     wanted = [Positional("a", "one MODEL"), Positional("b", "the other MODEL")]
     options, named = parse(CompareCommand, argv, prog="tunesmith compare", positionals=wanted)
@@ -120,10 +131,10 @@ def _compare(argv: Argv) -> None:
 
 def _chat(argv: Argv) -> None:
     from tunesmith.options.commands import ChatCommand
-    from tunesmith.options.parse import Positional, parse
+    from tunesmith.options.parse import parse
+    from tunesmith.options.shortforms import Positional
 
-    example = "`tunesmith chat sample` (the embedded model) or `tunesmith chat runs/NAME` (a run's best checkpoint)"
-    wanted = [Positional("model", "MODEL", example=example)]
+    wanted = [Positional("model", "a MODEL", option="model")]
     options, named = parse(ChatCommand, argv, prog="tunesmith chat", positionals=wanted)
     from tunesmith.commands.chat import chat
 
@@ -137,7 +148,10 @@ def _plan(argv: Argv) -> None:
     command = argv[0] if argv and argv[0] in PLANS else "sft"
     rest = argv[1:] if argv and argv[0] == command else argv
     if rest and not rest[0].startswith("-"):
-        raise UsageError(f"plan {rest[0]}: expected one of {', '.join(PLANS)} (sft where none is given), then options")
+        near = did_you_mean(rest[0], PLANS)
+        raise UsageError(
+            f"plan {rest[0]}: expected one of {', '.join(PLANS)} (sft where none is given), then options{near}"
+        )
     kind: type[Any] = PLANS[command]
     options, _ = parse(kind, rest, prog=f"tunesmith plan {command}")
     from tunesmith.commands.plan import plan
@@ -147,7 +161,8 @@ def _plan(argv: Argv) -> None:
 
 def _report(argv: Argv) -> None:
     from tunesmith.options.commands import ReportCommand
-    from tunesmith.options.parse import Positional, parse
+    from tunesmith.options.parse import parse
+    from tunesmith.options.shortforms import Positional
 
     wanted = [Positional("runs", "run directories, or a study's", many=True)]
     options, named = parse(ReportCommand, argv, prog="tunesmith report", positionals=wanted)
@@ -158,9 +173,10 @@ def _report(argv: Argv) -> None:
 
 def _study(argv: Argv) -> None:
     from tunesmith.options.commands import StudyCommand
-    from tunesmith.options.parse import Positional, parse
+    from tunesmith.options.parse import parse
+    from tunesmith.options.shortforms import Positional
 
-    wanted = [Positional("name", "built-in study (paper) or YAML file")]
+    wanted = [Positional("name", "a built-in study (paper) or a YAML file")]
     options, named = parse(StudyCommand, argv, prog="tunesmith study", positionals=wanted)
     from tunesmith.commands.study import study
 
@@ -180,41 +196,86 @@ def _demo(argv: Argv) -> None:
 COMMANDS: dict[str, tuple[str, Callable[[Argv], None]]] = {
     "demo": ("the whole chain on the embedded sample, in minutes on two CPU cores", _demo),
     "data": ("build or check a data set; show which tokens carry loss", _data),
+    "plan": ("memory and time of a training before it runs; --fit finds what fits", _plan),
     "pretrain": ("a new GPT-2, and its tokenizer, from plain text", _pretrain),
     "sft": ("supervised fine-tuning on dialogues: full or LoRA", _sft),
     "reward": ("train a reward model on preference pairs (Bradley-Terry)", _reward),
     "dpo": ("direct preference optimisation: full or LoRA", _dpo),
-    "evaluate": ("loss and perplexity of a model on a data set", _evaluate),
-    "score": ("answers to a set of prompts, scored by a reward model, with intervals", _score),
-    "compare": ("the same prompts to two models, side by side", _compare),
     "chat": ("talk to a model in the terminal", _chat),
-    "plan": ("memory and time of a training before it runs; --fit 16GB finds the settings that fit", _plan),
-    "study": ("a matrix of runs from one file (paper is built in); skips what is done, resumes what was cut", _study),
+    "compare": ("the same prompts to two models, side by side", _compare),
+    "evaluate": ("loss and perplexity of a model on a data set; on pairs, preferences", _evaluate),
+    "score": ("answers to a set of prompts, scored by a reward model", _score),
+    "study": ("a matrix of runs from one file (paper is built in)", _study),
     "report": ("one HTML page of finished runs, or of a study with its verdicts", _report),
+}
+
+GROUPS = {
+    "look before you train": ("demo", "data", "plan"),
+    "train": ("pretrain", "sft", "reward", "dpo"),
+    "use and judge a model": ("chat", "compare", "evaluate", "score"),
+    "many runs": ("study", "report"),
 }
 
 USAGE = """usage: tunesmith COMMAND [ARGUMENTS] [--option value ...]
 
-Turns a GPT-2-class base model into a dialogue model and measures how good it became.
+Turns a GPT-2-class base model into a dialogue model and measures the result.
+
+first steps (offline, some minutes on a laptop):
+  tunesmith data sample --show 2
+  tunesmith sft --model sample --data sample --train.steps 60 --out runs/first
+  tunesmith compare sample runs/first --limit 5
+  tunesmith chat runs/first
 
 {commands}
-
-Options are --group.name value; --config FILE.yaml sets the same names (presets: paper/e1, ...); --print_config prints them.
-MODEL is a hub name (gpt2-medium), a directory (whole model or LoRA adapter), a run directory, RUN@STEP, or `sample` (embedded).
-`tunesmith COMMAND --help` lists a command's options; --debug shows the traceback of an error."""
+MODEL is a hub name (gpt2-medium), a directory (whole model or LoRA adapter), a
+run directory (its best checkpoint), RUN@STEP, or `sample` (embedded).
+`tunesmith COMMAND --help` shows an example and the options that people set,
+`--help all` every option; --debug shows the traceback of an error."""
 
 
 def usage() -> str:
     """The top-level help."""
     width = max(map(len, COMMANDS))
-    return USAGE.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, (text, _) in COMMANDS.items()))
+    lines = []
+    for group, names in GROUPS.items():
+        lines += [f"{group}:", *(f"  {name:<{width}}  {COMMANDS[name][0]}" for name in names), ""]
+    return USAGE.format(commands="\n".join(lines))
 
 
 def main(argv: Argv | None = None) -> int:
-    """Run one command; returns the exit code: 0 success, 1 failure, 2 wrong usage."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    """Run one command; returns the exit code: 0 success, 1 failure, 2 wrong usage, 130 interrupted, 141 nobody reads the output."""
+    try:
+        try:
+            code = _main(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                stream.flush()  # here, where what is wrong can be caught, not at the interpreter's end
+        return code
+    except (BrokenPipeError, SystemExit) as error:
+        # rich turns the first into the second
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise
+        _discard_output()
+        return 128 + 13  # as a shell says of a program that SIGPIPE ended
+
+
+def _discard_output() -> None:
+    """Send what is still to be written nowhere: whoever read it has gone."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def _main(words: list[str]) -> int:
+    """As `main`; whatever cannot be printed is raised."""
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    if words[:1] == ["help"] and words[1:]:  # as git has it
+        words = [*words[1:], "--help"]
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if words else 2
@@ -225,14 +286,13 @@ def main(argv: Argv | None = None) -> int:
         return 0
     try:
         if words[0] not in COMMANDS:
-            import difflib
-
-            near = difflib.get_close_matches(words[0], COMMANDS, 1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise UsageError(f"unknown command {words[0]!r}.{hint} Commands: {', '.join(COMMANDS)}")
+            near = did_you_mean(words[0], COMMANDS)
+            raise UsageError(f"unknown command {words[0]!r}{near or '.'} Commands: {', '.join(COMMANDS)}")
         with _notes_in_one_line():
             COMMANDS[words[0]][1](words[1:])
         return 0
+    except BrokenPipeError:
+        raise
     except (UserError, OSError) as error:
         if debug:
             raise

@@ -15,8 +15,10 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from tunesmith.errors import UsageError
+from tunesmith.errors import UsageError, did_you_mean, paths_beside
+from tunesmith.options.help import PAGES, asked_for_help, help_text
 from tunesmith.options.resuming import HISTORY, checked_history
+from tunesmith.options.shortforms import Positional, expand_groups, expand_positionals
 
 PRESETS = Path(__file__).parents[1] / "presets"
 T = TypeVar("T")
@@ -29,80 +31,73 @@ ELSEWHERE = {
 """What options are called in transformers and TRL."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Positional:
-    """An argument without a dash. many: one or more of them. example: commands to show where it is missing."""
-
-    name: str
-    help: str
-    many: bool = False
-    example: str = ""
-
-
 def parse(
     options: type[T], argv: Sequence[str], *, prog: str, positionals: Sequence[Positional] = ()
 ) -> tuple[T, dict[str, Any]]:
     """The options and positional arguments on a command line.
 
-    `--config FILE` (repeatable, later wins; a preset's name works too) and `--group.name value` set the same names.
-    `--print_config` prints the resulting file and exits with 0, `--help` prints the help.
+    `--config FILE` (repeatable, later wins; a preset's name works too) and `--group.name value` set the same names;
+    `--group value` is short for `--group.name value`, as `--model X`.
+    `--print_config` prints the resulting file and exits with 0, so does `--help` with the help.
     Raises: UsageError in one line, with the nearest right name for a wrong one.
     """
+    if help_asked := asked_for_help(argv):
+        print(help_text(options, prog, positionals, every=help_asked == "all"))
+        raise SystemExit(0)
     import jsonargparse
 
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    doc = (options.__doc__ or "").strip()
-    parser = jsonargparse.ArgumentParser(
-        prog=prog, description=doc, exit_on_error=False, default_env=False, add_help=True, allow_abbrev=False
-    )
-    parser.usage = f"{prog} {' '.join(p.name.upper() + (' ...' if p.many else '') for p in positionals)} [--option value ...]".replace(
-        "  ", " "
-    )
-    for positional in positionals:
-        more: dict[str, Any] = {"nargs": "+"} if positional.many else {}
-        parser.add_argument(positional.name, type=str, help=positional.help, **more)
-    parser.add_argument("--config", action="config", help="YAML file or preset (paper/e1, ...); repeatable, later wins")
-    parser.add_class_arguments(options)
-    resumable = "resume" in option_types(options)
-    if resumable:  # config.yaml of a run that was changed on its way says so; to repeat it, that is no option
-        parser.add_argument(f"--{HISTORY}", type=Any, default=None, help=argparse.SUPPRESS)
-    argv = [
-        preset_path(word) if before == "--config" else word for before, word in zip(["", *argv], argv, strict=False)
-    ]
-    argv = [f"--config={preset_path(word[9:])}" if word.startswith("--config=") else word for word in argv]
-    if any(word.split("=")[0] == f"--{HISTORY}" for word in argv):
-        raise UsageError(f"unknown option --{HISTORY}")
-    files = [
-        w.removeprefix("--config=")
-        for before, w in zip(["", *argv], argv, strict=False)
-        if before == "--config" or w.startswith("--config=")
-    ]
-    texts = {file: text for file in files if (text := _check_file(file, options))}
-    argv = [
-        (f"--config={texts[word[9:]]}" if word.startswith("--config=") else texts[word])
-        if (word if before == "--config" else word.removeprefix("--config=")) in texts
-        else word
-        for before, word in zip(["", *argv], argv, strict=False)
-    ]
-    argv = _bare_switches(options, _repeated(options, _underscored(options, argv)))
+    argv, files = _read_files(options, argv)
+    argv = _bare_switches(options, _repeated(options, _underscored(options, expand_groups(options, argv))))
+    argv = expand_positionals(argv, positionals)
+    parser = _parser(options, prog, positionals)
     show = "--print_config" in argv
     try:
         parsed = parser.parse_args([word for word in argv if word != "--print_config"])
         built = parser.instantiate(parsed)
     except jsonargparse.ArgumentError as error:
-        missing = [p for p in positionals if p.example and f"arguments are required: {p.name}" in str(error)]
-        if missing:
-            raise UsageError(
-                f"{prog.removeprefix('tunesmith ')} needs a {missing[0].help}: {missing[0].example}"
-            ) from None
-        raise UsageError(_one_line(str(error), options, ", ".join(files))) from None
+        raise UsageError(_told(str(error), options, files, prog, positionals)) from None
     config = options(**{f.name: built[f.name] for f in dataclasses.fields(options)})  # type: ignore[arg-type]
-    if resumable and not (show or config.resume):  # type: ignore[attr-defined]
-        _tell_history(built[HISTORY], ", ".join(files))
+    if HISTORY in built and not (show or config.resume):  # type: ignore[attr-defined]
+        _tell_history(built[HISTORY], files)
     if show:
         print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), end="")  # type: ignore[call-overload]
         raise SystemExit(0)
     return config, {p.name: built[p.name] for p in positionals}
+
+
+def _parser(options: type[Any], prog: str, positionals: Sequence[Positional]) -> Any:
+    """jsonargparse's, without its help."""
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(
+        prog=prog, exit_on_error=False, default_env=False, add_help=False, allow_abbrev=False
+    )
+    for positional in positionals:
+        more: dict[str, Any] = {"nargs": "+"} if positional.many else {}
+        parser.add_argument(positional.name, type=str, **more)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(options)
+    if "resume" in option_types(options):  # config.yaml of a run that was changed on its way says so; that is no option
+        parser.add_argument(f"--{HISTORY}", type=Any, default=None, help=argparse.SUPPRESS)
+    return parser
+
+
+def _read_files(options: type[Any], argv: Sequence[str]) -> tuple[list[str], str]:
+    """The command line with presets as their paths, and files with lists as text; and the files' names for messages.
+
+    Raises: UsageError if a file cannot be read or holds no options.
+    """
+    if any(word.split("=")[0] == f"--{HISTORY}" for word in argv):
+        raise UsageError(f"unknown option --{HISTORY}")
+    found, files = [], []
+    for before, word in zip(["", *argv], argv, strict=False):
+        joined = word.startswith("--config=")
+        if before == "--config" or joined:
+            file = preset_path(word.removeprefix("--config=") if joined else word)
+            files.append(file)
+            word = ("--config=" if joined else "") + (_check_file(file, options) or file)
+        found.append(word)
+    return found, ", ".join(files)
 
 
 def _tell_history(history: Any, files: str) -> None:
@@ -143,7 +138,8 @@ def preset_path(name: str) -> str:
         return str(preset)
     known = sorted(str(p.relative_to(PRESETS).with_suffix("")) for p in PRESETS.rglob("*.yaml"))
     raise UsageError(
-        f"--config {name}: no such file, and no such preset{nearest(name, known) or '.'} Presets: {', '.join(known)}"
+        f"--config {name}: no such file, and no such preset"
+        f"{did_you_mean(name, [*known, *paths_beside(Path(name))]) or '.'} Presets: {', '.join(known)}"
     )
 
 
@@ -224,6 +220,18 @@ def option_types(options: type[Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def _told(message: str, options: type[Any], files: str, prog: str, positionals: Sequence[Positional]) -> str:
+    """An error of the command line in one line; where an argument is missing, with a command that has it."""
+    command = prog.removeprefix("tunesmith ")
+    for p in positionals:
+        if re.search(rf"arguments are required: .*\b{p.name}\b", message) and command in PAGES:
+            wanted = " and ".join(q.help for q in positionals if re.search(rf"\b{q.name}\b", message))
+            return f"{command} needs {wanted}: `{'` or `'.join(PAGES[command].examples)}`"
+    if not positionals and (extra := re.match(r"unrecognized arguments: ([^-\s]\S*)", message)):
+        return f"unexpected argument {extra[1]!r}: options have names, as in `{prog} --model {extra[1]}`"
+    return _one_line(message, options, files)
+
+
 def _one_line(message: str, options: type[Any], files: str) -> str:
     """jsonargparse's message as cause and remedy in one line. files: the configuration files that were given."""
     types = option_types(options)
@@ -242,8 +250,14 @@ def _one_line(message: str, options: type[Any], files: str) -> str:
         expected = (
             f"expected {describe_type(types[wrong[1]])}" if wrong[1] in types else message.split("\n")[-1].strip()
         )
-        return f"--{wrong[1]} {value}: {expected}"
+        return f"--{wrong[1]} {value}: {expected}{did_you_mean(value.strip(), _choices(types.get(wrong[1])))}"
     return " ".join(message.split())
+
+
+def _choices(kind: Any) -> list[str]:
+    """The words that an option of this type can be set to; none where it takes any text."""
+    parts = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, UnionType) else [kind]
+    return [str(choice) for part in parts if typing.get_origin(part) is Literal for choice in typing.get_args(part)]
 
 
 def describe_type(kind: Any) -> str:
