@@ -15,13 +15,13 @@ from rich.text import Text as RichText
 from tunesmith.data.audit.cuts import END_CUT, OWN, SHARED, Cut
 from tunesmith.data.audit.rows import DIALOGUES, PAIRS, TEXTS
 from tunesmith.data.audit.survey import Audit, SplitAudit, audit
-from tunesmith.data.cutting import cut_rows
+from tunesmith.data.cutting import USUAL_BLOCK, block_size_of, cut_rows, resolve_block_size
 from tunesmith.data.datasets import Source, beside, open_dataset
 from tunesmith.data.texts import resolve_loss_on
 from tunesmith.data.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
 from tunesmith.data.tokenstore import IGNORE_INDEX, TokenStore, tokenise
 from tunesmith.errors import UsageError, UserError
-from tunesmith.files.names import find_model
+from tunesmith.files.names import find_model, known_shape
 from tunesmith.options.commands import DataCommand
 from tunesmith.options.training import DataOptions
 from tunesmith.stats import Interval
@@ -38,6 +38,11 @@ def show_data(name: str, options: DataCommand) -> None:
     if not options.audit and (options.against or options.out):
         raise UsageError(f"--{'against' if options.against else 'out'} belongs to an audit; add --audit true")
     tokenizer = load_tokenizer(options.tokenizer)
+    shape = known_shape(options.tokenizer)
+    if data.block_size == "auto":  # a size of one's own is held against no model: whose tokenizer it is does not matter
+        data = dataclasses.replace(
+            data, block_size=resolve_block_size("auto", shape.block_size if shape else USUAL_BLOCK, "")
+        )
     source = open_dataset(data)
     console = Console(highlight=False, soft_wrap=True)
     problems = (_show_audit if options.audit else _show_figures)(source, data, tokenizer, options, console)
@@ -59,19 +64,19 @@ def _show_figures(
 ) -> list[str]:
     stores = [_stored(source, split, data, tokenizer) for split in source.files]
     _show_form(console, {store.split: store.report.form for store in stores})
-    loss_on = resolve_loss_on(data.loss_on, data.batching)
+    loss_on, block_size = resolve_loss_on(data.loss_on, data.batching), block_size_of(data)
     table = Table(title=f"{source.name}, tokens of {options.tokenizer}", title_justify="left")
     table.add_column("")
     figures: dict[str, list[str]] = {}
     problems = []
     for store in stores:
         table.add_column(store.split, justify="right")
-        for label, value in _figures(store, loss_on, data.block_size).items():
+        for label, value in _figures(store, loss_on, block_size).items():
             figures.setdefault(label, []).append(value)
         cut = [
             line
-            for t in cut_rows(store, np.arange(len(store)), data.block_size, data.truncation)[1]
-            for line in t.lines(data.block_size)
+            for t in cut_rows(store, np.arange(len(store)), block_size, data.truncation)[1]
+            for line in t.lines(block_size)
         ]
         problems += [f"{store.split}: {line}" for line in [*store.report.lines(), *cut]]
     for label, values in figures.items():
@@ -148,7 +153,7 @@ def _show_audit(
 ) -> list[str]:
     others = [_other(name, data) for name in dict.fromkeys(options.against)]
     found = audit(
-        source, tokenizer, block_size=data.block_size, truncation=None if data.batching == "windows" else data.truncation,
+        source, tokenizer, block_size=block_size_of(data), truncation=None if data.batching == "windows" else data.truncation,
         loss_on=resolve_loss_on(data.loss_on, data.batching), holdout=data.holdout, seed=data.seed, against=others,
     )  # fmt: skip
     _show_form(console, {split.split: split.form for split in found.splits})

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from tunesmith.data.cutting import block_size_of
 from tunesmith.data.pairs import PairBatch, PairBatches
 from tunesmith.data.texts import Batches
 from tunesmith.device import resolve_device
@@ -33,6 +34,7 @@ from tunesmith.train.resolve import (
     check_options,
     check_pair_options,
     precision_of,
+    resolve_data,
     resolve_length,
     resolve_machine,
 )
@@ -117,6 +119,7 @@ def _dpo(config: DPOConfig, path: Path) -> Run:
     config = resolve_dpo(config)
     trainee = load_trainee(config, path, fingerprint=True)
     model = trainee.gpt
+    config = resolve_data(config, model.config.block_size)
     config = resolve_machine(config, model.config.n_embd, "dpo")
     splits = load_splits(config.data, trainee.tokenizer, pairs=True)
     train, validation, cut = pair_batches(splits, config)
@@ -169,8 +172,8 @@ def load_sft_rows(config: DPOConfig, trainee: Trainee) -> tuple[Batches | None, 
     )
     splits = load_splits(data, trainee.tokenizer)
     rows = Batches(
-        splits.validation, splits.validation_rows, batching="packed", block_size=data.block_size,
+        splits.validation, splits.validation_rows, batching="packed", block_size=block_size_of(data),
         batch_size=config.train.batch_size, loss_on=data.loss_on, seed=data.seed,
     )  # fmt: skip
-    cut = [f"validation: {line}" for t in rows.truncations for line in t.lines(data.block_size)]
+    cut = [f"validation: {line}" for t in rows.truncations for line in t.lines(rows.block_size)]
     return rows, [f"{data.name}: {line}" for line in (*splits.notes, *cut)]

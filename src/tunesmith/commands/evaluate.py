@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tunesmith.commands.data import one_name
+from tunesmith.data.cutting import resolve_block_size
 from tunesmith.data.datasets import Source, open_dataset
 from tunesmith.data.dialogue import Preference
 from tunesmith.data.pairs import PairBatches
@@ -31,9 +33,11 @@ from tunesmith.data.tokenstore import tokenise
 from tunesmith.device import Precision, keep_freed_memory, resolve_precision
 from tunesmith.errors import UserError
 from tunesmith.files.names import gives_scores, load, run_and_step
+from tunesmith.files.run import Run
 from tunesmith.judge.answers import alike, interval_record
 from tunesmith.judge.comparison import interval_text
 from tunesmith.judge.scoring import OwnScorer, load_scorer
+from tunesmith.judge.trained_rows import trained_rows, training_runs
 from tunesmith.models.evaluation import evaluation_mode
 from tunesmith.models.gpt2 import GPT
 from tunesmith.options.commands import EvaluateCommand
@@ -48,30 +52,78 @@ LENGTHS = ((1, 16), (17, 64), (65, 256), (257, None))
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """Which rows to measure on, as an index of all of them, and what is to be said of that."""
+
+    which: slice | Array
+    notes: tuple[str, ...] = ()
+
+    def of(self, count: int) -> Array:
+        """Their numbers, of `count` rows."""
+        chosen: Array = np.arange(count)[self.which]
+        return chosen
+
+
+@dataclass(frozen=True)
 class Held:
-    """The rows to measure on, and how."""
+    """The rows to measure on, and how. runs: those that the model was trained in."""
 
     source: Source
     split: str
     data: DataOptions
     options: EvaluateCommand
+    model: str
+    runs: Sequence[Run] = ()
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether rows that were trained on are left out."""
+        return self.options.trained == "leave_out" or (self.options.trained == "auto" and self.options.split != "train")
+
+    @cached_property
+    def rows(self) -> Chosen:
+        """The rows to measure on, as dialogues or texts. Raises: UserError if none is left."""
+        return self._chosen(pairs=False)
+
+    @cached_property
+    def pair_rows(self) -> Chosen:
+        """The pairs to measure on. Raises: UserError if none is left."""
+        return self._chosen(pairs=True)
+
+    def _chosen(self, *, pairs: bool) -> Chosen:
+        if not self.runs:
+            return Chosen(slice(None))
+        trained, notes = trained_rows(self.runs, self.source, self.split, pairs=pairs)
+        if not trained.any():
+            return Chosen(slice(None), tuple(notes))
+        what = f"{trained.sum():,} of the {len(trained):,} {'pairs' if pairs else 'rows'} of {self.data.name} ({self.split})"
+        by = f"{self.model} was trained on {what}"
+        if not self.leaves_out:
+            notes.insert(0, f"{by}; they are measured too (--trained leave_out leaves them out)")
+            return Chosen(slice(None), tuple(notes))
+        if trained.all():
+            raise UserError(f"{by}, so none is left to measure: name other data, or measure them with --trained keep")
+        notes.insert(0, f"{by}; they are left out (--trained keep measures them too)")
+        return Chosen(~trained, tuple(notes))
 
     def precision(self, device: torch.device, width: int) -> Precision:
         return resolve_precision(self.options.precision, device, width)
 
     def dialogues(self, tokenizer: Tokenizer, loss_on: str, positions: int) -> Batches:
-        """All rows, packed."""
+        """The rows, packed."""
         store = tokenise(self.source, self.split, tokenizer)
         return Batches(
-            store, range(len(store)), batching="packed", block_size=min(self.data.block_size, positions),
+            store, self.rows.of(len(store)), batching="packed",
+            block_size=resolve_block_size(self.data.block_size, positions, self.model),
             batch_size=self.options.batch_size, loss_on=loss_on, truncation=self.data.truncation, shuffle=False,
         )  # fmt: skip
 
     def pairs(self, tokenizer: Tokenizer, positions: int) -> PairBatches:
-        """All pairs, packed."""
+        """The pairs, packed."""
         store = PairStore(tokenise(self.source, self.split, tokenizer, form="pairs"))
         return PairBatches(
-            store, range(len(store)), batching="packed", block_size=min(self.data.block_size, positions),
+            store, self.pair_rows.of(len(store)), batching="packed",
+            block_size=resolve_block_size(self.data.block_size, positions, self.model),
             batch_size=self.options.batch_size, truncation=self.data.truncation,
         )  # fmt: skip
 
@@ -85,7 +137,7 @@ def evaluate(model_name: str, dataset: str, options: EvaluateCommand) -> dict[st
     data = one_name(dataset, options.data)
     source = open_dataset(data)
     split = options.split if options.split in source.files else "train"
-    held = Held(source, split, data, options)
+    held = Held(source, split, data, options, model_name, training_runs(model_name))
     has_pairs = isinstance(next(source.rows(split, Report())).value, Preference)
     result: dict[str, Any] = {"model": model_name, "dataset": dataset, "split": split}
     if gives_scores(model_name):
@@ -107,7 +159,8 @@ def evaluate(model_name: str, dataset: str, options: EvaluateCommand) -> dict[st
         print_losses(console, f"{where}, {result['rows']:,} rows)", result)
     if "preference" in result:
         print_preference(console, f"{where}, {result['preference']['pairs']:,} pairs)", result["preference"])
-    for line in dict.fromkeys([*source.notes, *notes]):
+    said = [*(held.rows.notes if "response" in result else ()), *(held.pair_rows.notes if has_pairs else ())]
+    for line in dict.fromkeys([*said, *source.notes, *notes]):
         console.print(f"note: {line}", markup=False)
     if data.strict and notes:
         raise UserError(f"--data.strict: {'; '.join(notes)}")
@@ -128,7 +181,7 @@ def text_losses(model: GPT, tokenizer: Tokenizer, held: Held) -> tuple[dict[str,
     everything = answer_losses(model, of_all, precision)
     report = of_answers.store.report
     found = {
-        "rows": len(of_answers.store),
+        "rows": len(held.rows.of(len(of_answers.store))),
         "response": loss_record(answers),
         "all": loss_record(everything) | bits_of(of_all, tokenizer, sum(a.nats for a in everything)),
         "by_turn": by_bucket(answers, TURNS, lambda a: a.turn),
@@ -250,13 +303,16 @@ def reward_preference(name: str, held: Held) -> tuple[dict[str, Any], list[str]]
         batches = held.pairs(scorer.tokenizer, shape.block_size)
         precision = held.precision(scorer.model.score.weight.device, shape.n_embd)
         scores = all_pair_scores(scorer.model, batches.fixed(), precision)
-        return preference_record(scores.double().cpu().numpy(), ordered_lengths(batches), "score"), problems_of(batches)
+        record = preference_record(scores.double().cpu().numpy(), ordered_lengths(batches), "score")
+        return record, problems_of(batches)
     report = Report()
-    pairs = [located.value for located in held.source.rows(held.split, report, pairs=True)]
+    every = [located.value for located in held.source.rows(held.split, report, pairs=True)]
+    chosen_rows = held.pair_rows.of(len(every))
+    pairs = [every[i] for i in chosen_rows]
     prompts = [pair.chosen.messages[:-1] for pair in pairs]
     chosen = scorer.score(prompts, [pair.chosen.messages[-1].content for pair in pairs])
     rejected = scorer.score(prompts, [pair.rejected.messages[-1].content for pair in pairs])
-    lengths = PairStore(tokenise(held.source, held.split, Tokenizer.gpt2(), form="pairs")).lengths
+    lengths = PairStore(tokenise(held.source, held.split, Tokenizer.gpt2(), form="pairs")).lengths[chosen_rows]
     return preference_record(np.array([chosen, rejected]).T, lengths, "score"), report.lines()
 
 

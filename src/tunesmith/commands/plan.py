@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tunesmith.data.cutting import block_size_of
 from tunesmith.device import has_lean_allocator, keep_freed_memory, return_memory_at_once
 from tunesmith.errors import UsageError, UserError
-from tunesmith.files.names import known_shape
+from tunesmith.files.names import known_shape, nearest_model
 from tunesmith.models.gpt2 import SIZES, GPTConfig
 from tunesmith.options.planning import PlanDPO, PlanPretrain, PlanReward, PlanSFT
 from tunesmith.options.pretraining import PretrainConfig
@@ -36,7 +37,7 @@ from tunesmith.plan.planning import (
 )
 from tunesmith.plan.probe import StepTime, probe_step
 from tunesmith.plan.workload import Rows
-from tunesmith.train.resolve import check_options, check_pair_options
+from tunesmith.train.resolve import check_options, check_pair_options, resolve_data
 from tunesmith.train.scratch import problems_of, resolve_shape
 from tunesmith.train.trainee import AnyConfig
 
@@ -103,12 +104,7 @@ def _resolved(options: PlanConfig) -> tuple[AnyConfig, GPTConfig]:
     found = known_shape(options.model.name)
     if found is None:
         raise UserError(_unknown(options.model.name))
-    if options.data.block_size > found.block_size:
-        raise UserError(
-            f"--data.block_size {options.data.block_size:,} is more than {options.model.name} can hold: it has positions "
-            f"for {found.block_size:,} tokens. Use {found.block_size} or less"
-        )
-    return options, found
+    return resolve_data(options, found.block_size), found
 
 
 def _vocabulary(config: PretrainConfig, shape: GPTConfig) -> int:
@@ -122,7 +118,7 @@ def _vocabulary(config: PretrainConfig, shape: GPTConfig) -> int:
 def _unknown(name: str) -> str:
     return (
         f"the shape of {name} is not known without a download; name a directory that holds it, or the size that it has: "
-        f"{', '.join(SIZES)}"
+        f"{', '.join(SIZES)}{nearest_model(name)}"
     )
 
 
@@ -265,7 +261,7 @@ def _nothing_fits(asked: Setting, every: Sequence[Setting], room: float) -> str:
 
     if not asked.work.rank and not isinstance(asked.config, PretrainConfig):
         idea("--lora.rank 8", {"lora.rank": 8})
-    half = asked.config.data.block_size // 2
+    half = block_size_of(asked.config.data) // 2
     if half >= 64:
         idea(f"--data.block_size {half}", {"data.block_size": half})
     if all(is_exact(s.changes) for s in every):

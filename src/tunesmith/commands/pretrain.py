@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from tunesmith.data.cutting import block_size_of
 from tunesmith.data.texts import Batches
 from tunesmith.data.tokenizer import Tokenizer, bits_per_byte, text_bytes
 from tunesmith.errors import UserError
@@ -83,9 +84,9 @@ def _pretrain(config: PretrainConfig, shape: GPTConfig, path: Path) -> Run:
 def check_length(splits: Splits, config: PretrainConfig) -> int:
     """Tokens in the training texts. Raises: UserError if they do not fill one row of a batch."""
     tokens = int(splits.train.lengths[splits.train_rows].sum())
-    if tokens < config.data.block_size:
+    if tokens < (block_size := block_size_of(config.data)):
         raise UserError(
-            f"--model.block_size {config.data.block_size:,} is more than all the training texts together, which have "
+            f"--model.block_size {block_size:,} is more than all the training texts together, which have "
             f"{tokens:,} tokens; lower it or give more text"
         )
     return tokens

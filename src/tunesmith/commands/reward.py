@@ -19,6 +19,7 @@ from tunesmith.train.resolve import (
     check_options,
     check_pair_options,
     precision_of,
+    resolve_data,
     resolve_length,
     resolve_machine,
 )
@@ -48,6 +49,7 @@ def _train_reward_model(config: RewardConfig, path: Path) -> Run:
     trainee = load_trainee(config, path, reward=True)
     model = trainee.model
     assert isinstance(model, RewardModel)
+    config = resolve_data(config, trainee.gpt.config.block_size)
     config = resolve_machine(config, trainee.gpt.config.n_embd, "reward")
     splits = load_splits(config.data, trainee.tokenizer, pairs=True)
     train, validation, cut = pair_batches(splits, config)

@@ -16,7 +16,7 @@ from tunesmith.files.run import Run
 from tunesmith.judge.rewards import rewards_at_steps
 from tunesmith.options.training import SFTConfig
 from tunesmith.train.choice import Sums
-from tunesmith.train.resolve import check_options, precision_of, resolve_length, resolve_machine
+from tunesmith.train.resolve import check_options, precision_of, resolve_data, resolve_length, resolve_machine
 from tunesmith.train.resuming import inputs_of, prompts_of, settle_origin
 from tunesmith.train.session import begin, run_training
 from tunesmith.train.splits import load_splits, text_batches
@@ -38,6 +38,7 @@ def _sft(config: SFTConfig, path: Path) -> Run:
     """As `sft`, in the run's own directory."""
     trainee = load_trainee(config, path)
     model = trainee.gpt
+    config = resolve_data(config, model.config.block_size)
     config = resolve_machine(config, model.config.n_embd, "sft")
     splits = load_splits(config.data, trainee.tokenizer)
     train, validation, cut = text_batches(splits, config)

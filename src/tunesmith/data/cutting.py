@@ -10,7 +10,8 @@ import numpy as np
 
 from tunesmith.data.dialogue import END
 from tunesmith.data.tokenstore import TokenStore
-from tunesmith.errors import UsageError
+from tunesmith.errors import UsageError, UserError
+from tunesmith.options.training import BlockSize, DataOptions
 
 Array = np.ndarray[Any, Any]
 
@@ -78,6 +79,27 @@ class Truncation:
         cost = f" ({self.tokens_lost:,} tokens, {self.ends_lost:,} answer ends lost)" if self.tokens_lost else ""
         where = f": {', '.join(self.places)}{', ...' if self.cut > 3 else ''}"
         return [f"{self.cut:,} longer than block_size {block_size:,} {what[self.rule]}{cost}{where}"]
+
+
+USUAL_BLOCK = 1024  # tokens: what block_size auto does not go beyond, so that a long context is no surprise in memory
+
+
+def resolve_block_size(asked: BlockSize, positions: int, model: str) -> int:
+    """Tokens of a row for a model that can read `positions`. Raises: UserError if more were asked for."""
+    if asked == "auto":
+        return min(positions, USUAL_BLOCK)
+    if asked > positions:
+        raise UserError(
+            f"--data.block_size {asked:,} is more than {model} can hold: it has positions for {positions:,} tokens, a part of its "
+            f"weights. Use {positions} or less, or auto"
+        )
+    return asked
+
+
+def block_size_of(data: DataOptions) -> int:
+    """Tokens of a row in resolved options."""
+    assert data.block_size != "auto"
+    return data.block_size
 
 
 def cut_rows(

@@ -11,7 +11,7 @@ from tunesmith.data.jsonfile import read_json
 from tunesmith.data.special_tokens import ends_of_answers, with_ends
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.device import resolve_device
-from tunesmith.errors import UserError
+from tunesmith.errors import UserError, did_you_mean, paths_beside
 from tunesmith.files import adapters
 from tunesmith.files.adapters import AdapterFiles, load_adapter, read_adapter
 from tunesmith.files.reward import is_reward_model, load_reward_model, set_score
@@ -44,9 +44,22 @@ def find_model(name: str) -> Path:
         if not step.isdigit():
             raise UserError(f"{name}: expected RUN@STEP with a number, for example {run}@{_some_step(run)}")
         return Run(run).checkpoint(int(step))
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"model {name!r}: there is no such directory")
-    return download_model(name)
+    near = nearest_model(name)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or at:
+        raise UserError(f"model {name!r}: there is no such directory{near}")
+    try:
+        return download_model(name)
+    except UserError as error:
+        raise UserError(f"{error}{near}") from None
+
+
+def nearest_model(name: str) -> str:
+    """`. Did you mean sample?` for a name like one of the known ones, or like a directory beside the one that is missing; else ""."""
+    run, at, step = name.rpartition("@") if "@" in name else (name, "", "")
+    known = {} if at else {size: size for size in ("sample", *SIZES)}
+    known |= {found.name: str(found) for found in Path("runs").glob("*") if (found / "status.json").exists()}
+    known |= {beside: beside for beside in paths_beside(Path(run).expanduser()) if Path(beside).is_dir()}
+    return did_you_mean(run, {key: f"{meant}{at}{step}" for key, meant in known.items()})
 
 
 def _some_step(run: str) -> int:
@@ -59,6 +72,8 @@ def checkpoints_of(name: str) -> list[str]:
     run, at, step = name.rpartition("@")
     if not at or step != "all":
         return [name]
+    if not Path(run).is_dir():
+        raise UserError(f"model {name!r}: there is no such directory{nearest_model(name)}")
     found = [f"{run}@{number}" for number, _ in Run(run).checkpoints()]
     if not found:
         raise UserError(f"{name}: {run} has no checkpoint")

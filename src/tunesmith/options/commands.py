@@ -32,6 +32,8 @@ class EvaluateCommand:
     """Rows of block_size tokens in one forward pass."""
     split: Literal["test", "train"] = "test"
     """Which rows; without a test split, all of them."""
+    trained: Literal["auto", "leave_out", "keep"] = "auto"
+    """Rows that MODEL was trained on, where it is a run: leave them out, or keep and count them; auto: out, but kept with split train."""
     reference: str | None = None
     """On pairs: MODEL against which the log-probabilities of answers are held; default what a DPO run started from."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"

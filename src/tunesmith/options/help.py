@@ -78,7 +78,8 @@ PAGES = {
         "Loss and perplexity of a model on a data set, by turn and by length; on pairs, how often it prefers the chosen "
         "answer. Every figure has its 95 % interval.",
         ("tunesmith evaluate sample sample", "tunesmith evaluate runs/NAME my.jsonl --out figures.json"),
-        ("split", "reference", "batch_size", "data.block_size", "data.columns", "data.root", "data.max_rows", "precision", "out"),
+        ("split", "trained", "reference", "batch_size", "data.block_size", "data.columns", "data.root",
+            "precision", "out"),
     ),
     "score": Page(
         "Lets models answer a set of prompts and scores the answers with a reward model; every mean has its 95 % "

@@ -5,6 +5,7 @@ from typing import Literal
 
 from tunesmith.options.resuming import CONTENT, FIXED
 from tunesmith.options.training import (
+    BlockSize,
     CheckpointOptions,
     DataOptions,
     EvalOptions,
@@ -48,8 +49,8 @@ class PretrainDataOptions(DataOptions):
 
     name: str = field(default="", metadata=CONTENT)
     """Text file, JSONL, directory or hub data set, or one of the names of sft; dialogues become text without roles."""
-    block_size: int = 0
-    """Tokens in one row of a batch; 0: as many as the model can read (model.block_size)."""
+    block_size: BlockSize = "auto"
+    """Tokens in one row of a batch; auto (or 0): as many as the model can read (model.block_size)."""
     batching: Literal["packed", "windows", "padded"] = "packed"
     """packed: several texts a row, no attention across borders; windows: random windows of one stream; padded: a text a row."""
     loss_on: Literal["auto", "assistant", "all"] = "all"

@@ -6,6 +6,7 @@ from typing import Literal
 from tunesmith.options.resuming import AS_BEGUN, CONTENT, FIXED, LENGTH, OPEN, ROUNDING
 
 Switch = Literal["auto"] | bool
+BlockSize = Literal["auto"] | int
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class DataOptions:
     """Local copy of Dahoas/rm-static (Parquet or JSONL with prompt and chosen), for hh-static."""
     allow_missing: bool = field(default=False, metadata=CONTENT)  # what is missing shows in the rows
     """Go on when subsets of HH-RLHF are missing under data.root."""
-    block_size: int = 1024
-    """Tokens in one row of a batch; at most the model's own limit."""
+    block_size: BlockSize = "auto"
+    """Tokens in one row of a batch; auto: as many as the model has positions for, at most 1,024."""
     batching: Literal["packed", "windows", "padded"] = "packed"
     """packed: whole dialogues, no attention across borders; windows: the paper's random windows; padded: a dialogue a row."""
     loss_on: Literal["auto", "assistant", "all"] = "auto"
@@ -208,8 +209,8 @@ class PairDataOptions(DataOptions):
 
     name: str = field(default="hh-pairs", metadata=CONTENT)
     """hh-pairs, hh, hh:SUBSET, sample, or a file, directory or hub data set with chosen and rejected (and perhaps prompt)."""
-    block_size: int = 1024
-    """Longest prompt + answer, in tokens; packed micro-batches hold this many tokens a row."""
+    block_size: BlockSize = "auto"
+    """Longest prompt + answer, in tokens, and the tokens in a row of a packed batch; auto: the model's positions, at most 1,024."""
     batching: Literal["packed", "windows", "padded"] = "packed"
     """packed: a row is as many whole pairs as fit; padded: a row is one pair, so train.batch_size counts pairs."""
     truncation: Literal["auto", "keep_end", "keep_start", "split", "drop"] = "auto"

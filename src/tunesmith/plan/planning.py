@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tunesmith.data.cutting import block_size_of
 from tunesmith.device import has_lean_allocator, resident_memory, resolve_device, resolve_precision
 from tunesmith.errors import UsageError
 from tunesmith.models.gpt2 import GPTConfig
@@ -144,7 +145,7 @@ def rows_of(config: AnyConfig, rows: Rows) -> Rows:
     d = config.data
     everything = d.loss_on == "all" or (d.loss_on == "auto" and d.batching == "windows")
     alone = d.batching != "packed"
-    texts = d.block_size if alone else min(rows.text_tokens, d.block_size)
+    texts = block_size_of(d) if alone else min(rows.text_tokens, block_size_of(d))
     return Rows(texts, 1.0 if everything else rows.supervised)
 
 
@@ -157,7 +158,7 @@ def work_of(config: AnyConfig, rows: Rows) -> Work:
             f"--lora.targets {lora.targets}: a plan counts adapters on whole kinds of layers; name these (c_attn, attn.c_proj, "
             "mlp.c_fc, mlp.c_proj, lm_head, all-linear)"
         )
-    tokens = t.batch_size * d.block_size
+    tokens = t.batch_size * block_size_of(d)
     reward, half = isinstance(config, RewardConfig), t.precision != "fp32"
     supervised = round(rows.supervised * tokens)
     pairs = isinstance(config, DPOConfig | RewardConfig)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tunesmith.data.cutting import block_size_of
 from tunesmith.data.pairs import PairBatch, join_pairs
 from tunesmith.data.texts import Batch
 from tunesmith.device import resolve_compile
@@ -139,7 +140,7 @@ def _work(
 
 def text_batch(config: AnyConfig, shape: GPTConfig, rows: Rows) -> Batch:
     """Random texts in rows as the configuration batches them; the end of each carries loss."""
-    b, t = config.train.batch_size, config.data.block_size
+    b, t = config.train.batch_size, block_size_of(config.data)
     generator = torch.Generator().manual_seed(1)
     packed = config.data.batching == "packed"
     lengths = split_evenly(t, rows.text_tokens) if packed else [t]
@@ -153,15 +154,15 @@ def text_batch(config: AnyConfig, shape: GPTConfig, rows: Rows) -> Batch:
 
 def pair_batch(config: AnyConfig, shape: GPTConfig, rows: Rows) -> PairBatch:
     """Random pairs that fill the rows; the two answers have the share of each pair's tokens that carries loss."""
-    tokens, draw = config.train.batch_size * config.data.block_size, np.random.default_rng(1)
+    block_size, draw = block_size_of(config.data), np.random.default_rng(1)
     parts = []
-    for n in split_evenly(tokens, rows.text_tokens):
+    for n in split_evenly(config.train.batch_size * block_size, rows.text_tokens):
         answer = max(1, round(rows.supervised * n / 2))
         prompt, chosen, rejected = (
             draw.integers(shape.vocab_size, size=k) for k in (max(1, n - 2 * answer), answer, answer)
         )
         parts.append((prompt, chosen, rejected))
-    return join_pairs(parts, [(True, True)] * len(parts), shape.vocab_size - 1, config.data.block_size)
+    return join_pairs(parts, [(True, True)] * len(parts), shape.vocab_size - 1, block_size)
 
 
 def split_evenly(tokens: int, size: int) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tunesmith.data.cutting import USUAL_BLOCK
 from tunesmith.device import autocast, resolve_device, resolve_precision
 from tunesmith.errors import UserError
 from tunesmith.files.names import known_shape
@@ -52,17 +53,25 @@ def memory_of(run: PlannedRun, shape: GPTConfig | None) -> Memory | None:
     """Bytes of the run's step by component; None where the shape is not known."""
     if shape is None:
         return None
-    work = _step_of(run, half=_precision(run, shape) != "fp32")
+    work = _step_of(run, _block_size(run, shape), half=_precision(run, shape) != "fp32")
     return predict_memory(shape, work) if work else None
 
 
-def _step_of(run: PlannedRun, *, half: bool = False) -> Work | None:
+def _block_size(run: PlannedRun, shape: GPTConfig) -> int:
+    """Tokens in a row of the run's batches."""
+    asked = run.settings["data.block_size"]
+    if asked in ("auto", 0):
+        return shape.block_size if run.command == "pretrain" else min(shape.block_size, USUAL_BLOCK)
+    return int(asked)
+
+
+def _step_of(run: PlannedRun, block_size: int, *, half: bool = False) -> Work | None:
     """The run's step, every token carrying loss; None where adapters are on single blocks, which is not counted."""
     s = run.settings
     targets = adapted_layers(s["lora.targets"]) if s["lora.rank"] else ()
     if targets is None:
         return None
-    mode, tokens = s["train.activation_checkpointing"], s["train.batch_size"] * s["data.block_size"]
+    mode, tokens = s["train.activation_checkpointing"], s["train.batch_size"] * block_size
     return Work(
         tokens, s["optimizer.name"], supervised=tokens, packed=s["data.batching"] != "windows",
         micro_batches=s["train.accumulate"], rank=s["lora.rank"], targets=targets, half=half, chunk=1024 if half else 256,
@@ -85,9 +94,9 @@ def work_of(plan: Plan, run: PlannedRun, shape: GPTConfig | None) -> RunWork | N
     s = run.settings
     if shape is None or s["train.steps"] is None:
         return None
-    block, rank, steps = s["data.block_size"], s["lora.rank"], s["train.steps"]
+    block, rank, steps = _block_size(run, shape), s["lora.rank"], s["train.steps"]
     done = plan.runs[run.continues].settings["train.steps"] or 0 if run.continues else 0
-    step_work = _step_of(run) or Work(block, rank=rank)
+    step_work = _step_of(run, block) or Work(block, rank=rank)
     forward = forward_operations(shape, attended=block)
     step = step_operations(shape, step_work, attended=block, reference=run.command == "dpo")
     rows = s["train.batch_size"] * block
@@ -139,9 +148,9 @@ def probe(plan: Plan, shapes: Mapping[str, GPTConfig | None]) -> dict[str, float
             device = resolve_device(run.settings["train.device"])
         except UserError:
             continue
-        key = (shape, run.settings["data.block_size"], device, _precision(run, shape))
+        key = (shape, _block_size(run, shape), device, _precision(run, shape))
         if key not in found:
-            found[key] = _block_rate(shape, run.settings["data.block_size"], device, key[3])
+            found[key] = _block_rate(shape, key[1], device, key[3])
         rates[name] = found[key]
     return rates
 

@@ -8,8 +8,9 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 
+from tunesmith.data.cutting import block_size_of, resolve_block_size
 from tunesmith.device import Precision, resolve_compile, resolve_device, resolve_precision
-from tunesmith.errors import UsageError
+from tunesmith.errors import UsageError, note
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import DPOConfig, PairDataOptions, RewardConfig, SFTConfig
 from tunesmith.train.optim import DEFAULT_WEIGHT_DECAY
@@ -25,7 +26,8 @@ def check_options(config: AnyConfig, more: Sequence[str] = ()) -> None:
     """Raises: UsageError with every problem at once; `more` are those that the command found in its own options."""
     t, o, e, d = config.train, config.optimizer, config.eval, config.data
     at_least = {
-        "--data.block_size": (d.block_size, 2), "--data.max_rows": (d.max_rows, 1), "--data.seed": (d.seed, 0),
+        "--data.block_size": (None if d.block_size == "auto" else d.block_size, 2),
+        "--data.max_rows": (d.max_rows, 1), "--data.seed": (d.seed, 0),
         "--train.seed": (t.seed, 0), "--train.steps": (t.steps, 1), "--train.diverge_after": (t.diverge_after, 0),
         "--train.batch_size": (t.batch_size, 1), "--train.accumulate": (t.accumulate, 1), "--train.grad_clip": (t.grad_clip, 0),
         "--optimizer.lr": (o.lr, 0), "--optimizer.warmup_steps": (o.warmup_steps, 0),
@@ -82,8 +84,14 @@ def check_pair_options(data: PairDataOptions) -> list[str]:
     return problems
 
 
+def resolve_data(config: Config, positions: int) -> Config:
+    """The configuration with the block size decided for a model that can read `positions` tokens."""
+    block_size = resolve_block_size(config.data.block_size, positions, config.model.name)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, block_size=block_size))
+
+
 def resolve_machine(config: Config, n_embd: int, command: Command) -> Config:
-    """The configuration with every default decided that depends on the machine or on other options."""
+    """The configuration, its data resolved, with every default decided that depends on the machine or on other options."""
     t, o, lora = config.train, config.optimizer, config.lora
     device = resolve_device(t.device)
     precision = resolve_precision(t.precision, device, n_embd)
@@ -138,7 +146,7 @@ def resolve_cuda_graphs(config: AnyConfig, device: torch.device, precision: Prec
     if t.cuda_graphs is True and reasons:
         raise UsageError(f"--train.cuda_graphs true: {'; '.join(reasons)}. Use false, or auto")
     return not reasons and (
-        t.cuda_graphs is True or (t.cuda_graphs == "auto" and t.batch_size * d.block_size <= SMALL_BATCH)
+        t.cuda_graphs is True or (t.cuda_graphs == "auto" and t.batch_size * block_size_of(d) <= SMALL_BATCH)
     )
 
 
@@ -156,6 +164,12 @@ def resolve_length(config: Config, train: Countable, validation: Countable) -> C
     itself (a forward pass is a third of a step).
     """
     per_step = config.train.batch_size * config.train.accumulate
+    if per_step > train.rows_per_epoch and config.data.batching != "windows":
+        smaller = "--train.accumulate or --train.batch_size" if config.train.accumulate > 1 else "--train.batch_size"
+        note(
+            f"a step takes {per_step:,} rows of {config.data.block_size} tokens and the data fill {train.rows_per_epoch:,}: every step "
+            f"sees the data {per_step / train.rows_per_epoch:.3g} times; lower {smaller} to see them once"
+        )
     steps = config.train.steps or max(1, round((config.train.epochs or 1.0) * train.rows_per_epoch / per_step))
     estimate = sum(min(config.eval.iters, -(-b.rows_per_epoch // b.batch_size)) for b in (train, validation))
     every = config.eval.every or max(1, steps // 40, min(steps, estimate // (3 * config.train.accumulate)))

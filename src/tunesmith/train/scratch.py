@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+from tunesmith.data.cutting import block_size_of
 from tunesmith.data.datasets import holdout_rows, open_dataset
 from tunesmith.data.dialogue import prose
 from tunesmith.data.readers import Report
@@ -37,7 +38,9 @@ def resolve_shape(config: PretrainConfig) -> tuple[PretrainConfig, GPTConfig]:
         config,
         model=dataclasses.replace(m, **numbers),
         tokenizer=tokenizer,
-        data=dataclasses.replace(data, block_size=data.block_size or shape.block_size),
+        data=dataclasses.replace(
+            data, block_size=shape.block_size if data.block_size in ("auto", 0) else data.block_size
+        ),
     )
     return config, shape
 
@@ -49,9 +52,9 @@ def problems_of(config: PretrainConfig) -> list[str]:
         problems.append("--data.name is missing: name a text file, a JSONL file, a directory or a data set")
     if data.loss_on == "assistant":
         problems.append("--data.loss_on assistant: a base model learns every token; leave it out, or use tunesmith sft")
-    if data.block_size > (config.model.block_size or 0):
+    if (block_size := block_size_of(data)) > (config.model.block_size or 0):
         problems.append(
-            f"--data.block_size {data.block_size:,} is more than the model can read; raise --model.block_size "
+            f"--data.block_size {block_size:,} is more than the model can read; raise --model.block_size "
             f"({config.model.block_size:,}) or leave --data.block_size out"
         )
     if tokenizer.name != NEW and tokenizer.vocab_size is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from tunesmith.data.cutting import block_size_of
 from tunesmith.data.mixture import parse_sets
 from tunesmith.device import (
     describe,
@@ -164,7 +165,7 @@ def splitting_of(config: AnyConfig, device: torch.device) -> Splitting:
     t, tuning = config.train, not isinstance(config, PretrainConfig)
     checkpointing = f", activation_checkpointing {str(t.activation_checkpointing).lower()}"
     lora = f", LoRA rank {config.lora.rank}" if tuning and config.lora.rank else ""
-    smaller = [f"a {'--data' if tuning else '--model'}.block_size below {config.data.block_size:,}"]
+    smaller = [f"a {'--data' if tuning else '--model'}.block_size below {block_size_of(config.data):,}"]
     if t.activation_checkpointing is not True:
         smaller.insert(0, "--train.activation_checkpointing true")
     if tuning and not lora:

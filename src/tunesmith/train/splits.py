@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tunesmith.data.cutting import block_size_of
 from tunesmith.data.datasets import holdout_rows, open_dataset
 from tunesmith.data.pairs import PairBatches
 from tunesmith.data.pairstore import PairStore
@@ -67,7 +68,7 @@ def text_batches(splits: Splits, config: SFTConfig | PretrainConfig) -> tuple[Ba
     """Training and validation rows as batches, and what had to be cut. Raises: UserError with `data.strict` if anything was."""
     data = config.data
     shared: dict[str, Any] = {
-        "batching": data.batching, "block_size": data.block_size, "batch_size": config.train.batch_size,
+        "batching": data.batching, "block_size": block_size_of(data), "batch_size": config.train.batch_size,
         "loss_on": data.loss_on, "truncation": data.truncation, "seed": data.seed,
         "fill_to": 64 if config.train.compile or config.train.precision != "fp32" else 1,
     }  # fmt: skip
@@ -77,7 +78,7 @@ def text_batches(splits: Splits, config: SFTConfig | PretrainConfig) -> tuple[Ba
         f"{name}: {line}"
         for name, b in (("train", train), ("validation", validation))
         for t in b.truncations
-        for line in t.lines(data.block_size)
+        for line in t.lines(b.block_size)
     ]
     if data.strict and cut:
         raise UserError(f"--data.strict: {'; '.join(cut)}")
@@ -88,7 +89,7 @@ def pair_batches(splits: Splits, config: DPOConfig | RewardConfig) -> tuple[Pair
     """Training and validation pairs as batches, and what had to be cut. Raises: UserError with `data.strict` if anything was."""
     data = config.data
     shared: dict[str, Any] = {
-        "batching": data.batching, "block_size": data.block_size, "batch_size": config.train.batch_size,
+        "batching": data.batching, "block_size": block_size_of(data), "batch_size": config.train.batch_size,
         "truncation": data.truncation, "seed": data.seed,
         "steady": bool(config.train.compile) or config.train.precision != "fp32",
     }  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from tunesmith.data.cutting import resolve_block_size
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.device import resolve_device, return_freed_memory
 from tunesmith.errors import UserError
@@ -75,13 +76,9 @@ def load_trainee(config: TuningConfig, path: Path, *, reward: bool = False, fing
     fingerprint: whether somebody needs it; an adapter always does.
     Raises: UserError if the model cannot be had, or the block size or rank does not suit it.
     """
-    m, lora, block_size = config.model, config.lora, config.data.block_size
+    m, lora = config.model, config.lora
     gpt, tokenizer = load_for_training(m.name, init=m.init, dropout=m.dropout, seed=config.train.seed)
-    if block_size > gpt.config.block_size:
-        raise UserError(
-            f"--data.block_size {block_size:,} is more than {m.name} can hold: it has positions "
-            f"for {gpt.config.block_size:,} tokens, a part of its weights. Use {gpt.config.block_size} or less"
-        )
+    resolve_block_size(config.data.block_size, gpt.config.block_size, m.name)  # before anything is written
     base = base_for_adapters(config, gpt, tokenizer, path) if lora.rank else m.name
     mark = weights_fingerprint(gpt) if fingerprint or lora.rank else ""
     model: nn.Module = gpt

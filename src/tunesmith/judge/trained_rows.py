@@ -1,0 +1,86 @@
+"""Which rows of a data set a model was trained on: by the words of the rows, from the configuration of the model's run.
+
+A row counts where its whole text is the same but for case and white space. Left out: rows that only share a prompt, and
+rows of a training that stopped before it reached them, which count all the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tunesmith.data.audit.overlap import fingerprint
+from tunesmith.data.datasets import Source, holdout_rows, open_dataset
+from tunesmith.data.dialogue import Preference
+from tunesmith.data.fingerprint import content_hash
+from tunesmith.data.readers import Report
+from tunesmith.errors import UserError
+from tunesmith.files.names import run_and_step
+from tunesmith.files.run import Run
+from tunesmith.options.training import DataOptions
+
+Array = np.ndarray[Any, Any]
+
+
+def training_runs(model: str) -> list[Run]:
+    """The run that a MODEL is a checkpoint of, and those that it started from, as far as they are on this machine."""
+    found: list[Run] = []
+    at = run_and_step(model)
+    while at and at[0].path.resolve() not in (run.path.resolve() for run in found):
+        found.append(at[0])
+        start = at[0].config.get("model", {})
+        here = Path(str(start.get("name")).partition("@")[0]).expanduser().is_dir()
+        try:
+            at = run_and_step(start["name"]) if here and start.get("init") == "pretrained" else None
+        except UserError:  # it was a model once
+            break
+    return found
+
+
+def trained_rows(runs: Sequence[Run], source: Source, split: str, *, pairs: bool) -> tuple[Array, list[str]]:
+    """(rows,) bool, True for a row that one of the runs was trained on, and what is not known or has to be said of it.
+
+    pairs: rows are preferences, and one counts if one of its two texts was trained on.
+    """
+    prints = [fingerprint(located.value).texts for located in source.rows(split, Report(), pairs=pairs)]
+    wanted = {text for texts in prints for text in texts}
+    trained, notes = np.zeros(len(prints), np.bool_), []
+    for run in runs:
+        try:
+            seen, changed = _texts_of(run, wanted)
+        except (UserError, OSError) as error:
+            notes.append(
+                f"which of these rows {run.path} was trained on is not known: its data cannot be read ({error})"
+            )
+            continue
+        if changed:
+            notes.append(
+                f"the training data of {run.path} have changed since; rows are compared with what is there now"
+            )
+        trained |= [not seen.isdisjoint(texts) for texts in prints]
+    return trained, notes
+
+
+def _texts_of(run: Run, wanted: Collection[bytes]) -> tuple[set[bytes], bool]:
+    """Those of the wanted fingerprints that the run's training rows have; and whether its files are others now."""
+    config, inputs = run.config, run.inputs or {}
+    known = {field.name for field in dataclasses.fields(DataOptions)}
+    options = DataOptions(**{k: v for k, v in config["data"].items() if k in known})
+    pairs = inputs.get("command", "dpo" if "dpo" in config else "") in ("dpo", "reward")
+    source, among = open_dataset(options), frozenset(wanted)
+    hits, count = [], 0
+    for located in source.rows("train", Report(), pairs=pairs):
+        texts = fingerprint(located.value).texts
+        if isinstance(located.value, Preference) and not pairs:
+            texts = texts[:1]  # only the chosen answer was learned
+        if not among.isdisjoint(texts):
+            hits.append((count, texts))
+        count += 1
+    held = set() if "test" in source.files else set(holdout_rows(count, options.holdout, options.seed)[1].tolist())
+    now = content_hash([source.recipe, *map(bytes.fromhex, source.digests("train").values())])  # as `resuming.rows_of`
+    changed = "train" in inputs and inputs["train"]["sha256"] != now
+    return {text for row, texts in hits if row not in held for text in texts}, changed
