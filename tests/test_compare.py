@@ -354,7 +354,7 @@ def test_commands_of_the_page_on_judging_are_valid(capfd):
 
 def test_help_names_the_variable_of_the_key(capfd):
     with pytest.raises(SystemExit):
-        main(["compare", "--help"])
+        main(["compare", "--help", "all"])
     assert "OPENAI_API_KEY" in capfd.readouterr().out
 
 

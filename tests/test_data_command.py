@@ -86,8 +86,8 @@ def test_an_audit_finds_no_doubled_prompt_to_join(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "code", "told"),
     [
-        (["data", "sample", "--data.name", "hh"], 2, "two data sets: sample and --data.name hh; give one"),
-        (["evaluate", "sample", "sample", "--data.name", "hh"], 2, "two data sets: sample and --data.name hh"),
+        (["data", "sample", "--data.name", "hh"], 2, "DATASET sample and --data hh name two different things; give one of them"),
+        (["evaluate", "sample", "sample", "--data.name", "hh"], 2, "DATASET sample and --data hh name two different things"),
         (["data", "smaple"], 1, "Did you mean sample?"), (["data", "hh:helpful"], 1, "Did you mean hh:helpful-base?"),
         (["data", "{here}/b.jsonl"], 1, "Did you mean {here}/a.jsonl?"), (["data", "hh-sttaic"], 1, "Did you mean hh-static?"),
         (["data", "{here}/a.jsonl", "--data.columns", "promt=x"], 2, "the keys are messages, text, system, prompt"),
