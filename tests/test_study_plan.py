@@ -10,6 +10,8 @@ import yaml
 
 from tunesmith.__main__ import main
 from tunesmith.errors import UsageError
+from tunesmith.options.parse import from_settings
+from tunesmith.options.training import SFTConfig
 from tunesmith.study.definition import ENTRY, EXPERIMENT, TOP, read_study, study_path
 from tunesmith.study.matrix import make_plan, plan_record, run_config
 
@@ -43,6 +45,14 @@ def test_a_matrix_is_every_combination_times_the_seeds(tmp_path):
     assert {run.settings[k] for k in ("train.seed", "data.seed")} == {8}
     assert (run.settings["optimizer.name"], run.settings["lora.rank"], run.settings["train.steps"]) == ("sgd", 2, 3)
     assert [s.label for s in made.experiments["x"][1]][::2] == ["adamw, rank 0", "adamw, rank 2", "sgd, rank 0", "SGD!"]
+
+
+def test_every_seed_has_the_validation_rows_of_the_first(tmp_path):
+    made = plan(tmp_path, seeds=[7, 8], experiments={"x": {"runs": {"a": None, "b": {"set": {"data.split_seed": 3}}}}})
+    rows = {name: from_settings(SFTConfig, run.settings, "here").data.rows_seed for name, run in made.runs.items()}
+    assert rows == {"a-s1": 7, "a-s2": 7, "b-s1": 3, "b-s2": 3}
+    alone = plan(tmp_path, seeds=[7], experiments={"x": {"runs": {"a": None}}})
+    assert made.runs["a-s1"].hash == alone.runs["a-s1"].hash  # more seeds make no finished run anew
 
 
 def test_settings_win_in_the_order_preset_base_experiment_run_matrix(tmp_path):

@@ -154,7 +154,7 @@ def _show_audit(
     others = [_other(name, data) for name in dict.fromkeys(options.against)]
     found = audit(
         source, tokenizer, block_size=block_size_of(data), truncation=None if data.batching == "windows" else data.truncation,
-        loss_on=resolve_loss_on(data.loss_on, data.batching), holdout=data.holdout, seed=data.seed, against=others,
+        loss_on=resolve_loss_on(data.loss_on, data.batching), holdout=data.holdout, seed=data.rows_seed, against=others,
     )  # fmt: skip
     _show_form(console, {split.split: split.form for split in found.splits})
     console.print(audit_table(found, options.tokenizer))

@@ -173,7 +173,7 @@ def load_sft_rows(config: DPOConfig, trainee: Trainee) -> tuple[Batches | None, 
     splits = load_splits(data, trainee.tokenizer)
     rows = Batches(
         splits.validation, splits.validation_rows, batching="packed", block_size=block_size_of(data),
-        batch_size=config.train.batch_size, loss_on=data.loss_on, seed=data.seed,
+        batch_size=config.train.batch_size, loss_on=data.loss_on, seed=data.rows_seed,
     )  # fmt: skip
     cut = [f"validation: {line}" for t in rows.truncations for line in t.lines(rows.block_size)]
     return rows, [f"{data.name}: {line}" for line in (*splits.notes, *cut)]

@@ -222,7 +222,7 @@ def _named(name: str, options: DataOptions) -> Source:
     wanted = (subset,) if subset else ("helpful-base",) if helpful_only else HH_SUBSETS
     files, notes = hh_files(wanted, options)
     rm = rm_static_files(options) if base == "hh-static" else {}
-    return Source(name, base, files, rm, options.seed, options.max_rows, notes)
+    return Source(name, base, files, rm, options.rows_seed, options.max_rows, notes)
 
 
 def _near(path: Path) -> str:
@@ -260,7 +260,7 @@ def _mixture(options: DataOptions, sets: Sequence[tuple[str, float | None]]) -> 
         options.name,
         "rows",
         files,
-        seed=options.seed,
+        seed=options.rows_seed,
         max_rows=options.max_rows,
         notes=tuple(notes),
         parts=parts,

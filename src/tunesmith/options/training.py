@@ -53,8 +53,15 @@ class DataOptions:
     """Share of the rows held out for validation where a data set has no test split."""
     seed: int = 1234
     """Seed of the order of the rows."""
+    split_seed: int | None = None
+    """Seed of which rows are drawn (hh-pairs, mixtures), held out and estimated on; default: data.seed."""
     strict: bool = field(default=False, metadata=OPEN)  # refuses rows, never changes them
     """Make any bad, cut or skipped row an error."""
+
+    @property
+    def rows_seed(self) -> int:
+        """The seed that decides which rows there are and which are validation rows: `split_seed`, else `seed`."""
+        return self.seed if self.split_seed is None else self.split_seed
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,8 @@ def _expand(maker: _Maker, entry: Entry, more: Mapping[str, Any] | None = None, 
             command = {} if study.batching == "as_set" else BATCHING[study.batching].get(entry.command, {})
             base = {**study.base.get(entry.command, {}), **maker.places, **command, **seeds}
             settings = {**presets, **base, **entry.settings, **varied, **(more or {})}
+            if settings["data.seed"] != study.seeds[0]:  # the validation rows of all runs are those of the first seed
+                settings.setdefault("data.split_seed", study.seeds[0])
             config = from_settings(COMMANDS[entry.command], settings, entry.where)
             flat = dict(_flat(dataclasses.asdict(config)))
             plain = dict(_flat(dataclasses.asdict(COMMANDS[entry.command]())))

@@ -26,9 +26,9 @@ def check_options(config: AnyConfig, more: Sequence[str] = ()) -> None:
     """Raises: UsageError with every problem at once; `more` are those that the command found in its own options."""
     t, o, e, d = config.train, config.optimizer, config.eval, config.data
     at_least = {
-        "--data.block_size": (None if d.block_size == "auto" else d.block_size, 2),
-        "--data.max_rows": (d.max_rows, 1), "--data.seed": (d.seed, 0),
-        "--train.seed": (t.seed, 0), "--train.steps": (t.steps, 1), "--train.diverge_after": (t.diverge_after, 0),
+        "--data.block_size": (None if d.block_size == "auto" else d.block_size, 2), "--data.max_rows": (d.max_rows, 1), "--data.seed": (d.seed, 0),
+        "--data.split_seed": (d.split_seed, 0), "--train.seed": (t.seed, 0), "--train.steps": (t.steps, 1),
+        "--train.diverge_after": (t.diverge_after, 0),
         "--train.batch_size": (t.batch_size, 1), "--train.accumulate": (t.accumulate, 1), "--train.grad_clip": (t.grad_clip, 0),
         "--optimizer.lr": (o.lr, 0), "--optimizer.warmup_steps": (o.warmup_steps, 0),
         "--optimizer.weight_decay": (o.weight_decay, 0), "--eval.every": (e.every, 1), "--eval.iters": (e.iters, 1),

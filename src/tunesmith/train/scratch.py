@@ -83,5 +83,5 @@ def training_texts(data: PretrainDataOptions) -> Iterator[str]:
     held: set[int] = set()
     if "test" not in source.files:
         count = sum(1 for _ in source.rows("train", Report()))
-        held = set(holdout_rows(count, data.holdout, data.seed)[1].tolist())
+        held = set(holdout_rows(count, data.holdout, data.rows_seed)[1].tolist())
     return (prose(row.value) for i, row in enumerate(source.rows("train", Report())) if i not in held)

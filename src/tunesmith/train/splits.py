@@ -55,7 +55,7 @@ def load_splits(data: DataOptions, tokenizer: Tokenizer, *, pairs: bool = False,
         train_rows, validation_rows = np.arange(len(train) // size), np.arange(len(validation) // size)
     else:
         validation = train
-        train_rows, validation_rows = holdout_rows(len(train) // size, data.holdout, data.seed)
+        train_rows, validation_rows = holdout_rows(len(train) // size, data.holdout, data.rows_seed)
         notes.append(
             f"no test split: {len(validation_rows):,} of {len(train) // size:,} rows are held out for validation (--data.holdout)"
         )
@@ -69,11 +69,11 @@ def text_batches(splits: Splits, config: SFTConfig | PretrainConfig) -> tuple[Ba
     data = config.data
     shared: dict[str, Any] = {
         "batching": data.batching, "block_size": block_size_of(data), "batch_size": config.train.batch_size,
-        "loss_on": data.loss_on, "truncation": data.truncation, "seed": data.seed,
+        "loss_on": data.loss_on, "truncation": data.truncation,
         "fill_to": 64 if config.train.compile or config.train.precision != "fp32" else 1,
     }  # fmt: skip
-    train = Batches(splits.train, splits.train_rows, **shared)
-    validation = Batches(splits.validation, splits.validation_rows, **shared)
+    train = Batches(splits.train, splits.train_rows, seed=data.seed, **shared)
+    validation = Batches(splits.validation, splits.validation_rows, seed=data.rows_seed, **shared)
     cut = [
         f"{name}: {line}"
         for name, b in (("train", train), ("validation", validation))
@@ -90,11 +90,11 @@ def pair_batches(splits: Splits, config: DPOConfig | RewardConfig) -> tuple[Pair
     data = config.data
     shared: dict[str, Any] = {
         "batching": data.batching, "block_size": block_size_of(data), "batch_size": config.train.batch_size,
-        "truncation": data.truncation, "seed": data.seed,
+        "truncation": data.truncation,
         "steady": bool(config.train.compile) or config.train.precision != "fp32",
     }  # fmt: skip
-    train = PairBatches(PairStore(splits.train), splits.train_rows, **shared)
-    validation = PairBatches(PairStore(splits.validation), splits.validation_rows, **shared)
+    train = PairBatches(PairStore(splits.train), splits.train_rows, seed=data.seed, **shared)
+    validation = PairBatches(PairStore(splits.validation), splits.validation_rows, seed=data.rows_seed, **shared)
     named = (("train", train), ("validation", validation))
     cut = [f"{name}: {line}" for name, batches in named for line in batches.cuts.lines()]
     if data.strict and cut:
