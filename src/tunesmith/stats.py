@@ -83,8 +83,13 @@ def ratio_interval(sums: Sequence[float], counts: Sequence[float], *, level: flo
     return bootstrap_interval(ratio + (s - ratio * c) / c.mean(), level=level)
 
 
-def t_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
-    """Mean of a handful of like values (a figure over seeds) with Student's interval; NaN bounds below two values."""
+def t_interval(values: Sequence[float], *, level: float = 0.95, at_least: float = -math.inf) -> Interval:
+    """Mean of a handful of like values (a figure over seeds) with Student's interval; NaN bounds below two values.
+
+    at_least: what the mean cannot be below (0 for times, memory, losses). The interval ends there: what it loses holds no
+    possible mean, so it covers the true one as often as before. A logarithmic scale would keep it above 0 as well, but two
+    values that differ by a factor of two would then reach from a hundredth of their mean to a hundred times it.
+    """
     x = np.asarray(values, np.float64)
     if not len(x):
         raise ValueError("no values: no mean to be had")
@@ -92,7 +97,7 @@ def t_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
     if len(x) == 1:
         return Interval(mean, math.nan, math.nan, 1)
     half = t_quantile(len(x) - 1, level) * float(x.std(ddof=1)) / math.sqrt(len(x))
-    return Interval(mean, mean - half, mean + half, len(x))
+    return Interval(mean, max(mean - half, at_least), mean + half, len(x))
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float], *, level: float = 0.95) -> Interval:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -9,7 +10,7 @@ from typing import Any
 
 import tunesmith.study.figures as look
 from tunesmith.stats import t_interval
-from tunesmith.study.read import Experiment, Line, RunRecord, Series
+from tunesmith.study.read import Experiment, Json, Line, RunRecord, Series
 from tunesmith.study.select import mean_curve
 
 RUNS_APART = 3.0  # times the highest start: above, a line leaves the figure
@@ -48,7 +49,10 @@ def draw_line(
     )
     if len(whole) > 1:
         values = [[p.value for s in whole.values() for p in s if p.step == step] for step in steps]
-        bounds = [(min(v), max(v)) if len(v) == 2 else ((i := t_interval(v)).low, i.high) for v in values]
+        least = -math.inf if line.signed else 0.0
+        bounds = [
+            (min(v), max(v)) if len(v) == 2 else ((i := t_interval(v, at_least=least)).low, i.high) for v in values
+        ]
     else:
         bounds = [band[s] for s in steps] if band and all(s in band for s in steps) else []
     if bounds:
@@ -65,6 +69,25 @@ def curves(axes: Any, lines: Sequence[Line], ylabel: str, *, first: int = 0) -> 
     starts = [s[0].value for line in drawn for s in line.seeds.values()]
     if values and max(values) > RUNS_APART * max(starts) > 0:
         axes.set_ylim(top=1.2 * max(starts))
+
+
+TOKEN, PAIR = "nats per target token", "nats a pair"
+PAIRWISE = ("dpo", "reward")  # commands whose loss is one of preference pairs
+
+
+def unit_of(run: RunRecord) -> str:
+    """What a run's loss is counted in: TOKEN or PAIR."""
+    by_pair = run.plan.get("command") in PAIRWISE or "dpo" in run.config
+    return PAIR if by_pair or run.series("eval", "validation_accuracy") else TOKEN
+
+
+def by_unit(e: Experiment, labels: Sequence[str] | None = None) -> dict[str, list[str]]:
+    """Unit -> the labels whose losses are counted in it."""
+    found: dict[str, list[str]] = {}
+    for label in e.labels if labels is None else labels:
+        for unit in dict.fromkeys(unit_of(run) for run in e.runs(label).values()):
+            found.setdefault(unit, []).append(label)
+    return found
 
 
 def finish(axes: Any, ylabel: str, xlabel: str = "optimizer step") -> None:
@@ -90,12 +113,7 @@ def comparable(runs: Sequence[RunRecord], what: str = "losses") -> list[str]:
     groups: dict[str, list[str]] = {}
     runs = [run for run in runs if run.config]
     for run in runs:
-        data, e, t = (run.config.get(k) or {} for k in ("data", "eval", "train"))
-        rows = e["iters"] * t.get("batch_size", 1) if isinstance(e.get("iters"), int) else None
-        facts = {f"data.{k}": v for k, v in data.items() if k not in ("seed", "root", "rm_static")} | {
-            "model.name": start_of(run), "the number of rows of an estimate": rows,
-        }  # fmt: skip
-        for key, value in facts.items():
+        for key, value in measured_on(run.config, run.plan.get("command"), start_of(run)).items():
             groups.setdefault(key, []).append(str(value))
     notes = []
     for key, values in groups.items():
@@ -106,6 +124,37 @@ def comparable(runs: Sequence[RunRecord], what: str = "losses") -> list[str]:
             )
             notes.append(f"Not the same data or model in all runs, so their {what} are not comparable: {key} is {told}")
     return notes
+
+
+NO_CONTENT = (
+    "seed",
+    "split_seed",
+    "root",
+    "rm_static",
+)  # of the data options: which order, which seed's rows, where they lie
+
+
+def measured_on(config: Json, command: str | None, start: str) -> dict[str, Any]:
+    """What two runs must have in common for their losses to be comparable: data, start, number of rows, what is trained."""
+    data, e, t = (config.get(k) or {} for k in ("data", "eval", "train"))
+    rows = e["iters"] * t.get("batch_size", 1) if isinstance(e.get("iters"), int) else None
+    return {f"data.{k}": v for k, v in data.items() if k not in NO_CONTENT} | {
+        "model.name": start, "the number of rows of an estimate": rows,
+        **({"the training": command} if command in PAIRWISE else {}),
+    }  # fmt: skip
+
+
+def rows_seed(config: Json) -> Any:
+    """The seed that decided a run's validation rows."""
+    data = config.get("data") or {}
+    return data.get("seed") if data.get("split_seed") is None else data["split_seed"]
+
+
+def rows_in_words(runs: Sequence[RunRecord]) -> str:
+    """On which validation rows the estimates of these runs were made, for the caption."""
+    seeds = {str(rows_seed(run.config)) for run in runs if run.config}
+    same = ", the validation rows the same in all runs." if len(seeds) < 2 else "; other validation rows for each seed."
+    return f"Estimates on the same rows at every step{same}"
 
 
 def start_of(run: RunRecord) -> str:

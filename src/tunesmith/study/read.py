@@ -90,12 +90,14 @@ class Line:
     """A line of a figure: the same quantity of the runs with one label, by seed.
 
     partial: seeds whose run did not finish. missing: what is to be said of those, and of seeds without any value.
+    signed: whether its values may be below 0.
     """
 
     label: str
     seeds: Mapping[int, Series]
     partial: frozenset[int] = frozenset()
     missing: tuple[str, ...] = ()
+    signed: bool = True
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ class Experiment:
                 whole,
                 halves[0].partial | halves[1].partial,
                 halves[0].missing + halves[1].missing,
+                is_signed(key),
             )
             return [merged, *(self.line(x, event, key) for x in labels if x not in (FIRST, CONTINUED))]
         return [self.line(label, event, key) for label in labels]
@@ -144,7 +147,7 @@ class Experiment:
             if run.trouble or not points:
                 words = run.trouble or f"no {event} line with {key}"
                 missing.append(f"{label}, seed {seed} ({run.name}): {words}")
-        return Line(label, seeds, frozenset(partial), tuple(missing))
+        return Line(label, seeds, frozenset(partial), tuple(missing), is_signed(key))
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,11 @@ class Study:
     def experiment(self, name: str) -> Experiment:
         """The experiment, without members where the study has none of that name."""
         return self.experiments.get(name, Experiment(name, name, ()))
+
+
+def is_signed(key: str) -> bool:
+    """Whether a logged figure may be below 0; a loss (a negative log-likelihood) may not."""
+    return not key.endswith("loss")
 
 
 def is_number(value: Any) -> TypeGuard[float]:

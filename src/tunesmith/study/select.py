@@ -66,6 +66,12 @@ def prompt_rewards(run: RunRecord, step: int) -> dict[str, float]:
     return {prompt: fmean(values) for prompt, values in rewards.items()}
 
 
+def mean_by_prompt(several: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Prompt -> mean over the trainings, the prompts that all of them answered."""
+    shared = set.intersection(*(set(r) for r in several))
+    return {prompt: fmean(r[prompt] for r in several) for prompt in shared}
+
+
 def rewarded_steps(run: RunRecord) -> dict[int, dict[str, float]]:
     """Step -> prompt -> reward, of the steps with scored answers."""
     return {step: found for step in run.answers if (found := prompt_rewards(run, step))}

@@ -47,10 +47,12 @@ class Table:
     folded: bool = False
 
 
-def of_seeds(points: Sequence[Point], digits: int = 3) -> Cell:
-    """Mean over seeds with its t interval."""
+def of_seeds(points: Sequence[Point], digits: int = 3, *, signed: bool = False) -> Cell:
+    """Mean over seeds with its t interval, which ends at 0. signed: of what may be negative: rewards, margins, log-ratios."""
     values = [p.value for p in points]
-    return Cell(value=t_interval(values), digits=digits, sources=tuple(points)) if values else Cell()
+    if not values:
+        return Cell()
+    return Cell(value=t_interval(values, at_least=-math.inf if signed else 0.0), digits=digits, sources=tuple(points))
 
 
 def plain(value: float | None, digits: int = 2) -> Cell:

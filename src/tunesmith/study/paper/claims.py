@@ -16,6 +16,7 @@ from tunesmith.study.select import (
     best_step,
     differences,
     finals,
+    mean_by_prompt,
     mean_curve,
     peaks,
     present,
@@ -163,12 +164,6 @@ def _reward_falls(study: Study) -> Finding:
     verdict = verdicts.falls_after_best({s: [r[p] for p in prompts] for s, r in means.items()}, between=near(20 / 40))
     top = max(steps, key=lambda s: fmean(means[s][p] for p in prompts)) if prompts else None
     return Finding(verdict, () if top is None else tuple(p for j in trainings for p in j.marks(top, steps[-1])))
-
-
-def mean_by_prompt(several: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Prompt -> mean over the trainings, the prompts that all of them answered."""
-    shared = set.intersection(*(set(r) for r in several))
-    return {prompt: fmean(r[prompt] for r in several) for prompt in shared}
 
 
 def _mean_negative(study: Study) -> Finding:

@@ -11,6 +11,8 @@ import tunesmith.study.figures as look
 from tunesmith.stats import wilson_interval
 from tunesmith.study.figures import Plate
 from tunesmith.study.lines import (
+    TOKEN,
+    by_unit,
     comparable,
     count_validations,
     curves,
@@ -18,13 +20,15 @@ from tunesmith.study.lines import (
     finish,
     members_of,
     missing_notes,
+    rows_in_words,
     seeds_in_words,
+    unit_of,
 )
 from tunesmith.study.paper.experiments import FULL, OPTIMIZERS, judged, memory_rows, ranks
 from tunesmith.study.read import Experiment, Line, Study, is_number
 from tunesmith.study.select import PARTS, Judged, alone, best_step, choice_of, mean_curve, present, scorer_words
 
-LOSS = "loss, nats per target token"
+LOSS = f"loss, {TOKEN}"
 WIDE = 10.0  # largest over smallest value, from which on an axis is logarithmic
 
 
@@ -70,10 +74,9 @@ def both_losses(study: Study, spec: Spec) -> Drawn:
     finish(axes, LOSS)
     count_validations(axes, next(s for line in held for s in line.seeds.values()))
     labels = [line.label for line in held] if len(held) > 1 else e.labels
-    notes = missing_notes(held) + comparable(members_of(e, labels))
-    return look.to_plate(
-        figure, spec.name, spec.title, f"Estimates on always the same rows. {seeds_in_words(held)}", notes
-    )
+    runs = members_of(e, labels)
+    notes = missing_notes(held) + comparable(runs)
+    return look.to_plate(figure, spec.name, spec.title, f"{rows_in_words(runs)} {seeds_in_words(held)}", notes)
 
 
 def by_label(key: str, wanted: Callable[[Experiment], Sequence[str]]) -> Callable[[Study, Spec], Drawn]:
@@ -85,12 +88,11 @@ def by_label(key: str, wanted: Callable[[Experiment], Sequence[str]]) -> Callabl
         if not any(line.seeds for line in lines):
             return spec.missing("; ".join(missing_notes(lines)) or "no run has the wanted label")
         figure, axes = look.new_figure()
-        curves(axes, lines, LOSS)
-        which = "training" if key == "train_loss" else "validation"
-        notes = missing_notes(lines) + comparable(members_of(e, [line.label for line in lines]))
-        return look.to_plate(
-            figure, spec.name, spec.title, f"Estimates on always the same {which} rows. {seeds_in_words(lines)}", notes
-        )
+        runs = members_of(e, [line.label for line in lines])
+        curves(axes, lines, f"loss, {unit_of(runs[0])}")
+        rows = "Estimates on the same training rows at every step." if key == "train_loss" else rows_in_words(runs)
+        notes = missing_notes(lines) + comparable(runs)
+        return look.to_plate(figure, spec.name, spec.title, f"{rows} {seeds_in_words(lines)}", notes)
 
     return draw
 
@@ -190,8 +192,12 @@ def preferences(study: Study, spec: Spec) -> Drawn:
     if not labels:
         lines = e.lines("eval", "validation_accuracy")
         return spec.missing("; ".join(missing_notes(lines)) or "no preference run")
-    figure, axes = look.new_figure(2, 2, height=6.6)
-    for panel, (key, ylabel) in zip(axes.flat, DPO_PANELS, strict=True):
+    drifts = any(r.series("eval", "validation_drift_chosen") for x in labels for r in e.runs(x).values())
+    panels = (
+        DPO_PANELS if drifts else DPO_PANELS[1:3]
+    )  # a reward model has no reference to drift from; its loss has a figure
+    figure, axes = look.new_figure(len(panels) // 2, 2, height=3.3 * (len(panels) // 2))
+    for panel, (key, ylabel) in zip(axes.flat, panels, strict=True):
         keys = [f"validation_{key}_{side}" for side in ("chosen", "rejected")] if key == "drift" else [key]
         for number, label in enumerate(labels):
             for shift, k in enumerate(keys):
@@ -210,7 +216,7 @@ def preferences(study: Study, spec: Spec) -> Drawn:
     lines = [e.line(label, "eval", "validation_accuracy") for label in labels]
     notes = missing_notes(lines) + comparable([r for x in labels for r in e.runs(x).values()])
     caption = (
-        "On the validation pairs; drift is the log-ratio of policy to reference. "
+        f"On the validation pairs{'; drift is the log-ratio of policy to reference' if drifts else ''}. "
         "The accuracy's band is the 95 % interval over the pairs where there is one seed. "
         f"{seeds_in_words(lines)}"
     )
@@ -300,14 +306,25 @@ def specs_of(study: Study) -> list[Spec]:
         known.insert(1, FIGURES[1])
     own = [e for key, e in study.experiments.items() if key not in {s.experiment for s in FIGURES}]
     for e in own:
-        known.append(Spec(f"figure-{e.id}-train", e.id, f"{e.title}: training loss", by_label("train_loss", _all)))
-        known.append(
-            Spec(f"figure-{e.id}-validation", e.id, f"{e.title}: validation loss", by_label("validation_loss", _all))
-        )
+        known += _own_losses(e)
+        if any(m.run.series("eval", "validation_accuracy") for m in e.members):
+            known.append(Spec(f"figure-{e.id}-preferences", e.id, f"{e.title}: preferences", preferences))
         if any(m.run.lines.get("reward") for m in e.members):
             known.append(Spec(f"figure-{e.id}-reward", e.id, f"{e.title}: reward", rewards(_all)))
     paper = {f"figure-{n}" for n in range(1, 10)}
     return [s for s in known if not wanted or s.name in wanted or s.name not in paper]
+
+
+def _own_losses(e: Experiment) -> list[Spec]:
+    """Training and validation loss of an experiment of one's own, apart for losses of different units."""
+    specs, units = [], by_unit(e)
+    for unit, labels in units.items():
+        of_pairs = unit != TOKEN and len(units) > 1
+        for name, key in (("training", "train_loss"), ("validation", "validation_loss")):
+            file = f"figure-{e.id}-{'train' if name == 'training' else name}{'-pairs' if of_pairs else ''}"
+            title = f"{e.title}: {name} loss{' of pairs' if of_pairs else ''}"
+            specs.append(Spec(file, e.id, title, by_label(key, lambda _, wanted=labels: wanted)))
+    return specs
 
 
 def draw_all(study: Study) -> dict[str, list[Drawn]]:

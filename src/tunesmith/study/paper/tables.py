@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from tunesmith.stats import Interval, wilson_interval
+from tunesmith.study.lines import PAIR, unit_of
+from tunesmith.study.own import own_tables
 from tunesmith.study.paper.experiments import BATCH_4, FULL, OPTIMIZERS, SPLIT, dpo_runs, judged, memory_rows, ranks
-from tunesmith.study.read import Experiment, Point, RunRecord, Study, is_number, trained_parameters
+from tunesmith.study.read import Point, RunRecord, Study, is_number, is_signed, trained_parameters
 from tunesmith.study.select import PARTS, choice_of, finals, peaks, present
 from tunesmith.study.tables import Cell, Table, of_seeds, plain
 
@@ -57,7 +59,7 @@ def lora_ranks(study: Study) -> Table:
         rows.append((
             Cell(label), plain(counts[0] if counts else None, 0), of_seeds(used, 3), plain(share, 1), plain(paper[1], 4),
             plain(100 * paper[1] / 11.7745 if paper[1] else None, 1), of_seeds(list(loss.get(label, {}).values())),
-            of_seeds(list(reward.get(label, {}).values())),
+            of_seeds(list(reward.get(label, {}).values()), signed=True),
         ))  # fmt: skip
     head = (("weights trained", False), ("trained parameters", False), ("memory, GB", True), ("% of full", False),
             ("paper, GB", False), ("paper, % of full", False), ("validation loss", True), ("reward", True))  # fmt: skip
@@ -128,7 +130,7 @@ def _share_or_seeds(points: list[Point], runs: Sequence[RunRecord], key: str) ->
         return Cell(
             value=Interval(share, *wilson_interval(share * pairs[0], pairs[0]), pairs[0]), sources=tuple(points)
         )
-    return of_seeds(points)
+    return of_seeds(points, signed=is_signed(key))
 
 
 def prompts(study: Study) -> Table | None:
@@ -203,22 +205,11 @@ def overview(study: Study) -> Table:
             Cell(run.name, run=run.name), Cell("not run yet" if run.state == "waiting" else run.state),
             Cell(f"{steps:,}" if is_number(steps) else ""),
             *(Cell(f"{p.value:,.{digits}f}", sources=(p,)) if p else Cell() for p, digits in figures),
+            Cell("pair" if unit_of(run) == PAIR else "token"),
         ))  # fmt: skip
-    head = tuple((h, False) for h in ("run", "state", "steps", "best validation loss", "memory, GB", "time, min"))
+    names = ("run", "state", "steps", "best validation loss, nats", "memory, GB", "time, min", "loss is of a")
+    head = tuple((h, False) for h in names)
     return Table("table-runs", "", "All runs", head, tuple(rows))
-
-
-def own(e: Experiment) -> Table:
-    """An experiment that the paper does not have: final loss, memory and time by label."""
-    memory, left = peaks(e, e.labels)
-    loss, _ = finals(e, e.labels, "eval", "validation_loss")
-    rows = []
-    for label in e.labels:
-        minutes = [r.minutes for r in e.runs(label).values() if r.minutes and r.state == "finished"]
-        cells = (list(loss.get(label, {}).values()), 3), (list(memory[label].values()), 2), (minutes, 2)
-        rows.append((Cell(label), *(of_seeds(*cell) for cell in cells)))
-    head = (("", False), ("validation loss", True), ("memory, GB", True), ("time, min", True))
-    return Table(f"table-{e.id}", e.id, e.title, head, tuple(rows), notes=tuple(left))
 
 
 TABLES: dict[str, tuple[str, Callable[[Study], Table | None]]] = {
@@ -238,5 +229,5 @@ def make_tables(study: Study) -> dict[str, list[Table]]:
             found.setdefault(key, []).append(table)
     for key, e in study.experiments.items():
         if key not in PAPER_EXPERIMENTS:
-            found.setdefault(key, []).append(own(e))
+            found.setdefault(key, []).extend(own_tables(e))
     return found

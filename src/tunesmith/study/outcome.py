@@ -1,0 +1,211 @@
+"""The result of runs in a line: which checkpoint, which run is best, by what and how surely. From run directories alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from tunesmith.files.run import Run
+from tunesmith.stats import Interval, bootstrap_interval, paired_difference, ratio_interval, wilson_interval
+from tunesmith.study.lines import PAIR, PAIRWISE, TOKEN, measured_on, rows_seed
+from tunesmith.study.read import is_number, read_answers
+from tunesmith.train.choice import Estimate, apart, choose, comparable, loss_difference, read_estimates
+
+Against = tuple[str, Interval | None]
+"""Another one's name, and by how much the best is better; None where nothing can be paired."""
+
+
+def kind_of(run: Run) -> str:
+    """`pretrain`, `sft`, `dpo` or `reward`."""
+    if "tokenizer" in run.config:
+        return "pretrain"
+    if "dpo" in run.config:
+        return "dpo"
+    return "reward" if any("validation_accuracy" in r for r in run.metrics("eval")) else "sft"
+
+
+def accuracy_text(run: Run, accuracy: float) -> str:
+    """`97.5 % (87.1 to 99.6)`: a share of the validation pairs with its 95 % interval."""
+    n = next((r["validation_pairs"] for r in run.metrics("pairs")), 0)
+    if not n:
+        return f"{accuracy:.1%}"
+    low, high = wilson_interval(accuracy * n, n)
+    return f"{100 * accuracy:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+
+
+# ---- one run ---------------------------------------------------------------------------------------------------------
+
+
+def result_of_run(run: Run) -> str:
+    """Which checkpoint is best, by what, with its interval, and which cannot be told from it."""
+    estimates, status = read_estimates(run), run.status
+    ended = {"finished": "", "running": " The run is not over."}.get(
+        status["state"], f" The run ended early: {status['state']} at step {status['step']:,}."
+    )
+    if not estimates:
+        return f"No estimate of the validation loss was finite, so no checkpoint can be called the best.{ended}"
+    choice = status.get("choice")
+    if not isinstance(choice, dict) or not is_number(choice.get("best_step")):
+        found = choose(estimates, {})
+        choice = found.as_dict() if found else {}
+    best, by = choice["best_step"], choice.get("by", "validation_loss")
+    others = [s for s in choice.get("not_distinguishable") or () if s != best]
+    alike = (
+        f" It cannot be told from step{'s' * (len(others) > 1)} {_listed([f'{s:,}' for s in others])}."
+        if others
+        else ""
+    )
+    told = _by_reward(run, best) if by == "reward" else ""
+    return f"{told or _by_loss(run, best, estimates)}{alike}{ended}"
+
+
+def _by_reward(run: Run, best: int) -> str:
+    """`Best by reward is step 40: 0.81 (0.60 to 1.02) on 40 prompts.`; empty where that step has no reward."""
+    event = next((r for r in run.metrics("reward") if r["step"] == best and is_number(r.get("mean"))), None)
+    if event is None:
+        return ""
+    bounds = [event.get("low"), event.get("high")]
+    around = f" ({bounds[0]:.3f} to {bounds[1]:.3f})" if all(map(is_number, bounds)) else ""
+    prompts = f" on {event['n']:,} prompts" if is_number(event.get("n")) else ""
+    return f"Best checkpoint by reward: step {best:,}, mean reward {event['mean']:.3f}{around}{prompts}."
+
+
+def _by_loss(run: Run, best: int, estimates: Sequence[Estimate]) -> str:
+    """The best checkpoint's validation loss, and how far it lies below the first."""
+    one = next((e for e in estimates if e.step == best), min(estimates, key=lambda e: (e.validation_loss, e.step)))
+    first, last = estimates[0], max(e.step for e in estimates)
+    value = f"{loss_text(one)} {PAIR if kind_of(run) in PAIRWISE else TOKEN}{_accuracy(run, one.step)}"
+    if one.step == first.step:
+        where = (
+            "step 0, the model that it began with" if first.step == 0 else f"step {first.step:,}, the first estimated"
+        )
+        return (
+            f"Best checkpoint by validation loss: {where}, with {value}; no later one of {len(estimates) - 1} is lower."
+        )
+    told = f"Best checkpoint by validation loss: step {one.step:,} of {last:,}, {value}"
+    fall = loss_difference(first.parts, one.parts) if comparable(first, one) else None
+    if fall is None:
+        gap = first.validation_loss - one.validation_loss
+        return f"{told}; {gap:.3f} below step {first.step:,} (no interval: the losses of single batches were not kept)."
+    if apart(fall):
+        return f"{told}; {_interval(fall)} below step {first.step:,}."
+    return f"{told}. That is not surely below step {first.step:,}: the difference of {_interval(fall)} may be chance."
+
+
+def loss_text(estimate: Estimate) -> str:
+    """`3.100 (3.020 to 3.180)`: over the batches where they were kept."""
+    if len(estimate.parts) < 2:
+        return f"{estimate.validation_loss:.3f}"
+    return _interval(ratio_interval([s for s, _ in estimate.parts], [n for _, n in estimate.parts]), at_least=0.0)
+
+
+def _accuracy(run: Run, step: int) -> str:
+    found = next((e.get("validation_accuracy") for e in run.metrics("eval") if e["step"] == step), None)
+    return "" if found is None else f", accuracy {accuracy_text(run, found)}"
+
+
+def _interval(x: Interval, at_least: float = float("-inf")) -> str:
+    mean, low, high = (f"{round(v, 3) + 0.0:.3f}" for v in (x.mean, max(x.low, at_least), x.high))
+    return mean if x.low != x.low else f"{mean} ({low} to {high})"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+# ---- several runs ----------------------------------------------------------------------------------------------------
+
+
+def result_of_runs(runs: Sequence[Run]) -> str:
+    """Which of the runs that can be compared is best, by reward on the same prompts and by validation loss on the same rows."""
+    told = [*_best_rewards(runs), *_lowest_losses(runs)]
+    return " ".join(told) or (
+        "No two of these runs can be compared: they differ in method, data or the rows of an estimate. "
+        "Each run's own result stands at its head."
+    )
+
+
+def _lowest_losses(runs: Sequence[Run]) -> list[str]:
+    """For every group of runs estimated on the same rows, the one with the lowest loss, each at its best checkpoint."""
+    groups: dict[tuple[str, str], dict[str, Estimate]] = {}
+    for run in runs:
+        if estimates := read_estimates(run):
+            lowest = min(estimates, key=lambda e: (e.validation_loss, e.step))
+            named = groups.setdefault((kind := kind_of(run), _rows_of(run, kind)), {})
+            named[run.path.name if run.path.name not in named else str(run.path)] = lowest
+    told = []
+    for (kind, _), found in groups.items():
+        if len(found) > 1:
+            best = min(found, key=lambda name: found[name].validation_loss)
+            level = 1 - 0.05 / (len(found) - 1)  # the lowest was picked (Bonferroni)
+            one = found[best]
+            against: list[Against] = [
+                (name, loss_difference(e.parts, one.parts, level=level) if comparable(e, one) else None)
+                for name, e in found.items()
+                if name != best
+            ]
+            what = f"{best} at step {one.step:,} has the lowest validation loss, {loss_text(one)}"
+            told.append(_ranked(f"{what} {PAIR if kind in PAIRWISE else TOKEN}", against, "below"))
+    return told
+
+
+def _rows_of(run: Run, kind: str) -> str:
+    """What two runs have in common whose losses can be compared; DPO's is held to the model that it began with."""
+    config = run.config
+    facts = measured_on(config, kind, str((config.get("model") or {}).get("name")))
+    if kind != "dpo":
+        del facts["model.name"]
+    return repr((sorted(facts.items()), rows_seed(config)))
+
+
+def _best_rewards(runs: Sequence[Run]) -> list[str]:
+    """For every scorer, the run with the highest reward, each at its chosen checkpoint, on the prompts that all answered."""
+    by_scorer: dict[str, dict[str, dict[str, float]]] = {}
+    for run in runs:
+        events = run.metrics("reward")
+        chosen = (run.status.get("choice") or {}).get("best_step")
+        event = next((r for r in events if r["step"] == chosen), events[-1] if events else {})
+        records = read_answers(run.path / "answers")[0].get(event.get("step", -1), [])
+        if (found := rewards_by_prompt(records)) and event.get("scorer"):
+            named = by_scorer.setdefault(str(event.get("scorer")), {})
+            named[run.path.name if run.path.name not in named else str(run.path)] = found
+    return [ranked_by_reward(scorer, found) for scorer, found in by_scorer.items() if len(found) > 1]
+
+
+def rewards_by_prompt(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Prompt -> mean reward of its answers, those that have one."""
+    rewards: dict[str, list[float]] = {}
+    for record in records:
+        if is_number(record.get("reward")):
+            rewards.setdefault(record["prompt"], []).append(record["reward"])
+    return {prompt: fmean(values) for prompt, values in rewards.items()}
+
+
+def ranked_by_reward(scorer: str, found: Mapping[str, Mapping[str, float]]) -> str:
+    """The name with the highest mean reward and how it stands to the others. found: name -> prompt -> reward, two names or more."""
+    shared = sorted(set.intersection(*(set(r) for r in found.values())))
+    if not shared:
+        return f"{_listed(list(found))} answered different prompts, so their rewards cannot be compared."
+    values = {name: [rewards[p] for p in shared] for name, rewards in found.items()}
+    best = max(values, key=lambda name: fmean(values[name]))
+    level = 1 - 0.05 / (len(values) - 1)
+    against: list[Against] = [
+        (name, paired_difference(values[best], v, level=level)) for name, v in values.items() if name != best
+    ]
+    mean = _interval(bootstrap_interval(values[best]))
+    what = f"{best} has the highest mean reward, {mean} on {len(shared)} prompts, scored by {scorer}"
+    return _ranked(what, against, "above")
+
+
+def _ranked(what: str, against: Sequence[Against], side: str) -> str:
+    """`what`, and how it stands to each of the others."""
+    surely = [f"{_interval(d)} {side} {name}" for name, d in against if d is not None and apart(d)]
+    alike = [f"{name} ({_interval(d)})" for name, d in against if d is not None and not apart(d)]
+    unknown = [name for name, d in against if d is None]
+    text = f"{what}{': ' if surely else ''}{_listed(surely) if surely else ''}."
+    if alike:
+        text += f" It cannot be told from {_listed(alike)}."
+    if unknown:
+        text += f" {_listed(unknown)} did not keep the losses of the same batches, so there is no interval for the difference."
+    return text

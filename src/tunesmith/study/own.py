@@ -1,0 +1,229 @@
+"""Experiments of one's own: what each label came to, the labels against each other, and the result in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import fmean
+
+from tunesmith.stats import Interval, ratio_interval, t_interval
+from tunesmith.study.lines import PAIR, by_unit, comparable, members_of, rows_seed
+from tunesmith.study.outcome import ranked_by_reward
+from tunesmith.study.read import Experiment, Point
+from tunesmith.study.select import best_step, finals, mean_by_prompt, peaks, prompt_rewards
+from tunesmith.study.tables import Cell, Table, of_seeds
+from tunesmith.study.verdicts import words
+
+ALL_PAIRS = 6  # labels up to which each is held against each; of more, each against the one with the lowest loss
+LOSS = "validation_loss"
+Sums = Sequence[tuple[float, int]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Last validation loss of `one` less that of `other`.
+
+    by_seed: over the seeds that both have; NaN bounds for a single one. by_batch: over the validation batches of these
+    runs, all seeds together; None where the two did not keep the losses of the same batches.
+    """
+
+    one: str
+    other: str
+    by_seed: Interval
+    by_batch: Interval | None
+    points: tuple[Point, ...]
+
+    @property
+    def decisive(self) -> Interval:
+        """What decides: the interval over seeds, or of a single seed that over its batches."""
+        return self.by_batch if self.by_seed.n == 1 and self.by_batch else self.by_seed
+
+    @property
+    def apart(self) -> bool:
+        """Whether `one` is surely below `other`, or above: every interval there is lies on one side of 0."""
+        bounds = [x for x in (self.by_seed, self.by_batch) if x is not None and x.low == x.low]
+        return bool(bounds) and (all(x.low > 0 for x in bounds) or all(x.high < 0 for x in bounds))
+
+
+def last_losses(e: Experiment, labels: Sequence[str]) -> dict[str, dict[int, Point]]:
+    """Label -> seed -> validation loss of the finished runs at the last step that all seeds of the label have."""
+    found = {label: finals(e, [label], "eval", LOSS)[0][label] for label in labels}
+    return {label: seeds for label, seeds in found.items() if seeds}
+
+
+def differences_of(e: Experiment, pairs: Sequence[tuple[str, str]], level: float = 0.95) -> list[Difference]:
+    """The last loss of the first of each pair less that of the second, seed by seed; pairs without a common seed are left out."""
+    last = last_losses(e, list(dict.fromkeys(x for pair in pairs for x in pair)))
+    found = []
+    for one, other in pairs:
+        if seeds := sorted(last.get(one, {}).keys() & last.get(other, {}).keys()):
+            a, b = [last[one][s] for s in seeds], [last[other][s] for s in seeds]
+            by_seed = t_interval([x.value - y.value for x, y in zip(a, b, strict=True)], level=level)
+            found.append(Difference(one, other, by_seed, _over_batches(e, one, other, a, b, level), (*a, *b)))
+    return found
+
+
+def _over_batches(
+    e: Experiment, one: str, other: str, a: Sequence[Point], b: Sequence[Point], level: float
+) -> Interval | None:
+    """The difference over the batches of all seeds together; None where they are not the same rows, batch by batch."""
+    by_name = {m.run.name: m.run for m in e.members if m.label in (one, other)}
+    runs = [(e.runs(one)[s], e.runs(other)[s]) for s in e.runs(one) if s in e.runs(other)]
+    if comparable(list(by_name.values())) or any(rows_seed(x.config) != rows_seed(y.config) for x, y in runs):
+        return None
+    kept = [[by_name[p.run].parts(p.step) for p in points] for points in (a, b)]
+    return difference_over_batches(*kept, level=level)
+
+
+def difference_over_batches(a: Sequence[Sums], b: Sequence[Sums], level: float = 0.95) -> Interval | None:
+    """Loss of the runs `a` less that of the runs `b`, which stand seed by seed, with its bootstrap interval over batches.
+
+    Batches that all seeds share count once, with the mean of their differences; others each for themselves.
+    Returns: None unless each two runs of a seed kept more than one batch, with equal counts.
+    """
+    counts = [[n for _, n in parts] for parts in a]
+    if not counts or any(len(n) < 2 for n in counts) or counts != [[n for _, n in parts] for parts in b]:
+        return None
+    sums = [[x - y for (x, _), (y, _) in zip(one, other, strict=True)] for one, other in zip(a, b, strict=True)]
+    if all(n == counts[0] for n in counts):
+        return ratio_interval([fmean(column) for column in zip(*sums, strict=True)], counts[0], level=level)
+    return ratio_interval([s for one in sums for s in one], [n for one in counts for n in one], level=level)
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def own_tables(e: Experiment) -> list[Table]:
+    """What each label came to, and for each unit of loss the differences between the labels."""
+    units = by_unit(e)
+    tables = [_by_label(e)]
+    for unit, labels in units.items():
+        if table := _differences(
+            e, labels, unit, f"-{'pairs' if unit == PAIR else 'tokens'}" if len(units) > 1 else ""
+        ):
+            tables.append(table)
+    return tables
+
+
+def _by_label(e: Experiment) -> Table:
+    """Last loss in its unit, accuracy on pairs, memory and time by label."""
+    memory, left = peaks(e, e.labels)
+    units = by_unit(e)
+    last = {unit: last_losses(e, labels) for unit, labels in units.items()}
+    rows = []
+    for label in e.labels:
+        minutes = [r.minutes for r in e.runs(label).values() if r.minutes and r.state == "finished"]
+        cells = [Cell(label), *(of_seeds(list(last[unit].get(label, {}).values())) for unit in units)]
+        if PAIR in units:
+            accuracy = finals(e, [label], "eval", "validation_accuracy")[0][label]
+            cells.append(Cell(f"{100 * fmean(p.value for p in accuracy.values()):.1f}" if accuracy else ""))
+        rows.append((*cells, of_seeds(list(memory[label].values()), 2), of_seeds(minutes, 2)))
+    accuracies = [("accuracy, % of the pairs", False)] if PAIR in units else []
+    head = (("", False), *((f"validation loss, {unit}", True) for unit in units), *accuracies, ("memory, GB", True), ("time, min", True))  # fmt: skip  # noqa: E501
+    caption = "Of the finished runs: loss at the last step that all seeds of a label have, peak memory, time of the training steps."
+    return Table(f"table-{e.id}", e.id, e.title, head, tuple(rows), caption, tuple(left))
+
+
+def _differences(e: Experiment, labels: Sequence[str], unit: str, suffix: str) -> Table | None:
+    """The labels against each other; None where there are no two to compare."""
+    last = last_losses(e, labels)
+    if len(last) < 2:
+        return None
+    several = len(last) <= ALL_PAIRS
+    pairs = list(combinations(last, 2)) if several else [(x, _lowest(last)) for x in last if x != _lowest(last)]
+    rows = [
+        (
+            Cell(f"{d.one} minus {d.other}"),
+            Cell(value=d.by_seed, sources=d.points),
+            Cell(value=d.by_batch) if d.by_batch else Cell(),
+            Cell(str(d.by_seed.n)),
+            Cell(("lower" if d.by_seed.mean < 0 else "higher") if d.apart else "cannot be told apart"),
+        )
+        for d in differences_of(e, pairs)
+    ]
+    head = (
+        ("", False),
+        (f"difference, {unit}", True),
+        ("over validation batches", True),
+        ("seeds", False),
+        ("the first is", False),
+    )
+    caption = (
+        "Last validation loss of the first less that of the second, seed by seed, with Student's 95 % interval over the seeds; "
+        "then with the bootstrap interval over the validation batches that both kept. Each interval is a 95 % one by itself."
+        + ("" if several else f" Of {len(last)} labels, each is held against the one with the lowest loss.")
+    )
+    notes = tuple(comparable(members_of(e, labels)))
+    title = f"{e.title}: differences between the labels"
+    return Table(
+        f"table-{e.id}-differences{suffix}", e.id, title, head, tuple(rows), caption, notes, len(rows) > ALL_PAIRS
+    )
+
+
+def _lowest(last: Mapping[str, Mapping[int, Point]]) -> str:
+    return min(last, key=lambda x: fmean(p.value for p in last[x].values()))
+
+
+# ---- the result in words ---------------------------------------------------------------------------------------------
+
+
+def conclusion(e: Experiment) -> str:
+    """Which label has the lowest last validation loss, and the highest reward, by how much, or that none can be told apart."""
+    units = by_unit(e)
+    told = [_by_loss(e, labels, unit) for unit, labels in units.items()]
+    if len(units) > 1:
+        told = [f"Losses in {unit}: {text[:1].lower()}{text[1:]}" for unit, text in zip(units, told, strict=True)]
+    return " ".join(filter(None, (*told, _by_reward(e)))) or "No run of it has begun."
+
+
+def _by_reward(e: Experiment) -> str:
+    """The labels' answers at the chosen checkpoints, prompt by prompt; empty without two labels that one scorer judged."""
+    found, scorers = {}, set()
+    for label in e.labels:
+        runs = [run for run in e.runs(label).values() if run.state == "finished" and run.lines.get("reward")]
+        rewards = [prompt_rewards(run, best_step(run) or 0) for run in runs]
+        if runs and all(rewards):
+            found[label] = mean_by_prompt(rewards)
+            scorers |= {str(r.get("scorer")) for run in runs for r in run.lines["reward"]}
+    if len(found) < 2 or len(scorers) > 1:
+        return ""
+    return f"{ranked_by_reward(scorers.pop(), found)} Intervals of rewards are over the prompts."
+
+
+def _by_loss(e: Experiment, labels: Sequence[str], unit: str) -> str:
+    last = last_losses(e, labels)
+    missing = [x for x in labels if x not in last]
+    left = f" Without a finished run: {', '.join(missing)}." if missing else ""
+    if not last:
+        return "No run has finished, so there is nothing to compare yet."
+    best = _lowest(last)
+    cell = of_seeds(list(last[best].values()))
+    value = f"{cell.shown} {unit}"
+    if len(last) == 1:
+        return f"The last validation loss of {best} is {value}; there is no other label to compare it with.{left}"
+    if comparable(members_of(e, list(last))):
+        return f"The labels' losses cannot be compared: they differ in more than what was trained (see below).{left}"
+    level = 1 - 0.05 / (len(last) - 1)  # the lowest was picked after looking at all of them (Bonferroni)
+    found = differences_of(e, [(x, best) for x in last if x != best], level)
+    apart, alike = [d for d in found if d.apart], [d for d in found if not d.apart]
+    more = "; ".join(f"{words(d.decisive)} less than {d.one}" for d in apart)
+    told = " and ".join(f"{d.one} ({words(d.decisive)} higher)" for d in alike)
+    if not apart:
+        text = f"No difference between the labels can be told from chance: {best} is lowest with {value}, but not surely below {told}."
+    elif alike:
+        text = f"{best} has the lowest validation loss, {value}: {more}. It cannot be told from {told}."
+    else:
+        text = f"{best} has the lowest validation loss, {value}: {more}."
+    return f"{text}{_what_it_rests_on(found)}{left}"
+
+
+def _what_it_rests_on(found: Sequence[Difference]) -> str:
+    """Seeds, batches, and how many comparisons the intervals are made for."""
+    seeds = min((d.by_seed.n for d in found), default=0)
+    together = " that hold together" if len(found) > 1 else ""
+    if seeds > 1:
+        return f" Intervals: 95 %{together}, paired over {seeds} seeds."
+    if any(d.by_batch for d in found):
+        return f" Intervals: 95 %{together}, over the validation batches of one seed; other seeds may turn it round."
+    return " One seed and no losses by batch: nothing says how much another seed would change."
