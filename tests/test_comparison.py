@@ -19,6 +19,7 @@ from tunesmith.judge.comparison import (
     model_rows,
     notes,
     rest_of,
+    result_line,
     versus_rows,
 )
 from tunesmith.judge.comparison_page import render_comparison
@@ -137,6 +138,47 @@ def test_the_judge_is_counted_with_its_agreement_and_its_taste_for_a_position():
 )  # fmt: skip
 def test_a_judgement_in_words(orders, told):
     assert judge_text(Judgement(orders)) == told
+
+
+# ---- the result in a line -------------------------------------------------------------------------------------------
+
+
+def told_of(pairs):
+    return result_line(Comparison(("m/a", "m/b"), [row(i, a, b) for i, (a, b) in enumerate(pairs)], "s").summary())
+
+
+def test_the_better_model_is_named_with_its_win_rate():
+    told = told_of([(0.0, 1.0)] * 20 + [(1.0, 0.5)] * 2)
+    assert told.startswith("By reward, B (m/b) is better than A (m/a): B wins 90.9 % (")
+    assert "of 22 prompts, ties half; mean difference B - A +0.864 (+0." in told
+    assert told_of([(b, a) for a, b in [(0.0, 1.0)] * 20]).startswith(
+        "By reward, A (m/a) is better than B (m/b): B wins 0.0 %"
+    )
+
+
+def test_a_win_rate_around_one_half_decides_nothing(rewarded):
+    assert result_line(rewarded.summary()).startswith("By reward, A and B cannot be told apart: B wins 75.0 % (")
+    assert told_of([(0.0, 1.0)]).startswith("By reward, A and B cannot be told apart")  # one prompt
+
+
+def test_more_wins_with_a_lower_mean_are_not_called_better():
+    told = told_of([(0.0, 0.1)] * 40 + [(50.0, 0.0)] * 12)
+    assert told.startswith("By reward, B (m/b) wins more prompts but has the lower mean: B wins 76.9 %")
+
+
+def test_each_measure_has_its_sentence_and_silence_is_said():
+    rows = [row(i, 0.0, 1.0, orders=("a", "a")) for i in range(20)]
+    told = result_line(Comparison(("x", "y"), rows, "s", "j").summary())
+    assert "By reward, B (y) is better than A (x)" in told
+    assert "By the judge's verdicts, A (x) is better than B (y): B wins 0.0 %" in told
+    unsure = [row(i, None, None, orders=(None, "a")) for i in range(3)]
+    assert "No prompt has a verdict" in result_line(Comparison(("x", "y"), unsure, judge="j").summary())
+    assert "Nothing scored these answers" in result_line(Comparison(("x", "y"), [row(0, None, None)]).summary())
+
+
+def test_the_page_begins_with_it(rewarded):
+    page = render_comparison(rewarded)
+    assert html.unescape(re.search(r'</h1>\n<p class="lead">(.*?)</p>', page)[1]) == result_line(rewarded.summary())
 
 
 # ---- numbers in words ----------------------------------------------------------------------------------------------

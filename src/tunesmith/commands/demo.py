@@ -39,7 +39,8 @@ from tunesmith.options.training import (
     SFTConfig,
     TrainOptions,
 )
-from tunesmith.study.report import accuracy_text, write_report
+from tunesmith.study.outcome import accuracy_text
+from tunesmith.study.report import write_report
 
 SHOWN = 4
 PARTS = (  # what is done, and about how long it takes, as a share of the whole

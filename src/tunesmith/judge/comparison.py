@@ -225,6 +225,40 @@ def versus_rows(summary: dict[str, Any]) -> list[Versus]:
     return rows
 
 
+def result_line(summary: dict[str, Any]) -> str:
+    """Which model's answers are better, by what and how surely, or that nothing can be told apart."""
+    told = []
+    for measure, by in (("reward", "reward"), ("judge", "the judge's verdicts")):
+        found = summary.get(measure, {})
+        if "win_rate" in found:
+            told.append(_better(summary, found, by))
+    if told:
+        return " ".join(told)
+    if summary.keys() & {"reward", "judge"}:
+        return "No prompt has a verdict on both answers, so neither model can be called better."
+    return "Nothing scored these answers, so neither model can be called better."
+
+
+def _better(summary: dict[str, Any], found: dict[str, Any], by: str) -> str:
+    """One measure's sentence: the win rate decides; a mean difference that surely points the other way is said too."""
+    rate, difference, prompts = found["win_rate"], found.get("difference"), Wins(**found["wins"]).n
+    a, b = (f"{side.upper()} ({summary[side]['model']})" for side in "ab")
+    by_much = "" if difference is None else f"; mean difference B - A {interval_text(difference, signed=True)}"
+    shown = f"B wins {interval_text(rate, percent=True)} of {prompts} prompts, ties half{by_much}"
+    known = rate["low"] is not None
+    if not known or rate["low"] <= 0.5 <= rate["high"]:
+        return f"By {by}, A and B cannot be told apart: {shown}."
+    ahead = rate["low"] > 0.5
+    against = (
+        difference is not None
+        and difference["low"] is not None
+        and (difference["high"] < 0 if ahead else difference["low"] > 0)
+    )
+    if against:
+        return f"By {by}, {b if ahead else a} wins more prompts but has the lower mean: {shown}."
+    return f"By {by}, {b if ahead else a} is better than {a if ahead else b}: {shown}."
+
+
 def notes(summary: dict[str, Any]) -> list[str]:
     """What a reader of the figures must know."""
     told = []

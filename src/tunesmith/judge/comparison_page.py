@@ -22,6 +22,7 @@ from tunesmith.judge.comparison import (
     notes,
     number,
     rest_of,
+    result_line,
     versus_rows,
 )
 from tunesmith.judge.language_model import Judgement
@@ -34,7 +35,7 @@ STYLE = """
   --b1: light-dark(#e2f1fb, #1b2c3a); --b2: light-dark(#b0d9f3, #164a6b); --b3: light-dark(#62b4e6, #0f6fa8); }
 article { border: 1px solid var(--edge); border-radius: 6px; padding: .8rem 1rem; margin: 1rem 0; break-inside: avoid; }
 article h3 { margin: 0 0 .6rem; font-size: 1rem; overflow-wrap: anywhere; }
-.sides { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
+.sides { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1rem; }
 .side { border-left: 3px solid; padding-left: .7rem; min-width: 0; } .side.a { border-color: var(--a); } .side.b { border-color: var(--b); }
 .side h4 { margin: 0; font-size: .85rem; overflow-wrap: anywhere; } .a h4, .name.a { color: var(--a); } .b h4, .name.b { color: var(--b); }
 .answer { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0; }
@@ -48,8 +49,8 @@ article h3 { margin: 0 0 .6rem; font-size: 1rem; overflow-wrap: anywhere; }
 .u3 { text-decoration: underline; } .d3 { text-decoration: underline dotted; }
 .legend { display: flex; flex-wrap: wrap; gap: .3rem .8rem; align-items: baseline; font-size: .9rem; }
 details.replies { font-size: .85rem; } details.replies pre { white-space: pre-wrap; overflow-wrap: anywhere; }
-@media (max-width: 40rem) { .sides { grid-template-columns: 1fr; } }
-@media print { body { margin: 0; max-width: none; font-size: 11pt; } .bar, .token, .facts div { print-color-adjust: exact; } }
+@media (max-width: 40rem) { .sides { grid-template-columns: minmax(0, 1fr); } }
+@media print { .whole { white-space: normal; } .bar { min-width: 3rem; } .bar, .token, .facts div { print-color-adjust: exact; } }
 """
 
 
@@ -60,7 +61,8 @@ KINDS = {-3: "d3", -2: "d2", -1: "d1", 0: "", 1: "u1", 2: "u2", 3: "u3"}
 def render_comparison(found: Comparison) -> str:
     """The page as text; the same comparison gives the same bytes."""
     summary = found.summary()
-    parts = [f'<p class="dim">{_e(found.settings)}</p>' if found.settings else "", _names(found), _facts(summary)]
+    parts = [f'<p class="lead">{_e(result_line(summary))}</p>', _names(found)]
+    parts += [f'<p class="dim">{_e(found.settings)}</p>' if found.settings else "", _facts(summary)]
     versus = versus_rows(summary)
     if versus:
         head = "".join(f"<th{_right(i)}>{_e(h)}</th>" for i, h in enumerate(VERSUS))

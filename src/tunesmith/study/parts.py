@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from tunesmith.study.figures import BLUE, GREEN, GRID, INK, ORANGE, PURPLE, SKY, VERMILLION, Plate
 from tunesmith.study.read import Point
@@ -25,8 +26,10 @@ def esc(text: object) -> str:
     return html.escape(str(text))
 
 
-def details(summary: str, content: str) -> str:
-    return f"<details><summary>{esc(summary)}</summary>{content}</details>"
+def details(summary: str, content: str, kind: str = "") -> str:
+    """Folded content. kind: a class; what is of the kind `more` is printed though it is folded."""
+    mark = f' class="{kind}"' if kind else ""
+    return f"<details{mark}><summary>{esc(summary)}</summary>{content}</details>"
 
 
 WHOSE = re.compile(r"(.+?\(\S+\)|[^\s:]+): (.+)", re.DOTALL)
@@ -53,6 +56,22 @@ def notes(lines: Iterable[str]) -> str:
     if len(told) == 1:
         return f'<div class="note">{esc(told[0])}</div>'
     return f'<div class="note"><ul>{"".join(f"<li>{esc(line)}</li>" for line in told)}</ul></div>'
+
+
+def side_by_side(prompt: str, group: str, answers: Iterable[tuple[str, Mapping[str, Any] | None]]) -> str:
+    """A prompt and below it the answers to it in columns of equal width. answers: whose it is, and its record if there is one."""
+    cells = "".join(f"<div><b>{esc(name)}</b>{_answer(record)}</div>" for name, record in answers)
+    kind = f" <span>{esc(group)}</span>" if group else ""
+    return f'<p class="prompt">{esc(prompt)}{kind}</p><div class="answers">{cells}</div>'
+
+
+def _answer(record: Mapping[str, Any] | None) -> str:
+    if record is None:
+        return "<i>no answer to this prompt</i>"
+    reward = record.get("reward")
+    end = "ended by itself" if record["finish_reason"] == "stop" else "cut at the token limit"
+    facts = f"{end}{f' · reward {reward:.2f}' if isinstance(reward, int | float) else ''}"
+    return f"{esc(record['answer'].strip()) or '<i>nothing</i>'}<small>{facts}</small>"
 
 
 def anchor(run: str, line: int | None = None) -> str:

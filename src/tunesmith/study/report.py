@@ -17,12 +17,12 @@ import yaml
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.run import Run, write_atomically
 from tunesmith.page import render_page
-from tunesmith.stats import wilson_interval
 from tunesmith.study.figures import Plate, loss_curve, preference_curves, reward_curve
+from tunesmith.study.outcome import accuracy_text, kind_of, result_of_run, result_of_runs
 from tunesmith.study.paper.claims import judge_all
 from tunesmith.study.paper.figures import draw_all
 from tunesmith.study.paper.tables import make_tables
-from tunesmith.study.parts import details, figure, notes
+from tunesmith.study.parts import details, figure, notes, side_by_side
 from tunesmith.study.read import Study, is_study, read_answers, read_metrics, read_study
 from tunesmith.study.study_page import render_study
 from tunesmith.study.tables import Cell, Table, as_csv, as_latex
@@ -88,9 +88,11 @@ def render_study_report(study: Study) -> tuple[str, list[Plate], list[Table]]:
 def render_report(runs: Sequence[Run], drawn: Sequence[Sequence[Plate]] | None = None) -> str:
     """The page of runs as text; the same run directories give the same bytes. drawn: the figures of each, if at hand."""
     drawn = [_figures(run) for run in runs] if drawn is None else drawn
-    body = "".join(_run_section(run, plates) for run, plates in zip(runs, drawn, strict=True))
+    body = "".join(_run_section(run, plates, len(runs) == 1) for run, plates in zip(runs, drawn, strict=True))
     title = f"tunesmith: {', '.join(run.path.name for run in runs)}"
-    return render_page(title, f"{_overview(runs) if len(runs) > 1 else ''}{body}")
+    result = result_of_run(runs[0]) if len(runs) == 1 else result_of_runs(runs)
+    overview = _overview(runs) if len(runs) > 1 else ""
+    return render_page(title, f'<p class="lead">{html.escape(result)}</p>{overview}{body}')
 
 
 def _figures(run: Run) -> list[Plate]:
@@ -121,15 +123,6 @@ def tables_of(runs: Sequence[Run]) -> list[Table]:
     return tables
 
 
-def kind_of(run: Run) -> str:
-    """`pretrain`, `sft`, `dpo` or `reward`."""
-    if "tokenizer" in run.config:
-        return "pretrain"
-    if "dpo" in run.config:
-        return "dpo"
-    return "reward" if any("validation_accuracy" in r for r in run.metrics("eval")) else "sft"
-
-
 TITLES = {
     "pretrain": "Pretraining",
     "sft": "Supervised fine-tuning",
@@ -138,12 +131,15 @@ TITLES = {
 }
 
 
-def _run_section(run: Run, plates: Sequence[Plate]) -> str:
+def _run_section(run: Run, plates: Sequence[Plate], alone: bool) -> str:
     status, estimates, train = run.status, run.metrics("eval"), run.metrics("train")
     if not estimates and not train:
         raise UserError(f"{run.path} has no metrics yet (its state is {status['state']!r}); nothing to report")
     name, kind = html.escape(run.path.name), kind_of(run)
-    parts = [f'<h2 id="{name}">{name}: {TITLES[kind]}{_lora(run)}</h2>', _facts(run)]
+    parts = [f'<h2 id="{name}">{name}: {TITLES[kind]}{_lora(run)}</h2>']
+    if not alone:
+        parts.append(f"<p>{html.escape(result_of_run(run))}</p>")
+    parts.append(_facts(run))
     if status.get("reason"):
         parts.append(f"<p>{html.escape(status['reason'])}</p>")
     parts.append(notes(read_metrics(run.path / "metrics.jsonl", run.path.name)[3]))
@@ -195,15 +191,6 @@ def facts_of(run: Run) -> dict[str, str]:
     return facts
 
 
-def accuracy_text(run: Run, accuracy: float) -> str:
-    """`97.5 % (87.1 to 99.6)`: a share of the validation pairs with its 95 % interval."""
-    n = next((r["validation_pairs"] for r in run.metrics("pairs")), 0)
-    if not n:
-        return f"{accuracy:.1%}"
-    low, high = wilson_interval(accuracy * n, n)
-    return f"{100 * accuracy:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
-
-
 def _facts(run: Run) -> str:
     cells = (f"<div>{label}<b>{html.escape(value)}</b></div>" for label, value in facts_of(run).items())
     return f'<div class="facts">{"".join(cells)}</div>'
@@ -251,20 +238,27 @@ def _answers(run: Run) -> str:
         return notes(damage)
     wanted = {min(every), run.status.get("best_step"), max(every)} if len(every) > SHOWN_STEPS else every.keys()
     by_step = {step: records for step, records in every.items() if step in wanted}
-    steps = list(by_step)
-    head = "".join(f"<th>{'step 0, the base' if s == 0 else f'step {s:,}'}</th>" for s in steps)
-    rows = []
-    for records in zip(*by_step.values(), strict=False):
-        cells = "".join(f"<td{_cut(r)}>{html.escape(r['answer'].strip()) or '<i>nothing</i>'}</td>" for r in records)
-        group = f'<br><span class="group">{html.escape(records[0].get("group", ""))}</span>'
-        rows.append(f"<tr><td>{html.escape(records[0]['prompt'])}{group}</td>{cells}</tr>")
+    names = ["step 0, the base" if s == 0 else f"step {s:,}" for s in by_step]
+    numbered = [_by_prompt(records) for records in by_step.values()]
+    places = {place: record for step in reversed(numbered) for place, record in step.items()}
+    blocks = [
+        side_by_side(
+            places[p]["prompt"], str(places[p].get("group", "")), zip(names, (s.get(p) for s in numbered), strict=True)
+        )
+        for p in dict.fromkeys(place for step in numbered for place in step)
+    ]
     stopped = " · ".join(
         f"step {s:,}: {sum(r['finish_reason'] == 'stop' for r in rs)} of {len(rs)}" for s, rs in by_step.items()
     )
     note = f'<p class="dim">Answers that ended by themselves: {stopped}.</p>{notes(damage)}'
-    table = f"<table><tr><th>prompt</th>{head}</tr>{''.join(rows)}</table>"
-    return f'<h3>Answers</h3>{note}<div class="wide">{table}</div>'
+    return f"<h3>Answers</h3>{note}{''.join(blocks)}"
 
 
-def _cut(record: dict[str, Any]) -> str:
-    return "" if record["finish_reason"] == "stop" else ' class="cut"'
+def _by_prompt(records: Sequence[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
+    """(prompt, which of its answers) -> record: a line lost at one step must not move answers under another prompt."""
+    seen: Counter[str] = Counter()
+    found = {}
+    for record in records:
+        seen[record["prompt"]] += 1
+        found[record["prompt"], seen[record["prompt"]]] = record
+    return found

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import yaml
 
 from tunesmith.page import document
+from tunesmith.study.own import conclusion
 from tunesmith.study.paper.claims import Claim, Finding
 from tunesmith.study.paper.experiments import FULL, dpo_runs, judged, ranks
 from tunesmith.study.paper.figures import Drawn, Missing
 from tunesmith.study.paper.tables import PAPER_EXPERIMENTS
-from tunesmith.study.parts import Links, anchor, details, esc, figure, gathered, notes, table
+from tunesmith.study.parts import Links, anchor, details, esc, figure, gathered, notes, side_by_side, table
 from tunesmith.study.read import Json, RunRecord, Study
 from tunesmith.study.select import best_step
 from tunesmith.study.tables import Table
@@ -38,7 +39,8 @@ least: one training is one draw. Two curves are alike if the whole interval of t
 loss falls in all. A curve turns only where it rises by 3.5 standard errors of its own noise. The best
 checkpoint is picked on one half of the prompts and judged on the other.</p>
 <p>Memory is in GB of 10<sup>9</sup> bytes: allocated tensors on a GPU (read to 0.5 %), the whole process on a CPU (2 %); time is
-that of the training steps. Loss is in nats per target token. The paper trained gpt2-medium on a P100 of 16 GB; compare its
+that of the training steps. Loss is in nats per target token, that of DPO and of reward models in nats a pair. An interval of what
+cannot be negative ends at 0. The paper trained gpt2-medium on a P100 of 16 GB; compare its
 numbers with those of the same scale only.</p>"""
 
 
@@ -55,7 +57,8 @@ def render_study(
     for key in [*study.experiments, *(k for k in figures if k not in study.experiments)]:
         title = study.experiments[key].title if key in study.experiments else "Reward over the training"
         heading = f"{named(key)} · {title}" if key in PAPER_EXPERIMENTS and title.lower() != key else title
-        sections.append((key, heading, _experiment(key, figures.get(key, []), tables.get(key, []), links)))
+        result = "" if key in PAPER_EXPERIMENTS or key not in study.experiments else conclusion(study.experiments[key])
+        sections.append((key, heading, _experiment(key, result, figures.get(key, []), tables.get(key, []), links)))
     if answers := _answers(study):
         sections.append(("answers", "Answers side by side", answers))
     sections.append(("method", "How to read this page", METHOD))
@@ -91,11 +94,10 @@ def _summary(study: Study, findings: Sequence[tuple[Claim, Finding]], links: Lin
     trouble += [f"{run.name}: {line}" for run in study.runs.values() for line in run.damage]
     absent = [named(e) for e in PAPER_EXPERIMENTS if e not in study.experiments]
     of_paper = [(c, f) for c, f in findings if study.experiment(c.experiment).members]
+    own = _own_results(study)
     if not of_paper:
-        return (
-            "<p>This study has none of the paper's experiments, so there is no claim of the paper to judge.</p>"
-            + notes(trouble)
-        )
+        none = "This study has none of the paper's experiments, so there is no claim of the paper to judge."
+        return f'{own}<p class="dim">{none}</p>{notes(trouble)}'
     counts = {kind: sum(f.verdict.verdict == kind for _, f in of_paper) for kind in BADGES}
     lead = (
         f"Of {len(of_paper)} claims, {counts[HOLDS]} {_verb(counts[HOLDS], 'holds', 'hold')}, "
@@ -112,10 +114,19 @@ def _summary(study: Study, findings: Sequence[tuple[Claim, Finding]], links: Lin
     items = "".join(_claim(claim, finding, links) for claim, finding in of_paper)
     missing = notes([f"Not in this study: {', '.join(absent)}."]) if absent else ""
     return (
-        f'<p class="lead">{lead}</p><div class="tiles">{tiles}</div>{missing}'
+        f'<p class="lead">{lead}</p><div class="tiles">{tiles}</div>{own}{missing}'
         f'<h3>The claims</h3><ul class="claims">{items}</ul>'
         + (f"<h3>Runs that did not finish, and damaged files</h3>{notes(trouble)}" if trouble else "")
     )
+
+
+def _own_results(study: Study) -> str:
+    """The result of every experiment that is not the paper's, a sentence each."""
+    own = [e for key, e in study.experiments.items() if key not in PAPER_EXPERIMENTS]
+    if len(own) == 1 == len(study.experiments):
+        return f'<p class="lead">{esc(conclusion(own[0]))}</p>'
+    items = "".join(f'<li><a href="#{esc(e.id)}">{esc(e.title)}</a>: {esc(conclusion(e))}</li>' for e in own)
+    return f'<ul class="results">{items}</ul>' if own else ""
 
 
 def _verb(count: int, one: str, many: str) -> str:
@@ -137,8 +148,9 @@ def _claim(claim: Claim, finding: Finding, links: Links) -> str:
 # ---- experiments and answers -----------------------------------------------------------------------------------------
 
 
-def _experiment(key: str, drawn: Sequence[Drawn], tables: Sequence[Table], links: Links) -> str:
-    parts = [f"<p>{esc(WHAT[key])}</p>"] if key in WHAT else []
+def _experiment(key: str, result: str, drawn: Sequence[Drawn], tables: Sequence[Table], links: Links) -> str:
+    """Figures and tables; result: what came out, of an experiment that no claim is judged on."""
+    parts = [f"<p>{esc(text)}</p>" for text in (WHAT.get(key), result) if text]
     for item in drawn:
         if isinstance(item, Missing):
             parts.append(notes([f"{numbered(item.name)}{item.title}: not drawn. {item.reason}."]))
@@ -195,12 +207,8 @@ def _answers(study: Study) -> str:
         by_prompt.append(first)
     blocks = []
     for prompt, record in by_prompt[0].items():
-        cells = "".join(
-            f"<div><b>{esc(name)}</b>{_answer(found.get(prompt))}</div>"
-            for (name, _, _), found in zip(columns, by_prompt, strict=True)
-        )
-        group = f" <span>{esc(record['group'])}</span>" if record.get("group") else ""
-        blocks.append(f'<p class="prompt">{esc(prompt)}{group}</p><div class="answers">{cells}</div>')
+        answers = [(name, found.get(prompt)) for (name, _, _), found in zip(columns, by_prompt, strict=True)]
+        blocks.append(side_by_side(prompt, str(record.get("group", "")), answers))
     rest = blocks[SHOWN:]
     who = "; ".join(
         f'{esc(name)}: <a href="#{anchor(run.name)}">{esc(run.name)}</a>, step {step:,}' for name, run, step in columns
@@ -208,17 +216,8 @@ def _answers(study: Study) -> str:
     return (
         f'<p class="dim">The same prompts to each, one answer: {who}.</p>'
         + "".join(blocks[:SHOWN])
-        + (details(f"{len(rest)} more prompts", "".join(rest)) if rest else "")
+        + (details(f"{len(rest)} more prompts", "".join(rest), "more") if rest else "")
     )
-
-
-def _answer(record: Json | None) -> str:
-    if record is None:
-        return "<i>no answer to this prompt</i>"
-    reward = record.get("reward")
-    end = "ended by itself" if record["finish_reason"] == "stop" else "cut at the token limit"
-    facts = f"{end}{f' · reward {reward:.2f}' if isinstance(reward, int | float) else ''}"
-    return f"{esc(record['answer'].strip()) or '<i>nothing</i>'}<small>{facts}</small>"
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
