@@ -43,13 +43,18 @@ def own_study(root: Path, last: Mapping[str, Sequence[float]], *, batches: bool 
 
 
 def preference_study(
-    root: Path, command: str = "dpo", labels: Sequence[str] = ("weak", "strong"), seeds: int = 2
+    root: Path, command: str = "dpo", *, seeds: int = 2, settings: Mapping[str, Mapping[str, Any]] | None = None
 ) -> Path:
-    """One experiment of preference runs."""
+    """One experiment of preference runs with the labels `weak` and `strong`; settings: those of a label."""
     w = Writer(root, seeds=seeds, steps=10)
-    for label in labels:
+    for label in ("weak", "strong"):
         for seed in range(1, seeds + 1):
-            settings = {"dpo.beta": 0.1} if command == "dpo" else {}
-            w.run(f"{label}-s{seed}", settings, preferring(10, seed=seed), command=command)
+            own = {"dpo.beta": 0.1} if command == "dpo" else {}
+            w.run(
+                f"{label}-s{seed}",
+                own | dict((settings or {}).get(label, {})),
+                preferring(10, seed=seed),
+                command=command,
+            )
             w.show("trial", "A trial", f"{label}-s{seed}", label, seed)
     return w.finish()

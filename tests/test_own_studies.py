@@ -225,7 +225,29 @@ def test_losses_of_tokens_and_of_pairs_stand_in_figures_of_their_own(tmp_path):
     told = conclusion(study.experiment("trial"))
     assert "Losses in nats per target token: the last validation loss of tuned" in told
     assert "Losses in nats a pair: the last validation loss of aligned" in told
-    assert [row[-1].text for row in overview(study).rows] == ["token", "pair"]
+    assert [row[-1].text for row in overview(study).rows] == ["nats per target token", "nats a pair"]
+
+
+def test_dpo_losses_of_different_strength_are_not_ranked_but_their_accuracies_are_told(tmp_path):
+    root = preference_study(tmp_path / "study", settings={"strong": {"dpo.beta": 0.5}})
+    told = conclusion(trial(root))
+    assert told.startswith("The labels' losses cannot be compared, for they differ in dpo.beta.")
+    assert "Pairs with the chosen answer ahead: weak 86.0 % [82.3, 89.1]; strong 86.0 % [82.3, 89.1]." in told
+    assert any("not comparable: dpo.beta is 0.1: weak-s1, weak-s2; 0.5: strong-s1, strong-s2" in n
+               for plate in draw_all(read_study(root))["trial"] for n in plate.notes)  # fmt: skip
+
+
+def test_losses_that_are_not_in_nats_are_not_called_so(tmp_path):
+    root = preference_study(tmp_path / "study", settings={"strong": {"dpo.loss": "ipo"}})
+    drawn = {plate.name: plate.svg for plate in draw_all(read_study(root))["trial"]}
+    assert "loss, a pair (ipo)" in drawn["figure-trial-validation-ipo"]
+    assert "nats" not in drawn["figure-trial-validation-ipo"]
+    assert "loss, nats a pair" in drawn["figure-trial-validation-pairs"]
+
+
+def test_the_robust_loss_may_be_negative(tmp_path):
+    e = trial(preference_study(tmp_path / "study", settings={"strong": {"dpo.loss": "robust"}}))
+    assert [e.line(label, "eval", "validation_loss").signed for label in ("weak", "strong")] == [False, True]
 
 
 def test_the_caption_says_whose_validation_rows_they_are(tmp_path):

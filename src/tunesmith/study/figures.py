@@ -40,6 +40,19 @@ STYLE: Any = {
 }  # fmt: skip
 
 
+TOKEN, PAIR = "nats per target token", "nats a pair"
+PAIRWISE = ("dpo", "reward")  # commands whose loss is one of preference pairs
+OTHER_LOSSES = ("ipo", "hinge")  # of DPO: a square, and a distance; neither is in nats
+
+
+def loss_unit(config: dict[str, Any], command: str | None) -> str:
+    """What a run's loss is counted in: TOKEN, PAIR, or `a pair (ipo)` where it is no negative log-likelihood."""
+    if command not in PAIRWISE:
+        return TOKEN
+    name = (config.get("dpo") or {}).get("loss")
+    return f"a pair ({name})" if name in OTHER_LOSSES else PAIR
+
+
 @dataclass(frozen=True)
 class Plate:
     """A finished figure. `notes`: what is missing from it or not comparable in it."""
@@ -117,7 +130,7 @@ def loss_curve(run: Run) -> Plate:
         if best is not None and len(estimates) > 1:
             axes.axvline(best, color=MARK, linestyle="--", linewidth=1, label=f"best checkpoint (step {best:,})")
         axes.set_xlabel("optimizer step")
-        axes.set_ylabel("loss, nats per target token" if by_token else "loss, nats a pair")
+        axes.set_ylabel(f"loss, {loss_unit(run.config, 'sft' if by_token else 'dpo')}")
         thousands(axes)
         legend_above(axes, 4)
         caption = (

@@ -10,6 +10,7 @@ from typing import Any
 
 import tunesmith.study.figures as look
 from tunesmith.stats import t_interval
+from tunesmith.study.figures import PAIR, PAIRWISE, TOKEN, loss_unit
 from tunesmith.study.read import Experiment, Json, Line, RunRecord, Series
 from tunesmith.study.select import mean_curve
 
@@ -71,14 +72,15 @@ def curves(axes: Any, lines: Sequence[Line], ylabel: str, *, first: int = 0) -> 
         axes.set_ylim(top=1.2 * max(starts))
 
 
-TOKEN, PAIR = "nats per target token", "nats a pair"
-PAIRWISE = ("dpo", "reward")  # commands whose loss is one of preference pairs
-
-
 def unit_of(run: RunRecord) -> str:
-    """What a run's loss is counted in: TOKEN or PAIR."""
-    by_pair = run.plan.get("command") in PAIRWISE or "dpo" in run.config
-    return PAIR if by_pair or run.series("eval", "validation_accuracy") else TOKEN
+    """What a run's loss is counted in, as `figures.loss_unit`; a plan that names no command is known by what the run logged."""
+    by_pair = "dpo" in run.config or bool(run.series("eval", "validation_accuracy"))
+    return loss_unit(run.config, "dpo" if by_pair else run.plan.get("command"))
+
+
+def unit_suffix(unit: str) -> str:
+    """What tells files of different units apart: nothing, `-pairs`, `-ipo`."""
+    return {TOKEN: "", PAIR: "-pairs"}.get(unit, f"-{unit.rpartition('(')[2].rstrip(')')}")
 
 
 def by_unit(e: Experiment, labels: Sequence[str] | None = None) -> dict[str, list[str]]:
@@ -110,28 +112,32 @@ def count_validations(axes: Any, series: Series) -> None:
 
 def comparable(runs: Sequence[RunRecord], what: str = "losses") -> list[str]:
     """Notes where the runs of one figure were trained or measured on different data."""
+    runs = [run for run in runs if run.config]
+    notes = []
+    for key, values in differing(runs).items():
+        if what == "rewards" and key.startswith(("dpo.", "the training")):
+            continue  # a scorer does not ask how the answers were trained
+        told = "; ".join(
+            f"{value}: {', '.join(r.name for r, v in zip(runs, values, strict=True) if v == value)}"
+            for value in dict.fromkeys(values)
+        )
+        of = "loss" if key.startswith("dpo.") else "data or model"
+        notes.append(f"Not the same {of} in all runs, so their {what} are not comparable: {key} is {told}")
+    return notes
+
+
+def differing(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
+    """What keeps the losses of these runs from being comparable: option -> its value in each; of runs that have a configuration."""
     groups: dict[str, list[str]] = {}
     runs = [run for run in runs if run.config]
     for run in runs:
         for key, value in measured_on(run.config, run.plan.get("command"), start_of(run)).items():
             groups.setdefault(key, []).append(str(value))
-    notes = []
-    for key, values in groups.items():
-        if len(set(values)) > 1 and len(values) == len(runs):
-            told = "; ".join(
-                f"{value}: {', '.join(r.name for r, v in zip(runs, values, strict=True) if v == value)}"
-                for value in dict.fromkeys(values)
-            )
-            notes.append(f"Not the same data or model in all runs, so their {what} are not comparable: {key} is {told}")
-    return notes
+    return {key: v for key, v in groups.items() if len(set(v)) > 1 and len(v) == len(runs)}
 
 
-NO_CONTENT = (
-    "seed",
-    "split_seed",
-    "root",
-    "rm_static",
-)  # of the data options: which order, which seed's rows, where they lie
+NO_CONTENT = ("seed", "split_seed", "root", "rm_static")  # of the data options: the order, and where the data lie
+OF_DPO_LOSS = ("loss", "beta", "label_smoothing")
 
 
 def measured_on(config: Json, command: str | None, start: str) -> dict[str, Any]:
@@ -141,6 +147,7 @@ def measured_on(config: Json, command: str | None, start: str) -> dict[str, Any]
     return {f"data.{k}": v for k, v in data.items() if k not in NO_CONTENT} | {
         "model.name": start, "the number of rows of an estimate": rows,
         **({"the training": command} if command in PAIRWISE else {}),
+        **{f"dpo.{k}": v for k, v in (config.get("dpo") or {}).items() if k in OF_DPO_LOSS},
     }  # fmt: skip
 
 

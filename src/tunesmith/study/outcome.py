@@ -8,7 +8,8 @@ from typing import Any
 
 from tunesmith.files.run import Run
 from tunesmith.stats import Interval, bootstrap_interval, paired_difference, ratio_interval, wilson_interval
-from tunesmith.study.lines import PAIR, PAIRWISE, TOKEN, measured_on, rows_seed
+from tunesmith.study.figures import loss_unit
+from tunesmith.study.lines import measured_on, rows_seed
 from tunesmith.study.read import is_number, read_answers
 from tunesmith.train.choice import Estimate, apart, choose, comparable, loss_difference, read_estimates
 
@@ -75,7 +76,7 @@ def _by_loss(run: Run, best: int, estimates: Sequence[Estimate]) -> str:
     """The best checkpoint's validation loss, and how far it lies below the first."""
     one = next((e for e in estimates if e.step == best), min(estimates, key=lambda e: (e.validation_loss, e.step)))
     first, last = estimates[0], max(e.step for e in estimates)
-    value = f"{loss_text(one)} {PAIR if kind_of(run) in PAIRWISE else TOKEN}{_accuracy(run, one.step)}"
+    value = f"{loss_text(one)} {loss_unit(run.config, kind_of(run))}{_accuracy(run, one.step)}"
     if one.step == first.step:
         where = (
             "step 0, the model that it began with" if first.step == 0 else f"step {first.step:,}, the first estimated"
@@ -128,14 +129,15 @@ def result_of_runs(runs: Sequence[Run]) -> str:
 
 def _lowest_losses(runs: Sequence[Run]) -> list[str]:
     """For every group of runs estimated on the same rows, the one with the lowest loss, each at its best checkpoint."""
-    groups: dict[tuple[str, str], dict[str, Estimate]] = {}
+    groups: dict[str, tuple[str, dict[str, Estimate]]] = {}  # rows -> unit, run -> estimate
     for run in runs:
         if estimates := read_estimates(run):
             lowest = min(estimates, key=lambda e: (e.validation_loss, e.step))
-            named = groups.setdefault((kind := kind_of(run), _rows_of(run, kind)), {})
+            kind = kind_of(run)
+            _, named = groups.setdefault(f"{kind} {_rows_of(run, kind)}", (loss_unit(run.config, kind), {}))
             named[run.path.name if run.path.name not in named else str(run.path)] = lowest
     told = []
-    for (kind, _), found in groups.items():
+    for unit, found in groups.values():
         if len(found) > 1:
             best = min(found, key=lambda name: found[name].validation_loss)
             level = 1 - 0.05 / (len(found) - 1)  # the lowest was picked (Bonferroni)
@@ -146,7 +148,7 @@ def _lowest_losses(runs: Sequence[Run]) -> list[str]:
                 if name != best
             ]
             what = f"{best} at step {one.step:,} has the lowest validation loss, {loss_text(one)}"
-            told.append(_ranked(f"{what} {PAIR if kind in PAIRWISE else TOKEN}", against, "below"))
+            told.append(_ranked(f"{what} {unit}", against, "below"))
     return told
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean
 
-from tunesmith.stats import Interval, ratio_interval, t_interval
-from tunesmith.study.lines import PAIR, by_unit, comparable, members_of, rows_seed
+from tunesmith.stats import Interval, ratio_interval, share_interval, t_interval
+from tunesmith.study.figures import TOKEN
+from tunesmith.study.lines import by_unit, comparable, differing, members_of, rows_seed, unit_suffix
 from tunesmith.study.outcome import ranked_by_reward
 from tunesmith.study.read import Experiment, Point
 from tunesmith.study.select import best_step, finals, mean_by_prompt, peaks, prompt_rewards
@@ -50,6 +51,11 @@ def last_losses(e: Experiment, labels: Sequence[str]) -> dict[str, dict[int, Poi
     """Label -> seed -> validation loss of the finished runs at the last step that all seeds of the label have."""
     found = {label: finals(e, [label], "eval", LOSS)[0][label] for label in labels}
     return {label: seeds for label, seeds in found.items() if seeds}
+
+
+def _loss(e: Experiment, label: str, last: Mapping[str, Mapping[int, Point]]) -> Cell:
+    """A label's last loss over its seeds."""
+    return of_seeds(list(last.get(label, {}).values()), signed=e.line(label, "eval", LOSS).signed)
 
 
 def differences_of(e: Experiment, pairs: Sequence[tuple[str, str]], level: float = 0.95) -> list[Difference]:
@@ -99,9 +105,7 @@ def own_tables(e: Experiment) -> list[Table]:
     units = by_unit(e)
     tables = [_by_label(e)]
     for unit, labels in units.items():
-        if table := _differences(
-            e, labels, unit, f"-{'pairs' if unit == PAIR else 'tokens'}" if len(units) > 1 else ""
-        ):
+        if table := _differences(e, labels, unit, unit_suffix(unit) if len(units) > 1 else ""):
             tables.append(table)
     return tables
 
@@ -114,12 +118,12 @@ def _by_label(e: Experiment) -> Table:
     rows = []
     for label in e.labels:
         minutes = [r.minutes for r in e.runs(label).values() if r.minutes and r.state == "finished"]
-        cells = [Cell(label), *(of_seeds(list(last[unit].get(label, {}).values())) for unit in units)]
-        if PAIR in units:
+        cells = [Cell(label), *(_loss(e, label, last[unit]) for unit in units)]
+        if units.keys() - {TOKEN}:
             accuracy = finals(e, [label], "eval", "validation_accuracy")[0][label]
             cells.append(Cell(f"{100 * fmean(p.value for p in accuracy.values()):.1f}" if accuracy else ""))
         rows.append((*cells, of_seeds(list(memory[label].values()), 2), of_seeds(minutes, 2)))
-    accuracies = [("accuracy, % of the pairs", False)] if PAIR in units else []
+    accuracies = [("accuracy, % of the pairs", False)] if units.keys() - {TOKEN} else []
     head = (("", False), *((f"validation loss, {unit}", True) for unit in units), *accuracies, ("memory, GB", True), ("time, min", True))  # fmt: skip  # noqa: E501
     caption = "Of the finished runs: loss at the last step that all seeds of a label have, peak memory, time of the training steps."
     return Table(f"table-{e.id}", e.id, e.title, head, tuple(rows), caption, tuple(left))
@@ -198,12 +202,13 @@ def _by_loss(e: Experiment, labels: Sequence[str], unit: str) -> str:
     if not last:
         return "No run has finished, so there is nothing to compare yet."
     best = _lowest(last)
-    cell = of_seeds(list(last[best].values()))
-    value = f"{cell.shown} {unit}"
+    value = f"{_loss(e, best, last).shown} {unit}"
     if len(last) == 1:
         return f"The last validation loss of {best} is {value}; there is no other label to compare it with.{left}"
-    if comparable(members_of(e, list(last))):
-        return f"The labels' losses cannot be compared: they differ in more than what was trained (see below).{left}"
+    if keys := differing(members_of(e, list(last))):
+        return (
+            f"The labels' losses cannot be compared, for they differ in {', '.join(keys)}.{_accuracies(e, last)}{left}"
+        )
     level = 1 - 0.05 / (len(last) - 1)  # the lowest was picked after looking at all of them (Bonferroni)
     found = differences_of(e, [(x, best) for x in last if x != best], level)
     apart, alike = [d for d in found if d.apart], [d for d in found if not d.apart]
@@ -216,6 +221,18 @@ def _by_loss(e: Experiment, labels: Sequence[str], unit: str) -> str:
     else:
         text = f"{best} has the lowest validation loss, {value}: {more}."
     return f"{text}{_what_it_rests_on(found)}{left}"
+
+
+def _accuracies(e: Experiment, labels: Iterable[str]) -> str:
+    """The labels' shares of validation pairs with the chosen answer ahead, each with Wilson's interval; empty without pairs."""
+    told = []
+    for label in labels:
+        points = list(finals(e, [label], "eval", "validation_accuracy")[0][label].values())
+        pairs = [int(p.value) for run in e.runs(label).values() for p in run.series("pairs", "validation_pairs")]
+        if points and pairs and pairs[0] > 0:
+            share = share_interval(fmean(p.value for p in points) * pairs[0], pairs[0])  # more seeds are no more pairs
+            told.append(f"{label} {100 * share.mean:.1f} % [{100 * share.low:.1f}, {100 * share.high:.1f}]")
+    return f" Pairs with the chosen answer ahead: {'; '.join(told)}." if told else ""
 
 
 def _what_it_rests_on(found: Sequence[Difference]) -> str:

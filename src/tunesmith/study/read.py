@@ -6,7 +6,7 @@ Every number keeps the run and the line of metrics.jsonl that it comes from. No 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -131,7 +131,7 @@ class Experiment:
                 whole,
                 halves[0].partial | halves[1].partial,
                 halves[0].missing + halves[1].missing,
-                is_signed(key),
+                halves[0].signed or halves[1].signed,
             )
             return [merged, *(self.line(x, event, key) for x in labels if x not in (FIRST, CONTINUED))]
         return [self.line(label, event, key) for label in labels]
@@ -147,7 +147,13 @@ class Experiment:
             if run.trouble or not points:
                 words = run.trouble or f"no {event} line with {key}"
                 missing.append(f"{label}, seed {seed} ({run.name}): {words}")
-        return Line(label, seeds, frozenset(partial), tuple(missing), is_signed(key))
+        return Line(
+            label,
+            seeds,
+            frozenset(partial),
+            tuple(missing),
+            is_signed(key, [r.config for r in self.runs(label).values()]),
+        )
 
 
 @dataclass(frozen=True)
@@ -168,9 +174,10 @@ class Study:
         return self.experiments.get(name, Experiment(name, name, ()))
 
 
-def is_signed(key: str) -> bool:
-    """Whether a logged figure may be below 0; a loss (a negative log-likelihood) may not."""
-    return not key.endswith("loss")
+def is_signed(key: str, configs: Iterable[Json] = ()) -> bool:
+    """Whether a logged figure may be below 0; a loss may not, except DPO's robust one, which subtracts that of flipped pairs."""
+    robust = any((config.get("dpo") or {}).get("loss") == "robust" for config in configs)
+    return not key.endswith("loss") or (robust and not key.endswith("sft_loss"))
 
 
 def is_number(value: Any) -> TypeGuard[float]:

@@ -9,9 +9,8 @@ from typing import Any
 
 import tunesmith.study.figures as look
 from tunesmith.stats import wilson_interval
-from tunesmith.study.figures import Plate
+from tunesmith.study.figures import TOKEN, Plate
 from tunesmith.study.lines import (
-    TOKEN,
     by_unit,
     comparable,
     count_validations,
@@ -23,6 +22,7 @@ from tunesmith.study.lines import (
     rows_in_words,
     seeds_in_words,
     unit_of,
+    unit_suffix,
 )
 from tunesmith.study.paper.experiments import FULL, OPTIMIZERS, judged, memory_rows, ranks
 from tunesmith.study.read import Experiment, Line, Study, is_number
@@ -212,7 +212,9 @@ def preferences(study: Study, spec: Spec) -> Drawn:
         if key == "validation_accuracy":
             panel.axhline(0.5, color=look.INK, linewidth=0.9, linestyle=":", label="chance")
             panel.set_ylim(-0.02, 1.02)
-        finish(panel, ylabel)
+        finish(
+            panel, f"loss, {unit_of(next(iter(e.runs(labels[0]).values())))}" if key == "validation_loss" else ylabel
+        )
     lines = [e.line(label, "eval", "validation_accuracy") for label in labels]
     notes = missing_notes(lines) + comparable([r for x in labels for r in e.runs(x).values()])
     caption = (
@@ -319,11 +321,11 @@ def _own_losses(e: Experiment) -> list[Spec]:
     """Training and validation loss of an experiment of one's own, apart for losses of different units."""
     specs, units = [], by_unit(e)
     for unit, labels in units.items():
-        of_pairs = unit != TOKEN and len(units) > 1
-        for name, key in (("training", "train_loss"), ("validation", "validation_loss")):
-            file = f"figure-{e.id}-{'train' if name == 'training' else name}{'-pairs' if of_pairs else ''}"
-            title = f"{e.title}: {name} loss{' of pairs' if of_pairs else ''}"
-            specs.append(Spec(file, e.id, title, by_label(key, lambda _, wanted=labels: wanted)))
+        suffix = unit_suffix(unit) if len(units) > 1 else ""
+        for word, name, key in (("training", "train", "train_loss"), ("validation", "validation", "validation_loss")):
+            title = f"{e.title}: {word} loss{f', {unit}' if suffix else ''}"
+            draw = by_label(key, lambda _, wanted=labels: wanted)
+            specs.append(Spec(f"figure-{e.id}-{name}{suffix}", e.id, title, draw))
     return specs
 
 

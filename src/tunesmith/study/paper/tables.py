@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from tunesmith.stats import Interval, wilson_interval
-from tunesmith.study.lines import PAIR, unit_of
+from tunesmith.study.lines import unit_of
 from tunesmith.study.own import own_tables
 from tunesmith.study.paper.experiments import BATCH_4, FULL, OPTIMIZERS, SPLIT, dpo_runs, judged, memory_rows, ranks
 from tunesmith.study.read import Point, RunRecord, Study, is_number, is_signed, trained_parameters
@@ -130,7 +130,7 @@ def _share_or_seeds(points: list[Point], runs: Sequence[RunRecord], key: str) ->
         return Cell(
             value=Interval(share, *wilson_interval(share * pairs[0], pairs[0]), pairs[0]), sources=tuple(points)
         )
-    return of_seeds(points, signed=is_signed(key))
+    return of_seeds(points, signed=is_signed(key, [r.config for r in runs]))
 
 
 def prompts(study: Study) -> Table | None:
@@ -205,9 +205,9 @@ def overview(study: Study) -> Table:
             Cell(run.name, run=run.name), Cell("not run yet" if run.state == "waiting" else run.state),
             Cell(f"{steps:,}" if is_number(steps) else ""),
             *(Cell(f"{p.value:,.{digits}f}", sources=(p,)) if p else Cell() for p, digits in figures),
-            Cell("pair" if unit_of(run) == PAIR else "token"),
+            Cell(unit_of(run)),
         ))  # fmt: skip
-    names = ("run", "state", "steps", "best validation loss, nats", "memory, GB", "time, min", "loss is of a")
+    names = ("run", "state", "steps", "best validation loss", "memory, GB", "time, min", "unit of the loss")
     head = tuple((h, False) for h in names)
     return Table("table-runs", "", "All runs", head, tuple(rows))
 
