@@ -45,7 +45,7 @@ def write_run(path, *, losses=(4.0, 3.1, 3.3), answers=None, status=None, config
     (path / "status.json").write_text(json.dumps(stored))
     (path / "config.yaml").write_text(yaml.safe_dump({"model": {"name": "sample"}, "data": {"name": "x", "seed": 1}} | (config or {})))  # fmt: skip  # noqa: E501
     if batches:
-        keep_batches(path, {2 * i: loss for i, loss in enumerate(losses)}, seed=len(str(losses)))
+        keep_batches(path, {2 * i: loss for i, loss in enumerate(losses)}, seed=sum(map(ord, path.name)))
     for step, texts in (answers or {}).items():
         (path / "answers").mkdir(exist_ok=True)
         rows = [{"prompt": f"Prompt {i} {LONG if i == 1 else ''}", "group": "g", "answer": t, "finish_reason": "stop", "tokens": 3}
