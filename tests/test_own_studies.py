@@ -257,6 +257,8 @@ def test_the_caption_says_whose_validation_rows_they_are(tmp_path):
         config.write_text(config.read_text().replace("split_seed: 1", "split_seed: null"))
     caption = draw_all(read_study(root))["trial"][1].caption
     assert "other validation rows for each seed." in caption
+    root = own_study(tmp_path / "two", {"a": [2.0], "b": [2.1]}, b={"data.name": "other"})
+    assert draw_all(read_study(root))["trial"][1].caption == "Estimates on the same rows at every step. One seed."
 
 
 # ---- intervals -------------------------------------------------------------------------------------------------------

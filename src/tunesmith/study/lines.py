@@ -160,8 +160,10 @@ def rows_seed(config: Json) -> Any:
 def rows_in_words(runs: Sequence[RunRecord]) -> str:
     """On which validation rows the estimates of these runs were made, for the caption."""
     seeds = {str(rows_seed(run.config)) for run in runs if run.config}
-    same = ", the validation rows the same in all runs." if len(seeds) < 2 else "; other validation rows for each seed."
-    return f"Estimates on the same rows at every step{same}"
+    if len(seeds) > 1:
+        return "Estimates on the same rows at every step; other validation rows for each seed."
+    shared = "" if differing(runs) else ", the validation rows the same in all runs"
+    return f"Estimates on the same rows at every step{shared}."
 
 
 def start_of(run: RunRecord) -> str:
