@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 from tunesmith.errors import UserError
 
@@ -93,7 +93,7 @@ def read_file(path: Path, number: int, report: Report, name: str = "") -> Iterat
         raise UserError(f"{path} does not exist") from None
 
 
-def _are_json_lines(file: IO[bytes]) -> bool:
+def _are_json_lines(file: BinaryIO | gzip.GzipFile) -> bool:
     """Whether the first line of a file alone is JSON and something comes after it; then the file need not be read whole."""
     lines = (line for line in file if line.strip())
     try:

@@ -152,9 +152,9 @@ class Stream:
     def part(self, start: int, stop: int) -> Array:
         """Tokens [start, stop): (stop - start,) int64."""
         first, last = np.searchsorted(self.borders, (start, stop - 1), side="right") - 1
-        store, parts = self.store, []
+        store, end, parts = self.store, np.array([self.store.end_of_text]), list[Array]()
         for row in self.rows[first : last + 1].tolist():
-            parts += [store.tokens[store.offsets[row] : store.offsets[row + 1]], [store.end_of_text]]
+            parts += [store.tokens[store.offsets[row] : store.offsets[row + 1]], end]
         begin = start - int(self.borders[first])
         return np.concatenate(parts).astype(np.int64)[begin : begin + stop - start]
 
