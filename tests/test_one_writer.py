@@ -203,13 +203,14 @@ def test_a_second_training_on_a_directory_is_told_who_writes_there(tiny_director
         assert f"process {first.pid} on {socket.gethostname()} (since 20" in told
     first.kill()
     first.communicate()
+    killed = time.time()
     assert (run.path / NAME).exists()  # nobody was there to remove it
     config = tiny_config(tiny_directory, run.path, **{**ENDLESS, "train__steps": 1}, resume=True)
     with pytest.raises(UserError, match=r"train\.steps"):  # no longer the lock
         ts.sft(config)
     second = started([*argv, "--resume"], tmp_path)
-    wait_for(lambda: json.loads((run.path / NAME).read_text() or "{}").get("process") == second.pid, second)
-    wait_for(lambda: len(run.metrics("train")) >= 3, second)
+    wait_for(lambda: len(lines := run.metrics("train")) >= 3 and lines[0]["time"] > killed, second)
+    assert json.loads((run.path / NAME).read_text())["process"] == second.pid
     second.send_signal(signal.SIGTERM)
     assert second.communicate(timeout=300)[1] == ""
     assert run.status["state"] == "stopped"

@@ -23,7 +23,7 @@ LONGER = {**SHORT, "train__steps": 4}
 TRAININGS = {SFTConfig: ts.sft, DPOConfig: ts.dpo, RewardConfig: ts.train_reward_model, PretrainConfig: ts.pretrain}
 NEW = {
     "model__name": "gpt2", "model__n_layer": 1, "model__n_head": 2, "model__n_embd": 16, "model__block_size": 64,
-    "tokenizer__vocab_size": 300, "data__block_size": 64,
+    "tokenizer__vocab_size": 265, "data__block_size": 64, "optimizer__schedule": "constant",
 }  # fmt: skip
 
 

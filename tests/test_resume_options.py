@@ -19,7 +19,10 @@ from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
 from tunesmith.train.resolve import as_dict
 from tunesmith.train.resuming import as_begun, option_changes
 
-SHORT = {"train__steps": 2, "checkpoint__every": 1, "eval__every": 2, "eval__iters": 1, "train__grad_clip": 0.0}
+SHORT = {
+    "train__steps": 2, "checkpoint__every": 1, "eval__every": 2, "eval__iters": 1, "train__grad_clip": 0.0, "data__max_rows": 30,
+    "data__block_size": 64,
+}  # fmt: skip
 LONGER = {**SHORT, "train__steps": 4}
 NOT_HERE = {
     "train.compile": "takes a compiler half a minute",
@@ -210,7 +213,7 @@ def test_fewer_steps_than_were_taken_are_refused_and_fewer_than_were_asked_for_t
 
 def test_a_run_can_be_lengthened_by_epochs(tiny_directory, tmp_path):
     run = ts.sft(tiny_config(tiny_directory, tmp_path / "r", **SHORT))
-    epoch = ts.sft(tiny_config(tiny_directory, tmp_path / "e", **{**SHORT, "train__steps": None, "data__max_rows": 20}))
+    epoch = ts.sft(tiny_config(tiny_directory, tmp_path / "e", **{**SHORT, "train__steps": None, "data__max_rows": 9}))
     steps = epoch.config["train"]["steps"]
     assert steps > 1
     assert main(["sft", "--resume", "--out", str(epoch.path), "--train.epochs", "2"]) == 0
