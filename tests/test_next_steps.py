@@ -149,7 +149,7 @@ def test_other_names_that_are_nearly_one_are_suggested(argv, meant, here, capsys
 
 def test_nothing_is_suggested_for_a_name_like_no_other():
     assert did_you_mean("someone/their-model", ["sample", "gpt2"]) == ""
-    assert did_you_mean("frist", {"first": "runs/first"}) == ". Did you mean runs/first?"
+    assert did_you_mean("frist", ["first"], {"first": "runs/first"}) == ". Did you mean runs/first?"
 
 
 # ---- conversations that cannot be answered ---------------------------------------------------------------------------

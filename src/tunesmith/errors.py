@@ -26,14 +26,13 @@ def note(text: str) -> None:
     warnings.warn(text, Note, stacklevel=3)
 
 
-def did_you_mean(name: str, known: Iterable[str] | Mapping[str, str], least: float = 0.6) -> str:
+def did_you_mean(name: str, known: Iterable[str], meant: Mapping[str, str] | None = None) -> str:
     """`. Did you mean sample?` for a name that looks like one of the known ones; else "".
 
-    known: names, or name -> what to suggest for it. least: how alike they have to be, 0 to 1.
+    meant: what to suggest for a known name, where that is not the name itself.
     """
-    meant = known if isinstance(known, Mapping) else {word: word for word in known}
-    near = difflib.get_close_matches(name, meant, 1, least)
-    return f". Did you mean {meant[near[0]]}?" if near else ""
+    near = difflib.get_close_matches(name, list(known), 1, 0.6)
+    return f". Did you mean {(meant or {}).get(near[0], near[0])}?" if near else ""
 
 
 def paths_beside(path: Path, limit: int = 1000) -> list[str]:

@@ -75,6 +75,8 @@ def compare(a: str, b: str, options: CompareCommand) -> Comparison:
 def answered(a: str, b: str, options: CompareCommand) -> Comparison:
     """Answers of both, with rewards and log-probabilities where asked for; the judge is not asked. Raises: as `compare`."""
     keep_freed_memory()
+    for name in (a, b):
+        find_model(name)  # what is missing is said now, not after minutes
     prompts = load_prompts(options.prompts, options.limit)
     tokenizer = shared_tokenizer(a, b) if options.logprobs else None
     scorer = load_scorer(options.reward, device=options.device) if options.reward else None

@@ -24,7 +24,7 @@ from tunesmith.data.prompts import load_prompts
 from tunesmith.device import keep_freed_memory
 from tunesmith.errors import UsageError
 from tunesmith.files.answers import ScoredAnswer, rewards, write_answers
-from tunesmith.files.names import checkpoints_of, load, run_and_step
+from tunesmith.files.names import checkpoints_of, find_model, load, run_and_step
 from tunesmith.files.run import step_name, write_atomically
 from tunesmith.generation.engine import prepare
 from tunesmith.judge.answers import best_rewards, compare_rewards, interval_record, measures, reward_summary
@@ -50,6 +50,8 @@ def score(names: Sequence[str], options: ScoreCommand) -> dict[str, Any]:
         )
     keep_freed_memory()
     models = list(dict.fromkeys(found for name in names for found in checkpoints_of(name)))
+    for name in models:
+        find_model(name)  # what is missing is said now, not after minutes
     prompts = load_prompts(options.prompts, options.limit)
     scorer = load_scorer(options.reward, device=options.device)
     console = Console(highlight=False, soft_wrap=True)

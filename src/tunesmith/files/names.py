@@ -59,7 +59,7 @@ def nearest_model(name: str) -> str:
     known = {} if at else {size: size for size in ("sample", *SIZES)}
     known |= {found.name: str(found) for found in Path("runs").glob("*") if (found / "status.json").exists()}
     known |= {beside: beside for beside in paths_beside(Path(run).expanduser()) if Path(beside).is_dir()}
-    return did_you_mean(run, {key: f"{meant}{at}{step}" for key, meant in known.items()})
+    return did_you_mean(run, known, {key: f"{meant}{at}{step}" for key, meant in known.items()})
 
 
 def _some_step(run: str) -> int:
