@@ -155,6 +155,8 @@ def test_several_models_as_options_are_several_arguments():
         (["dpo", "--data.name=b", "--data=a"], "--data a and --data.name b name two different things"),
         (["data", "sample", "--data.name", "hh-static"], "DATASET sample and --data hh-static name two different things"),
         (["evaluate", "a", "b", "--model", "c"], "MODEL a and --model c name two different things"),
+        (["evaluate", "a", "--model", "c", "--data", "d"], "unexpected argument 'a' beside --model c and --data d; give each thing once"),
+        (["chat", "a", "b", "--model", "a"], "unexpected argument 'b' beside --model a"),
         (["sft", "--model", "my.yaml"], "--model my.yaml: a file of options is given with --config my.yaml"),
         (["sft", "--train", "my.yml"], "--train my.yml: a file of options is given with --config my.yml"),
         (["sft", "--train", "60"], "--train is a group of options (--train.accumulate, "),

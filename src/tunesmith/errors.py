@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -35,7 +35,12 @@ def did_you_mean(name: str, known: Iterable[str], meant: Mapping[str, str] | Non
     return f". Did you mean {(meant or {}).get(near[0], near[0])}?" if near else ""
 
 
-def paths_beside(path: Path, limit: int = 1000) -> list[str]:
-    """What lies in the folder of a path that does not exist, written as that path is; nothing if there is no such folder."""
+def path_meant(path: Path, among: Callable[[Path], bool] = Path.exists, more: Mapping[str, str] | None = None) -> str:
+    """`. Did you mean runs/first?` for a path that does not exist: what lies beside it under a similar name; else "".
+
+    among: what can be meant. more: other names -> what to suggest for them.
+    """
     folder = path.parent
-    return [str(folder / p.name) for p in islice(folder.iterdir(), limit)] if folder.is_dir() else []
+    there = islice(folder.iterdir(), 1000) if folder.is_dir() else ()
+    meant = {**(more or {}), **{p.name: str(folder / p.name) for p in there if among(p)}}
+    return did_you_mean(path.name, meant, meant)

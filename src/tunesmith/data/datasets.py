@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from tunesmith.data.hh import HH_SUBSETS, PUBLISHED_ROWS, RECIPES, hh_files, rm_
 from tunesmith.data.layout import find_layout
 from tunesmith.data.mixture import mixed, parse_sets, shares
 from tunesmith.data.readers import SUFFIXES, TEXT_SUFFIXES, Located, Report, read_file, read_object, suffix_of
-from tunesmith.errors import UsageError, UserError
+from tunesmith.errors import UsageError, UserError, did_you_mean, path_meant
 from tunesmith.hub import download_dataset
 from tunesmith.options.training import DataOptions
 
@@ -215,9 +214,9 @@ def _named(name: str, options: DataOptions) -> Source:
         here = Path(__file__).parents[1] / "sample"
         return Source(name, "rows", {s: (here / f"{s}.jsonl",) for s in ("train", "test")}, max_rows=options.max_rows)
     if subset and (base != "hh" or subset not in HH_SUBSETS):
-        near = difflib.get_close_matches(name, NAMED, 1, 0.5)
-        hint = f". Did you mean {near[0]}?" if near else ""
-        raise UserError(f"--data.name {name}: the subsets are {', '.join('hh:' + s for s in HH_SUBSETS)}{hint}")
+        raise UserError(
+            f"--data.name {name}: the subsets are {', '.join('hh:' + s for s in HH_SUBSETS)}{did_you_mean(name, NAMED)}"
+        )
     helpful_only = base in ("hh-helpful-half", "hh-pairs")
     wanted = (subset,) if subset else ("helpful-base",) if helpful_only else HH_SUBSETS
     files, notes = hh_files(wanted, options)
@@ -228,12 +227,7 @@ def _named(name: str, options: DataOptions) -> Source:
 def _near(path: Path) -> str:
     """The names there are, and the one that was probably meant: a data set's, or a file's beside the missing one."""
     names = "; names: hh, hh:SUBSET, hh-static, hh-helpful-half, hh-pairs, sample"
-    folder = path.parent
-    beside = [p.name for p in folder.iterdir()][:1000] if folder.is_dir() else []
-    close = difflib.get_close_matches(str(path), NAMED, 1, 0.7) or [
-        str(folder / name) for name in difflib.get_close_matches(path.name, beside, 1, 0.7)
-    ]
-    return f"{names}. Did you mean {close[0]}?" if close else names
+    return f"{names}{did_you_mean(str(path), NAMED) or path_meant(path)}"
 
 
 def beside(options: DataOptions, name: str) -> DataOptions:

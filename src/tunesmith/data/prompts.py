@@ -20,7 +20,7 @@ from tunesmith.data.dialogue import (
 from tunesmith.data.forms import prompt_turns
 from tunesmith.data.readers import SUFFIXES, Report, read_file, read_text, suffix_of
 from tunesmith.data.tokenizer import Tokenizer
-from tunesmith.errors import UsageError, UserError, did_you_mean, paths_beside
+from tunesmith.errors import UsageError, UserError, path_meant
 
 EMBEDDED = Path(__file__).parents[1] / "sample" / "prompts.jsonl"
 _OPEN_END = re.compile(r"\n\nAssistant:\s*(?:\Z|\n\nHuman:)")
@@ -59,7 +59,7 @@ def load_prompts(file: str | None = None, limit: int | None = None, option: str 
         raise UsageError(f"--limit is {limit}, expected at least 1")
     path = Path(file).expanduser() if file else EMBEDDED
     if not path.is_file():
-        raise UserError(f"{option} {path}: no such file; {EXPECTED}{did_you_mean(str(path), paths_beside(path))}")
+        raise UserError(f"{option} {path}: no such file; {EXPECTED}{path_meant(path)}")
     try:
         prompts = _of_rows(path) if suffix_of(path) in SUFFIXES else _of_text(read_text(path))
     except UserError as error:

@@ -11,7 +11,7 @@ from tunesmith.data.jsonfile import read_json
 from tunesmith.data.special_tokens import ends_of_answers, with_ends
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.device import resolve_device
-from tunesmith.errors import UserError, did_you_mean, paths_beside
+from tunesmith.errors import UserError, path_meant
 from tunesmith.files import adapters
 from tunesmith.files.adapters import AdapterFiles, load_adapter, read_adapter
 from tunesmith.files.reward import is_reward_model, load_reward_model, set_score
@@ -56,10 +56,12 @@ def find_model(name: str) -> Path:
 def nearest_model(name: str) -> str:
     """`. Did you mean sample?` for a name like one of the known ones, or like a directory beside the one that is missing; else ""."""
     run, at, step = name.rpartition("@") if "@" in name else (name, "", "")
-    known = {} if at else {size: size for size in ("sample", *SIZES)}
-    known |= {found.name: str(found) for found in Path("runs").glob("*") if (found / "status.json").exists()}
-    known |= {beside: beside for beside in paths_beside(Path(run).expanduser()) if Path(beside).is_dir()}
-    return did_you_mean(run, known, {key: f"{meant}{at}{step}" for key, meant in known.items()})
+    more = {}
+    if Path(run).name == run:
+        more = {found.name: str(found) for found in Path("runs").glob("*") if (found / "status.json").exists()}
+        more |= {} if at else {known: known for known in ("sample", *SIZES)}
+    near = path_meant(Path(run).expanduser(), Path.is_dir, more)
+    return f"{near.removesuffix('?')}{at}{step}?" if near else ""
 
 
 def _some_step(run: str) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from tunesmith.errors import UserError, did_you_mean, paths_beside
+from tunesmith.errors import UserError, path_meant
 from tunesmith.files.lock import one_writer
 from tunesmith.jsontext import parse_json
 
@@ -72,7 +72,7 @@ class Run:
                 raise ValueError("no state and step in it")
             return status
         except FileNotFoundError:
-            near = "" if self.path.exists() else did_you_mean(str(self.path), _runs_beside(self.path))
+            near = "" if self.path.exists() else path_meant(self.path, _is_run)
             raise UserError(f"{self.path} is no run directory: it has no status.json{near}") from None
         except ValueError as error:
             raise UserError(f"{path} is damaged ({error}); name a checkpoint of the run by its directory") from None
@@ -142,8 +142,8 @@ class Run:
         return found[best if best in found else max(found)]
 
 
-def _runs_beside(path: Path) -> list[str]:
-    return [beside for beside in paths_beside(path) if (Path(beside) / "status.json").exists()]
+def _is_run(path: Path) -> bool:
+    return (path / "status.json").exists()
 
 
 def _log_line(line: str, where: str) -> dict[str, Any]:
@@ -303,7 +303,7 @@ def new_run_directory(out: str | None, default: str) -> tuple[Path, bool]:
 def check_resumable_directory(path: Path) -> None:
     """Raises: UserError in one line if there is no run, or none whose options and weights are still there."""
     if not (path / "status.json").exists():
-        near = did_you_mean(str(path), _runs_beside(path))
+        near = path_meant(path, _is_run)
         raise UserError(f"--resume: {path} holds no run to continue; name its directory with --out{near}")
     if not (path / "config.yaml").exists():
         raise UserError(

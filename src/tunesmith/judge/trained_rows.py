@@ -32,11 +32,11 @@ def training_runs(model: str) -> list[Run]:
     at = run_and_step(model)
     while at and at[0].path.resolve() not in (run.path.resolve() for run in found):
         found.append(at[0])
-        start = at[0].config.get("model", {})
-        here = Path(str(start.get("name")).partition("@")[0]).expanduser().is_dir()
         try:
+            start = at[0].config.get("model", {})
+            here = Path(str(start.get("name")).partition("@")[0]).expanduser().is_dir()
             at = run_and_step(start["name"]) if here and start.get("init") == "pretrained" else None
-        except UserError:  # it was a model once
+        except (UserError, OSError):  # without a configuration, or no model any more
             break
     return found
 
@@ -68,6 +68,8 @@ def trained_rows(runs: Sequence[Run], source: Source, split: str, *, pairs: bool
 def _texts_of(run: Run, wanted: Collection[bytes]) -> tuple[set[bytes], bool]:
     """Those of the wanted fingerprints that the run's training rows have; and whether its files are others now."""
     config, inputs = run.config, run.inputs or {}
+    if "data" not in config:
+        raise UserError(f"{run.path / 'config.yaml'} names none")
     known = {field.name for field in dataclasses.fields(DataOptions)}
     options = DataOptions(**{k: v for k, v in config["data"].items() if k in known})
     pairs = inputs.get("command", "dpo" if "dpo" in config else "") in ("dpo", "reward")

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from tunesmith.errors import UsageError, did_you_mean, paths_beside
+from tunesmith.errors import UsageError, did_you_mean, path_meant
 from tunesmith.options.help import PAGES, asked_for_help, help_text
 from tunesmith.options.resuming import HISTORY, checked_history
 from tunesmith.options.shortforms import Positional, expand_groups, expand_positionals
@@ -139,7 +139,7 @@ def preset_path(name: str) -> str:
     known = sorted(str(p.relative_to(PRESETS).with_suffix("")) for p in PRESETS.rglob("*.yaml"))
     raise UsageError(
         f"--config {name}: no such file, and no such preset"
-        f"{did_you_mean(name, [*known, *paths_beside(Path(name))]) or '.'} Presets: {', '.join(known)}"
+        f"{path_meant(Path(name)) or did_you_mean(name, known) or '.'} Presets: {', '.join(known)}"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +71,7 @@ def expand_positionals(argv: Sequence[str], positionals: Sequence[Positional]) -
         elif not word.startswith("--"):
             words.append(word)
         else:
-            options += (
-                [word]
-                if equals or word == "--print_config"
-                else [word, *([after] if (after := next(rest, "")) else [])]
-            )
+            options += [word] if equals or word == "--print_config" else [word, *islice(rest, 1)]
     return [*options, *_in_place(words, given, positionals)] if given else list(argv)
 
 
@@ -89,7 +85,10 @@ def _in_place(words: list[str], given: Mapping[str, list[str]], positionals: Seq
         if own and not p.many:
             refuse_two(p.name.upper(), own[0], f"--{p.option}", given.get(p.name, []))
         found += [*own, *given.get(p.name, [])] if p.many else own or given.get(p.name, [])[-1:]
-    return [*found, *words]
+    if words:
+        options = " and ".join(f"--{p.option} {given[p.name][-1]}" for p in positionals if p.name in given)
+        raise UsageError(f"unexpected argument {words[0]!r} beside {options}; give each thing once")
+    return found
 
 
 def values_of(argv: Sequence[str], flag: str) -> list[str]:
