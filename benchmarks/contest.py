@@ -77,7 +77,7 @@ def step_rates(run: dict[str, Any]) -> list[float]:
     return [n / s for n, s in zip(tokens, run["seconds"], strict=True)]
 
 
-QUIET, TRIES = 0.03, 2  # the share of the cores that others may take; how often a contestant runs at most to see that
+QUIET, TRIES = 0.1, 2  # the share of the cores that others may take; how often a contestant runs at most to see that
 
 
 def busy_seconds() -> float:
