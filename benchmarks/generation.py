@@ -35,7 +35,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from contest import Found, measure, show, summary, write_result
+from contest import Found, choose_kernel, measure, show, summary, write_result
 from sft import rival_model, save_weights
 
 Rows = list[list[int]]
@@ -145,6 +145,8 @@ def child(task: str, name: str, work: Path, device: str) -> None:
     """Run one contestant and print its figures as the last line."""
     given = json.loads((work / f"{task}.json").read_text())
     run, tuned = contestants(task, device)[name]
+    if tuned and device == "cpu":
+        choose_kernel()
     print("RESULT " + json.dumps(run(work, given["prompts"], given["new"], given["together"], tuned, device)))
 
 

@@ -3,8 +3,9 @@
     python benchmarks/memory.py --root DIR_OF_HH_RLHF --rounds 2 --steps 3 --out benchmarks/results
 
 Two tasks, in the setting of sft.py (the same weights and packed rows of 1,024 tokens, fp32, one row a step): `full` trains all
-weights beside `Trainer`, tuned for speed and for memory, `lora` adapters of rank 8 beside TRL with PEFT. Memory is the process's
-peak resident set, imports included. `exact`: the losses of all steps are those of the plain row, to the bit; the script compares them.
+weights beside `Trainer`, tuned for speed and for memory (checkpointing, and a head for the tokens with loss only), `lora`
+adapters of rank 8 beside TRL with PEFT. Memory is the process's peak resident set, imports included. `exact`: the losses of
+all steps are those of the plain row, to the bit; the script compares them.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ import os
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import sft
-from contest import Found, Tasks, measure, options, run_tasks, summary, write_result
+from contest import Found, Tasks, measure, options, run_tasks, step_rates, summary, write_result
 from preferences import RANK, run_trl_sft
 
 ours, lora = sft.run_ours, partial(sft.run_ours, rank=RANK)
@@ -26,7 +26,7 @@ leanest = partial(recomputed, allocator="lean")
 TASKS: Tasks = {
     "full": {
         "Trainer, tuned": (sft.run_trainer, True),
-        "Trainer, tuned for memory": (partial(sft.run_trainer, checkpointing=True), "lean"),
+        "Trainer, tuned for memory": (partial(sft.run_trainer, checkpointing=True, keep=True), "lean"),
         "tunesmith": (ours, False),
         "selective activations": (partial(ours, checkpointing="selective"), False),
         "blocks computed again": (partial(ours, checkpointing=True), False),
@@ -67,15 +67,11 @@ def exactness(found: Found) -> dict[str, float | None]:
 def compare(task: str, args: argparse.Namespace) -> None:
     """One task: its rows, its table, its file."""
     contestants = {n: tuned for n, (_, tuned) in TASKS[task].items() if not args.only or n in (*args.only, "tunesmith")}
-
-    def rates(run: dict[str, Any]) -> list[float]:
-        return [1024 / s for s in run["seconds"]]
-
     with tempfile.TemporaryDirectory() as work:
-        about = sft.prepare(Path(work), args.model, args.root, args.warmup + args.steps, 1024)
+        about = sft.prepare(Path(work), args.model, args.root, args.warmup + args.steps)
         arguments = ["--task", task, "--work", work, "--steps", str(args.steps), "--warmup", str(args.warmup)]
-        found = measure(__file__, contestants, arguments, args.rounds, rates)
-    rows, differences = summary(found, rates), exactness(found)
+        found = measure(__file__, contestants, arguments, args.rounds, step_rates)
+    rows, differences = summary(found, step_rates), exactness(found)
     for row in rows:
         row |= {"speed": round(1 / row.pop("our_speed_ratio"), 3), "memory": round(1 / row.pop("our_memory_ratio"), 3)}
         row["difference"] = differences[row["name"]]

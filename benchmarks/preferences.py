@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import sft
-from contest import Clock, Found, Tasks, measure, options, run_tasks, show, summary, write_result
+from contest import Clock, Figures, Found, Tasks, measure, options, run_tasks, show, step_rates, summary, write_result
 from sft import TRAINER, drive, rival_model, save_weights
 
 RANK, BETA, LONGEST, PACKED = 8, 0.1, 512, 2048
@@ -113,9 +113,7 @@ def into_groups(lengths: list[int], size: int) -> list[list[int]]:
 # ---- contestants: each runs in its own process and prints one JSON line ----------------------------------------------
 
 
-def run_ours(
-    work: Path, steps: int, warmup: int, tuned: bool, reference: str, packed: bool = False
-) -> tuple[list[float], list[float]]:
+def run_ours(work: Path, steps: int, warmup: int, tuned: bool, reference: str, packed: bool = False) -> Figures:
     """reference: `pass` (a first pass, counted), `known` (the same, not counted), `adapter` (off in each step)."""
     from tunesmith.device import keep_freed_memory
 
@@ -177,9 +175,7 @@ def adapter_config() -> Any:
     return LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, fan_in_fan_out=True, task_type="CAUSAL_LM")
 
 
-def run_trl(
-    work: Path, steps: int, warmup: int, tuned: bool, precomputed: bool = False
-) -> tuple[list[float], list[float]]:
+def run_trl(work: Path, steps: int, warmup: int, tuned: bool, precomputed: bool = False) -> Figures:
     import datasets
     import torch
     import trl
@@ -202,7 +198,6 @@ def run_trl(
         beta=BETA,
         max_length=LONGEST + 1,  # the end is an input there; the pairs are cut already
         precompute_ref_log_probs=precomputed,
-        train_sampling_strategy="sequential",
         **settings,
     )
     trainer = OnIds(
@@ -224,7 +219,7 @@ def run_trl(
     return drive(trainer, warmup)
 
 
-def run_trl_sft(work: Path, steps: int, warmup: int, tuned: bool) -> tuple[list[float], list[float]]:
+def run_trl_sft(work: Path, steps: int, warmup: int, tuned: bool) -> Figures:
     return sft.run_trl(work, steps, warmup, tuned, peft_config=adapter_config())
 
 
@@ -278,13 +273,12 @@ def compare(task: str, args: argparse.Namespace) -> None:
         if pairs:
             about, tokens = prepare(Path(work), task, args)
         else:
-            about = sft.prepare(Path(work), args.model, args.root, args.warmup + args.steps, 1024)
+            about = sft.prepare(Path(work), args.model, args.root, args.warmup + args.steps)
             about |= {"rank": RANK, "learning_rate": TRAINER["learning_rate"], "model_tokens_per_counted": 1.0}
-            tokens = 1024
 
         def rates(run: dict[str, Any]) -> list[float]:
             # steps of pairs differ in length and in how much of them is shared: only their sum is the same for all
-            return [tokens / sum(run["seconds"])] if pairs else [tokens / s for s in run["seconds"]]
+            return [tokens / sum(run["seconds"])] if pairs else step_rates(run)
 
         print(f"\n{task}: {json.dumps(about)}", flush=True)
         arguments = ["--task", task, "--work", work, "--steps", str(args.steps), "--warmup", str(args.warmup)]

@@ -3,9 +3,11 @@
     python benchmarks/sft.py --root DIR_OF_HH_RLHF --rounds 3 --steps 4 --out benchmarks/results/sft-NAME.json
 
 Same weights (GPT-2 shape, random, seed 0), same packed rows of real dialogues, loss on the assistant's tokens, fp32,
-one row of 1,024 tokens a step. Every contestant runs in its own process, in turn, `--rounds` times (A B C A B C ...),
-so that a drift of the machine meets all of them. `tuned` gives the rivals every setting that we found to help: glibc's
-allocator thresholds, the one-kernel tanh GELU, fused AdamW, no activation checkpointing; `stock` is as shipped.
+one row of 1,024 tokens a step, in one order; TRL packs the same dialogues into rows of its own. Every contestant runs in its
+own process, in turn, `--rounds` times (A B C A B C ...), so that a drift of the machine meets all of them. `stock` is as
+shipped. `tuned` has the public settings that helped: `torch.set_float32_matmul_precision("medium")`, glibc's allocator
+thresholds, the one-kernel tanh GELU, fused AdamW, no activation checkpointing; the loop and `head for loss only` also spare
+the head the tokens without loss (`logits_to_keep`). `--precision bf16` runs all in bf16 autocast over float32 weights.
 Rates count tokens through the model; memory is the process's peak resident set, imports included. Utilisation is the
 arithmetic that a plain implementation needs for these tokens (6 operations a weight, and the full square of attention) over
 the rate of the fastest matrix product that torch has here; what leaves arithmetic out can pass 1.
@@ -16,26 +18,17 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from contest import Clock, child, measure, options, show, summary, write_result
+from contest import ROW, Clock, Figures, Run, Tuned, child, measure, options, show, step_rates, summary, write_result
 
 TRAINER: dict[str, Any] = {  # what both of transformers' trainers are given
     "per_device_train_batch_size": 1, "learning_rate": 1e-4, "lr_scheduler_type": "constant", "max_grad_norm": 0,
     "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True,
-    "dataloader_pin_memory": False, "seed": 0,
+    "dataloader_pin_memory": False, "seed": 0, "train_sampling_strategy": "sequential",
 }  # fmt: skip
-CONTESTANTS = {  # name: (function, tuned)
-    "tunesmith": ("run_ours", False),
-    "Trainer, tuned": ("run_trainer", True),
-    "TRL, tuned": ("run_trl", True),
-    "loop, tuned": ("run_loop", True),
-    "tunesmith (allocator off)": ("run_ours_system_allocator", False),
-    "Trainer, stock": ("run_trainer", False),
-    "TRL, stock": ("run_trl", False),
-    "loop, stock": ("run_loop", False),
-}
 
 
 # ---- the work that all share: weights and rows, made once -----------------------------------------------------------
@@ -56,7 +49,7 @@ def save_weights(work: Path, model: str) -> Any:
     return gpt
 
 
-def prepare(work: Path, model: str, root: str | None, rows: int, block_size: int) -> dict[str, Any]:
+def prepare(work: Path, model: str, root: str | None, rows: int, precision: str = "fp32") -> dict[str, Any]:
     """Save the weights and `rows` packed rows; returns what the data is."""
     import torch
 
@@ -70,15 +63,16 @@ def prepare(work: Path, model: str, root: str | None, rows: int, block_size: int
     gpt = save_weights(work, model)
     name = "hh:harmless-base" if root else "sample"
     store = tokenise(open_dataset(DataOptions(name=name, root=root)), "train", Tokenizer.gpt2())
+    fill = 1 if precision == "fp32" else 64  # as `tunesmith sft` has it
     batches = Batches(
-        store, range(len(store)), batching="packed", block_size=block_size, batch_size=1, loss_on="assistant"
+        store, range(len(store)), batching="packed", block_size=ROW, batch_size=1, loss_on="assistant", fill_to=fill
     )
     torch.save([batches[i] for i in range(rows)], work / "rows.pt")
     used = [batches[i] for i in range(rows)]
     share = sum(b.count for b in used) / sum(b.tokens for b in used)
     c = gpt.config
     weights = sum(i * o for i, o in linear_sizes(c).values()) * c.n_layer + c.vocab_size * c.n_embd
-    operations = 6 * weights + 12 * c.n_layer * c.n_embd * block_size
+    operations = 6 * weights + 12 * c.n_layer * c.n_embd * ROW
     about = {"data": name, "rows": rows, "supervised_share": share, "parameters": gpt.parameter_count()}
     return {**about, "operations_per_token": operations, "ceiling_gflops": round(ceiling(), 1)}
 
@@ -91,7 +85,7 @@ def ceiling() -> float:
 
     x, w = torch.randn(1024, 768), torch.randn(3072, 768)
     best = float("inf")
-    for kernel in (product, lambda x, w: x @ w.t()):
+    for kernel in (product, lambda x, w: x @ w.t()):  # in float32 whatever `--precision` is
         for _ in range(20):
             start = time.perf_counter()
             kernel(x, w)
@@ -103,17 +97,9 @@ def ceiling() -> float:
 
 
 def run_ours(
-    work: Path,
-    steps: int,
-    warmup: int,
-    tuned: bool,
-    rank: int = 0,
-    name: str = "adamw",
-    checkpointing: Any = False,
-    in_backward: bool = False,
-    bf16: bool = False,
-    allocator: Literal["fast", "lean"] = "fast",
-) -> tuple[list[float], list[float]]:
+    work: Path, steps: int, warmup: int, tuned: bool, rank: int = 0, name: str = "adamw", checkpointing: Any = False,
+    in_backward: bool = False, bf16: bool = False, allocator: Literal["fast", "lean"] = "fast", precision: Any = "fp32",
+) -> Figures:  # fmt: skip
     """rank: of LoRA adapters. checkpointing, in_backward, bf16, name, allocator: the memory modes, as `tunesmith sft` sets them up."""
     from tunesmith.device import set_allocator
 
@@ -138,15 +124,15 @@ def run_ours(
     optimizer = make_optimizer(model, SFTConfig(train=train, optimizer=rule))
     clock, losses = Clock(warmup), []
     for i in range(warmup + steps):
-        stats = optimizer_step(model, [batches[i % len(batches)]], lambda b: nll_sum(model, b), optimizer)
+        stats = optimizer_step(model, [batches[i % len(batches)]], lambda b: nll_sum(model, b, precision), optimizer)
         losses.append(stats.loss)
         clock.mark()
     return clock.seconds(), losses
 
 
-def run_ours_system_allocator(work: Path, steps: int, warmup: int, tuned: bool) -> tuple[list[float], list[float]]:
+def run_ours_system_allocator(work: Path, steps: int, warmup: int, tuned: bool, **more: Any) -> Figures:
     os.environ["TUNESMITH_ALLOCATOR"] = "system"
-    return run_ours(work, steps, warmup, tuned)
+    return run_ours(work, steps, warmup, tuned, **more)
 
 
 def rival_model(work: Path, tuned: bool) -> Any:
@@ -165,16 +151,17 @@ def labelled_rows(work: Path) -> list[dict[str, list[int]]]:
     for batch in torch.load(work / "rows.pt", weights_only=False):
         ids = batch.input_ids[0]
         labels = torch.full_like(ids, -100)
-        inside = batch.rows + 1 < len(ids)  # the last token's target lies outside of an unshifted row
-        follows = batch.rows[inside]
-        same = ids[follows + 1] == batch.targets[inside]  # not the end-of-text targets, which are no inputs here
-        labels[follows[same] + 1] = batch.targets[inside][same]
+        rows_, targets = batch.rows[: batch.count], batch.targets[: batch.count]
+        inside = rows_ + 1 < len(ids)  # the last token's target lies outside of an unshifted row
+        follows = rows_[inside]
+        same = ids[follows + 1] == targets[inside]  # not the end-of-text targets, which are no inputs here
+        labels[follows[same] + 1] = targets[inside][same]
         rows.append({"input_ids": ids.tolist(), "labels": labels.tolist()})
     return rows
 
 
-def run_loop(work: Path, steps: int, warmup: int, tuned: bool) -> tuple[list[float], list[float]]:
-    """What most people write: full logits, cross_entropy, AdamW."""
+def run_loop(work: Path, steps: int, warmup: int, tuned: bool, precision: str = "fp32") -> Figures:
+    """What most people write: logits, cross_entropy, AdamW. Tuned: logits of the tokens with loss only."""
     import torch
     import torch.nn.functional as F
 
@@ -184,9 +171,11 @@ def run_loop(work: Path, steps: int, warmup: int, tuned: bool) -> tuple[list[flo
     clock, losses = Clock(warmup), []
     for i in range(warmup + steps):
         row = rows[i % len(rows)]
-        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
-        logits = model(ids).logits
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        ids, following = torch.tensor([row["input_ids"]]), torch.tensor([*row["labels"][1:], -100])
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            which = torch.where(following != -100)[0] if tuned else torch.arange(len(following))
+            logits = model(ids, logits_to_keep=which if tuned else 0).logits
+            loss = F.cross_entropy(logits[0], following[which])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -196,8 +185,9 @@ def run_loop(work: Path, steps: int, warmup: int, tuned: bool) -> tuple[list[flo
 
 
 def run_trainer(
-    work: Path, steps: int, warmup: int, tuned: bool, checkpointing: bool = False
-) -> tuple[list[float], list[float]]:
+    work: Path, steps: int, warmup: int, tuned: bool, checkpointing: bool = False, keep: bool = False, precision: str = "fp32"
+) -> Figures:  # fmt: skip
+    """keep: logits of the tokens with loss only, by a collator of one's own."""
     import torch
     import transformers
 
@@ -208,11 +198,23 @@ def run_trainer(
         **TRAINER,
         optim="adamw_torch_fused",
         gradient_checkpointing=checkpointing,
+        remove_unused_columns=not keep,
+        bf16=precision == "bf16",
     )
-    return drive(transformers.Trainer(rival_model(work, tuned), arguments, train_dataset=rows), warmup)
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
+        ((ids, labels),) = (row.values() for row in batch)
+        following = torch.cat([labels[1:], torch.tensor([-100])])
+        which = torch.where(following != -100)[0]
+        kept = {"logits_to_keep": which, "shift_labels": following[which][None]}
+        return {"input_ids": ids[None], "labels": labels[None], **kept}
+
+    collator = collate if keep else None
+    model = rival_model(work, tuned)
+    return drive(transformers.Trainer(model, arguments, train_dataset=rows, data_collator=collator), warmup)
 
 
-def run_trl(work: Path, steps: int, warmup: int, tuned: bool, **more: Any) -> tuple[list[float], list[float]]:
+def run_trl(work: Path, steps: int, warmup: int, tuned: bool, precision: str = "fp32", **more: Any) -> Figures:
     """TRL packs the dialogues itself (best fit), loss on the completion tokens. more: for the trainer."""
     import datasets
     import torch
@@ -222,7 +224,7 @@ def run_trl(work: Path, steps: int, warmup: int, tuned: bool, **more: Any) -> tu
     dialogues = []
     for batch in torch.load(work / "rows.pt", weights_only=False):
         supervised = torch.zeros(batch.input_ids.numel(), dtype=torch.int64)
-        supervised[(batch.rows + 1).clamp(max=len(supervised) - 1)] = 1
+        supervised[(batch.rows[: batch.count] + 1).clamp(max=len(supervised) - 1)] = 1
         start = 0
         for length in batch.documents.lengths:
             stretch = slice(start, start + length)
@@ -230,14 +232,14 @@ def run_trl(work: Path, steps: int, warmup: int, tuned: bool, **more: Any) -> tu
             if sum(mask):
                 dialogues.append({"input_ids": ids, "completion_mask": mask})
             start += length
-    settings: dict[str, Any] = {"bf16": False, "gradient_checkpointing": False} if tuned else {"bf16": False}
     arguments = trl.SFTConfig(
         output_dir=str(work / "out"),
         max_steps=warmup + steps,
         **TRAINER,
         packing=True,
-        max_length=1024,
-        **settings,
+        max_length=ROW,
+        bf16=precision == "bf16",
+        **({"gradient_checkpointing": False} if tuned else {}),
     )
     trainer = trl.SFTTrainer(
         rival_model(work, tuned),
@@ -249,11 +251,18 @@ def run_trl(work: Path, steps: int, warmup: int, tuned: bool, **more: Any) -> tu
     return drive(trainer, warmup)
 
 
-def drive(trainer: Any, warmup: int) -> tuple[list[float], list[float]]:
-    """Run a transformers Trainer and read the clock at the end of each step."""
+def drive(trainer: Any, warmup: int) -> tuple[list[float], list[float], list[int]]:
+    """Run a transformers Trainer; read the clock at the end of each step, and how many tokens it had, padding not counted."""
     import transformers
 
-    clock = Clock(warmup)
+    clock, tokens, train = Clock(warmup), [], trainer.training_step
+
+    def counted(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        mask = inputs.get("attention_mask")
+        tokens.append(inputs["input_ids"].numel() if mask is None else int(mask.sum()))
+        return train(model, inputs, *args, **kwargs)
+
+    trainer.training_step = counted
 
     class Marks(transformers.TrainerCallback):
         def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
@@ -261,36 +270,46 @@ def drive(trainer: Any, warmup: int) -> tuple[list[float], list[float]]:
 
     trainer.add_callback(Marks())
     trainer.train()
-    return clock.seconds(), [r["loss"] for r in trainer.state.log_history if "loss" in r]
+    return clock.seconds(), [r["loss"] for r in trainer.state.log_history if "loss" in r], tokens[warmup:]
+
+
+CONTESTANTS: dict[str, tuple[Run, Tuned]] = {  # name: (function, tuned)
+    "tunesmith": (run_ours, False),
+    "Trainer, tuned": (run_trainer, True),
+    "Trainer, tuned, head for loss only": (partial(run_trainer, keep=True), True),
+    "TRL, tuned": (run_trl, True),
+    "loop, tuned": (run_loop, True),
+    "tunesmith (allocator off)": (run_ours_system_allocator, False),
+    "Trainer, stock": (run_trainer, False),
+    "TRL, stock": (run_trl, False),
+    "loop, stock": (run_loop, False),
+}
 
 
 def main() -> None:
     parser = options(__doc__ or "")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of everybody's arithmetic")
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, help="contestants; default all")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     args = parser.parse_args()
     if args.child:
         function, tuned = CONTESTANTS[args.child]
-        child(globals()[function], args.work, args.steps, args.warmup, tuned)
+        child(partial(function, precision=args.precision), args.work, args.steps, args.warmup, tuned)
         return
-
-    def rates(run: dict[str, Any]) -> list[float]:
-        return [1024 / s for s in run["seconds"]]
-
     with tempfile.TemporaryDirectory() as work:
-        about = prepare(Path(work), args.model, args.root, args.warmup + args.steps, 1024)
+        about = prepare(Path(work), args.model, args.root, args.warmup + args.steps, args.precision)
         names = {n: CONTESTANTS[n][1] for n in CONTESTANTS if not args.only or n in args.only or n == "tunesmith"}
         arguments = ["--work", work, "--steps", str(args.steps), "--warmup", str(args.warmup)]
-        found = measure(__file__, names, arguments, args.rounds, rates)
-    rows = summary(found, rates)
+        found = measure(__file__, names, [*arguments, "--precision", args.precision], args.rounds, step_rates)
+    rows = summary(found, step_rates)
     for row in rows:
         row["utilisation"] = round(
             row["tokens_per_s"] * about["operations_per_token"] / about["ceiling_gflops"] / 1e9, 3
         )
     show(rows)
     if args.out:
-        settings = {"model": args.model, "rounds": args.rounds, "steps": args.steps, "precision": "fp32", **about}
-        write_result(args.out, settings, rows, found)
+        settings = {"model": args.model, "rounds": args.rounds, "steps": args.steps, "precision": args.precision}
+        write_result(args.out, {**settings, **about}, rows, found)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A benchmark's JSON as the Markdown table that README.md and docs/performance.md show.
 
-python benchmarks/table.py benchmarks/results/sft-gpt2.json
+python benchmarks/table.py benchmarks/results/sft-gpt2-2core.json             # the contestants of one comparison
+python benchmarks/table.py benchmarks/results/{sft,dpo}-gpt2-2core.json       # of several, a row each: the fastest rival
 """
 
 from __future__ import annotations
@@ -29,6 +30,31 @@ def table(result: dict[str, Any]) -> str:
         name = f"**{row['name']}**" if own else row["name"]
         lines.append(f"| {name} | {spread} | {row['peak_gb']:.2f} | {ratios[0]} | {ratios[1]} |")
     return "\n".join(lines)
+
+
+def overview(results: list[dict[str, Any]]) -> str:
+    """One row a comparison: tunesmith beside the fastest of the others that do the same work."""
+    lines = [
+        "| | tunesmith, tokens/s | the fastest other | its tokens/s | tunesmith is faster by | with this share of its memory | rounds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        own, *others = (row for row in result["summary"] if "reference cached" not in row["name"])
+        best = min((row for row in others if "tunesmith" not in row["name"]), key=lambda row: row["our_speed_ratio"])
+        ratios = f"{best['our_speed_ratio']:.2f} x | {best['our_memory_ratio']:.2f} | {result['settings']['rounds']}"
+        rates = f"{own['tokens_per_s']:.0f} | {best['name']} | {best['tokens_per_s']:.0f}"
+        lines.append(f"| {comparison(result['settings'])} | {rates} | {ratios} |")
+    return "\n".join(lines)
+
+
+def comparison(settings: dict[str, Any]) -> str:
+    """What was compared, in words."""
+    task = settings.get("task", "sft")
+    words = {
+        "sft": "SFT", "dpo": "DPO", "dpo-lora": "DPO, LoRA rank 8", "lora-sft": "SFT, LoRA rank 8",
+        "batch": "answers to forty prompts together", "alone": "answers one by one",
+    }  # fmt: skip
+    return words[task] + (", bf16" if settings["precision"] == "bf16" else "")
 
 
 def ladder(rows: list[dict[str, Any]]) -> str:
@@ -89,5 +115,5 @@ def _pair(row: dict[str, Any], figure: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    found = json.loads(Path(sys.argv[1]).read_text())
-    print(gpu_table(found) if "parts" in found else table(found))
+    found = [json.loads(Path(name).read_text()) for name in sys.argv[1:]]
+    print(overview(found) if len(found) > 1 else gpu_table(found[0]) if "parts" in found[0] else table(found[0]))

@@ -9,6 +9,7 @@ from typing import IO, Any
 
 from tunesmith.errors import UserError
 
+ROWS_AT_A_TIME = 256  # of Parquet in memory as Python objects; its own 65,536 would be a large set whole
 DELIMITERS = ",;\t|"
 LONGEST_CELL = 1 << 28  # characters; the csv module's own limit, 131,072, is less than a long text
 NOTHING = (
@@ -64,7 +65,7 @@ def parquet_rows(path: Path, file: IO[bytes]) -> Iterator[Any]:
     from pyarrow import parquet
 
     try:
-        for batch in parquet.ParquetFile(file).iter_batches():
+        for batch in parquet.ParquetFile(file).iter_batches(batch_size=ROWS_AT_A_TIME):
             yield from batch.to_pylist()
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         raise UserError(

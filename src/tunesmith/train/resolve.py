@@ -26,7 +26,8 @@ def check_options(config: AnyConfig, more: Sequence[str] = ()) -> None:
     """Raises: UsageError with every problem at once; `more` are those that the command found in its own options."""
     t, o, e, d = config.train, config.optimizer, config.eval, config.data
     at_least = {
-        "--data.block_size": (None if d.block_size == "auto" else d.block_size, 2), "--data.max_rows": (d.max_rows, 1), "--data.seed": (d.seed, 0),
+        "--data.block_size": (None if d.block_size == "auto" else d.block_size, 2),
+        "--data.max_rows": (d.max_rows, 1), "--data.seed": (d.seed, 0),
         "--data.split_seed": (d.split_seed, 0), "--train.seed": (t.seed, 0), "--train.steps": (t.steps, 1),
         "--train.diverge_after": (t.diverge_after, 0),
         "--train.batch_size": (t.batch_size, 1), "--train.accumulate": (t.accumulate, 1), "--train.grad_clip": (t.grad_clip, 0),
