@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import yaml
 
-from tunesmith.__main__ import main
+from tunesmith.__main__ import _training_options, main
 from tunesmith.data.datasets import open_dataset
 from tunesmith.data.mixture import mixed, parse_sets, shares
 from tunesmith.data.readers import Report
@@ -125,12 +125,34 @@ def test_a_mapping_is_for_the_files_and_not_for_the_named_sets(sets):
 
 
 def test_a_run_is_called_after_all_its_sets(sets, monkeypatch):
-    called = []
-    monkeypatch.setattr(session, "new_run_directory", lambda out, default, resume: called.append(default))
-    session.begin(
-        SFTConfig(model=ModelOptions(name="sample"), data=DataOptions(name="hh:helpful-base*0.3,a.jsonl*0.7")), "sft"
-    )
-    assert called == ["runs/sft-sample-hh-helpful-base-a"]
+    monkeypatch.chdir(sets)
+    data = DataOptions(name="hh:helpful-base*0.3,a.jsonl*0.7")
+    with session.begin(SFTConfig(model=ModelOptions(name="sample"), data=data), "sft") as (_, path):
+        assert str(path) == "runs/sft-sample-hh-helpful-base-a"
+
+
+def test_a_resumed_run_is_looked_for_under_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stored = tmp_path / "runs" / "sft-sample-sample" / "config.yaml"
+    stored.parent.mkdir(parents=True)
+    stored.write_text("train: {batch_size: 7}\n")
+    argv = ["--model", "sample", "--data", "sample", "--resume"]
+    assert _training_options(SFTConfig, argv, "sft").train.batch_size == 7
+
+
+def test_max_rows_leaves_the_report_of_a_mixture_whole(sets):
+    source = open_dataset(DataOptions(name="a.jsonl,b.jsonl", max_rows=1))
+    report = Report()
+    assert len(list(source.rows("train", report))) == report.used == 1
+    assert any(note.startswith("mixture, train: ") for note in report.notes)
+    assert report.rows == 1 + sum(report.bad.values())
+
+
+def test_other_weights_are_other_content(sets):
+    some, others = (open_dataset(DataOptions(name=f"a.jsonl*{x},b.jsonl*{1 - x}")) for x in (0.25, 0.75))
+    digests = some.digests("train")
+    assert digests == others.digests("train")
+    assert some.content(digests) != others.content(digests)
 
 
 def test_long_lists_are_no_file_names():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import sys
 import warnings
@@ -66,12 +67,15 @@ def _finish(run: Run, command: str) -> None:
 
 def _training_options(options: type[Any], argv: Argv, command: str) -> Any:
     """The options of a training command. With `--resume` the run's own come first, so that only changes need to be given."""
+    from tunesmith.data.mixture import parse_sets
     from tunesmith.files.run import default_directory
     from tunesmith.options.parse import parse
 
     prog, printed = f"tunesmith {command}", [word for word in argv if word == "--print_config"]
     config, _ = parse(options, [word for word in argv if word not in printed], prog=prog)
-    out = config.out or default_directory(command, config.model.name, config.data.name)
+    out = config.out or default_directory(
+        command, config.model.name, [name for name, _ in parse_sets(config.data.name)]
+    )
     if config.resume and os.path.exists(stored := os.path.join(out, "config.yaml")):
         decided = ["--train.steps", "null"] if config.train.epochs is not None and config.train.steps is None else []
         config, _ = parse(options, ["--config", stored, *decided, *argv], prog=prog)
@@ -244,6 +248,9 @@ def usage() -> str:
 
 def main(argv: Argv | None = None) -> int:
     """Run one command; returns the exit code: 0 success, 1 failure, 2 wrong usage, 130 interrupted, 141 nobody reads the output."""
+    for stream in (sys.stdout, sys.stderr):  # a character that the terminal's encoding lacks is no reason to stop
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         try:
             code = _main(list(sys.argv[1:] if argv is None else argv))

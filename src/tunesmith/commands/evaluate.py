@@ -291,7 +291,7 @@ def all_logps(model: GPT, batches: PairBatches, precision: Precision) -> Array:
 def starting_point(name: str) -> str | None:
     """What a DPO run started from, where the MODEL is one's checkpoint."""
     found = run_and_step(name)
-    config = found[0].config if found else {}
+    config = found[0].config if found and (found[0].path / "config.yaml").exists() else {}
     return config["model"]["name"] if "dpo" in config and config["model"].get("init") != "random" else None
 
 

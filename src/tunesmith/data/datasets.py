@@ -88,6 +88,11 @@ class Source:
             rules.append(repr(read_as))
         return content_hash([*rules, *map(bytes.fromhex, digests.values())])
 
+    def content(self, digests: Mapping[str, str]) -> str:
+        """Of which rows there are, whatever the files are called; digests: those of their files."""
+        mixed = [repr([(p.recipe, w) for p, w in zip(self.parts, self.weights, strict=True)])] if self.parts else []
+        return content_hash([self.recipe, *mixed, *map(bytes.fromhex, digests.values())])
+
     def raw_rows(self, split: str, report: Report) -> Iterator[Located]:
         """The rows that the recipe selects, as they stand in the files; unreadable lines go to `report`. Not of a mixture."""
         paths, key = self.files[split], self.keys.get(split, "")
@@ -151,19 +156,20 @@ def _mixed_rows(source: Source, split: str, report: Report, *, pairs: bool) -> I
     wanted = shares(counts, source.weights)
     first = [sum(len(p.files[split]) for p in source.parts[:i]) for i in range(len(source.parts))]
     rows = [enumerate(part.rows(split, Report(), pairs=pairs)) for part in source.parts]
-    for which, number in mixed(counts, wanted, source.seed):
-        located = next(row for i, row in rows[which] if i == number)
-        report.used += 1
-        yield Located(located.value, first[which] + located.file, located.line)
-    for part, its in zip(source.parts, reports, strict=True):
+    for part, its in zip(source.parts, reports, strict=True):  # before the first row: max_rows may end it at any
         for reason, n in its.bad.items():
             report.bad[reason] = report.bad.get(reason, 0) + n
             report.places[reason] = [*report.places.get(reason, []), *its.places[reason]][:3]
         report.form += [f"{part.name}: {line}" for line in its.form]
         report.notes += [f"{part.name}: {line}" for line in its.notes]
-    report.rows = report.used + sum(report.bad.values())
+    report.rows = sum(report.bad.values())
     drawn = ", ".join(f"{k:,} of {n:,} rows of {p.name}" for k, n, p in zip(wanted, counts, source.parts, strict=True))
     report.notes.append(f"mixture, {split}: {drawn}")
+    for which, number in mixed(counts, wanted, source.seed):
+        located = next(row for i, row in rows[which] if i == number)
+        report.rows += 1
+        report.used += 1
+        yield Located(located.value, first[which] + located.file, located.line)
 
 
 def label(paths: Sequence[Path], number: int) -> str:

@@ -28,7 +28,7 @@ from tunesmith.data.words import Words
 from tunesmith.errors import UserError
 
 IGNORE_INDEX = -100  # the target of a token that carries no loss, as torch and transformers have it
-VERSION = 4  # raise it when the meaning of a stored byte changes
+VERSION = 5  # raise it when the meaning of a stored byte changes
 CHARACTERS_AT_A_TIME = 1 << 20  # what is encoded takes some fifty times its size for a moment
 COLUMNS = ("tokens", "flags", "offsets", "taught", "plain", "places")
 

@@ -16,7 +16,6 @@ import numpy as np
 from tunesmith.data.audit.overlap import fingerprint
 from tunesmith.data.datasets import Source, holdout_rows, open_dataset
 from tunesmith.data.dialogue import Preference
-from tunesmith.data.fingerprint import content_hash
 from tunesmith.data.readers import Report
 from tunesmith.errors import UserError
 from tunesmith.files.names import run_and_step
@@ -82,7 +81,7 @@ def _texts_of(run: Run, wanted: Collection[bytes]) -> tuple[set[bytes], bool]:
         if not among.isdisjoint(texts):
             hits.append((count, texts))
         count += 1
-    held = set() if "test" in source.files else set(holdout_rows(count, options.holdout, options.seed)[1].tolist())
-    now = content_hash([source.recipe, *map(bytes.fromhex, source.digests("train").values())])  # as `resuming.rows_of`
+    held = set() if "test" in source.files else set(holdout_rows(count, options.holdout, options.rows_seed)[1].tolist())
+    now = source.content(source.digests("train"))
     changed = "train" in inputs and inputs["train"]["sha256"] != now
     return {text for row, texts in hits if row not in held for text in texts}, changed

@@ -105,7 +105,7 @@ def inputs_of(command: Command, trainee: Trainee, splits: Splits, more: Mapping[
 
 def rows_of(store: TokenStore) -> dict[str, Any]:
     """The rows of a split by content: how many, their SHA-256, and name -> SHA-256 of the files that they come from."""
-    digest = content_hash([store.source.recipe, *map(bytes.fromhex, store.digests.values())])
+    digest = store.source.content(store.digests)
     return {"rows": store.report.used, "sha256": digest, "files": dict(store.digests)}
 
 
@@ -184,7 +184,10 @@ def option_changes(
         group, name = option.name.split(".")
         before = (stored.get(group) or {}).get(name, option.default)
         now = yaml.safe_load(yaml.safe_dump(option.value))  # as it would come back from the file
-        unknown = name not in (stored.get(group) or {}) and option.default in (None, "auto")  # not an option then
+        decided = option.default == "auto" or (
+            option.default is None and group != "data"
+        )  # None in data is never decided
+        unknown = name not in (stored.get(group) or {}) and decided  # not an option then
         if before == now or unknown or option.mark == "open":
             continue
         change = Change(option.name, before, now, f"{option.name} was {before!r}, now {now!r}", option.mark == "fixed")
