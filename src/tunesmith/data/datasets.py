@@ -71,8 +71,9 @@ class Source:
         """A file of one of the mixture's sets; a set may be there twice."""
         return f"{self.parts[number].name}#{number + 1}/{name}"
 
-    def fingerprint(self, split: str, digests: Mapping[str, str]) -> str:
-        """Of everything that decides the split's rows and their report; digests: those of its files."""
+    def fingerprint(self, split: str, digests: Mapping[str, str] | None = None) -> str:
+        """Of everything that decides the split's rows and their report; digests: those of its files, where they are known."""
+        digests = self.digests(split) if digests is None else digests
         if self.parts:
             inner = []
             for i, part in enumerate(self.parts):
