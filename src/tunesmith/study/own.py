@@ -78,8 +78,8 @@ def _over_batches(
     runs = [(e.runs(one)[s], e.runs(other)[s]) for s in e.runs(one) if s in e.runs(other)]
     if comparable(list(by_name.values())) or any(rows_seed(x.config) != rows_seed(y.config) for x, y in runs):
         return None
-    kept = [[by_name[p.run].parts(p.step) for p in points] for points in (a, b)]
-    return difference_over_batches(*kept, level=level)
+    kept_a, kept_b = ([by_name[p.run].parts(p.step) for p in points] for points in (a, b))
+    return difference_over_batches(kept_a, kept_b, level)
 
 
 def difference_over_batches(a: Sequence[Sums], b: Sequence[Sums], level: float = 0.95) -> Interval | None:

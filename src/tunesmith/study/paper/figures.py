@@ -283,6 +283,10 @@ def _all(e: Experiment) -> list[str]:
     return e.labels
 
 
+def _these(labels: Sequence[str]) -> Callable[[Experiment], Sequence[str]]:
+    return lambda _: labels
+
+
 FIGURES = (
     Spec("figure-1", "e1", "Loss over the training", both_losses),
     Spec("figure-2", "e2", "Reward over the training", rewards(None)),
@@ -324,8 +328,7 @@ def _own_losses(e: Experiment) -> list[Spec]:
         suffix = unit_suffix(unit) if len(units) > 1 else ""
         for word, name, key in (("training", "train", "train_loss"), ("validation", "validation", "validation_loss")):
             title = f"{e.title}: {word} loss{f', {unit}' if suffix else ''}"
-            draw = by_label(key, lambda _, wanted=labels: wanted)
-            specs.append(Spec(f"figure-{e.id}-{name}{suffix}", e.id, title, draw))
+            specs.append(Spec(f"figure-{e.id}-{name}{suffix}", e.id, title, by_label(key, _these(labels))))
     return specs
 
 
