@@ -1,6 +1,7 @@
 """`data.block_size auto` follows the model; a number of one's own is held against it."""
 
 import dataclasses
+import json
 
 import pytest
 import yaml
@@ -35,7 +36,10 @@ def test_a_training_with_auto_is_that_with_the_models_own_size(kind, train, tiny
         for size in ("auto", POSITIONS)
     )
     assert auto.config["data"]["block_size"] == POSITIONS
-    assert comparable(auto) == comparable(own)
+    logs = [
+        [line for line in comparable(run) if line["event"] != "reference"] for run in (auto, own)
+    ]  # which finds its values kept
+    assert logs[0] == logs[1]
     assert last_digest(auto) == last_digest(own)
     with pytest.raises(UserError, match=r"--data.block_size 1,024 is more than .* can hold"):
         train(tiny_config(tiny_directory, tmp_path / "1024", kind, data__block_size=1024, **short))
@@ -50,8 +54,8 @@ def test_a_resumed_run_keeps_the_size_that_it_began_with(tiny_directory, tmp_pat
 
 def test_a_new_model_reads_whole_rows_of_its_own_size(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"The number {i} comes before the number {i + 1}." for i in range(300)))
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"The number {i} comes before {i + 1}."}) + "\n" for i in range(300)))
     shape = ["--model.n_layer", "1", "--model.n_head", "1", "--model.n_embd", "16", "--model.block_size", "32"]
     argv = [
         "pretrain",

@@ -61,13 +61,13 @@ def test_a_training_ends_with_the_directory_to_load_and_two_commands_that_run(
 
 
 def test_after_pretraining_comes_sft(here, capsys):
-    text = here / "text.txt"
-    text.write_text("\n\n".join(f"The number {i} comes before the number {i + 1}." for i in range(300)))
+    text = here / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"The number {i} comes before {i + 1}."}) + "\n" for i in range(300)))
     shape = ["--model.n_layer", "1", "--model.n_head", "1", "--model.n_embd", "16", "--model.block_size", "64"]
     argv = [
         "pretrain",
         "--data",
-        "text.txt",
+        "text.jsonl",
         *shape,
         "--tokenizer.vocab_size",
         "300",

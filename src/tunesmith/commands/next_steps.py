@@ -34,7 +34,7 @@ def _commands(command: str, path: str, config: Mapping[str, Any]) -> tuple[str, 
     if command == "pretrain":
         return f"sft --model {path} --data sample", chat
     if config["model"]["init"] == "random":  # what it began as is no model that could answer
-        return evaluate, f"report {path}" if command == "reward" else chat
+        return (evaluate, f"report {path}") if command == "reward" else (chat, evaluate)
     if command == "reward":
         return f"score {base} --reward {path}", f"dpo --model {base} --data {data} --eval.reward {path}"
     compare = f"compare {base} {path}"
