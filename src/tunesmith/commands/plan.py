@@ -37,7 +37,7 @@ from tunesmith.plan.planning import (
 )
 from tunesmith.plan.probe import StepTime, probe_step
 from tunesmith.plan.workload import Rows
-from tunesmith.train.resolve import check_options, check_pair_options, resolve_data
+from tunesmith.train.resolve import check_options, check_pair_options
 from tunesmith.train.scratch import problems_of, resolve_shape
 from tunesmith.train.trainee import AnyConfig
 
@@ -104,7 +104,7 @@ def _resolved(options: PlanConfig) -> tuple[AnyConfig, GPTConfig]:
     found = known_shape(options.model.name)
     if found is None:
         raise UserError(_unknown(options.model.name))
-    return resolve_data(options, found.block_size), found
+    return options, found
 
 
 def _vocabulary(config: PretrainConfig, shape: GPTConfig) -> int:

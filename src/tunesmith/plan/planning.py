@@ -25,6 +25,7 @@ from tunesmith.options.training import DPOConfig, RewardConfig
 from tunesmith.plan.cards import CARDS, CONTEXT, Card, card_seconds
 from tunesmith.plan.memory import Memory, Work, adapted_layers, count_parameters, predict_memory
 from tunesmith.plan.workload import Rows, shared_keys
+from tunesmith.train.resolve import resolve_data
 from tunesmith.train.trainee import AnyConfig
 
 LEAN_TIME = 1.25  # of a step with --train.allocator lean, in times of one with fast; measured with GPT-2, small models take more
@@ -123,9 +124,10 @@ def size_in_bytes(text: str) -> float:
 def make_setting(config: AnyConfig, shape: GPTConfig, rows: Rows, place: Place, changes: Mapping[str, Any]) -> Setting:
     """A configuration, its defaults decided for `place` and with `changes` made, and its counted memory.
 
-    Raises: UsageError if the LoRA targets name no whole kinds of layers, whose memory is not counted.
+    Raises: UsageError if the LoRA targets name no whole kinds of layers, whose memory is not counted; UserError if the
+        model has no positions for the block size.
     """
-    config = _changed(config, changes)
+    config = resolve_data(_changed(config, changes), shape.block_size)
     t = config.train
     if place.card:
         precision = place.card.precision if t.precision == "auto" else t.precision
