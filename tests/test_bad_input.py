@@ -68,7 +68,8 @@ def test_the_smallest_training_works_without_a_mistake(sft, capfd):
         ("sft --train.steps", ["--train.steps", "expected one argument"]),
         ("sft --config paper/e9", ["--config paper/e9", "no such preset", "paper/e1"]),
         ("sft --config nowhere.yaml", ["--config nowhere.yaml", "no such file", "paper/e1"]),
-        ("data", ["required", "dataset"]), ("compare sample", ["required", "b"]), ("report", ["required", "runs"]),
+        ("data", ["data needs a data set", "tunesmith data sample"]), ("compare sample", ["compare needs the other MODEL"]),
+        ("report", ["report needs run directories", "tunesmith report"]),
         ("data sample extra", ["unexpected argument 'extra'"]),
     ],
 )  # fmt: skip
@@ -217,7 +218,7 @@ def test_a_line_separator_inside_a_prompt_does_not_cut_it(tmp_path, name):
 
 BAD_MODELS = {
     "config.json": [(None, ["no config.json"]), (b"{", ["not valid JSON", "again"]), (b"[]", ["config.json", "again"]),
-                    (b'{"model_type": "bert"}', ["bert", "gpt2"]), (b'{"model_type": "gpt2"}', ["n_layer"])],
+                    (b'{"model_type": "bert"}', ["bert", "gpt2"]), (b'{"model_type": "gpt2"}', ["does not hold this model", "config.json asks for"])],
     "tokenizer.json": [(None, ["no tokenizer.json"]), (b"{}", ["tokenizer.json", "again"])],
     "model.safetensors": [(None, ["no weights", "model.safetensors"]), (b"", ["cannot be read as weights", "again"]),
                           (b"\0" * 999, ["cannot be read as weights", "again"]), (0.5, ["cannot be read as weights", "again"])],

@@ -136,8 +136,6 @@ def test_transformers_gives_our_answers_and_stops_where_we_stop(tmp_path):
         list(m[: max(i for i, t in enumerate(m) if t.role == "assistant")])
         for m in itertools.islice(dialogues(DataOptions(name="sample")), 8)
     ]
-    # after these it writes the next question itself: nothing was said that ends an answer
-    talks += [[*talk, Message("assistant", "It is")] for talk in talks[:2]]
     reasons = set()
     for talk in talks:
         (ours,) = generate_answers(model, tokenizer, [talk], Sampling(0, 1, 0, 1), 60)
@@ -159,7 +157,7 @@ def test_generate_and_pipeline_need_no_arguments_of_ours(tmp_path):
     asked = [{"role": "user", "content": "What is fog?"}]
     answered = pipeline("text-generation", model=str(tmp_path), device="cpu")(asked, max_new_tokens=4, do_sample=False)
     (ours,) = generate_answers(model, tokenizer, [asked], Sampling(0, 1, 0, 1), 4)
-    assert answered[0]["generated_text"][-1]["content"].strip() == ours.text
+    assert answered[0]["generated_text"][-1]["content"].strip() == ours.text.strip()
 
 
 def test_a_role_marker_stops_an_answer_in_transformers_too(tmp_path):

@@ -247,7 +247,9 @@ def test_prompt_ids_are_a_prefix_of_the_training_ids(tokenizer, tmp_path_factory
     """For every answer of the dialogue: what the model reads before it is what it read in training."""
     tokens = store_of([turns], tmp_path_factory.mktemp("rows"), tokenizer).row(0, "assistant")[0].tolist()
     for number, message in enumerate(turns):
-        if message.role == "assistant":
+        if (
+            message.role == "assistant" and number and turns[number - 1].role != "assistant"
+        ):  # else there is nothing to answer
             prompt = encode_prompt(tokenizer, [{"role": m.role, "content": m.content} for m in turns[:number]])
             answer = tokenizer.encode(" " + message.content)
             assert tokens[: len(prompt)] == prompt

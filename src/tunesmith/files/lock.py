@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from tunesmith.errors import UserError
+from tunesmith.jsontext import parse_json
 
 fcntl: ModuleType | None
 try:
@@ -102,7 +103,7 @@ def _holder(path: Path) -> dict[str, Any]:
     end = time.monotonic() + UNREADABLE_FOR
     while time.monotonic() < end:
         try:
-            holder = json.loads(path.read_bytes())
+            holder = parse_json(path.read_bytes())
             return holder if isinstance(holder, dict) else {}
         except FileNotFoundError:
             return {}

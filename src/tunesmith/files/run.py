@@ -85,7 +85,7 @@ class Run:
         """
         path = self.path / "inputs.json"
         try:
-            inputs = json.loads(path.read_text(encoding="utf-8"))
+            inputs = parse_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except ValueError as error:
