@@ -218,7 +218,8 @@ def test_a_line_separator_inside_a_prompt_does_not_cut_it(tmp_path, name):
 
 BAD_MODELS = {
     "config.json": [(None, ["no config.json"]), (b"{", ["not valid JSON", "again"]), (b"[]", ["config.json", "again"]),
-                    (b'{"model_type": "bert"}', ["bert", "gpt2"]), (b'{"model_type": "gpt2"}', ["does not hold this model", "config.json asks for"])],
+                    (b'{"model_type": "bert"}', ["bert", "gpt2"]),
+                    (b'{"model_type": "gpt2"}', ["does not hold this model", "config.json asks for"])],
     "tokenizer.json": [(None, ["no tokenizer.json"]), (b"{}", ["tokenizer.json", "again"])],
     "model.safetensors": [(None, ["no weights", "model.safetensors"]), (b"", ["cannot be read as weights", "again"]),
                           (b"\0" * 999, ["cannot be read as weights", "again"]), (0.5, ["cannot be read as weights", "again"])],
