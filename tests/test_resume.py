@@ -209,7 +209,7 @@ def whole(tiny_directory, tmp_path_factory):
 LONG = {**EVERYTHING, "train__steps": 80, "eval__every": 10, "checkpoint__every": 5, "checkpoint__keep": 2}
 
 
-CHECKPOINT = {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"}
+CHECKPOINT = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
 CHECKPOINT |= {"training_state/optimizer.safetensors", "training_state/state.json"}
 
 
