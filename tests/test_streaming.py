@@ -1,9 +1,11 @@
 """Files are read a row at a time, with the rows, lines and errors of reading them whole."""
 
 import gzip
+import io
 import json
 import re
 import tracemalloc
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -42,7 +44,9 @@ def test_a_text_file_gives_the_rows_of_the_whole(parts):
     data = "".join(parts).encode()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "STRETCH", 12)
-        found = list(readers._stretches("made.txt", lines(data)))
+        found = list(
+            readers._stretches(Path("made.txt"), readers._text_lines(Path("made.txt"), io.BytesIO(data), data[:16]))
+        )
         assert found == list(stretches_of_the_whole(data))
 
 

@@ -24,7 +24,7 @@ from tunesmith.data.dialogue import (
     turn_weight,
 )
 
-LONG_PROMPT = 4, 20  # words or characters from which on an answer that repeats the prompt is no chance
+LONG_PROMPT = 6, 40  # words or characters from which on an answer that repeats the prompt is no chance
 FALSE, TRUE = ("false", "0", "0.0", "no"), ("true", "1", "1.0", "yes")
 HH_ROLES = {"user": "Human", "assistant": "Assistant", "system": "System"}
 
@@ -308,7 +308,7 @@ def repeats_prompts(rows: Iterable[Any], mapped: Columns = ()) -> bool:
     By one row alone that cannot be told of a short prompt: `Hello!` is often answered `Hello! How are you?`.
     """
     repeated = [r for row in rows if (r := _repeats(row, mapped)) is not None]
-    return sum(repeated) * 2 > len(repeated)
+    return len(repeated) > 1 and sum(repeated) * 2 > len(repeated)
 
 
 def _repeats(row: Any, mapped: Columns) -> bool | None:

@@ -102,7 +102,7 @@ def base_for_adapters(config: TuningConfig, gpt: GPT, tokenizer: Tokenizer, path
     own = path / OWN_BASE
     if config.model.init != "random" and not is_adapted(config.model.name):
         return lasting_name(config.model.name)
-    if not (config.resume and (own / "config.json").exists()):
+    if not config.resume:  # a resumed run has it, and one that will be refused must not be given one
         save_model(gpt, tokenizer, own)
     return lasting_path(own)
 
