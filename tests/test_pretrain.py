@@ -321,7 +321,7 @@ def test_what_cannot_work_is_told_in_one_line(tmp_path, capsys, content, options
 
 def test_help_names_every_group(capsys):
     with pytest.raises(SystemExit):
-        main(["pretrain", "--help"])
+        main(["pretrain", "--help", "all"])
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("--model.n_layer", "--tokenizer.vocab_size", "--data.name", "--optimizer.lr"))
     with pytest.raises(SystemExit):

@@ -41,7 +41,13 @@ def test_a_run_directory_holds_what_the_interface_names(run):
     assert sorted(p.name for p in run.path.iterdir()) == sorted([*expected, "checkpoints", "losses"])
     assert list((run.path / "tensorboard").glob("events.out.tfevents.*"))
     newest = run.path / "checkpoints" / "step-00000006"
-    hugging_face = {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"}
+    hugging_face = {
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert {p.name for p in newest.iterdir()} == hugging_face | {"training_state"}
     assert {p.name for p in (newest / "training_state").iterdir()} == {"optimizer.safetensors", "state.json"}
 
