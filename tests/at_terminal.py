@@ -13,7 +13,8 @@ import termios
 import time
 from collections.abc import Sequence
 
-HANGS = 60.0  # seconds after which a program hangs; what is waited for comes in a fraction of one
+from hanging import HANGS
+
 WHERE_IS_THE_CURSOR = b"\x1b[6n"
 _SEQUENCES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[()][A-Z0-9]|\x1b[=>]")
 

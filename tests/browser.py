@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from hanging import HANGS
+
 MEASURE = """<script>addEventListener('load', () => {
   const name = e => e.outerHTML.slice(0, 90), all = [...document.querySelectorAll('body *')];
   const scrolls = e => ['auto', 'scroll'].includes(getComputedStyle(e).overflowX);
@@ -44,7 +46,7 @@ def browse(page: Path, tmp_path: Path, *flags: str) -> str:
     always = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
               "--no-first-run", "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}"]  # fmt: skip
     command = [browser(), *always, *flags, page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANGS, check=True).stdout
 
 
 def measured(text: str, width: int, tmp_path: Path, *, paper: bool = False) -> dict[str, Any]:

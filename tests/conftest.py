@@ -4,8 +4,11 @@ import os
 import random
 from pathlib import Path
 
+import hypothesis
 import pytest
 
+hypothesis.settings.register_profile("suite", deadline=None)  # the default of 0.2 s an example is a matter of speed
+hypothesis.settings.load_profile("suite")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the suite proves the CPU; tests marked gpu have their own command
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Models this small only wait for a second thread: on a busy machine that makes seconds into minutes.

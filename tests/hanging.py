@@ -6,7 +6,9 @@ import subprocess
 import time
 from collections.abc import Callable
 
-HANGS = 600.0  # seconds after which a program hangs; ten times and more what the slowest takes. Speed is for benchmarks.
+HANGS = (
+    600.0  # seconds after which a program hangs; ten times and more what the slowest takes. Speed is for benchmarks.
+)
 
 
 def wait_for(condition: Callable[[], object], *processes: subprocess.Popen[str]) -> None:

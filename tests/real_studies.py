@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import yaml
@@ -27,14 +26,6 @@ def study_process(file, out, *more):
 
 def states(out):
     return {name: run["state"] for name, run in json.loads((out / "progress.json").read_text())["runs"].items()}
-
-
-def wait_for(condition, process=None, seconds=300):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process is None or process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def children(process):

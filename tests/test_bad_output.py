@@ -9,6 +9,7 @@ import pytest
 from safetensors import SafetensorError
 
 import tunesmith
+from hanging import HANGS
 from tunesmith.__main__ import main
 from tunesmith.files.run import Run
 
@@ -82,7 +83,7 @@ def test_full_disk_from_the_start_prints_one_line_also_at_exit(sft, disk):
     """As a process of its own: what runs at its exit must not add a traceback."""
     path = disk(4)
     argv = [sys.executable, "-m", "tunesmith", *map(str, sft), "--out", str(path / "run")]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert "No space left on device; free some space" in done.stderr

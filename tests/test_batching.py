@@ -106,7 +106,7 @@ def first_fit_decreasing(lengths, size):
     return len(rooms)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data(), size=st.integers(1, 120))
 def test_pack_puts_every_item_in_one_bin_and_none_is_too_full(data, size):
     lengths = data.draw(st.lists(st.integers(1, size), max_size=60))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tunesmith as ts
+from hanging import HANGS
 from reference import saying
 from tunesmith.data.prompts import encode_prompt
 from tunesmith.data.tokenizer import Tokenizer
@@ -27,7 +28,7 @@ def chat(directory, lines, *options, environment=None):
     argv = [sys.executable, "-m", "tunesmith", "chat", str(directory), "--device", "cpu"]
     argv += ["--generate.max_new_tokens", str(LIMIT), *options]
     done = subprocess.run(
-        argv, input="\n".join(lines) + "\n", capture_output=True, text=True, timeout=60, check=False, env=environment
+        argv, input="\n".join(lines) + "\n", capture_output=True, text=True, timeout=HANGS, check=False, env=environment
     )
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
@@ -98,7 +99,7 @@ def test_bytes_that_are_not_utf_8_do_not_end_the_conversation(tiny_directory, tm
     argv = [sys.executable, "-m", "tunesmith", "chat", str(tiny_directory), "--device", "cpu"]
     argv += ["--generate.max_new_tokens", "2", b"--system", b"Sois pr\xe9cis."]
     strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as in most locales; in C Python forgives by itself
-    done = subprocess.run(argv, input=b"\n".join(lines), capture_output=True, timeout=60, check=False, env=strict)
+    done = subprocess.run(argv, input=b"\n".join(lines), capture_output=True, timeout=HANGS, check=False, env=strict)
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.count(b"read as Latin-1") == 3
     saved = json.loads((tmp_path / "c.json").read_text(encoding="utf-8"))["messages"]

@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 
+from hanging import HANGS
 from tunesmith.data.tokenizer import END_OF_TEXT
 from tunesmith.files.answers import ScoredAnswer
 from tunesmith.judge.comparison import (
@@ -301,7 +302,7 @@ def test_browser_draws_it_without_a_request_or_a_complaint(full, tmp_path, width
     ]
     flags += [f"--window-size={width},900", f"--log-net-log={log}"]
     command = [browser, *flags, f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={shot}", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS, check=True)
     assert shot.stat().st_size > 10_000
     assert ":CONSOLE(" not in done.stderr
     events = json.loads(log.read_text())["events"]

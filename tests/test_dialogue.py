@@ -76,13 +76,13 @@ def test_odd_transcripts_come_back_byte_for_byte(text):
     assert render(parse_transcript(text).messages) == text
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(text=transcripts)
 def test_any_transcript_comes_back_byte_for_byte(text):
     assert render(parse_transcript(text).messages) == text
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=transcripts)
 def test_no_turn_holds_a_marker_of_the_next(text):
     """Were one left inside a turn, its words would be learned as another's."""
@@ -177,7 +177,7 @@ def test_answers_without_a_prompt_are_no_preference():
 # ---- segments and mask ---------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(turns=st.lists(messages, max_size=8))
 def test_segments_joined_are_the_text_and_answers_are_the_assistants_words(turns):
     pieces = segments(turns)
@@ -186,7 +186,7 @@ def test_segments_joined_are_the_text_and_answers_are_the_assistants_words(turns
     assert [text for text, is_answer in pieces if is_answer] == [w for w in words if w]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(dialogues=st.lists(learnable, min_size=1, max_size=8))
 def test_supervised_tokens_are_exactly_the_answers_each_with_one_end(tokenizer, tmp_path_factory, dialogues):
     """The masked targets, cut at each end of text, decode to the assistants' words: no token more, none fewer."""
@@ -206,7 +206,7 @@ def test_supervised_tokens_are_exactly_the_answers_each_with_one_end(tokenizer, 
         assert answers == [" " + m.content for m in turns if m.role == "assistant"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(dialogues=st.lists(learnable, min_size=1, max_size=8))
 def test_targets_equal_a_plain_reconstruction(tokenizer, tmp_path_factory, dialogues):
     """Segment by segment: nothing for context, the next id for answers, the end after an answer's last id."""
@@ -241,7 +241,7 @@ def test_end_of_text_is_never_an_input(tokenizer, tmp_path):
 # ---- inference reads what training wrote ---------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(turns=learnable)
 def test_prompt_ids_are_a_prefix_of_the_training_ids(tokenizer, tmp_path_factory, turns):
     """For every answer of the dialogue: what the model reads before it is what it read in training."""
@@ -256,7 +256,7 @@ def test_prompt_ids_are_a_prefix_of_the_training_ids(tokenizer, tmp_path_factory
             assert tokens[len(prompt) : len(prompt) + len(answer)] == answer
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(turns=st.lists(messages, max_size=6))
 def test_a_prompt_ends_in_the_marker_without_a_space(turns):
     text = "".join(prompt_segments(turns))

@@ -90,7 +90,7 @@ some_rows = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(rows=some_rows)
 def test_attention_and_its_gradients_are_those_of_the_joined_texts_one_by_one(rows):
     lengths, parents = laid_out(rows)
@@ -99,7 +99,7 @@ def test_attention_and_its_gradients_are_those_of_the_joined_texts_one_by_one(ro
     assert_equal(ours, gradients(lambda *z: one_by_one(*z, lengths, parents), rows))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(rows=some_rows)
 def test_what_a_kernel_is_given_describes_exactly_what_each_stretch_sees(rows):
     lengths, parents = laid_out(rows)
@@ -108,7 +108,7 @@ def test_what_a_kernel_is_given_describes_exactly_what_each_stretch_sees(rows):
     assert_equal(ours, gradients(lambda *z: attend_documents(*z, documents), rows))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(rows=some_rows)
 def test_positions_keys_and_bounds_are_those_of_the_joined_texts(rows):
     lengths, parents = laid_out(rows)

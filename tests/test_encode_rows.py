@@ -26,7 +26,7 @@ def one_by_one(rows, tokenizer):
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.lists(messages, min_size=1, max_size=4))
 def test_equals_piece_by_piece(name, dialogues):
     rows = [segments(d) for d in dialogues]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load as load_safetensors
 
+from hanging import HANGS
 from tunesmith.files.adapters import save_adapter
 from tunesmith.files.names import load_tokenizer
 from tunesmith.files.weights import load_model, weights_fingerprint
@@ -176,7 +177,7 @@ def ask(hub, tmp_path_factory):
 
     def run(commands, **more):
         words = [sys.executable, "-c", DRIVER, json.dumps(commands)]
-        done = subprocess.run(words, env=env | more, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(words, env=env | more, capture_output=True, text=True, timeout=HANGS)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 

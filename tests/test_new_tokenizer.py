@@ -70,7 +70,7 @@ def test_every_merge_is_of_a_most_frequent_pair(trained):
         assert trained.encode(word) == split[word]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(text=st.text(max_size=200))
 @example("".join(NASTY))
 @example("".join(ODD_TEXTS))

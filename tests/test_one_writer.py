@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import tunesmith as ts
+from hanging import HANGS, wait_for
 from tiny_runs import as_argv, tiny_config, train_losses
 from tunesmith.__main__ import main
 from tunesmith.errors import UserError
@@ -166,14 +167,6 @@ def test_a_run_that_never_begins_leaves_no_directory(tiny_directory, tmp_path, m
 # Real processes
 
 
-def wait_for(condition, *processes):
-    end = time.monotonic() + 300
-    while not condition():
-        assert all(process.poll() is None for process in processes), [p.communicate() for p in processes]
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def started(argv, folder):
     argv = [sys.executable, "-m", "tunesmith", *argv]
     return subprocess.Popen(argv, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -183,7 +176,7 @@ def test_two_default_runs_at_once_get_two_directories(tiny_directory, tmp_path):
     argv = as_argv(tiny_config(tiny_directory, Path("x"), train__steps=2))
     del argv[1:3]  # --out
     processes = [started([*argv, "--optimizer.lr", rate], tmp_path) for rate in ("0.001", "0.002")]
-    ended = [(p.communicate(timeout=300)[1], p.returncode) for p in processes]
+    ended = [(p.communicate(timeout=HANGS)[1], p.returncode) for p in processes]
     assert ended == [("", 0), ("", 0)]
     runs = [Run(path) for path in (tmp_path / "runs").iterdir()]
     assert sorted(run.config["optimizer"]["lr"] for run in runs) == [0.001, 0.002]
@@ -212,6 +205,6 @@ def test_a_second_training_on_a_directory_is_told_who_writes_there(tiny_director
     wait_for(lambda: len(lines := run.metrics("train")) >= 3 and lines[0]["time"] > killed, second)
     assert json.loads((run.path / NAME).read_text())["process"] == second.pid
     second.send_signal(signal.SIGTERM)
-    assert second.communicate(timeout=300)[1] == ""
+    assert second.communicate(timeout=HANGS)[1] == ""
     assert run.status["state"] == "stopped"
     assert not (run.path / NAME).exists()

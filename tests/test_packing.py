@@ -34,7 +34,7 @@ def as_lists(groups):
     return [group.tolist() for group in groups]
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(data=st.data(), size=st.integers(1, 60))
 def test_any_lengths_pack_as_plainly(data, size):
     lengths = data.draw(st.lists(st.integers(0, size), max_size=80))

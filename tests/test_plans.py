@@ -80,7 +80,7 @@ def plan_plainly(pieces, batching, block_size, seed, epoch, shuffle=True):
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=25)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(LENGTHS, st.sampled_from(RULES), st.integers(1, 20), st.integers(0, 9))
 def test_rows_are_cut_as_plainly(lengths, rule, block_size, seed):
     store = made_store(lengths, seed)
@@ -94,7 +94,7 @@ def test_rows_are_cut_as_plainly(lengths, rule, block_size, seed):
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("loss_on", ["assistant", "all"])
 @pytest.mark.parametrize("batching", ["packed", "padded"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(LENGTHS, st.sampled_from(RULES), st.integers(2, 20), st.integers(0, 9))
 def test_batches_hold_the_same_rows_in_the_same_order_as_plainly(
     batching, loss_on, shuffle, lengths, rule, block_size, seed
@@ -123,7 +123,7 @@ def test_batches_hold_the_same_rows_in_the_same_order_as_plainly(
         assert found == wanted
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(*[st.integers(1, 12)] * 3), min_size=1, max_size=30), st.sampled_from(["packed", "padded"]))
 def test_pairs_are_grouped_as_plainly(shapes, batching):
     batches = pair_batches_of(random_pairs(shapes), batching=batching, block_size=24, batch_size=1)
@@ -138,7 +138,7 @@ def test_pairs_are_grouped_as_plainly(shapes, batching):
         assert [group.tolist() for group in batches._plan(epoch)] == wanted
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(LENGTHS, st.integers(0, 9))
 def test_windows_are_parts_of_the_one_long_line(lengths, seed):
     store = made_store(lengths, seed)

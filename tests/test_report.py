@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import tunesmith as ts
+from hanging import HANGS
 from tiny_runs import tiny_config
 from tunesmith.__main__ import main
 from tunesmith.errors import UserError
@@ -220,6 +221,6 @@ def test_browser_draws_it(frozen_run, tmp_path):
         "--enable-logging=stderr",
     ]
     command = [browser, *flags, f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={shot}", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS, check=True)
     assert shot.stat().st_size > 10_000
     assert ":CONSOLE(" not in done.stderr

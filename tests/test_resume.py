@@ -7,13 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import tunesmith as ts
+from hanging import HANGS, wait_for
 from tiny_runs import as_argv, comparable, digest, last_digest, tiny_config, train_losses
 from tunesmith.__main__ import main
 from tunesmith.errors import UserError
@@ -173,14 +173,6 @@ def test_a_signal_saves_and_says_stopped_and_the_run_can_go_on(tiny_directory, t
     assert_same_end(run, whole)
 
 
-def wait_for(condition, process, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def test_a_real_process_told_to_stop_saves_and_ends_with_success(tiny_directory, tmp_path):
     endless = {"train__steps": 1_000_000, "eval__every": 1_000_000, "checkpoint__every": 1_000_000}
     run = ts.Run(tmp_path / "cut")
@@ -188,7 +180,7 @@ def test_a_real_process_told_to_stop_saves_and_ends_with_success(tiny_directory,
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: len(run.metrics("train")) >= 5, process)
     process.send_signal(signal.SIGTERM)
-    printed, complaints = process.communicate(timeout=30)
+    printed, complaints = process.communicate(timeout=HANGS)
     assert (process.returncode, complaints) == (0, "")
     step = run.status["step"]
     assert run.status["state"] == "stopped"

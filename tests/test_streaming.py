@@ -38,7 +38,7 @@ PARTS = [
 ]  # fmt: skip
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.lists(st.sampled_from(PARTS), max_size=40))
 def test_a_text_file_gives_the_rows_of_the_whole(parts):
     data = "".join(parts).encode()

@@ -11,7 +11,8 @@ import torch
 import yaml
 
 import tunesmith as ts
-from real_studies import LONG, children, states, study_process, wait_for, write_study
+from hanging import HANGS, wait_for
+from real_studies import LONG, children, states, study_process, write_study
 from tiny_runs import comparable, digest, tiny_config
 from tunesmith.__main__ import main
 from tunesmith.files.run import Run
@@ -96,7 +97,7 @@ def test_killed_in_the_middle_and_started_again_only_the_missing_work_is_done(ti
     second.communicate()
 
     third = study_process(file, out)
-    printed, complaints = third.communicate(timeout=120)
+    printed, complaints = third.communicate(timeout=HANGS)
     assert (third.returncode, complaints) == (0, "")
     assert "short-s1" not in printed
     assert "long-s1: goes on" in printed
@@ -118,7 +119,7 @@ def test_interrupted_the_runs_stop_and_the_study_says_so(tiny_directory, tmp_pat
     run = Run(out / "runs/a-s1")
     wait_for(lambda: (run.path / "metrics.jsonl").exists() and len(run.metrics("train")) > 3, process)
     process.send_signal(signal.SIGINT)
-    printed, complaints = process.communicate(timeout=60)
+    printed, complaints = process.communicate(timeout=HANGS)
     assert (process.returncode, complaints) == (130, "tunesmith: interrupted\n")
     assert "stopping: the runs save and end" in printed
     assert states(out) == {"a-s1": "stopped", "b-s1": "waiting"}

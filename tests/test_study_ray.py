@@ -6,7 +6,8 @@ import signal
 
 import pytest
 
-from real_studies import LONG, study_process, wait_for, write_study
+from hanging import HANGS, wait_for
+from real_studies import LONG, study_process, write_study
 from tunesmith.__main__ import main
 from tunesmith.files.run import Run
 from tunesmith.study.executors import Job
@@ -57,7 +58,7 @@ def test_interrupted_on_the_cluster_the_runs_save_and_stop(cluster, tiny_directo
     both = [Run(out / f"runs/{name}-s1") for name in "ab"]
     wait_for(lambda: all((r.path / "metrics.jsonl").exists() and len(r.metrics("train")) > 3 for r in both), process)
     process.send_signal(signal.SIGINT)
-    printed, complaints = process.communicate(timeout=60)
+    printed, complaints = process.communicate(timeout=HANGS)
     assert (process.returncode, complaints) == (130, "tunesmith: interrupted\n"), printed
     states = {name: run["state"] for name, run in json.loads((out / "progress.json").read_text())["runs"].items()}
     assert states == {"a-s1": "stopped", "b-s1": "stopped", "c-s1": "waiting"}

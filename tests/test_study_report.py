@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from frozen_study import Writer, learning, scored, write_study
+from hanging import HANGS
 from tunesmith.__main__ import main
 from tunesmith.errors import UsageError, UserError
 from tunesmith.study.figures import COLOURS
@@ -325,7 +326,7 @@ def browse(page: Path, tmp_path: Path, *flags: str) -> subprocess.CompletedProce
     always = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
               "--no-first-run", "--hide-scrollbars", "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"]  # fmt: skip
     command = [browser, *always, *flags, page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=90, check=True)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANGS, check=True)
 
 
 @pytest.mark.parametrize("width", [1400, 500])

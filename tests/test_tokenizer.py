@@ -90,7 +90,7 @@ def test_batch_is_one_by_one(tokenizer):
     assert tokenizer.encode_batch(ODD_TEXTS) == [tokenizer.encode(text) for text in ODD_TEXTS]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(text=st.text(max_size=200))
 def test_any_text_has_tiktokens_ids_and_comes_back(tokenizer, reference, text):
     ids = tokenizer.encode(text)
@@ -98,14 +98,14 @@ def test_any_text_has_tiktokens_ids_and_comes_back(tokenizer, reference, text):
     assert tokenizer.decode(ids) == text
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text(alphabet=" \n\t\r'slveradmt<|>endoftx1²é你👍", max_size=80))
 def test_text_rich_in_borders_has_tiktokens_ids(tokenizer, reference, text):
     """Spaces, apostrophes and pieces of `<|endoftext|>` in every neighbourhood."""
     assert tokenizer.encode(text) == reference.encode_ordinary(text)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(before=st.text(max_size=20), after=st.text(max_size=20))
 def test_text_never_becomes_the_special_token(tokenizer, before, after):
     text = f"{before}<|endoftext|>{after}"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import tunesmith
+from hanging import HANGS
 from tunesmith.data import tokenstore
 from tunesmith.data.datasets import open_dataset
 from tunesmith.data.dialogue import END, NEXT, Text
@@ -209,7 +210,7 @@ def dying(self, values):
 tokenstore._Column.append = dying
 tokenise(open_dataset(DataOptions(name=sys.argv[1])), "train", Tokenizer.gpt2())
 """
-    done = subprocess.run([sys.executable, "-c", killed, str(file)], capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", killed, str(file)], capture_output=True, timeout=HANGS)
     assert done.returncode == 9, done.stderr
     assert list(cache.rglob("*.npy")), "it was killed in the middle of writing"
     store = read(file, tokenizer)

@@ -33,7 +33,7 @@ def assert_same(name, texts):
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.lists(ASCII | CRAFTED, max_size=6))
 def test_equals_the_tokenizer_on_any_texts(name, texts):
     assert WORDS[name].cuts_as_gpt2

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from real_studies import wait_for
+from hanging import wait_for
 from tiny_runs import train_losses
 from tunesmith.files.run import Run
 
@@ -47,7 +47,7 @@ def begin_on_ray(out):
         two.add_node(num_cpus=1)
         words = command(out, "--executor", "ray", "--ray_address", two.address)
         process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        wait_for(lambda: len(done(out)) >= 12, process, seconds=400)
+        wait_for(lambda: len(done(out)) >= 12, process)
         process.kill()
         process.communicate()
     finally:
