@@ -3,13 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-long lint bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/tunesmith demo
 
+# A file stays in one process. What takes long by itself (whole studies, every command of the pages, browsers, benchmarks) is test-long.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
+	$(PYTEST) -m "not long"
+
+test-long: $(VENV)/installed-test
+	$(PYTEST) -m long
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -15,27 +15,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-HEAVY = ("test_zz_smoke_study.py", "test_study_ray.py", "test_readme.py", "test_study_processes.py")
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """For `make test`, which has several processes: a file stays in one of them, and files that start many are in one."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class ByFile(LoadScopeScheduling):
-        def _split_scope(self, nodeid):
-            name = nodeid.partition("::")[0].rpartition("/")[2]
-            return "heavy" if name in HEAVY else name
-
-    return ByFile(config, log)
-
-
-def pytest_collection_modifyitems(items):
-    """What takes longest begins first."""
-    items.sort(key=lambda item: item.path.name not in HEAVY)
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
     """Tokens are cached per session: nothing is read from or left in the user's cache."""

@@ -9,6 +9,8 @@ import tunesmith as ts
 from tiny_runs import tiny_config
 from tunesmith.options.training import DPOConfig
 
+pytestmark = pytest.mark.long
+
 LN2 = 0.693147
 SELDOM = {"eval__every": 999, "checkpoint__every": 999}
 

@@ -30,6 +30,7 @@ def model():
     return random_model(SHAPE)
 
 
+@pytest.mark.long
 def test_quick_run_writes_a_result_with_the_same_tokens_and_the_machines_limit(tmp_path):
     pytest.importorskip("transformers")
     rivals = ["transformers, tuned", "transformers, tuned, static cache"]
@@ -77,6 +78,7 @@ def test_answers_that_differ_are_counted_with_their_distance(benchmark, model):
     assert gap > 0
 
 
+@pytest.mark.long
 def test_a_gpus_contestants_answer_alike_where_there_is_none(benchmark, tmp_path, monkeypatch):
     """Each in this process and on the processor: with recorded steps, without, and transformers' own three ways."""
     pytest.importorskip("transformers")

@@ -31,6 +31,7 @@ def window(tokens, targets):
     return Batch(ids, torch.arange(targets), ids[0, :targets].clone(), None, tokens, ())
 
 
+@pytest.mark.long
 def test_it_runs_on_a_cpu_and_its_result_makes_a_table(tmp_path):
     out = tmp_path / "gpu.json"
     command = ["--device", "cpu", "--tiny", "--minutes", "90", "--only"]
@@ -139,6 +140,7 @@ def test_what_fast_parts_leave_goes_to_slow_ones_up_to_their_limit(benchmark, ti
     assert rows[-1]["note"] == "not run: the time was up"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_rival_is_measured(benchmark, tmp_path, rank):
     """Its steps are seen, and tokens are counted without padding."""

@@ -92,6 +92,7 @@ def comparison_page(_tmp_path):
 PAGES = {"run": run_page, "study": study_page, "comparison": comparison_page}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", PAGES)
 @pytest.mark.parametrize(("width", "most"), [(390, 1), (1280, 4)])
 def test_answers_stand_in_equal_columns_and_nothing_leaves_the_page(kind, width, most, tmp_path):
@@ -106,6 +107,7 @@ def test_answers_stand_in_equal_columns_and_nothing_leaves_the_page(kind, width,
         assert len({left for left, _ in row}) == (1 if most == 1 else min(len(row), most))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", PAGES)
 def test_on_paper_nothing_scrolls_and_nothing_is_cut_off(kind, tmp_path):
     found = measured(PAGES[kind](tmp_path), 700, tmp_path, paper=True)  # A4 between its margins
@@ -116,6 +118,7 @@ def test_on_paper_nothing_scrolls_and_nothing_is_cut_off(kind, tmp_path):
         assert max(widths) - min(widths) <= 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", PAGES)
 def test_the_last_words_of_every_answer_are_in_the_pdf(kind, tmp_path):
     browser()

@@ -50,6 +50,7 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.long
 def test_readme_commands_run_as_written(folder):
     shown = [c for c in commands("README.md") if c.startswith("tunesmith ") and not NEEDS_HUB.search(c)]
     assert len(shown) >= 5
@@ -59,6 +60,7 @@ def test_readme_commands_run_as_written(folder):
         assert done.stdout.strip()
 
 
+@pytest.mark.long
 def test_commands_of_the_page_on_preferences_run_as_written(folder):
     """They go on from the README's first run."""
     assert (folder / "runs/first").is_dir()
@@ -69,6 +71,7 @@ def test_commands_of_the_page_on_preferences_run_as_written(folder):
             assert done.returncode == 0, f"{named}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 
+@pytest.mark.long
 def test_commands_of_the_page_on_judging_run_as_written(folder):
     """They go on from the README's runs. The one that asks a language model has a server of its own in test_compare."""
     shown = [c for c in commands("docs/judging.md") if "--judge " not in c]
@@ -78,6 +81,7 @@ def test_commands_of_the_page_on_judging_run_as_written(folder):
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("page", ["README.md", "docs/training.md", "docs/data.md", "docs/preferences.md"])
 def test_commands_for_the_hub_are_valid(page, folder):
     """What needs a download is checked up to the download: options, presets and names."""
@@ -94,6 +98,7 @@ def test_make_targets_exist():
                 subprocess.run([*command.split(), "--dry-run"], cwd=ROOT, check=True, capture_output=True)
 
 
+@pytest.mark.long
 def test_python_in_the_docs_runs(folder):
     for number, page in enumerate(("README.md", "docs/training.md", "docs/preferences.md")):
         (folder / str(number)).mkdir()
@@ -112,6 +117,7 @@ def test_readme_is_short_and_names_no_file_that_is_not_there():
         assert (ROOT / (target[0] or target[1]).partition("#")[0]).exists(), target
 
 
+@pytest.mark.long
 def test_demo_in_its_shortest_form(folder):
     done = run("tunesmith demo --steps 2 --out demo", folder)
     assert done.returncode == 0, done.stderr[-2000:]

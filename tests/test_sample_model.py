@@ -47,6 +47,7 @@ def test_size_is_that_of_the_page():
     assert model.config.block_size == 1024
 
 
+@pytest.mark.long
 def test_loss_on_the_held_out_dialogues_is_that_of_the_page():
     """The 40 dialogues of the sample's test split as text without roles: no weight of the base saw them."""
     model, tokenizer = ts.load("sample", device="cpu")

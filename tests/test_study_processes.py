@@ -17,6 +17,8 @@ from tiny_runs import comparable, digest, tiny_config
 from tunesmith.__main__ import main
 from tunesmith.files.run import Run
 
+pytestmark = pytest.mark.long
+
 
 def test_a_small_study_from_end_to_end(tiny_directory, tmp_path, capfd):
     file = write_study(

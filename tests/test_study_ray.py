@@ -15,6 +15,8 @@ from tunesmith.study.on_ray import OnRay
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (pip install 'tunesmith[ray]')")
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def cluster():

@@ -308,6 +308,7 @@ print(len(train.store), before, peak())
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
 def test_300_mb_of_rows_are_tokenised_in_bounded_memory(tmp_path):
     """300 MB take less than a third of it beyond the imports, stored tokens where they are mapped included.

@@ -1,4 +1,4 @@
-"""`tunesmith study paper --scale smoke`, every experiment of the paper, once. Its name puts it last in the suite."""
+"""`tunesmith study paper --scale smoke`, every experiment of the paper, once."""
 
 import contextlib
 import importlib.util
@@ -14,6 +14,8 @@ import pytest
 from hanging import wait_for
 from tiny_runs import train_losses
 from tunesmith.files.run import Run
+
+pytestmark = pytest.mark.long
 
 
 def command(out, *more):
