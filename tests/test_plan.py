@@ -111,6 +111,14 @@ def test_what_fits_as_asked_stays_as_it_is(capsys):
     assert "nothing has to be changed" in told(capsys, *PLAN, "--fit", "device")
 
 
+def test_fit_calls_nothing_too_much_that_fits_as_asked(capsys):
+    """Selective activations are estimated to be faster here, by moving fewer bytes."""
+    out = told(capsys, *PLAN, "--train.batch_size", "8", "--device", "t4", "--fit", "device")
+    assert "add: --" in out
+    assert "which fits too but is estimated to be slower" in out
+    assert "too much" not in out
+
+
 def test_fit_says_what_to_add_and_what_it_saves_and_costs(capsys, tmp_path):
     out = told(capsys, *PLAN, "--train.batch_size", "8", "--fit", "8GB", "--out", str(tmp_path / "p.json"))
     assert "add: --" in out

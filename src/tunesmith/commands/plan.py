@@ -225,7 +225,10 @@ def _reasons(asked: Setting, chosen: Setting, every: Sequence[Setting], room: fl
     lines = [f"fits in {_gb(room)} with {_gb(room - chosen.total)} to spare"]
     if not chosen.changes:
         return [*lines, "  as it is: nothing has to be changed"]
-    lines[0] += f"; as asked it would need {_gb(asked.total)}, {_gb(asked.total - room)} too much"
+    lines[0] += f"; as asked it would need {_gb(asked.total)}, "
+    lines[0] += (
+        f"{_gb(asked.total - room)} too much" if asked.total > room else "which fits too but is estimated to be slower"
+    )
     lines.append(f"  add: {_words(chosen.changes)}")
     for name, value in chosen.changes.items():
         if name in ("train.accumulate", "train.grad_clip") and name != list(chosen.changes)[-1]:
