@@ -266,13 +266,13 @@ def test_an_adapter_of_a_base_that_has_changed_is_refused(moved):
     state = load_file(base / "model.safetensors")
     state["transformer.h.1.ln_2.bias"][3] += 1e-6
     save_file(state, base / "model.safetensors", {"format": "pt"})
-    refused(checkpoint, str(base), "other weights", "base_model_name_or_path")
+    refused(checkpoint, str(base), "different weights", "base_model_name_or_path")
 
 
 def test_an_adapter_on_another_head_than_the_bases_is_refused(base, tmp_path):
     adapter, _ = made_by_peft(base, tmp_path / "adapter", **PEFTS["head"])
     change_weights(adapter, lambda s: s["base_model.model.lm_head.base_layer.weight"][3].add_(1e-3))
-    refused(adapter, str(base), "other weights", "base_model_name_or_path")
+    refused(adapter, str(base), "different weights", "base_model_name_or_path")
 
 
 @pytest.mark.parametrize(
@@ -320,9 +320,9 @@ def test_a_config_without_what_is_needed_is_refused_by_key(adapter, changes, tol
     ("change", "told"),
     [
         (lambda s: s.clear(), ["no adapter"]),
-        (lambda s: s.pop(KEY), ["h.0.attn.c_attn", "halves"]),
-        (lambda s: s.update({KEY: torch.ones(96, 5)}), ["h.0.attn.c_attn", "halves"]),
-        (lambda s: s.update({"base_model.model.transformer.ln_f.weight": torch.ones(32)}), ["ln_f.weight", "no part of"]),
+        (lambda s: s.pop(KEY), ["h.0.attn.c_attn", "matrices"]),
+        (lambda s: s.update({KEY: torch.ones(96, 5)}), ["h.0.attn.c_attn", "matrices"]),
+        (lambda s: s.update({"base_model.model.transformer.ln_f.weight": torch.ones(32)}), ["ln_f.weight", "not part of"]),
     ],
     ids=["nothing", "half", "misfit", "foreign"],
 )  # fmt: skip
@@ -378,7 +378,7 @@ def test_wrong_adapter_options_are_told_in_one_line(fails, tiny_directory, tmp_p
 def test_a_command_on_an_adapter_whose_base_is_gone_says_so(fails, moved, argv):
     checkpoint, base = moved
     shutil.rmtree(base)
-    fails([argv[0], checkpoint, *argv[1:]], 1, str(checkpoint), f"adapter on '{base}'", "no such directory")
+    fails([argv[0], checkpoint, *argv[1:]], 1, str(checkpoint), f"adapter for '{base}'", "no such directory")
 
 
 def test_plain_models_and_adapters_are_told_apart(base, adapter, tmp_path):

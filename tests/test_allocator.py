@@ -65,7 +65,7 @@ def test_a_lean_training_is_the_fast_one_to_the_bit(tiny_directory, tmp_path, mo
 
 def test_where_the_allocator_stays_as_it_is_lean_is_refused(tiny_directory, tmp_path, monkeypatch):
     monkeypatch.setenv("TUNESMITH_ALLOCATOR", "system")
-    with pytest.raises(UsageError, match=r"--train\.allocator lean is a setting of glibc.*TUNESMITH_ALLOCATOR"):
+    with pytest.raises(UsageError, match=r"--train\.allocator lean needs glibc.*TUNESMITH_ALLOCATOR"):
         ts.sft(tiny_config(tiny_directory, tmp_path / "r", train__allocator="lean"))
     assert not (tmp_path / "r").exists()
 
@@ -74,7 +74,7 @@ def test_there_a_plan_neither_takes_it_nor_offers_it(monkeypatch, capsys):
     monkeypatch.setenv("TUNESMITH_ALLOCATOR", "system")
     asked = ["plan", "--model.name", "gpt2", "--device", "cpu", "--train.precision", "fp32"]
     assert main([*asked, "--train.allocator", "lean"]) == 2
-    assert "--train.allocator lean is a setting of glibc" in capsys.readouterr().err
+    assert "--train.allocator lean needs glibc" in capsys.readouterr().err
     assert main([*asked, "--fit", "1GB"]) == 1
     told = capsys.readouterr().err
     assert "nothing fits" in told

@@ -118,7 +118,7 @@ def test_what_the_outputs_encoding_lacks_is_escaped(tmp_path):
     assert r"model na\xefve \x1b[2J\u65e5\u672c" in shown
 
 
-@pytest.mark.parametrize(("room", "reason"), [(3, "limit of new tokens"), (None, "context ends")])
+@pytest.mark.parametrize(("room", "reason"), [(3, "token limit"), (None, "context is full")])
 def test_an_answer_that_was_cut_is_told(tmp_path, room, reason):
     tokenizer = Tokenizer.load(SAMPLE)
     ids = tokenizer.encode(" one two three four five six seven eight nine ten")[:8]

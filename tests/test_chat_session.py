@@ -115,7 +115,7 @@ def test_quit_ends_the_session():
     assert session.over
 
 
-@pytest.mark.parametrize(("ending", "word"), [("length", "limit of new tokens"), ("context", "context ends")])
+@pytest.mark.parametrize(("ending", "word"), [("length", "token limit"), ("context", "context is full")])
 def test_an_answer_that_was_cut_is_followed_by_a_line_about_it(ending, word):
     def source(messages, number):
         yield "Once upon a"
@@ -129,7 +129,7 @@ def test_an_answer_that_was_cut_is_followed_by_a_line_about_it(ending, word):
 
 def test_an_empty_answer_is_named():
     (found,) = ChatSession(lambda messages, number: iter([])).send("Hi")
-    assert "without a word" in found.text
+    assert "without writing anything" in found.text
 
 
 # Answers that break off

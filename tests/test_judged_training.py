@@ -170,5 +170,5 @@ def test_options_that_mean_nothing_together(tiny_directory, reward_model, tmp_pa
         ts.sft(tiny_config(tiny_directory, tmp_path / "d", eval__reward=reward_model, eval__prompts="nowhere.txt"))
     with pytest.raises(UserError, match=r"--eval\.reward \./nowhere: .*there is no such directory"):
         ts.sft(tiny_config(tiny_directory, tmp_path / "f", eval__reward="./nowhere"))
-    with pytest.raises(UserError, match="is a language model, no reward model"):
+    with pytest.raises(UserError, match="is a language model, not a reward model"):
         ts.sft(tiny_config(tiny_directory, tmp_path / "e", eval__reward=str(tiny_directory)))

@@ -295,23 +295,23 @@ def test_the_embedded_sample_trains_a_model_that_prefers_better_answers_it_has_n
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_a_reward_model_writes_no_text_and_every_command_says_so_in_one_line(run, light, capfd, kind):
     checkpoint = str((run if kind == "full" else light).checkpoint(4))
-    with pytest.raises(UserError, match=r"reward model: it gives scores, no text"):
+    with pytest.raises(UserError, match=r"reward model: it gives scores, not text"):
         ts.load(checkpoint, device="cpu")
     for argv in (["chat"], ["sft", "--data.name", "sample", "--model.name"]):
         assert main([*argv, checkpoint]) == 1
         err = capfd.readouterr().err
         assert len(err.splitlines()) == 1
-        assert all(part in err for part in ("tunesmith: ", checkpoint, "gives scores, no text"))
+        assert all(part in err for part in ("tunesmith: ", checkpoint, "gives scores, not text"))
 
 
 def test_a_language_model_or_its_adapter_has_no_score(tiny_directory, tmp_path):
     lora = ts.sft(tiny_config(tiny_directory, tmp_path / "run", lora__rank=2, train__steps=1, eval__iters=1))
     for name in ("sample", tiny_directory, lora.path):
-        with pytest.raises(UserError, match=r"language model.*no (score|reward model)"):
+        with pytest.raises(UserError, match=r"language model.*(no scores|not a reward model)"):
             loaded(name)
 
 
-@pytest.mark.parametrize(("labels", "told"), [(2, "score"), (3, "gives 3 numbers a text")])
+@pytest.mark.parametrize(("labels", "told"), [(2, "score"), (3, "gives 3 numbers per text")])
 def test_a_classifier_of_several_classes_is_refused(tmp_path, tokenizer, labels, told):
     save_model(random_model(SHAPE), tokenizer, tmp_path / "base")
     made = made_by_peft(tmp_path / "base", tmp_path / "adapter", labels)

@@ -93,13 +93,13 @@ def test_a_scorer_says_what_it_was_trained_for_and_how_often_it_is_right(reward_
 
 
 def test_language_models_and_classifiers_with_several_outputs_are_refused(tiny_directory, deberta, tmp_path):
-    with pytest.raises(UserError, match="is a language model, no reward model"):
+    with pytest.raises(UserError, match="is a language model, not a reward model"):
         load_scorer(str(tiny_directory), device="cpu")
     config = transformers.AutoConfig.from_pretrained(deberta)
     config.num_labels = 3
     transformers.DebertaV2ForSequenceClassification(config).save_pretrained(tmp_path / "three")
     transformers.AutoTokenizer.from_pretrained(deberta).save_pretrained(tmp_path / "three")
-    with pytest.raises(UserError, match="gives 3 numbers a text"):
+    with pytest.raises(UserError, match="gives 3 numbers per text"):
         load_scorer(str(tmp_path / "three"), device="cpu")
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))

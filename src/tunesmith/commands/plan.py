@@ -68,7 +68,9 @@ def plan(options: PlanConfig) -> dict[str, Any]:
     if config.train.allocator == "lean" and not place.cpu:
         raise UsageError(f"--train.allocator lean is for a CPU's memory, not for {place.name}: leave it out")
     if config.train.allocator == "lean" and not has_lean_allocator():
-        raise UsageError("--train.allocator lean is a setting of glibc, which cannot be told here: leave it out")
+        raise UsageError(
+            "--train.allocator lean needs glibc's allocator, which cannot be configured here: leave the option out"
+        )
     rows = Rows(options.text_tokens, options.supervised)
     room = None
     if options.fit is not None:

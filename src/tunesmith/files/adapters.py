@@ -101,7 +101,7 @@ class AdapterFiles:
 def read_adapter(directory: Path) -> AdapterFiles:
     """A LoRA adapter in PEFT's format, ours or PEFT's own.
 
-    Raises: UserError if a file is missing or broken, or uses a variant that is not computed here; with the way out.
+    Raises: UserError if a file is missing or broken, or uses a variant that is not supported here; the message names the way out.
     """
     config = read_json(directory / CONFIG)
     if odd := _not_computed(config):
@@ -121,12 +121,12 @@ def read_adapter(directory: Path) -> AdapterFiles:
             copies[match[1]] = value
         elif not take(name, value, config, adapted):
             raise UserError(
-                f"{file} holds {key}, which is no part of a LoRA adapter on a GPT-2. {_remedy(directory, config)}"
+                f"{file} holds {key}, which is not part of a LoRA adapter for GPT-2. {_remedy(directory, config)}"
             )
     layers = {}
     for name, half in halves.items():
         if set(half) != {"A", "B"} or half["A"].shape[0] != half["B"].shape[-1]:
-            raise UserError(f"{file}: the two halves of {name} do not belong together; save it again")
+            raise UserError(f"{file}: the two matrices of {name} do not match; save the adapter again")
         layers[name] = (half["A"], half["B"], _scaling(directory, config, name, half["A"].shape[0]))
     for name, half in adapted.low_rank.items():
         adapted.scaling[name] = _scaling(directory, config, name, len(half.get("A", ())) or 1)
@@ -148,7 +148,7 @@ def _tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, str], Path]:
 
 
 def _not_computed(config: Mapping[str, Any]) -> list[str]:
-    """Settings of an adapter_config.json that ask for something else than plain LoRA."""
+    """Settings of an adapter_config.json that ask for anything but plain LoRA."""
     odd = [f"peft_type {config['peft_type']!r}"] if config.get("peft_type", "LORA") != "LORA" else []
     odd += [key for key in VARIANTS if config.get(key)]
     odd += ["bias"] if config.get("bias", "none") != "none" else []
@@ -157,9 +157,9 @@ def _not_computed(config: Mapping[str, Any]) -> list[str]:
 
 
 def _remedy(directory: Path, config: Mapping[str, Any]) -> str:
-    """How to have PEFT merge what is not computed here."""
+    """How to have PEFT merge a variant that is not supported here."""
     if any(part in str(config.get("peft_type")) for part in ("PROMPT", "PREFIX", "P_TUNING")):
-        return "Such an adapter is no change of weights and cannot be merged; train a LoRA adapter"
+        return "Such an adapter does not change weights and cannot be merged; train a LoRA adapter"
     return (
         f'Merge it with peft and load {directory}-merged: python -c "import peft, transformers as t; '
         f"peft.AutoPeftModelForCausalLM.from_pretrained('{directory}').merge_and_unload().save_pretrained('{directory}-merged'); "
@@ -189,10 +189,10 @@ def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def load_adapter(model: GPT, files: AdapterFiles, *, fingerprint: str = "") -> None:
-    """Put an adapter from disk on a plain `model` (which is frozen by that), or its weights into the same one on it.
+    """Put an adapter from disk on a plain `model` (freezing it), or load its weights into the same adapter already on it.
 
     fingerprint: of `model`'s weights without adapters; "" checks shapes only.
-    Raises: UserError if the adapter was trained on another base, or does not fit the layers.
+    Raises: UserError if the adapter was trained on a different base, or does not fit the layers.
     """
     linear = {n.removesuffix(".base"): m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     ours = {their_name(name): name for name in linear}
@@ -202,7 +202,7 @@ def load_adapter(model: GPT, files: AdapterFiles, *, fingerprint: str = "") -> N
     )
     if not same or (fingerprint and files.fingerprint and fingerprint != files.fingerprint):
         raise UserError(
-            f"{files.where} was trained on other weights than those that its base {files.base!r} has now; "
+            f"{files.where} was trained on different weights from those that its base {files.base!r} has now; "
             "name the right base in its adapter_config.json (base_model_name_or_path)"
         )
     present, problems = lora_layers(model), list[str]()

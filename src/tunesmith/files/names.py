@@ -70,7 +70,7 @@ def _some_step(run: str) -> int:
 
 
 def checkpoints_of(name: str) -> list[str]:
-    """`RUN@all` as `RUN@STEP` for every checkpoint that is there; any other MODEL as it is. Raises: UserError if there is none."""
+    """`RUN@all` as `RUN@STEP` for every checkpoint it has; any other MODEL unchanged. Raises: UserError if there is none."""
     run, at, step = name.rpartition("@")
     if not at or step != "all":
         return [name]
@@ -83,7 +83,7 @@ def checkpoints_of(name: str) -> list[str]:
 
 
 def run_and_step(name: str) -> tuple[Run, int] | None:
-    """The run and the step that a MODEL is a checkpoint of; None where it is no run's."""
+    """The run and the step that a MODEL is a checkpoint of; None for any other MODEL."""
     directory = find_model(name)
     match = STEP_NAME.fullmatch(directory.name)
     path = directory.parent.parent
@@ -125,7 +125,7 @@ def gives_scores(name: str) -> bool:
 
 
 def load(name: str, *, device: str = "auto", dtype: torch.dtype = torch.float32) -> tuple[GPT, Tokenizer]:
-    """Model and tokenizer of a MODEL, ready for evaluation and generation. An adapter comes merged into its base.
+    """Model and tokenizer of a MODEL, ready for evaluation and generation. An adapter is merged into its base.
 
     >>> model, tokenizer = load("sample", device="cpu")
 
@@ -146,18 +146,18 @@ def load(name: str, *, device: str = "auto", dtype: torch.dtype = torch.float32)
 def load_reward(name: str, *, device: str = "auto") -> tuple[RewardModel, Tokenizer]:
     """A reward model that `tunesmith reward` made (or transformers, as GPT2ForSequenceClassification), and its tokenizer.
 
-    name: as in `load`. Raises: UserError if it is no reward model, and as `load`.
+    name: as in `load`. Raises: UserError if it is not a reward model; otherwise as `load`.
     """
     where = resolve_device(device)
     directory = find_model(name)
     if is_adapter(directory):
         files = read_adapter(directory)
         if not files.extra:
-            raise UserError(f"{directory} is an adapter of a language model; it has no score")
+            raise UserError(f"{directory} is an adapter for a language model, which gives no scores")
         model = RewardModel(_merged(directory, files))
         set_score(model, files.extra[adapters.SCORE], directory)
     elif not is_reward_model(directory):
-        raise UserError(f"{directory} is a language model, no reward model; train one with tunesmith reward")
+        raise UserError(f"{directory} is a language model, not a reward model; train one with tunesmith reward")
     else:
         model = load_reward_model(directory)
     return model.eval().to(where), load_tokenizer(directory)
@@ -168,15 +168,15 @@ def load_plain(directory: Path, *, dropout: float | None = None) -> GPT:
     if is_adapter(directory):
         files = read_adapter(directory)
         if files.extra:
-            raise UserError(f"{directory} is an adapter of a reward model: it gives scores, no text")
+            raise UserError(f"{directory} is an adapter for a reward model: it gives scores, not text")
         return _merged(directory, files, dropout)
     if is_reward_model(directory):
-        raise UserError(f"{directory} is a reward model: it gives scores, no text; name a language model")
+        raise UserError(f"{directory} is a reward model: it gives scores, not text; name a language model")
     return load_model(directory, dropout=dropout)
 
 
 def load_adapted(directory: Path, files: AdapterFiles | None = None, dropout: float | None = None) -> GPT:
-    """The base of an adapter with the adapter beside its layers, not merged. Raises: UserError if the base is another one."""
+    """The base of an adapter with the adapter beside its layers, not merged. Raises: UserError if the base is a different one."""
     files = files or read_adapter(directory)
     model = load_plain(_base_directory(directory, files), dropout=dropout)
     load_adapter(model, files, fingerprint=weights_fingerprint(model) if files.fingerprint else "")
@@ -206,7 +206,7 @@ def _base_directory(directory: Path, files: AdapterFiles) -> Path:
     try:
         return find_model(files.base)
     except UserError as error:
-        raise UserError(f"{directory} is an adapter on {files.base!r}, which cannot be had: {error}") from None
+        raise UserError(f"{directory} is an adapter for {files.base!r}, which cannot be found: {error}") from None
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -253,7 +253,7 @@ def _stored_shape(directory: Path) -> GPTConfig:
 
 
 def known_shape(model: str) -> GPTConfig | None:
-    """The shape of a MODEL that is here, or whose name says it; None for one that would have to be downloaded to be known."""
+    """The shape of a local MODEL or a named size; None where it would take a download to find out."""
     if model in SIZES:
         return SIZES[model]
     if model != "sample" and not Path(model.rpartition("@")[0] or model).expanduser().exists():

@@ -59,7 +59,7 @@ def load_reward_model(directory: Path) -> RewardModel:
     named = hf.get("id2label")
     labels = len(named) if named and isinstance(named, dict) else 1
     if labels != 1:
-        raise UserError(f"{directory} gives {labels} numbers a text; a reward model gives one")
+        raise UserError(f"{directory} gives {labels} numbers per text; a reward model gives one")
     config = config_from_hf(hf)
     check_size(config, directory)
     model = RewardModel(empty_model(config))

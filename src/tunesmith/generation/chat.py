@@ -13,13 +13,13 @@ from typing import Literal
 from tunesmith.data.dialogue import Message
 from tunesmith.errors import UserError
 
-HELP = """/reset       begin anew
-/system TEXT set the system prompt and begin anew
-/system off  remove it and begin anew
+HELP = """/reset       start over
+/system TEXT set the system prompt and start over
+/system off  remove it and start over
 /retry       another answer to the last question
 /save FILE   write the conversation as JSON
-/help        this list
-/quit        leave
+/help        show this list
+/quit        quit
 //TEXT       send a message that begins with a slash"""
 COMMANDS = ("/reset", "/system", "/retry", "/save", "/help", "/quit")
 
@@ -33,15 +33,15 @@ class Note:
 
 
 Ending = Literal["stop", "length", "context"]
-"""Why an answer ended: by itself, at the limit of new tokens, or because the model has no further positions."""
+"""Why an answer ended: by itself, at the limit of new tokens, or because the model has no positions left."""
 
 Source = Callable[[Sequence[Message], int], Generator[str | Note, None, Ending]]
 """(conversation that ends with a question, number of the try) -> the answer piece by piece, and why it ended. Empty pieces
-say that an answer is on its way. See `generation.replies.model_source` for a model's."""
+mean that an answer is on its way. See `generation.replies.model_source` for a model's."""
 
 ENDINGS: dict[Ending, str] = {
-    "length": "the answer was cut at the limit of new tokens; a larger --generate.max_new_tokens allows more",
-    "context": "the answer was cut where the model's context ends; /reset makes room",
+    "length": "the answer was cut off at the token limit; raise --generate.max_new_tokens for longer answers",
+    "context": "the answer was cut off because the model's context is full; /reset empties it",
 }
 
 
@@ -56,7 +56,7 @@ class ChatSession:
 
     Attributes:
         messages: the conversation. It grows with every piece, so it holds what was shown at any time: an answer that is
-            interrupted stays as far as it came and can be tried again; one that is interrupted before its first word
+            interrupted is kept up to that point and can be retried; one that is interrupted before its first word
             leaves the conversation as it was. So does one that fails, whatever was shown of it.
         over: whether /quit was given.
     """
@@ -86,7 +86,7 @@ class ChatSession:
         elif command == "/help":
             yield Note(self.help_text)
         elif rest and command in ("/reset", "/retry"):
-            yield Note(f"{command} takes no text; nothing was done", failed=True)
+            yield Note(f"{command} takes no argument; nothing was done", failed=True)
         elif command == "/reset":
             yield self._begin_anew()
         elif command == "/system":
@@ -120,17 +120,17 @@ class ChatSession:
         except (UserError, OSError, RuntimeError, MemoryError) as error:  # a model, a server, memory: the talk goes on
             self.messages, self._tries = before, tries_before
             reason = " ".join(str(error).split()) or type(error).__name__
-            yield Note(f"no answer: {reason}; the conversation is as it was before", failed=True)
+            yield Note(f"no answer: {reason}; the conversation is unchanged", failed=True)
             return
         self.messages, self._tries = [*asked, Message("assistant", answer)], tries
         if not answer:
-            yield Note("the model ended its turn without a word")
+            yield Note("the model ended its turn without writing anything")
         if ending in ENDINGS:
             yield Note(ENDINGS[ending])
 
     def _begin_anew(self) -> Note:
         self.messages, self._tries = list(self.scene), 0
-        return Note("begun anew")
+        return Note("started over")
 
     def _set_scene(self, text: str) -> Note:
         if not text:

@@ -1,4 +1,4 @@
-"""Answers from a model: batched decoding with a KV cache, sampling from a stream per prompt, stopping at the turn's end."""
+"""Answers from a model: batched decoding with a KV cache, sampling from a random stream per prompt, stopping at the end of the turn."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def generate(
 ) -> list[str]:
     """The assistant's next turn for each conversation, as text.
 
-    An answer depends on the weights, its own prompt, the settings and the seed; not on the other prompts or the batch.
+    An answer depends only on the weights, its own prompt, the settings and the seed, not on the other prompts or the batch.
 
     Args:
         prompts: conversations, each `[{"role": "user", "content": "..."}, ...]`.
         temperature: 0 = greedy.
         top_p, top_k: sample among the most likely tokens only; 1 and 0 = all.
         cut_front: drop the beginning of a prompt that is too long, instead of raising.
-    Raises: UserError if a prompt does not fit the model's positions or is no conversation.
+    Raises: UserError if a prompt exceeds the model's positions or is not a conversation.
     """
     options = Sampling(temperature, top_p, top_k, seed)
     answers = generate_answers(model, tokenizer, prompts, options, max_new_tokens, batch_size, cut_front)
@@ -70,9 +70,9 @@ def generate(
 
 
 def prepare(model: GPT) -> GPT:
-    """Give the weights the form that decoding on this device is fastest with, without a second copy; returns the model.
+    """Convert the weights in place to the form that decodes fastest on this device; returns the model.
 
-    For a model that is loaded to answer and to be scored: it cannot be trained, moved or saved any more.
+    For a model that only answers and is scored: it can no longer be trained, moved or saved.
     """
     for block in model.h:  # the head's plain weight is the embedding too
         pack_for_good(block)
@@ -94,10 +94,10 @@ def generate_answers(
 
     Args:
         batch_size: answers made at a time.
-        samples: answers to each prompt, as by calls with `sampling.sample`, `sampling.sample` + 1, ...; the prompt is
+        samples: answers per prompt, as from calls with `sampling.sample`, `sampling.sample` + 1, ...; the prompt is
             read once for all of them.
     Returns: prompts x samples answers, those of one prompt side by side.
-    On a CPU a call of many steps packs the weights for its time, which takes their size in memory once more (see `prepare`).
+    On a CPU a call of many steps packs the weights while it runs, which takes their size in memory again (see `prepare`).
     """
     if samples < 1:
         raise UsageError(f"samples is {samples}, expected at least 1")
@@ -129,9 +129,9 @@ def stream(
     max_new_tokens: int = 128,
     cut_front: bool = False,
 ) -> Generator[str, None, Answer]:
-    """One answer piece by piece; what the generator returns is the whole of it.
+    """One answer piece by piece; the generator's return value is the whole answer.
 
-    A piece is held back while it may be the beginning of a stop text or of a character.
+    A piece is held back while it could still be the beginning of a stop text or of a character.
     """
     prompt = _fit(encode_prompt(tokenizer, conversation), model, max_new_tokens, cut_front, 0)
     new: list[int] = []
@@ -167,8 +167,8 @@ def _fit(prompt: list[int], model: GPT, max_new_tokens: int, cut_front: bool, nu
     if cut_front:
         return prompt[-max(1, limit - max_new_tokens) :]
     raise UserError(
-        f"prompt {number + 1} has {len(prompt):,} tokens; the model has positions for {limit:,}, prompt and answer together. "
-        "Shorten it, or ask to drop its beginning (cut_front)"
+        f"prompt {number + 1} has {len(prompt):,} tokens; the model has {limit:,} positions for prompt and answer together. "
+        "Shorten it, or drop its beginning with cut_front=True"
     )
 
 

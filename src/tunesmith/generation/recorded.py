@@ -94,7 +94,7 @@ class FixedSteps:
         except RuntimeError as error:
             self.record = self.replay = None
             why = reason_of(error)
-            note = f"decoding steps are not recorded as a CUDA graph ({why}); they are taken one kernel after the other"
+            note = f"decoding steps are not recorded as a CUDA graph ({why}); their kernels are launched one at a time"
             warnings.warn(note, stacklevel=3)
         return self.replay is not None
 

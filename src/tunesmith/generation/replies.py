@@ -53,13 +53,16 @@ def latest(tokenizer: Tokenizer, messages: Sequence[Message], room: int) -> tupl
     exchanges = bisect_left(range(len(starts) - 1), True, key=lambda n: fits([*scene, *messages[starts[n] :]]))
     recent = list(messages[starts[exchanges] :])
     if exchanges < len(starts) - 1 or fits([*scene, *recent]):
-        return [*scene, *recent], "the conversation is longer than the model can read: its beginning is left out"
+        return [*scene, *recent], "the conversation is longer than the model's context: its beginning is left out"
     if scene and fits(recent):
-        return recent, "the model cannot read the system prompt and the message at once: the system prompt is left out"
+        return (
+            recent,
+            "the system prompt and the message together exceed the model's context: the system prompt is left out",
+        )
     question = recent[0]
     dropped = bisect_left(range(len(question.content)), True, key=lambda n: fits([_without(question, n)]))
     gone = "its beginning and the system prompt are" if scene else "its beginning is"
-    return [_without(question, dropped)], f"the message is longer than the model can read: {gone} left out"
+    return [_without(question, dropped)], f"the message is longer than the model's context: {gone} left out"
 
 
 def _without(message: Message, characters: int) -> Message:

@@ -1,4 +1,4 @@
-"""How the next token is drawn: temperature, top-k, top-p, from a stream of chance for each prompt."""
+"""How the next token is drawn: temperature, top-k, top-p, from a random stream for each prompt."""
 
 from __future__ import annotations
 

@@ -46,8 +46,8 @@ class Scorer(Protocol):
 def load_scorer(name: str, *, device: str = "auto", option: str = "--reward") -> Scorer:
     """The reward model of that name: a run of `tunesmith reward`, or a sequence classifier, local or on the hub.
 
-    option: what a message about a missing one names.
-    Raises: UserError if there is none, it gives several numbers, or it needs the transformers package and that is missing.
+    option: the option that an error message names.
+    Raises: UserError if there is none, if it gives several numbers, or if it needs the transformers package and that is missing.
     """
     try:
         directory = find_model(name)
@@ -59,7 +59,7 @@ def load_scorer(name: str, *, device: str = "auto", option: str = "--reward") ->
     if not is_reward_model(directory):
         found = ", ".join(kind.get("architectures") or ["no architecture"])
         raise UserError(
-            f"{name} is no reward model: its config.json names {found}, expected a ...ForSequenceClassification"
+            f"{name} is not a reward model: its config.json names {found}, expected a ...ForSequenceClassification"
         )
     return ClassifierScorer(name, directory, device)
 
@@ -86,7 +86,7 @@ def encode_answer(tokenizer: Tokenizer, prompt: Question, answer: str) -> list[i
 
 
 def conversation(prompt: Question) -> list[Message]:
-    """The turns of a prompt; a text is the only one, or a transcript of several. Raises: BadRow if it is none."""
+    """The turns of a prompt; a text is the only one, or a transcript of several. Raises: BadRow if it is not a conversation."""
     if isinstance(prompt, str):
         transcript = as_transcript(prompt)
         return [Message("user", prompt)] if transcript is None else list(parse_transcript(transcript).messages)
@@ -134,7 +134,7 @@ class ClassifierScorer:
         except (OSError, ValueError, ImportError, RuntimeError) as error:
             raise UserError(f"{name} cannot be loaded by transformers: {str(error).strip().splitlines()[0]}") from None
         if model.config.num_labels != 1:
-            raise UserError(f"{name} gives {model.config.num_labels} numbers a text; a reward model gives one")
+            raise UserError(f"{name} gives {model.config.num_labels} numbers per text; a reward model gives one")
         self.model = model.eval().to(self.device)
         positions = getattr(model.config, "max_position_embeddings", None) or 1 << 30
         self.limit = int(min(positions, self.tokenizer.model_max_length))
@@ -176,7 +176,7 @@ def _groups(lengths: Sequence[int], budget: int, *, padded: bool) -> Iterator[li
 
 
 def describe_run(name: str) -> str:
-    """What a reward model of ours was trained for and how often it is right, from its run; short where there is none."""
+    """What a reward model of ours was trained for and how often it is right, from its run; brief where there is no run."""
     path = Path(name.rpartition("@")[0] or name).expanduser()
     if not (path / "status.json").exists():
         return f"{name}: trained elsewhere; tunesmith evaluate {name} PAIRS measures how often it is right"

@@ -14,7 +14,7 @@ Mark = float | torch.cuda.Event
 
 
 def mark(device: torch.device) -> Mark:
-    """The moment at which the device has done all that it was given so far. On a GPU nothing waits for it."""
+    """The moment at which the device finishes all work given to it so far. On a GPU this does not wait."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -23,7 +23,7 @@ def mark(device: torch.device) -> Mark:
 
 
 def seconds_between(start: Mark, end: Mark) -> float:
-    """Seconds from one mark to a later one of the same device; waits until the device has come there."""
+    """Seconds from one mark to a later one of the same device; waits until the device has reached it."""
     if isinstance(start, float) and isinstance(end, float):
         return end - start
     assert isinstance(start, torch.cuda.Event)

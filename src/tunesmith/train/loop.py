@@ -31,7 +31,7 @@ DIVERGED_BY = 1.05  # mean loss over the window, as a multiple of the loss at st
 
 
 class MicroBatch(Splittable, Protocol):
-    """What the loop needs to know of a batch: terms of its summed loss, tokens through the model, and how to split it."""
+    """What the loop needs to know about a batch: terms of its summed loss, tokens through the model, and how to split it."""
 
     @property
     def count(self) -> int: ...
@@ -133,7 +133,7 @@ def fit(
     diverge_after: int,
     resume: bool,
 ) -> None:
-    """Train until `steps`, a divergence, or a signal; leave status.json telling which.
+    """Train until `steps`, a divergence, or a signal; status.json says which.
 
     Args:
         micro_batch: number from 0 -> batch on the device; the same number always gives the same batch.
@@ -228,7 +228,7 @@ def fit(
         losses.append(stats.loss)
         trouble = _divergence(stats, scaler, losses, state.first_loss, diverge_after)
         if trouble:
-            where, way_out = describe_rows(done.batches), "or look at these rows"
+            where, way_out = describe_rows(done.batches), "or inspect these rows"
             trouble += f" at step {done.number:,} (rows {where}); lower --optimizer.lr (now {done.lr:g}) {way_out}"
             log.record("diverged", done.number, loss=stats.loss, grad_norm=stats.grad_norm, lr=done.lr)
             waiting.clear()
@@ -299,7 +299,7 @@ def fit(
                 save()
                 log.status("running", state.step, steps=steps, best_step=state.best_step)
             if stopping and not last:
-                end("stopped", f"{signals.received} received; go on with --resume")
+                end("stopped", f"{signals.received} received; continue with --resume")
                 return
         worn_out = f"the validation loss has not fallen for {patience} estimates, since step {state.lowest_step:,}"
         end("diverged" if trouble else "finished", trouble or (worn_out if enough() else ""))
@@ -322,5 +322,5 @@ def _divergence(
         and len(losses) == window
         and (mean := sum(losses) / window) > DIVERGED_BY * first_loss
     ):
-        return f"mean loss of the last {window} steps {mean:.3f} lies above that of step 0, {first_loss:.3f},"
+        return f"mean loss of the last {window} steps {mean:.3f} is above that of step 0, {first_loss:.3f},"
     return ""

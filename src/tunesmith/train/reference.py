@@ -61,7 +61,7 @@ class LogpStore:
             self.known.setdefault(key.tobytes(), (chosen, rejected))
 
     def save(self) -> None:
-        """Write all that is known, and what others have added meanwhile."""
+        """Write everything known, including what other processes have added meanwhile."""
         self._read()
         records = np.zeros(len(self.known), RECORD)
         records["key"] = np.frombuffer(b"".join(self.known), "V32")
@@ -86,7 +86,7 @@ def store_path(fingerprint: str, precision: Precision) -> Path:
 
 @dataclass(frozen=True)
 class Fill:
-    """What it took to know the reference for some pairs: pairs needed, and computed now instead of found."""
+    """What the reference of some pairs cost: pairs needed, and pairs computed now rather than found in the store."""
 
     pairs: int
     computed: int
@@ -100,7 +100,7 @@ def cached(
 ) -> tuple[Reference, Fill]:
     """The reference for these pairs of `batches`, computed now where `store` does not have it.
 
-    compute: what the untrained model gives for a batch on the CPU, (pairs, 2).
+    compute: the untrained model's log-probabilities of a batch, on the CPU, (pairs, 2).
     """
     keys = {i: batches.key(i) for i in numbers}
     missing = [i for i in numbers if keys[i] not in store.known]

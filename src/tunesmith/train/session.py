@@ -1,4 +1,4 @@
-"""A training from its resolved options to its run: where it goes, how a step is taken, what is said before it begins."""
+"""A training run from resolved options to run directory: where it goes, how a step is taken, what is printed before it begins."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ from tunesmith.train.trainee import AnyConfig, Trainee, make_optimizer
 
 @contextlib.contextmanager
 def begin(config: Config, command: Command) -> Iterator[tuple[Config, Path]]:
-    """The configuration, of a resumed run with what was decided when it began, and the directory that is now ours alone.
+    """The configuration (of a resumed run, with what was decided when it began) and the run's directory, now locked for us.
 
-    The process is made ready: allocator and seeds.
-    Raises: UserError if `out` is taken or being written, there is nothing to resume, or the allocator cannot be had.
+    Sets up the process: allocator and seeds.
+    Raises: UserError if `out` is taken or being written, there is nothing to resume, or the allocator is not available.
     """
     if not set_allocator(config.train.allocator) and config.train.allocator == "lean":
         raise UsageError(
-            "--train.allocator lean is a setting of glibc, which is not here or which TUNESMITH_ALLOCATOR=system keeps as it is: "
-            "leave it out, or unset that"
+            "--train.allocator lean needs glibc's allocator, which is missing here or left unchanged by "
+            "TUNESMITH_ALLOCATOR=system: leave the option out, or unset the variable"
         )
     default = default_directory(command, config.model.name, [name for name, _ in parse_sets(config.data.name)])
     with run_directory(config.out, default, config.resume) as path:
@@ -78,7 +78,7 @@ def run_training(
     opening: Sequence[tuple[str, dict[str, Any]]] = (),
     reward_at: Callable[[int], dict[str, Any]] | None = None,
 ) -> Run:
-    """Say what will be done and do it; the run's status tells how it ended. Arguments as in `fit`.
+    """Print what will be done and do it; the run's status says how it ended. Arguments as in `fit`.
 
     origin: what the run is made from. about: the data in words. notes: what the user should know before the first step.
     """
@@ -99,7 +99,7 @@ def run_training(
         for line in [
             *origin.notes,
             *notes,
-            *(["--lora.rank is 0: all weights are trained, other lora options have no effect"] * without_rank),
+            *(["--lora.rank is 0: all weights are trained, and the other lora options have no effect"] * without_rank),
         ]:
             print(f"note: {line}")
         print(
