@@ -143,4 +143,4 @@ def test_names_to_compare_with_add_up_from_files_and_the_command_line(tmp_path, 
     assert yaml.safe_load(capfd.readouterr().out)["against"] == ["a", "b", "c", "d"]
     (tmp_path / "mine.yaml").write_text("against: 5\n")
     assert main(argv[:4]) == 2
-    assert "--against 5: expected a list of texts" in capfd.readouterr().err
+    assert "--against 5: expected a list of strings" in capfd.readouterr().err

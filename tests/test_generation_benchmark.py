@@ -103,5 +103,5 @@ def test_a_device_that_is_not_there_is_told_in_a_line():
     command = [sys.executable, str(BENCHMARKS / "generation.py"), "--device", "cuda"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "--device cuda is not to be had here" in done.stderr
+    assert "--device cuda is not available here" in done.stderr
     assert "Traceback" not in done.stderr

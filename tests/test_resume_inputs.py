@@ -269,7 +269,7 @@ def test_config_yaml_with_a_history_still_makes_a_run(tiny_directory, tmp_path, 
     assert "does not repeat" not in capfd.readouterr().out
     assert main(["sft", "--config", str(stored), "--out", str(tmp_path / "new")]) == 0
     assert (
-        "data.seed was 1234 up to step 2 and 7 after it; a run from this file does not repeat that"
+        "data.seed was 1234 up to step 2 and 7 after it; a run from this file uses the last value"
         in capfd.readouterr().out
     )
     assert ts.Run(tmp_path / "new").config == {k: v for k, v in run.config.items() if k != "history"}

@@ -44,7 +44,7 @@ def test_the_interval_holds_the_true_share_in_about_95_of_100_cases(share):
 
 @pytest.mark.parametrize(("successes", "n"), [(1, 0), (-1, 5), (6, 5)])
 def test_what_is_no_share_is_refused(successes, n):
-    with pytest.raises(ValueError, match="is no share"):
+    with pytest.raises(ValueError, match="is not a share"):
         wilson_interval(successes, n)
 
 
@@ -112,13 +112,13 @@ def test_t_interval_of_three_seeds():
 
 @pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf]])
 def test_no_mean_of_nothing_or_of_what_is_no_number(values):
-    with pytest.raises(ValueError, match="no mean to be had"):
+    with pytest.raises(ValueError, match="there is no mean"):
         bootstrap_interval(values)
 
 
 def test_pairs_have_two_sides():
     for compare in (paired_difference, count_wins):
-        with pytest.raises(ValueError, match="pairs have two sides"):
+        with pytest.raises(ValueError, match="every pair needs both"):
             compare([1.0, 2.0], [1.0])
 
 

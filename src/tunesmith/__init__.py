@@ -4,7 +4,7 @@
 >>> model, tokenizer = ts.load("sample", device="cpu")
 >>> answers = ts.generate(model, tokenizer, [[{"role": "user", "content": "What is love?"}]], max_new_tokens=8)
 
-Names are loaded when they are first used, so that importing the package costs nothing.
+Names are loaded on first use, so that importing the package costs nothing.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ def _plan(argv: Argv) -> None:
     if rest and not rest[0].startswith("-"):
         near = did_you_mean(rest[0], PLANS)
         raise UsageError(
-            f"plan {rest[0]}: expected one of {', '.join(PLANS)} (sft where none is given), then options{near}"
+            f"plan {rest[0]}: expected one of {', '.join(PLANS)} (sft if none is given), then options{near}"
         )
     kind: type[Any] = PLANS[command]
     options, _ = parse(kind, rest, prog=f"tunesmith plan {command}")
@@ -200,17 +200,17 @@ def _demo(argv: Argv) -> None:
 COMMANDS: dict[str, tuple[str, Callable[[Argv], None]]] = {
     "demo": ("the whole chain on the embedded sample, in minutes on two CPU cores", _demo),
     "data": ("build or check a data set; show which tokens carry loss", _data),
-    "plan": ("memory and time of a training before it runs; --fit finds what fits", _plan),
+    "plan": ("memory and time of a training run in advance; --fit finds what fits", _plan),
     "pretrain": ("a new GPT-2, and its tokenizer, from plain text", _pretrain),
     "sft": ("supervised fine-tuning on dialogues: full or LoRA", _sft),
     "reward": ("train a reward model on preference pairs (Bradley-Terry)", _reward),
     "dpo": ("direct preference optimisation: full or LoRA", _dpo),
     "chat": ("talk to a model in the terminal", _chat),
     "compare": ("the same prompts to two models, side by side", _compare),
-    "evaluate": ("loss and perplexity of a model on a data set; on pairs, preferences", _evaluate),
+    "evaluate": ("loss and perplexity of a model on a data set; on pairs, accuracy", _evaluate),
     "score": ("answers to a set of prompts, scored by a reward model", _score),
     "study": ("a matrix of runs from one file (paper is built in)", _study),
-    "report": ("one HTML page of finished runs, or of a study with its verdicts", _report),
+    "report": ("one HTML page for finished runs, or for a study with its verdicts", _report),
 }
 
 GROUPS = {
@@ -224,7 +224,7 @@ USAGE = """usage: tunesmith COMMAND [ARGUMENTS] [--option value ...]
 
 Turns a GPT-2-class base model into a dialogue model and measures the result.
 
-first steps (offline, some minutes on a laptop):
+first steps (offline, a few minutes on a laptop):
   tunesmith data sample --show 2
   tunesmith sft --model sample --data sample --train.steps 60 --out runs/first
   tunesmith compare sample runs/first --limit 5
@@ -233,7 +233,7 @@ first steps (offline, some minutes on a laptop):
 {commands}
 MODEL is a hub name (gpt2-medium), a directory (whole model or LoRA adapter), a
 run directory (its best checkpoint), RUN@STEP, or `sample` (embedded).
-`tunesmith COMMAND --help` shows an example and the options that people set,
+`tunesmith COMMAND --help` shows an example and the common options,
 `--help all` every option; --debug shows the traceback of an error."""
 
 

@@ -35,7 +35,7 @@ def resolve_device(name: str, option: str = "--train.device") -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{option} {name} is not to be had here ({reason}); use auto or cpu") from None
+        raise UserError(f"{option} {name} is not available here ({reason}); use auto or cpu") from None
     return device
 
 
@@ -72,7 +72,7 @@ def resolve_compile(asked: bool | str, device: torch.device) -> bool:
         if asked is True:
             raise UserError(
                 f"--train.compile true: {describe(device)} has compute capability {capability[0]}.{capability[1]}, and "
-                f"the Triton that torch.compile makes kernels with needs {COMPILES_SINCE[0]}.{COMPILES_SINCE[1]}. Use false, or auto"
+                f"Triton, which compiles torch.compile's kernels, needs {COMPILES_SINCE[0]}.{COMPILES_SINCE[1]}. Use false, or auto"
             )
         return False
     return asked is True or (asked == "auto" and find_spec("triton") is not None)

@@ -1,4 +1,4 @@
-"""The two errors that a user can meet, each one line that says what was asked, what was found, where, and the way out; and notes."""
+"""The two errors that a user can meet, each one line saying what was asked, what was found, where, and the way out; and notes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class UsageError(UserError):
 
 
 class Note(UserWarning):
-    """Something that a user should know and that stops nothing: a warning in Python, a line `note: ...` on the command line."""
+    """Something a user should know that does not stop the command: a warning in Python, a line `note: ...` on the command line."""
 
 
 def note(text: str) -> None:
-    """Give a note; the same one is given once. `warnings.filterwarnings("ignore", category=Note)` silences all."""
+    """Issue a note; the same note is issued once. `warnings.filterwarnings("ignore", category=Note)` silences all."""
     warnings.warn(text, Note, stacklevel=3)
 
 

@@ -1,4 +1,4 @@
-"""Downloads from the Hugging Face hub, only of what is used: named, or a default. Every failure is told with the way around it."""
+"""Downloads from the Hugging Face hub, only of what is used: named, or a default. Every failure comes with a way around it."""
 
 from __future__ import annotations
 

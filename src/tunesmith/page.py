@@ -1,4 +1,4 @@
-"""The frame and the style of every page: one file, light and dark, for phones and for paper, without scripts or network."""
+"""The frame and the style of every page: one file, light and dark, for phones and for print, without scripts or network."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def bootstrap_interval(values: Sequence[float], *, level: float = 0.95, seed: in
     x = np.asarray(values, np.float64)
     n = len(x)
     if not n or not np.isfinite(x).all():
-        raise ValueError(f"{n} values, {np.isfinite(x).sum()} of them finite: no mean to be had")
+        raise ValueError(f"{n} values, {np.isfinite(x).sum()} of them finite: there is no mean")
     mean = float(x.mean())
     if n == 1:
         return Interval(mean, math.nan, math.nan, 1)
@@ -78,7 +78,7 @@ def ratio_interval(sums: Sequence[float], counts: Sequence[float], *, level: flo
     """
     s, c = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
     if not c.sum() > 0:
-        raise ValueError("nothing was counted: no ratio to be had")
+        raise ValueError("nothing was counted: there is no ratio")
     ratio = s.sum() / c.sum()
     return bootstrap_interval(ratio + (s - ratio * c) / c.mean(), level=level)
 
@@ -92,7 +92,7 @@ def t_interval(values: Sequence[float], *, level: float = 0.95, at_least: float 
     """
     x = np.asarray(values, np.float64)
     if not len(x):
-        raise ValueError("no values: no mean to be had")
+        raise ValueError("no values: there is no mean")
     mean = float(x.mean())
     if len(x) == 1:
         return Interval(mean, math.nan, math.nan, 1)
@@ -106,7 +106,7 @@ def paired_difference(a: Sequence[float], b: Sequence[float], *, level: float = 
     Raises: ValueError if there are not as many a as b.
     """
     if len(a) != len(b):
-        raise ValueError(f"{len(a)} values against {len(b)}: pairs have two sides")
+        raise ValueError(f"{len(a)} values against {len(b)}: every pair needs both")
     return bootstrap_interval([x - y for x, y in zip(a, b, strict=True)], level=level)
 
 
@@ -131,7 +131,7 @@ class Wins:
 def count_wins(a: Sequence[float], b: Sequence[float], tie: float = 0.0) -> Wins:
     """Wins of a over b, pair by pair; a difference of at most `tie` is a tie."""
     if len(a) != len(b):
-        raise ValueError(f"{len(a)} values against {len(b)}: pairs have two sides")
+        raise ValueError(f"{len(a)} values against {len(b)}: every pair needs both")
     signs = [0 if abs(x - y) <= tie else (1 if x > y else -1) for x, y in zip(a, b, strict=True)]
     return Wins(signs.count(1), signs.count(0), signs.count(-1))
 
@@ -169,7 +169,7 @@ def wilson_interval(successes: float, n: int, z: float = Z95) -> tuple[float, fl
     Raises: ValueError if n is below 1 or the successes are not between 0 and n.
     """
     if n < 1 or not 0 <= successes <= n:
-        raise ValueError(f"{successes} of {n} is no share")
+        raise ValueError(f"{successes} of {n} is not a share")
     return _wilson(successes / n, n, z)
 
 

@@ -36,19 +36,19 @@ class Page:
 TRAINING = ("train.epochs", "train.steps", "train.batch_size", "optimizer.lr")
 PAGES = {
     "demo": Page(
-        "The whole chain on the embedded sample, in minutes on two CPU cores and without network: SFT, LoRA, a reward "
+        "The whole chain on the embedded sample, in minutes on two CPU cores and without a network: SFT, LoRA, a reward "
         "model, DPO, scores, a comparison and a report.",
         ("tunesmith demo",),
         ("out", "steps", "open"),
     ),
     "data": Page(
-        "Shows what a data set holds: the form that was recognised, rows, tokens, lengths, and what was skipped and why. "
-        "--show prints rows with the tokens that carry loss marked.",
+        "Shows what a data set holds: the format recognised, rows, tokens, lengths, and what was skipped and why. "
+        "--show prints rows with the tokens that carry loss highlighted.",
         ("tunesmith data sample --show 2", "tunesmith data my.jsonl --audit"),
         ("show", "audit", "against", "tokenizer", "data.columns", "data.block_size", "data.loss_on", "data.root", "data.max_rows", "out"),
     ),
     "pretrain": Page(
-        "Trains a new GPT-2, and its tokenizer, from plain text. Short texts share a row without seeing each other, "
+        "Trains a new GPT-2, and its tokenizer, from plain text. Short texts share a row without attending to each other, "
         "long ones are cut into rows.",
         ("tunesmith pretrain --data book.txt --model.n_layer 4 --model.n_embd 384",),
         (
@@ -63,7 +63,7 @@ PAGES = {
         ("model.name", "data.name", "data.block_size", *TRAINING, "lora.rank", "out", "resume"),
     ),
     "reward": Page(
-        "Trains a reward model on pairs of answers (Bradley-Terry): one score for an answer, the chosen one above the "
+        "Trains a reward model on pairs of answers (Bradley-Terry): one score per answer, the chosen one above the "
         "rejected one.",
         ("tunesmith reward --model sample --data sample --train.steps 60",),
         ("model.name", "data.name", "data.block_size", *TRAINING, "lora.rank", "out", "resume"),
@@ -76,13 +76,13 @@ PAGES = {
     ),
     "evaluate": Page(
         "Loss and perplexity of a model on a data set, by turn and by length; on pairs, how often it prefers the chosen "
-        "answer. Every figure has its 95 % interval.",
+        "answer. Every figure has a 95 % interval.",
         ("tunesmith evaluate sample sample", "tunesmith evaluate runs/NAME my.jsonl --out figures.json"),
         ("split", "trained", "reference", "batch_size", "data.block_size", "data.columns", "data.root",
             "precision", "out"),
     ),
     "score": Page(
-        "Lets models answer a set of prompts and scores the answers with a reward model; every mean has its 95 % "
+        "Lets models answer a set of prompts and scores the answers with a reward model; every mean has a 95 % "
         "interval. RUN@all scores every checkpoint of a run.",
         ("tunesmith score runs/SFT runs/DPO --reward runs/REWARD",),
         ("reward", "prompts", "samples", "limit", "shown", "generate.temperature", "generate.max_new_tokens", "out"),
@@ -97,13 +97,13 @@ PAGES = {
         ),
     ),
     "chat": Page(
-        "Talks to a model in the terminal; answers appear as they are written. /help lists what can be typed.",
+        "Talks to a model in the terminal; answers appear as they are written. /help lists the chat commands.",
         ("tunesmith chat sample", "tunesmith chat runs/NAME"),
         ("system", "generate.temperature", "generate.top_p", "generate.top_k", "generate.max_new_tokens", "generate.seed", "device"),
     ),
     "plan": Page(
-        "Memory and time of a training before it runs; no data is read and no weights are loaded. The trainings are "
-        "sft (where none is named), pretrain, dpo and reward, each with its own options.",
+        "Memory and time of a training run, before running it; no data is read and no weights are loaded. It plans "
+        "sft (the default), pretrain, dpo and reward, each with its own options.",
         (
             "tunesmith plan sft --model gpt2-medium --lora.rank 8",
             "tunesmith plan dpo --model gpt2-medium --fit 8GB",
@@ -116,13 +116,13 @@ PAGES = {
         ),
     ),
     "study": Page(
-        "Runs a matrix of trainings: the built-in study `paper`, or a YAML file. What is done is skipped, what was cut "
-        "goes on.",
+        "Runs a matrix of training runs: the built-in study `paper`, or a YAML file. Finished runs are skipped, "
+        "interrupted ones resumed.",
         ("tunesmith study paper --scale smoke --dry_run", "tunesmith study my.yaml"),
         ("scale", "dry_run", "only", "batching", "jobs", "executor", "data.root", "data.rm_static", "out"),
     ),
     "report": Page(
-        "One HTML page of finished runs, or of a study with a verdict on every claim; figures and tables are written as "
+        "One HTML page for finished runs, or for a study with a verdict on every claim; figures and tables are written as "
         "files beside it.",
         ("tunesmith report runs/SFT runs/DPO", "tunesmith report studies/paper-smoke"),
         ("out",),
@@ -168,7 +168,7 @@ def help_text(options: type[Any], prog: str, positionals: Sequence[Positional], 
             lines += _entry(*_described(option), width)
     else:
         by_name = {option.name: option for option in known}
-        lines += ["", "options that people set:" if len(known) > len(page.first) else "options:"]
+        lines += ["", "common options:" if len(known) > len(page.first) else "options:"]
         for name in page.first:
             head, text = _described(by_name[name])
             lines += _entry(head, _first_sentence(text), width)
@@ -180,7 +180,7 @@ def _closing(prog: str, known: set[str], width: int, *, every: bool) -> list[str
     more = f"`{prog} --help all` lists all {len(known)} options. " * (not every)
     short = " ".join(f"--{g} X is short for --{g}.name X." for g in ("model", "data") if f"{g}.name" in known)
     short += " " * bool(short)
-    files = "--config FILE.yaml (or a preset: paper/e1, ...; repeatable, later wins) sets options, --print_config prints them all."
+    files = "--config FILE.yaml (or a preset: paper/e1, ...; repeatable, later wins) sets options; --print_config prints them all."
     return textwrap.wrap(f"{more}{short}{files}", width)
 
 

@@ -105,7 +105,7 @@ def _tell_history(history: Any, files: str) -> None:
     for entry in checked_history(history, files):
         print(
             f"note: {files}: {entry['option']} was {entry['from']!r} up to step {entry['step']:,} and {entry['to']!r} after it; "
-            "a run from this file does not repeat that, it has the last value from its first step on"
+            "a run from this file uses the last value from its first step on and does not repeat the change"
         )
 
 
@@ -228,7 +228,7 @@ def _told(message: str, options: type[Any], files: str, prog: str, positionals: 
             wanted = " and ".join(q.help for q in positionals if re.search(rf"\b{q.name}\b", message))
             return f"{command} needs {wanted}: `{'` or `'.join(PAGES[command].examples)}`"
     if not positionals and (extra := re.match(r"unrecognized arguments: ([^-\s]\S*)", message)):
-        return f"unexpected argument {extra[1]!r}: options have names, as in `{prog} --model {extra[1]}`"
+        return f"unexpected argument {extra[1]!r}: options need names, as in `{prog} --model {extra[1]}`"
     return _one_line(message, options, files)
 
 
@@ -273,7 +273,7 @@ def describe_type(kind: Any) -> str:
                 bool: ["true", "false"],
                 str: ["text"],
                 type(None): ["null"],
-                list[str]: ["a list of texts"],
+                list[str]: ["a list of strings"],
             }
             words += plain.get(part, [str(part)])
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

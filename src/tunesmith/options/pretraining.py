@@ -1,4 +1,4 @@
-"""Every option of `tunesmith pretrain` that the other trainings do not have, or have with another default. No torch here."""
+"""Every option of `tunesmith pretrain` that the other training commands lack or have with a different default. No torch here."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -20,11 +20,11 @@ class NewModelOptions:
     """The shape of the new model"""
 
     name: str = "gpt2"
-    """A named size (gpt2, gpt2-medium, gpt2-large, gpt2-xl), or a MODEL whose shape is taken; the options below change it."""
+    """A named size (gpt2, gpt2-medium, gpt2-large, gpt2-xl), or a MODEL whose shape is used; the options below change it."""
     n_layer: int | None = field(default=None, metadata=FIXED)
-    """Blocks; default those of model.name, as the three below."""
+    """Blocks; default: as in model.name, like the three below."""
     n_head: int | None = field(default=None, metadata=FIXED)
-    """Attention heads; they divide n_embd."""
+    """Attention heads; their number must divide n_embd."""
     n_embd: int | None = field(default=None, metadata=FIXED)
     """Width."""
     block_size: int | None = field(default=None, metadata=FIXED)
@@ -38,9 +38,9 @@ class TokenizerOptions:
     """The tokenizer of the new model"""
 
     name: str = field(default="new", metadata=FIXED)
-    """new: byte-level BPE trained on the texts; gpt2: GPT-2's own vocabulary; or a MODEL whose tokenizer is taken."""
+    """new: byte-level BPE trained on the texts; gpt2: GPT-2's own vocabulary; or a MODEL whose tokenizer is used."""
     vocab_size: int | None = field(default=None, metadata=FIXED)
-    """Tokens of a new tokenizer, the 256 bytes and the end of text among them; default 8192."""
+    """Vocabulary of a new tokenizer, including the 256 bytes and the end of text; default: 8192."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,15 @@ class PretrainDataOptions(DataOptions):
     """The texts to train on"""
 
     name: str = field(default="", metadata=CONTENT)
-    """Text file, JSONL, directory or hub data set, or one of the names of sft; dialogues become text without roles."""
+    """Text file, JSONL, directory or hub data set, or a data set name that sft takes; dialogues become text without roles."""
     block_size: BlockSize = "auto"
     """Tokens in one row of a batch; auto (or 0): as many as the model can read (model.block_size)."""
     batching: Literal["packed", "windows", "padded"] = "packed"
-    """packed: several texts a row, no attention across borders; windows: random windows of one stream; padded: a text a row."""
+    """packed: several texts per row, no attention between them; windows: random windows of one stream; padded: one text per row."""
     loss_on: Literal["auto", "assistant", "all"] = "all"
-    """Every token carries loss, there is no other choice."""
+    """Every token carries loss; there is no other choice."""
     truncation: Literal["auto", "keep_end", "keep_start", "split", "drop"] = "auto"
-    """What to do with texts longer than block_size; auto: they are split."""
+    """What to do with texts longer than block_size; auto: split them."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ class PretrainOptimizerOptions(OptimizerOptions):
     """The optimizer and its schedule"""
 
     lr: float | None = None
-    """Peak learning rate; default 6e-4. Small models want more."""
+    """Peak learning rate; default: 6e-4. Small models need more."""
     weight_decay: float | None = 0.1
-    """Decay of matrices (never of biases and norms)."""
+    """Weight decay of matrices (never of biases and norms)."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Learning rate after the warm-up."""
     warmup_steps: int = 100
@@ -75,7 +75,7 @@ class PretrainOptimizerOptions(OptimizerOptions):
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """A new GPT-2, and where asked for its tokenizer, from plain text."""
+    """A new GPT-2 and, if asked for, its tokenizer, from plain text."""
 
     model: NewModelOptions = field(default_factory=NewModelOptions)
     tokenizer: TokenizerOptions = field(default_factory=TokenizerOptions)
@@ -85,11 +85,11 @@ class PretrainConfig:
     eval: EvalOptions = field(default_factory=EvalOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     out: str | None = None
-    """Run directory; default runs/pretrain-MODEL-DATA."""
+    """Run directory; default: runs/pretrain-MODEL-DATA."""
     resume: bool = False
     """Continue the run in `out` from its last checkpoint."""
     resume_changes: Literal["refuse", "accept"] = "refuse"
-    """accept: a resumed run may change what alters its result; the change is logged and config.yaml keeps from which step it holds."""
+    """accept: a resumed run may change options that alter its result; config.yaml and the log record each change and its step."""
 
     @property
     def lora(self) -> LoRAOptions:

@@ -16,18 +16,18 @@ HISTORY = "history"  # the key under which config.yaml keeps what was changed on
 Mark = Literal["closed", "open", "rounding", "content", "length", "as begun", "fixed"]
 
 OPEN: Mapping[str, Mark] = {"resume": "open"}
-"""Changes no number of the training: every later step is the same to the bit, or (DPO's kinds of reference) to rounding."""
+"""Changes no number of the training: every later step is bit-identical, or (kinds of DPO reference) equal up to rounding."""
 ROUNDING: Mapping[str, Mark] = {"resume": "rounding"}
-"""The same to rounding as long as a step draws no random numbers; with dropout or bf16 weights it is closed."""
+"""Equal up to rounding as long as a step draws no random numbers; closed with dropout or bf16 weights."""
 CONTENT: Mapping[str, Mark] = {"resume": "content"}
-"""Names something whose content is compared: a file that has moved is no change, another file under the old name is one."""
+"""Names something whose content is compared: a file that has moved is not a change, a different file under the old name is."""
 LENGTH: Mapping[str, Mark] = {"resume": "length"}
-"""May be raised where the learning rate does not depend on it (a constant schedule): the steps already taken stay what they were."""
+"""May be raised where the learning rate does not depend on it (a constant schedule): the steps already taken stay valid."""
 AS_BEGUN: Mapping[str, Mark] = {"resume": "as begun"}
-"""Closed, and left out it is what the run began with, even where the default would now come out differently (other train.steps)."""
+"""Closed; if left out, it keeps the run's first value, even where the default would now differ (different train.steps)."""
 
 FIXED: Mapping[str, Mark] = {"resume": "fixed"}
-"""Closed, and never accepted either: what the checkpoint holds would not fit."""
+"""Closed even with accept: the checkpoint's contents would not fit."""
 
 
 @dataclasses.dataclass(frozen=True)

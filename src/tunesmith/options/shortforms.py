@@ -87,7 +87,7 @@ def _in_place(words: list[str], given: Mapping[str, list[str]], positionals: Seq
         found += [*own, *given.get(p.name, [])] if p.many else own or given.get(p.name, [])[-1:]
     if words:
         options = " and ".join(f"--{p.option} {given[p.name][-1]}" for p in positionals if p.name in given)
-        raise UsageError(f"unexpected argument {words[0]!r} beside {options}; give each thing once")
+        raise UsageError(f"unexpected argument {words[0]!r} beside {options}; give each only once")
     return found
 
 

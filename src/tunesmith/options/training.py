@@ -18,7 +18,7 @@ class ModelOptions:
     dropout: float = 0.0
     """Dropout probability in training, in [0, 1)."""
     init: Literal["pretrained", "random"] = "pretrained"
-    """`random` keeps shape and tokenizer and draws new weights; gpt2 names then need no download."""
+    """`random` keeps the shape and tokenizer and draws new weights; gpt2 names then need no download."""
 
 
 @dataclass(frozen=True)
@@ -29,34 +29,34 @@ class DataOptions:
     """hh, hh:SUBSET, hh-static, hh-helpful-half, hh-pairs, sample, or a file, directory or hub data set; or several sets with
     their shares of the examples: a.jsonl*0.7,hh:helpful-base*0.3 (in YAML also a list)."""
     columns: str | None = None
-    """Which column is what, where the names do not say so: prompt=question,completion=reply. Keys: messages, text, system,
-    prompt, completion, chosen, rejected, label, weight; an empty name means that no column is that."""
+    """Which column is what, if the names do not say so: prompt=question,completion=reply. Keys: messages, text, system,
+    prompt, completion, chosen, rejected, label, weight; an empty name means there is no such column."""
     config: str | None = None
-    """Which of several configurations in a directory; all joins them."""
+    """Which of several configurations in a directory to use; all joins them."""
     root: str | None = field(default=None, metadata=CONTENT)
     """Local copy of HH-RLHF in the publisher's layout (helpful-base/train.jsonl.gz, ...)."""
     rm_static: str | None = field(default=None, metadata=CONTENT)
     """Local copy of Dahoas/rm-static (Parquet or JSONL with prompt and chosen), for hh-static."""
     allow_missing: bool = field(default=False, metadata=CONTENT)  # what is missing shows in the rows
-    """Go on when subsets of HH-RLHF are missing under data.root."""
+    """Continue when subsets of HH-RLHF are missing under data.root."""
     block_size: BlockSize = "auto"
-    """Tokens in one row of a batch; auto: as many as the model has positions for, at most 1,024."""
+    """Tokens in one row of a batch; auto: the model's number of positions, at most 1,024."""
     batching: Literal["packed", "windows", "padded"] = "packed"
-    """packed: whole dialogues, no attention across borders; windows: the paper's random windows; padded: a dialogue a row."""
+    """packed: whole dialogues, no attention between them; windows: the paper's random windows; padded: one dialogue per row."""
     loss_on: Literal["auto", "assistant", "all"] = "auto"
-    """Which tokens carry loss; auto: assistant's turns, with windows all tokens."""
+    """Which tokens carry loss; auto: the assistant's turns, or all tokens with windows."""
     truncation: Literal["auto", "keep_end", "keep_start", "split", "drop"] = "auto"
     """What to do with rows longer than block_size; auto: dialogues keep their end, plain texts are split."""
     max_rows: int | None = None
     """Use only the first N rows of each split."""
     holdout: float = 0.05
-    """Share of the rows held out for validation where a data set has no test split."""
+    """Share of rows held out for validation if a data set has no test split."""
     seed: int = 1234
-    """Seed of the order of the rows."""
+    """Seed for the order of the rows."""
     split_seed: int | None = None
-    """Seed of which rows are drawn (hh-pairs, mixtures), held out and estimated on; default: data.seed."""
+    """Seed for which rows are drawn (hh-pairs, mixtures), held out and estimated on; default: data.seed."""
     strict: bool = field(default=False, metadata=OPEN)  # refuses rows, never changes them
-    """Make any bad, cut or skipped row an error."""
+    """Treat any bad, cut or skipped row as an error."""
 
     @property
     def rows_seed(self) -> int:
@@ -71,39 +71,39 @@ class TrainOptions:
     steps: int | None = field(default=None, metadata=LENGTH)
     """Optimizer steps (or give train.epochs)."""
     epochs: float | None = field(default=None, metadata=OPEN)  # decided as train.steps, which is compared
-    """Passes over the data; 1 where neither steps nor epochs is given."""
+    """Passes over the data; 1 if neither steps nor epochs is given."""
     batch_size: int = 1
     """Rows of block_size tokens in one micro-batch, per process."""
     accumulate: int = 1
     """Micro-batches in one optimizer step; the gradient equals that of one large batch exactly."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 where the device is faster with it (measured on a CPU), fp16 on older cards, else fp32."""
+    """auto: bf16 if the device is faster with it (measured on a CPU), fp16 on older cards, else fp32."""
     compile: Switch = field(default="auto", metadata=ROUNDING)  # fused kernels; compiled dropout draws other masks
     """torch.compile of the blocks; auto: on a GPU."""
     cuda_graphs: Switch = field(default="auto", metadata=ROUNDING)  # the learning rate becomes a float32 tensor
-    """Record a step as a CUDA graph and replay it. Wants data.batching windows; auto: where it can be and batches are small."""
+    """Record a step as a CUDA graph and replay it. Needs data.batching windows; auto: where possible, if batches are small."""
     grad_clip: float = 1.0
     """Largest gradient norm; 0 = off."""
     activation_checkpointing: Literal["auto", "selective"] | bool = field(
         default="auto", metadata=OPEN
     )  # the same to the bit: what is computed again draws its dropout again
-    """true: compute each block once more in backward instead of keeping its activations; selective: only what is cheap (norms and
+    """true: recompute each block in backward instead of keeping its activations; selective: only what is cheap (norms and
     GELU). Neither changes a bit of the result. auto: off; `tunesmith plan --fit` chooses."""
     optimizer_in_backward: bool = field(default=False, metadata=ROUNDING)  # another order of stochastic rounding
-    """Update each weight as soon as backward has its gradient and free that; weights and losses the same to the bit, the logged
-    grad_norm to its last digits. Wants accumulate 1, grad_clip 0."""
+    """Update each weight and free its gradient as soon as backward has computed it; weights and losses stay bit-identical, the logged
+    grad_norm agrees up to rounding. Needs accumulate 1, grad_clip 0."""
     weights: Literal["fp32", "bf16"] = "fp32"
-    """How matrices are kept. bf16: in half the memory, updated with stochastic rounding; with LoRA the frozen base only."""
+    """Storage of matrices. bf16: half the memory, updated with stochastic rounding; with LoRA only the frozen base."""
     allocator: Literal["fast", "lean"] = field(default="fast", metadata=OPEN)  # where memory lies, not what is in it
-    """On a CPU. fast: freed memory is kept for the next step; lean: it is given back at once, which takes less of it and more time."""
+    """On a CPU. fast: freed memory is kept for the next step; lean: it is returned at once, which saves memory and costs time."""
     seed: int = 1234
-    """Seed of new weights and of dropout."""
+    """Seed for new weights and dropout."""
     device: str = field(
         default="auto", metadata=ROUNDING
     )  # other kernels; each kind of device has its own random numbers
     """auto, cpu, cuda, cuda:1, mps."""
     diverge_after: int = 50  # closed, as eval.patience: it may end the run at another step
-    """Stop as diverged when the mean loss of this many steps lies 5 % above that of step 0; 0 = never."""
+    """Stop as diverged when the mean loss of this many steps is 5 % above that of step 0; 0 = never."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,9 @@ class OptimizerOptions:
     )
     """Update rule. adamw8bit: AdamW with its state in 8 bits (install tunesmith[8bit])."""
     lr: float | None = None
-    """Peak learning rate; default 1e-4 for sft, 1e-5 for reward, 1e-6 for dpo, and with LoRA ten times that."""
+    """Peak learning rate; default: 1e-4 for sft, 1e-5 for reward, 1e-6 for dpo, ten times that with LoRA."""
     weight_decay: float | None = None
-    """Decay of matrices (never of biases and norms); default 0.01 for adamw and adamw8bit, 0 for the others."""
+    """Weight decay of matrices (never of biases and norms); default: 0.01 for adamw and adamw8bit, 0 for the others."""
     momentum: float = 0.9
     """Momentum of sgd-momentum and sgd-nesterov."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -133,30 +133,30 @@ class LoRAOptions:
     rank: int = field(default=0, metadata=FIXED)
     """Rank of the adapters; 0 = train all weights."""
     alpha: float | None = field(default=None, metadata=FIXED)  # an adapter's checkpoint brings its own
-    """What the adapters add is scaled by alpha / rank; default twice the rank."""
+    """The adapters' output is scaled by alpha / rank; default: twice the rank."""
     dropout: float = 0.0
     """Dropout probability before the adapters, in [0, 1)."""
     targets: str = field(default="all-linear", metadata=FIXED)
-    """Layers, joined by commas: all-linear (of the blocks), c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj, lm_head, or patterns as h.0.*"""
+    """Comma-separated layers: all-linear (of the blocks), c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj, lm_head, or patterns like h.0.*"""
 
 
 @dataclass(frozen=True)
 class DPOOptions:
-    """The preference loss and what the policy is held to"""
+    """The preference loss and its reference"""
 
     beta: float = 0.1
-    """How strongly the policy is held to the reference, more than 0."""
+    """How strongly the policy is held to the reference; more than 0."""
     loss: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"
-    """sigmoid: DPO; ipo; hinge; robust: DPO for pairs of which a share is flipped."""
+    """sigmoid: DPO; ipo; hinge; robust: DPO for pairs some of which are flipped."""
     label_smoothing: float | None = None
-    """Assumed share of flipped pairs, in [0, 0.5), for sigmoid and robust; default 0, with robust 0.1."""
+    """Assumed share of flipped pairs, in [0, 0.5), for sigmoid and robust; default: 0, with robust 0.1."""
     reference: Literal["auto", "model", "adapter", "cached"] = field(default="auto", metadata=OPEN)
     """Where the reference's log-probabilities come from: a second model, the policy with its adapters off, or computed once and
-    kept for later runs; the loss is the same. auto: cached, or model where dpo.reference_device is given."""
+    kept for later runs; the loss is the same. auto: cached, or model if dpo.reference_device is given."""
     reference_device: str | None = field(default=None, metadata=OPEN)  # to rounding; a reference draws no dropout
-    """Device of the second model, with dpo.reference model; default train.device."""
+    """Device of the second model, with dpo.reference model; default: train.device."""
     sft_data: str | None = field(default=None, metadata=CONTENT)
-    """Data set on which the policy's loss is estimated too (sft_loss); default the chosen answers of the validation pairs."""
+    """Data set on which the policy's loss is also estimated (sft_loss); default: the chosen answers of the validation pairs."""
 
 
 @dataclass(frozen=True)
@@ -164,31 +164,31 @@ class EvalOptions:
     """Loss estimates during training"""  # closed: which checkpoint is best, and when patience ends, hangs on each of them
 
     every: int | None = field(default=None, metadata=AS_BEGUN)
-    """Steps between two estimates; default a 40th of the training, on small data fewer so that training takes half the time."""
+    """Steps between two estimates; default: a 40th of the training, fewer estimates on small data so that training gets half the time."""
     iters: int = 200
-    """Batches in one estimate, for train and validation each; always the same rows."""
+    """Batches per estimate, for train and validation each; always the same rows."""
     at_start: bool = True
-    """Estimate at step 0 too: the untouched base."""
+    """Estimate at step 0 too: the untrained base."""
     patience: int | None = None
-    """Stop when the validation loss has not fallen for this many estimates; default never."""
+    """Stop when the validation loss has not fallen for this many estimates; default: never."""
     reward: str | None = None
-    """Reward model that scores answers at every estimate, ours or a sequence classifier; the best checkpoint is then chosen by it."""
+    """Reward model that scores answers at every estimate, a reward run or a sequence classifier; it then chooses the best checkpoint."""
     prompts: str | None = field(default=None, metadata=CONTENT)
-    """With eval.reward: file of prompts, one a line or rows with `prompt` and perhaps `group`; default the embedded 40."""
+    """With eval.reward: prompt file, one per line or rows with `prompt` and optionally `group`; default: the embedded 40."""
     samples: int = 1
-    """With eval.reward: answers a prompt."""
+    """With eval.reward: answers per prompt."""
     max_new_tokens: int = 128
     """With eval.reward: longest answer, in tokens."""
 
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    """What is kept of the training"""
+    """What is kept of the training run"""
 
     every: int | None = field(default=None, metadata=OPEN)  # when is saved what would also be there unsaved
-    """Steps between two checkpoints; default as eval.every."""
+    """Steps between two checkpoints; default: eval.every."""
     keep: int = field(default=3, metadata=OPEN)
-    """How many of the latest to keep, beside the best; the newest always stays."""
+    """How many of the latest to keep, besides the best; the newest always stays."""
 
 
 @dataclass(frozen=True)
@@ -203,11 +203,11 @@ class SFTConfig:
     eval: EvalOptions = field(default_factory=EvalOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     out: str | None = None
-    """Run directory; default runs/sft-MODEL-DATA."""
+    """Run directory; default: runs/sft-MODEL-DATA."""
     resume: bool = False
     """Continue the run in `out` from its last checkpoint."""
     resume_changes: Literal["refuse", "accept"] = "refuse"
-    """accept: a resumed run may change what alters its result; the change is logged and config.yaml keeps from which step it holds."""
+    """accept: a resumed run may change options that alter its result; config.yaml and the log record each change and its step."""
 
 
 @dataclass(frozen=True)
@@ -215,11 +215,11 @@ class PairDataOptions(DataOptions):
     """The preference pairs to train on"""
 
     name: str = field(default="hh-pairs", metadata=CONTENT)
-    """hh-pairs, hh, hh:SUBSET, sample, or a file, directory or hub data set with chosen and rejected (and perhaps prompt)."""
+    """hh-pairs, hh, hh:SUBSET, sample, or a file, directory or hub data set with chosen and rejected (and optionally prompt)."""
     block_size: BlockSize = "auto"
-    """Longest prompt + answer, in tokens, and the tokens in a row of a packed batch; auto: the model's positions, at most 1,024."""
+    """Longest prompt + answer, in tokens, and tokens in a row of a packed batch; auto: the model's number of positions, at most 1,024."""
     batching: Literal["packed", "windows", "padded"] = "packed"
-    """packed: a row is as many whole pairs as fit; padded: a row is one pair, so train.batch_size counts pairs."""
+    """packed: each row holds as many whole pairs as fit; padded: each row is one pair, so train.batch_size counts pairs."""
     truncation: Literal["auto", "keep_end", "keep_start", "split", "drop"] = "auto"
     """What to do with longer pairs; auto = keep_end: the prompt loses its beginning, the answers stay whole."""
 
@@ -237,11 +237,11 @@ class DPOConfig:
     eval: EvalOptions = field(default_factory=EvalOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     out: str | None = None
-    """Run directory; default runs/dpo-MODEL-DATA."""
+    """Run directory; default: runs/dpo-MODEL-DATA."""
     resume: bool = False
     """Continue the run in `out` from its last checkpoint."""
     resume_changes: Literal["refuse", "accept"] = "refuse"
-    """accept: a resumed run may change what alters its result; the change is logged and config.yaml keeps from which step it holds."""
+    """accept: a resumed run may change options that alter its result; config.yaml and the log record each change and its step."""
 
 
 @dataclass(frozen=True)
@@ -256,11 +256,11 @@ class RewardConfig:
     eval: EvalOptions = field(default_factory=EvalOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     out: str | None = None
-    """Run directory; default runs/reward-MODEL-DATA."""
+    """Run directory; default: runs/reward-MODEL-DATA."""
     resume: bool = False
     """Continue the run in `out` from its last checkpoint."""
     resume_changes: Literal["refuse", "accept"] = "refuse"
-    """accept: a resumed run may change what alters its result; the change is logged and config.yaml keeps from which step it holds."""
+    """accept: a resumed run may change options that alter its result; config.yaml and the log record each change and its step."""
 
 
 @dataclass(frozen=True)
@@ -272,8 +272,8 @@ class GenerateOptions:
     temperature: float = 0.7
     """0 = greedy."""
     top_p: float = 0.9
-    """Keep the most likely tokens up to this mass; 1 = all."""
+    """Keep the most likely tokens up to this probability mass; 1 = all."""
     top_k: int = 0
     """Keep only the k most likely tokens; 0 = all."""
     seed: int = 1234
-    """Every prompt draws from its own stream, made of this seed and its number."""
+    """Each prompt draws from its own random stream, derived from this seed and its number."""
