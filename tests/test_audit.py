@@ -131,8 +131,8 @@ def test_leaks_between_train_test_and_other_sets_are_found_across_forms(tokenize
         0,
         ("test.jsonl:3 = sft.jsonl:6",),
     )
-    assert f"{other}: 1 row cannot be read, so not compared" in result.remarks()
-    assert sum("scores there measure memory" in line for line in result.problems()) == 3
+    assert f"{other}: 1 row not compared: cannot be read" in result.remarks()
+    assert sum("scores there measure memorisation" in line for line in result.problems()) == 3
 
 
 def test_rows_held_out_of_one_file_are_looked_for_among_the_rest(tokenizer, tmp_path):

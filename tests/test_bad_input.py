@@ -131,10 +131,13 @@ BAD_FILES = {
     "latin.jsonl": (b'{"text": "\xe9"}\n' * 5, ["5 skipped", "invalid UTF-8", "latin.jsonl:1"]),
     "latin.json": (b'[{"text": "\xe9"}]', ["latin.json", "is not UTF-8", "byte 11", "save it as UTF-8"]),
     "broken.json": (b'[{"text": "a"},\n{"text": ', ["broken.json", "not valid JSON", "line 2"]),
-    "cut.jsonl.gz": (PACKED[: len(PACKED) // 2], ["cut.jsonl.gz", "broken gzip after line 1,", "download it again"]),
-    "cut.json.gz": (PACKED[: len(PACKED) // 2], ["cut.json.gz", "broken gzip", "download it again"]),
-    "flipped.jsonl.gz": (FLIPPED, ["flipped.jsonl.gz", "broken gzip", "download it again"]),
-    "plain.jsonl.gz": (lines(GOOD), ["plain.jsonl.gz", "broken gzip", "Not a gzipped file"]),
+    "cut.jsonl.gz": (
+        PACKED[: len(PACKED) // 2],
+        ["cut.jsonl.gz", "damaged gzip data after line 1,", "download it again"],
+    ),
+    "cut.json.gz": (PACKED[: len(PACKED) // 2], ["cut.json.gz", "damaged gzip data", "download it again"]),
+    "flipped.jsonl.gz": (FLIPPED, ["flipped.jsonl.gz", "damaged gzip data", "download it again"]),
+    "plain.jsonl.gz": (lines(GOOD), ["plain.jsonl.gz", "damaged gzip data", "Not a gzipped file"]),
     "rubbish.parquet": (b"PAR1rubbishPAR1", ["rubbish.parquet", "cannot be read as Parquet", "again"]),
 }
 
@@ -182,16 +185,16 @@ def test_a_dialogue_of_ten_thousand_tokens_is_cut_and_counted_and_an_error_when_
 def test_a_prompt_of_ten_thousand_tokens_is_an_error(fails, tiny_directory, tmp_path):
     (tmp_path / "prompts.txt").write_text("hello\n" + "word " * 10_000 + "\n")
     argv = ["compare", tiny_directory, tiny_directory, "--prompts", tmp_path / "prompts.txt"]
-    fails(argv, 1, "prompt 2 has 10,", "positions for 256", "Shorten it")
+    fails(argv, 1, "prompt 2 has 10,", "256 positions", "Shorten it")
     model, tokenizer = tunesmith.load(str(tiny_directory), device="cpu")
-    with pytest.raises(UserError, match=r"prompt 1 has 10,.* positions for 256.*cut_front"):
+    with pytest.raises(UserError, match=r"prompt 1 has 10,.* 256 positions.*cut_front"):
         tunesmith.generate(model, tokenizer, [[{"role": "user", "content": "word " * 10_000}]])
 
 
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("p.txt", None, ["no such file", "one prompt a line"]), ("p.txt", b"\n\n", ["no prompt in it", "one a line"]),
+        ("p.txt", None, ["no such file", "one prompt per line"]), ("p.txt", b"\n\n", ["it contains no prompt", "one per line"]),
         ("p.txt", b"\xff\n", ["not UTF-8", "save it as UTF-8"]),
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt": ', ["p.jsonl:2", "not JSON", "`prompt`"]),
         ("p.jsonl", b'{"prompt": "a"}\n\n{"text": "b"}', ["p.jsonl:3", "text `prompt`"]),

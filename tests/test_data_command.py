@@ -45,7 +45,7 @@ def test_the_forms_of_unlike_splits_are_told_apart(tmp_path, capsys):
     (tmp_path / "test.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     main(["data", str(tmp_path), "--tokenizer", "sample"])
     told = [
-        "train: form: text (3 rows): text -> text", "train: 1 text is a transcript, taken apart into turns",
+        "train: form: text (3 rows): text -> text", "train: 1 text is a transcript, split into turns",
         "train: roles: Human -> user, Assistant -> assistant", "test: form: prompt + completion (1 row): prompt -> user turn",
     ]  # fmt: skip
     assert capsys.readouterr().out.startswith("\n".join(told))
@@ -79,8 +79,8 @@ def test_an_audit_finds_no_doubled_prompt_to_join(tmp_path, capsys):
     )
     main(["data", str(tmp_path / "a.jsonl"), "--audit", "--tokenizer", "sample"])
     out = capsys.readouterr().out
-    assert "one role twice" not in out
-    assert "1 row: the answer begins with the prompt, which counts once" in out
+    assert "same role twice" not in out
+    assert "1 row: the answer begins with the prompt, which is used only once" in out
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_an_audit_finds_no_doubled_prompt_to_join(tmp_path, capsys):
         (["data", "{here}/b.jsonl"], 1, "Did you mean {here}/a.jsonl?"), (["data", "hh-sttaic"], 1, "Did you mean hh-static?"),
         (["data", "{here}/a.jsonl", "--data.columns", "promt=x"], 2, "the keys are messages, text, system, prompt"),
         (["data", "{here}/a.jsonl", "--data.config", "x"], 2, "a.jsonl is one file"),
-        (["data", "sample", "--data.config", "x"], 2, "sample has its columns and no configurations"),
+        (["data", "sample", "--data.config", "x"], 2, "sample has fixed columns and no configurations"),
     ],
 )  # fmt: skip
 def test_wrong_names_are_told_with_the_right_one(rows, capsys, argv, code, told):

@@ -123,7 +123,7 @@ def test_a_pair_that_is_cut_is_told_and_an_error_when_strict(fails, with_rows, t
 @pytest.mark.parametrize(
     ("rule", "reason"),
     [
-        ("keep_end", "an answer leaves no room for a prompt, left out"),
+        ("keep_end", "an answer leaves no room for the prompt, left out"),
         ("keep_start", "answers become identical, left out"),
         ("drop", "too long, left out"),
     ],

@@ -123,10 +123,10 @@ def test_one_row_that_nobody_can_read_is_one_bad_row(tmp_path, name, bad):
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("a.json", '{"train": 5, "a": [{"x": 1}], "b": [{"x": 1}]}', r"several lists \(a, b\): save the one"),
+        ("a.json", '{"train": 5, "a": [{"x": 1}], "b": [{"x": 1}]}', r"several lists \(a, b\): save the list"),
         ("a.json", '{"text": "a"}\n{"text": ', "not valid JSON|invalid JSON"), ("a.zip", "PK\x03\x04rest", "a zip or Excel file"),
         ("a.jsonl", "PK\x03\x04rest", "a zip or Excel file"), ("a.csv", b"prompt,completion\n\xe9,b\n", "not UTF-8 .*save it as UTF-8"),
-        ("a.csv", "messages\n\"[{'role': 'user', 'content': 'Hi'}]\"\n", "Python's notation.*json.dumps"),
+        ("a.csv", "messages\n\"[{'role': 'user', 'content': 'Hi'}]\"\n", "Python notation.*json.dumps"),
         ("a.jsonl", '{"turns": [{"role": "user", "content": "a"}]}', "no known columns \\(found turns"),
         ("a.arrow", "nothing", "cannot be read as Arrow"), ("a.json", f'{{"text": {DEEP}}}', "nested too deeply"),
     ],
@@ -190,7 +190,7 @@ def test_layouts_of_directories(tmp_path, name):
 def test_one_small_object_of_numbers_is_no_test_set(tmp_path):
     lay(tmp_path, **{"train.jsonl": "a", "test.json": b'{"epoch": 1.0, "eval_loss": 2.0}'})
     found, notes = texts(tmp_path)
-    assert (list(found), notes) == (["train"], ("no data: test.json",))
+    assert (list(found), notes) == (["train"], ("not data: test.json",))
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_several_configurations_are_named_and_one_is_asked_for(tmp_path, files, 
 
 def test_the_same_name_in_two_formats_is_asked_about(tmp_path):
     lay(tmp_path, **{"train.jsonl": "a", "train.jsonl.gz": gzip.compress(b'{"text": "a"}')})
-    with pytest.raises(UserError, match=r"train\.jsonl and train\.jsonl\.gz: the same rows twice"):
+    with pytest.raises(UserError, match=r"train\.jsonl and train\.jsonl\.gz: are these the same rows twice"):
         texts(tmp_path)
 
 
@@ -258,7 +258,9 @@ def test_a_column_of_splits_is_honoured(tmp_path, name):
     path.write_text(content)
     found, notes = texts(tmp_path if name == "folder" else path)
     assert found == {"train": ["0 train", "2 train", "5 Train"], "test": ["1 test"]}
-    assert notes == ("rows of neither train nor test by their column `split` are not used: 1 of 'valid', 1 of 'extra'",)
+    assert notes == (
+        "rows that their column `split` puts in neither train nor test are not used: 1 of 'valid', 1 of 'extra'",
+    )
     fingerprints = open_dataset(DataOptions(name=str(path)))
     assert fingerprints.fingerprint("train") != fingerprints.fingerprint("test")
 

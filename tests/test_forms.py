@@ -132,7 +132,7 @@ def test_short_prompts_count_once_where_most_answers_begin_with_them(tmp_path):
     rows.append({"prompt": "Q", "chosen": "Quite so", "rejected": "Quick"})
     found, report = rows_of(written(tmp_path / "a.jsonl", rows))
     assert [row.chosen.messages[1].content for row in found] == ["good"] * 5 + ["Quite so"]
-    assert report.notes == ["5 rows: the answer begins with the prompt, which counts once"]
+    assert report.notes == ["5 rows: the answer begins with the prompt, which is used only once"]
 
 
 def test_a_prompt_that_the_turns_do_not_hold_stays(tmp_path):
@@ -154,7 +154,7 @@ def test_rows_marked_as_bad_are_left_out_counted_and_named(tmp_path, label, form
 def test_a_label_that_is_a_class_is_named_and_a_mapping_can_take_it_away(tmp_path):
     file = written(tmp_path / "a.jsonl", [{"prompt": Q, "completion": A, "label": "geography"}] * 2)
     found, report = rows_of(file)
-    assert (len(found), report.notes) == (2, ["not used: label of 2 rows, which is neither true nor false"])
+    assert (len(found), report.notes) == (2, ["not used: label in 2 rows, where it is neither true nor false"])
     file = written(tmp_path / "b.jsonl", [{"prompt": Q, "completion": A, "label": 0}])
     assert rows_of(file, columns="label=")[1].notes == ["not used: label"]
     assert rows_of(written(tmp_path / "c.jsonl", [{"text": "a", "label": 0}]))[1].notes == ["not used: label"]
@@ -179,16 +179,16 @@ def test_a_turn_of_weight_0_carries_no_loss_and_the_tokens_stay(tmp_path, tokeni
     [
         ({"messages": [user(Q), said(A, weight=0)]}, "every answer has weight 0"),
         ({"messages": [user(Q), said(A, weight=0.5)]}, "weight 0.5: only 0"),
-        ({"messages": [user(Q), said(A, weight="x")]}, "'x' is no number"),
-        ({"prompt": Q, "completion": A, "weight": 0}, "weight 0: a row not to learn from"),
+        ({"messages": [user(Q), said(A, weight="x")]}, "'x' is not a number"),
+        ({"prompt": Q, "completion": A, "weight": 0}, "weight 0: not to be learned"),
         ({"text": "a", "weight": 2}, "weight 2: only 0"),
         ({"prompt": Q, "chosen": [said(A, weight=0)], "rejected": B}, "the chosen answer has weight 0"),
         ({"prompt": Q, "chosen": A, "rejected": B, "weight": 0.3}, "weight 0.3: only 0"),
-        ({"messages": [user(Q), said(None, tool_calls=[{"id": 1}])]}, "a turn with tool calls: .*take them out"),
-        ({"messages": [user(Q), {"role": "tool", "content": "18 C"}, said(A)]}, "unknown role 'tool': .*take them out"),
-        ({"messages": [{"from": "human", "value": Q}, {"from": "observation", "value": "x"}]}, "unknown role 'observation'.*take them out"),
+        ({"messages": [user(Q), said(None, tool_calls=[{"id": 1}])]}, "a turn with tool calls: .*remove them"),
+        ({"messages": [user(Q), {"role": "tool", "content": "18 C"}, said(A)]}, "unknown role 'tool': .*remove them"),
+        ({"messages": [{"from": "human", "value": Q}, {"from": "observation", "value": "x"}]}, "unknown role 'observation'.*remove them"),
         ({"messages": [user([{"type": "image"}]), said(A)]}, "a part of type 'image': only text"),
-        ({"text": Q, "role": "prompter", "message_id": 1}, "one turn a row .*join"),
+        ({"text": Q, "role": "prompter", "message_id": 1}, "one turn per row .*join"),
         ({"prompt": Q, "completion": A, "history": "Hi"}, "`history` is neither"),
         ({"prompt": Q, "completion": A, "system": 5}, "`system` is not text"),
         ({"messages": [{"role": [[]], "content": "x"}]}, "unknown role"),
@@ -235,7 +235,7 @@ def test_columns_are_mapped_by_hand(tmp_path):
     for wrong in ("prompt", "promt=ask", "input=ask"):
         with pytest.raises(UsageError, match="KEY=COLUMN; the keys are messages, text"):
             parse_columns(wrong)
-    with pytest.raises(UsageError, match=r"--data\.columns is for files of your own"):
+    with pytest.raises(UsageError, match=r"--data\.columns is for your own files"):
         rows_of("sample", columns="prompt=ask")
     with pytest.raises(UserError, match="no known columns"):
         rows_of(file, columns="prompt=nothing,completion=reply")

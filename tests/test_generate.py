@@ -243,7 +243,7 @@ def test_no_samples_are_refused(model, tok):
 
 @pytest.mark.parametrize("prompt", [[{"role": "pirate", "content": "x"}], [{"role": "user"}], "What is love?"])
 def test_a_prompt_that_is_no_conversation_is_a_users_error(model, tok, prompt):
-    with pytest.raises(UserError, match="no conversation"):
+    with pytest.raises(UserError, match="not a conversation"):
         ts.generate(model, tok, [prompt])
 
 

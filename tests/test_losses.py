@@ -64,7 +64,7 @@ def test_a_second_backward_is_refused_and_not_silently_wrong():
     hidden, weight, targets = problem()
     loss = head_nll_sum(hidden, weight, targets)
     loss.backward(torch.tensor(0.5, dtype=torch.float64), retain_graph=True)
-    with pytest.raises(RuntimeError, match="made once"):
+    with pytest.raises(RuntimeError, match="computed once"):
         loss.backward()
 
 

@@ -80,7 +80,7 @@ def test_a_mixture_has_a_test_split_where_all_sets_have_one(sets):
     mixture = open_dataset(DataOptions(name="a.jsonl,c"))
     assert (list(mixture.files), mixture.notes) == (
         ["train"],
-        ("the test rows of c are not used: the other sets have none",),
+        ("the test rows of c are not used: the other sets have no test rows",),
     )
 
 

@@ -161,9 +161,9 @@ def test_nothing_is_suggested_for_a_name_like_no_other():
         ([], "empty conversation"),
         (
             [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}],
-            "ends with an assistant's turn.*'Hello'",
+            "ends with an assistant turn.*'Hello'",
         ),
-        ([{"role": "assistant", "content": "Hello"}], "ends with an assistant's turn"),
+        ([{"role": "assistant", "content": "Hello"}], "ends with an assistant turn"),
     ],
 )
 def test_a_conversation_without_a_question_is_refused(conversation, message):

@@ -56,7 +56,7 @@ def test_long_lists_pack_as_plainly(seed, shape):
 
 
 def test_an_item_longer_than_a_bin_is_an_error():
-    with pytest.raises(ValueError, match="an item of 8 does not fit into bins of 7"):
+    with pytest.raises(ValueError, match="an item of 8 does not fit into rows of 7"):
         pack([3, 8], 7)
 
 

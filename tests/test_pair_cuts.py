@@ -25,7 +25,7 @@ def cut_plainly(pair, rule):
     if rule in ("keep_end", "auto"):
         kept = prompt[over:]
         if not kept:
-            return None, "an answer leaves no room for a prompt, left out"
+            return None, "an answer leaves no room for the prompt, left out"
         return whole((kept, chosen, rejected)), "the beginning of the prompt lost"
     kept = [(prompt + answer)[:BLOCK][len(prompt) :] for answer in (chosen, rejected)]
     a, b = (

@@ -74,7 +74,7 @@ def test_what_is_scored_is_what_was_asked(tokenizer):
         ('{"prompt": "a"}\n{"messages": [{"role": "tool", "content": "x"}]}', r"p\.jsonl:2: unknown role 'tool'"),
         ('{"prompt": "a"}\n{"q": ' + "9" * 6000 + "}", r"p\.jsonl:2: not JSON \(a number with too many digits\)"),
         ('{"prompt": "a"}\n' + "[" * 100_000, r"p\.jsonl:2: not JSON \(nested too deeply\)"),
-        ('{"messages": [{"role": "assistant", "content": "x"}]}', r"p\.jsonl:1: no prompt in it"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', r"p\.jsonl:1: it contains no prompt"),
     ],
     ids=range(5),
 )  # fmt: skip

@@ -177,7 +177,7 @@ def test_wrong_weights_are_named(saved, change, told):
         ({"activation_function": "relu"}, "activation_function = 'relu'"),
         ({"model_type": "llama"}, "model_type 'llama'"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
-        ({"n_head": 5}, "n_embd = 32 is no multiple of n_head = 5"),
+        ({"n_head": 5}, "n_embd = 32 is not a multiple of n_head = 5"),
     ],
     ids=str,
 )

@@ -36,7 +36,7 @@ def show_data(name: str, options: DataCommand) -> None:
     """Print the table, the notes and the first rows. Raises: UserError with `data.strict` if any row is bad or cut."""
     data = one_name(name, options.data)
     if not options.audit and (options.against or options.out):
-        raise UsageError(f"--{'against' if options.against else 'out'} belongs to an audit; add --audit true")
+        raise UsageError(f"--{'against' if options.against else 'out'} is for an audit; add --audit true")
     tokenizer = load_tokenizer(options.tokenizer)
     shape = known_shape(options.tokenizer)
     if data.block_size == "auto":  # a size of one's own is held against no model: whose tokenizer it is does not matter
@@ -130,7 +130,7 @@ def _figures(store: TokenStore, loss_on: str, block_size: int) -> dict[str, str]
         "rows skipped": f"{report.rows - report.used:,}",
         "tokens": f"{len(store.tokens):,}",
         "tokens that carry loss": f"{supervised:,} ({supervised / len(store.tokens):.1%})",
-        "tokens a row: mean": f"{lengths.mean():.1f}",
+        "tokens per row: mean": f"{lengths.mean():.1f}",
         "median": f"{median:,.0f}",
         "95 %": f"{p95:,.0f}",
         "longest": f"{lengths.max():,}",
@@ -193,13 +193,13 @@ def audit_table(found: Audit, tokenizer: str) -> Table:
         table.add_row(RichText(section, style="bold"))
         told = {k: v for k, v in labels.items() if section in ALWAYS or k == LONGER or set(v.values()) != {"0"}}
         if section == DEFECTS:
-            told["of the kinds not named here" if told else "of any kind"] = {s.split: "0" for s in found.splits}
+            told["of all other kinds" if told else "of any kind"] = {s.split: "0" for s in found.splits}
         for label, texts in told.items():
             table.add_row(RichText(f"  {label}"), *(texts.get(s.split, "") for s in found.splits))
     return table
 
 
-ROWS, DEFECTS, OVERLAP, TOKENS, LENGTH = ("rows", "defects", "overlap", "tokens, mean (most)", "chosen by length")
+ROWS, DEFECTS, OVERLAP, TOKENS, LENGTH = ("rows", "defects", "overlap", "tokens, mean (max)", "chosen by length")
 ALWAYS, LONGER = (ROWS, OVERLAP, TOKENS, LENGTH), "longer than that"
 
 
@@ -208,7 +208,7 @@ def _audit_lines(split: SplitAudit, found: Audit) -> dict[str, dict[str, str]]:
     rows = {"all": f"{split.rows:,}", **{form: f"{n:,}" for form, n in split.forms.items()}}
     rows["usable"] = _count(split.usable, split.rows)
     if set(split.forms) - {TEXTS}:
-        rows["prompt as in an earlier row"] = _count(split.repeated_prompts, split.rows)
+        rows["prompt repeats an earlier row's"] = _count(split.repeated_prompts, split.rows)
     sections = {ROWS: rows, DEFECTS: {f.what: _count(f.rows, split.rows) for f in split.findings}}
     for cut in split.cuts:
         sections[_rule_name(cut, found)] = _cut_lines(cut)
@@ -220,7 +220,7 @@ def _audit_lines(split: SplitAudit, found: Audit) -> dict[str, dict[str, str]]:
     if split.bias:
         sections[LENGTH] = {
             "longer than rejected": _share(split.bias.longer),
-            "as long": _share(split.bias.equal),
+            "equally long": _share(split.bias.equal),
             "`longer is better` is right": _share(split.bias.rule),
         }
     return sections

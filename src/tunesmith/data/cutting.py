@@ -76,7 +76,7 @@ class Truncation:
             "split": "were split",
             "drop": "were dropped",
         }
-        cost = f" ({self.tokens_lost:,} tokens, {self.ends_lost:,} answer ends lost)" if self.tokens_lost else ""
+        cost = f" ({self.tokens_lost:,} tokens, {self.ends_lost:,} answer endings lost)" if self.tokens_lost else ""
         where = f": {', '.join(self.places)}{', ...' if self.cut > 3 else ''}"
         return [f"{self.cut:,} longer than block_size {block_size:,} {what[self.rule]}{cost}{where}"]
 
@@ -90,8 +90,8 @@ def resolve_block_size(asked: BlockSize, positions: int, model: str) -> int:
         return min(positions, USUAL_BLOCK)
     if asked > positions:
         raise UserError(
-            f"--data.block_size {asked:,} is more than {model} can hold: it has positions for {positions:,} tokens, a part of its "
-            f"weights. Use {positions} or less, or auto"
+            f"--data.block_size {asked:,} is more than {model} can hold: its weights have positions for {positions:,} tokens. "
+            f"Use {positions} or less, or auto"
         )
     return asked
 

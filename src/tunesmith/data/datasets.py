@@ -137,7 +137,7 @@ class Source:
         report.notes += reader.notes()
         expected = PUBLISHED_ROWS.get(self.name)
         if expected and self.max_rows is None and report.rows != (want := expected[split != "train"]):
-            report.notes.append(f"{self.name} {split}: {report.rows:,} rows, the published data set has {want:,}")
+            report.notes.append(f"{self.name} {split}: {report.rows:,} rows, but the published data set has {want:,}")
 
     def place(self, split: str, file: int, line: int) -> str:
         """`file:line` of a row, for messages."""
@@ -194,7 +194,7 @@ def open_dataset(options: DataOptions) -> Source:
     if _is_named(name):
         if options.columns or options.config:
             given = "columns" if options.columns else "config"
-            raise UsageError(f"--data.{given} is for files of your own; {name} has its columns and no configurations")
+            raise UsageError(f"--data.{given} is for your own files; {name} has fixed columns and no configurations")
         return _named(name, options)
     path, columns = Path(name).expanduser(), parse_columns(options.columns)
     own = Source(name, "rows", {}, seed=0, max_rows=limit, columns=columns, own=True)
@@ -255,7 +255,7 @@ def _mixture(options: DataOptions, sets: Sequence[tuple[str, float | None]]) -> 
     notes = [f"{part.name}: {note}" for part in parts for note in part.notes]
     alone = [part.name for part in parts if "test" in part.files] if "test" not in splits else []
     if alone:
-        notes.append(f"the test rows of {', '.join(alone)} are not used: the other sets have none")
+        notes.append(f"the test rows of {', '.join(alone)} are not used: the other sets have no test rows")
     weights = tuple(weight for _, weight in sets)
     return Source(
         options.name,
@@ -287,12 +287,14 @@ def _with_splits_inside(source: Source) -> Source:
     split_of = {v: f[0] if f and (f[0] == "train" or f[1] == best) else "" for v, f in known.items()}
     left = [f"{n:,} of {v!r}" for v, n in values.items() if not split_of[v]]
     notes = (
-        (f"rows of neither train nor test by their column `{column}` are not used: {', '.join(left)}",) if left else ()
+        (f"rows that their column `{column}` puts in neither train nor test are not used: {', '.join(left)}",)
+        if left
+        else ()
     )
     splits = [s for s in ("train", "test") if s in split_of.values()]
     if "train" not in splits:
         raise UserError(
-            f"{source.name}: no row is of train by its column `{column}` ({', '.join(values)}); rename or drop the column"
+            f"{source.name}: no row's column `{column}` says train ({', '.join(values)}); rename or drop the column"
         )
     return replace(
         source,

@@ -41,9 +41,7 @@ TOOL_ROLES = (
     "observation",
     "ipython",
 )
-NO_TOOLS = (
-    "the dialogue form has no place for tool calls; take them out, or write what they say into the turns around them"
-)
+NO_TOOLS = "tool calls are not supported; remove them, or write their content into the neighbouring turns"
 STOP_TEXTS = (MARKERS["user"], MARKERS["assistant"], MARKERS["system"])
 """An answer ends at the end-of-text token or before any of these, whichever comes first."""
 
@@ -121,7 +119,7 @@ class Preference:
             if not turns[-1].content.strip():
                 raise BadRow(f"empty {name} answer")
             if turns[-1].weight != 1:
-                raise BadRow(f"the {name} answer has weight {turns[-1].weight:g}: a preference has no weights")
+                raise BadRow(f"the {name} answer has weight {turns[-1].weight:g}: preferences cannot be weighted")
         if chosen[:-1] != rejected[:-1]:
             raise BadRow("the prompts of chosen and rejected differ")
         if len(chosen) == 1:
@@ -210,7 +208,7 @@ def parse_messages(messages: Any, seen: Seen | None = None) -> Dialogue:
     turns = messages if isinstance(messages, list) else _as_list(messages)
     if not isinstance(turns, list | tuple) or not turns:
         if isinstance(turns, str) and turns.lstrip().startswith(("[{'", "{'")):
-            raise BadRow("turns in Python's notation, which is not JSON: save them with json.dumps, or as JSON lines")
+            raise BadRow("turns in Python notation, not JSON: save them with json.dumps, or as JSON lines")
         raise BadRow("messages is not a list of turns")
     return Dialogue(tuple(_message(turn, seen) for turn in turns))
 
@@ -294,7 +292,7 @@ def _text_of_parts(content: Any) -> str:
         raise BadRow("a turn without text in `content`")
     for part in content:
         if not isinstance(part.get("text"), str):
-            raise BadRow(f"a turn with a part of type {str(part.get('type'))[:40]!r}: only text can be learned")
+            raise BadRow(f"a turn with a part of type {str(part.get('type'))[:40]!r}: only text is supported")
     return "".join(part["text"] for part in content)
 
 
@@ -303,10 +301,10 @@ def turn_weight(weight: Any) -> float:
     try:
         value = float(weight)
     except (TypeError, ValueError, OverflowError):
-        raise BadRow(f"weight {str(weight)[:40]!r} is no number") from None
+        raise BadRow(f"weight {str(weight)[:40]!r} is not a number") from None
     if value not in (0, 1):
         raise BadRow(
-            f"weight {value:g}: only 0 (read, not learned) and 1 are known; repeat the row, or leave the weight out"
+            f"weight {value:g}: only 0 (read, not learned) and 1 are supported; repeat the row, or leave the weight out"
         )
     return value
 

@@ -90,7 +90,7 @@ def document_rows(path: Path, value: Any, key: str = "") -> list[Any]:
     lists = {name: found for name, found in value.items() if _holds_rows(found) and name not in ABOUT}
     if len(lists) > 1:
         raise UserError(
-            f"{path} holds several lists ({', '.join(lists)}): save the one with the rows as a file of its own"
+            f"{path} holds several lists ({', '.join(lists)}): save the list with the rows as a separate file"
         )
     if not lists:
         return [] if [] in value.values() else [value]
@@ -166,7 +166,7 @@ def parse_document(path: Path, text: str) -> tuple[Any, list[tuple[int, str]]]:
         return parse_json(text), []
     except UnreadableJSON as error:
         if not text.lstrip("\ufeff \t\r\n").startswith("["):
-            raise UserError(f"{path} cannot be read as JSON ({error.msg}); mend or delete that part") from None
+            raise UserError(f"{path} cannot be read as JSON ({error.msg}); repair or delete that part") from None
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
             raise

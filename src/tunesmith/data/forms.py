@@ -87,7 +87,7 @@ class Reader:
 
     def _pair(self, row: dict[str, Any], form: Form) -> Preference:
         if (column := form.columns.get("weight")) and turn_weight(row[column]) == 0:
-            raise BadRow("weight 0: a row not to learn from")
+            raise BadRow("weight 0: not to be learned")
         prompt, answers = self._prompt(row, form), [row[form.columns[name]] for name in ("chosen", "rejected")]
         if len(form.columns) == 2:
             return Preference(self._alone(answers[0]), self._alone(answers[1]))
@@ -116,7 +116,7 @@ class Reader:
     def _heed_marks(self, row: dict[str, Any], columns: Mapping[str, str]) -> None:
         """Raises: BadRow for a row that says of itself that it should not be learned."""
         if (column := columns.get("weight")) and turn_weight(row[column]) == 0:
-            raise BadRow("weight 0: a row not to learn from")
+            raise BadRow("weight 0: not to be learned")
         if column := columns.get("label"):
             label = str(row[column]).strip().lower()
             if label in FALSE:
@@ -159,7 +159,7 @@ class Reader:
             raise BadRow("`text` is not a string")
         if has_role:
             raise BadRow(
-                "one turn a row (text and role): join the turns of each dialogue into `messages`, for OpenAssistant along parent_id"
+                "one turn per row (text and role): join the turns of each dialogue into `messages`, following parent_id for OpenAssistant"
             )
         transcript = as_transcript(value)
         if transcript is not None and (value.startswith("\n\nHuman:") or "\n\nAssistant:" in transcript[2:]):
@@ -242,9 +242,7 @@ class Reader:
             rows[form.line(0)] += n
         told = [lines[key].line(n) for key, n in rows.most_common()]
         if n := self.facts["transcripts"]:
-            told.append(
-                f"{n:,} {'text is a transcript' if n == 1 else 'texts are transcripts'}, taken apart into turns"
-            )
+            told.append(f"{n:,} {'text is a transcript' if n == 1 else 'texts are transcripts'}, split into turns")
         roles = [f"{name} -> {role}" for name, role in self.seen.roles.items()]
         return [*told, *([f"roles: {', '.join(roles)}"] if roles else [])]
 
@@ -255,15 +253,15 @@ class Reader:
         if self.seen.unused:
             lines.append(f"not used in turns: {', '.join(self.seen.unused)}")
         if n := self.facts["repeated"]:
-            lines.append(f"{n:,} {_rows(n)}: the answer begins with the prompt, which counts once")
+            lines.append(f"{n:,} {_rows(n)}: the answer begins with the prompt, which is used only once")
         if n := self.seen.of_weight_0:
             lines.append(
-                f"{n:,} {'turn has' if n == 1 else 'turns have'} weight 0: read, not learned (where every token carries loss, "
-                "as with --data.loss_on all or windows, they are learned all the same)"
+                f"{n:,} {'turn has' if n == 1 else 'turns have'} weight 0: read, not learned (except where every token carries loss, "
+                "as with --data.loss_on all or windows)"
             )
         labels = [(fact[6:], n) for fact, n in self.facts.items() if fact.startswith("label ")]
         return lines + [
-            f"not used: {column} of {n:,} {_rows(n)}, which is neither true nor false" for column, n in labels
+            f"not used: {column} in {n:,} {_rows(n)}, where it is neither true nor false" for column, n in labels
         ]
 
 
@@ -366,5 +364,5 @@ def prompt_turns(row: Any, mapped: Columns = ()) -> list[Message]:
     while turns and turns[-1].role == "assistant":
         turns.pop()
     if not turns:
-        raise BadRow("no prompt in it")
+        raise BadRow("it contains no prompt")
     return turns

@@ -47,7 +47,7 @@ def hh_files(subsets: Sequence[str], options: DataOptions) -> tuple[dict[str, tu
     files = {
         split: tuple(path for _, found in present if (path := found[i])) for i, split in enumerate(("train", "test"))
     }
-    return files, ((f"going on without {names}",) if missing else ())
+    return files, ((f"continuing without {names}",) if missing else ())
 
 
 def rm_static_files(options: DataOptions) -> dict[str, tuple[Path, ...]]:
@@ -79,7 +79,7 @@ def _static(rm_static: Sequence[Path], _seed: int, rows: Iterator[Located]) -> I
                 known.add(r.value["prompt"] + r.value["chosen"])
             except (KeyError, TypeError):
                 raise UserError(
-                    f"{path}:{r.line} is no row of rm-static: expected the texts prompt and chosen (--data.rm_static)"
+                    f"{path}:{r.line} is not a row of rm-static: expected the text columns prompt and chosen (--data.rm_static)"
                 ) from None
     if report.bad:  # a row less here would be a row more to train on
         raise UserError(f"--data.rm_static: {'; '.join(report.lines())}; download it again")

@@ -19,7 +19,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); download or save the model again") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object; download or save the model again")
+        raise UserError(f"{path} does not hold a JSON object; download or save the model again")
     return content
 
 

@@ -58,11 +58,11 @@ def find_layout(root: Path, config: str | None = None) -> Layout:
     if not splits["train"] and (unnamed := [f for f in chosen if not f.split]):
         splits["train"] = unnamed
         if len(unnamed) > 1 and not all(_is_text(f.path) or f.path.suffix == ".arrow" for f in unnamed):
-            notes.append(f"no file is named train: {len(unnamed)} files are ({_list(root, unnamed)})")
+            notes.append(f"no file is named train: all {len(unnamed)} files count as train ({_list(root, unnamed)})")
     if not splits["train"]:
         raise UserError(
-            f"{root} holds no train.* file; expected train{{{','.join((*SUFFIXES, *TEXT_SUFFIXES))}}} or such files in a folder "
-            "train, perhaps gzipped, and, if you have one, test.*; or name a file"
+            f"{root} holds no train.* file; expected train{{{','.join((*SUFFIXES, *TEXT_SUFFIXES))}}} or such files "
+            f"in a folder train (gzipped or not), and optionally test.*; or name a file"
         )
     best = min((f.rank for f in splits["test"]), default=0)  # of test, validation, ... the first that is there
     splits["test"] = [f for f in splits["test"] if f.rank == best]
@@ -71,7 +71,7 @@ def find_layout(root: Path, config: str | None = None) -> Layout:
         notes.append(f"not used: {_list(root, left)}")
     if aside:
         notes.append(
-            f"no data: {', '.join(p.relative_to(root).as_posix() for p in aside[:3])}{', ...' if aside[3:] else ''}"
+            f"not data: {', '.join(p.relative_to(root).as_posix() for p in aside[:3])}{', ...' if aside[3:] else ''}"
         )
     for files in splits.values():
         _check_twice(root, files)
@@ -156,7 +156,7 @@ def _check_twice(root: Path, files: Sequence[Found]) -> None:
         stem = path.with_name(path.name.lower().removesuffix(".gz").removesuffix(suffix_of(path)))
         if stem in stems:
             raise UserError(
-                f"{root} holds {stems[stem].name} and {path.name}: the same rows twice? Name one of the two, or move one away"
+                f"{root} holds {stems[stem].name} and {path.name}: are these the same rows twice? Name one of the two, or move one away"
             )
         stems[stem] = path
 

@@ -69,7 +69,7 @@ def pack(lengths: Sequence[int] | Array, block_size: int) -> Groups:
     sizes = np.asarray(lengths, np.int64)
     order = np.argsort(-sizes, kind="stable")
     if len(sizes) and sizes[order[0]] > block_size:
-        raise ValueError(f"an item of {sizes[order[0]]} does not fit into bins of {block_size}")
+        raise ValueError(f"an item of {sizes[order[0]]} does not fit into rows of {block_size}")
     values, counts = np.unique(-sizes, return_counts=True)
     bins = _Bins(block_size)
     chosen = [part for n, count in zip((-values).tolist(), counts.tolist(), strict=True) for part in bins.put(n, count)]

@@ -141,7 +141,9 @@ class PairBatches:
         Raises: UsageError for windows, which know no pairs; UserError if no pair is left to learn from.
         """
         if batching == "windows":
-            raise UsageError("--data.batching windows cuts through dialogues and knows no pairs; use packed or padded")
+            raise UsageError(
+                "--data.batching windows cuts through dialogues and does not support pairs; use packed or padded"
+            )
         if block_size < 2 or batch_size < 1:
             raise UsageError(
                 f"block_size is {block_size}, expected at least 2, and batch_size {batch_size}, at least 1"

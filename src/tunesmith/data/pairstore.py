@@ -154,5 +154,5 @@ def _cut_pair(
         return "the end of an answer lost", (0, prompt, stops)
     over = prompt + max(chosen, rejected) - block_size
     if prompt - over < 1:
-        return "an answer leaves no room for a prompt, left out", None
+        return "an answer leaves no room for the prompt, left out", None
     return "the beginning of the prompt lost", (over, prompt - over, (chosen, rejected))

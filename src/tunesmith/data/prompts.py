@@ -27,9 +27,7 @@ _OPEN_END = re.compile(r"\n\nAssistant:\s*(?:\Z|\n\nHuman:)")
 Conversation = Sequence[Message] | Sequence[Mapping[str, str]]
 
 
-EXPECTED = (
-    "expected one prompt a line, or rows with a text `prompt` (and perhaps `group`), or of another form in docs/data.md"
-)
+EXPECTED = "expected one prompt per line, or rows with a text `prompt` (and optionally `group`), or another format of docs/data.md"
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,9 @@ def load_prompts(file: str | None = None, limit: int | None = None, option: str 
     except UserError as error:
         raise UserError(f"{option} {error}") from None
     if not prompts:
-        raise UserError(f"{option} {path}: no prompt in it; give one a line, or rows with `prompt` and perhaps `group`")
+        raise UserError(
+            f"{option} {path}: it contains no prompt; give one per line, or rows with `prompt` and optionally `group`"
+        )
     return prompts[:limit]
 
 
@@ -111,13 +111,13 @@ def encode_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]
         messages = [m if isinstance(m, Message) else parse_messages([m]).messages[0] for m in conversation]
     except BadRow as reason:
         raise UserError(
-            f"a prompt is no conversation: {reason}; expected [{{'role': 'user', 'content': '...'}}, ...]"
+            f"a prompt is not a conversation: {reason}; expected [{{'role': 'user', 'content': '...'}}, ...]"
         ) from None
     if not messages:
-        raise UserError("a prompt is an empty conversation: there is nothing to answer; it ends with a user's turn")
+        raise UserError("a prompt is an empty conversation: there is nothing to answer; end it with a user turn")
     if messages[-1].role == "assistant":
         raise UserError(
-            "a prompt ends with an assistant's turn, which is what the model is to write: end it with a user's turn "
+            "a prompt ends with an assistant turn, which is the model's to write: end it with a user turn "
             f"(the last one says {messages[-1].content[:40]!r})"
         )
     return list(chain.from_iterable(tokenizer.encode_pieces(prompt_segments(messages))))

@@ -89,7 +89,7 @@ def read_file(path: Path, number: int, report: Report, name: str = "", key: str 
             for line, row in read.rows(file):
                 yield Located(row, number, line)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path} is a broken gzip after line {read.line:,} ({error}); download it again") from None
+        raise UserError(f"{path} is damaged gzip data after line {read.line:,} ({error}); download it again") from None
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
 
@@ -122,7 +122,7 @@ def read_text(path: Path) -> str:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path} is a broken gzip ({error}); download it again") from None
+        raise UserError(f"{path} is damaged gzip data ({error}); download it again") from None
 
 
 def _opened(path: Path) -> IO[bytes]:
@@ -330,7 +330,7 @@ def _stretches(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, str]]:
     for text in lines:
         if "\0" in text:
             raise UserError(
-                f"{path} holds zero bytes: it is not a text file; name one, or JSONL or Parquet by its ending"
+                f"{path} holds zero bytes, so it is not a text file; name one, or name JSONL or Parquet with its file extension"
             )
         end = _END_LINE.match(text)
         if end:

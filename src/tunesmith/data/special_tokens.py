@@ -78,8 +78,8 @@ def read_special_tokens(directory: Path) -> SpecialTokens:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"{directory}: tokenizer_config.json, special_tokens_map.json or added_tokens.json holds a value of the wrong "
-            f"kind ({error}); download or save the tokenizer again"
+            f"{directory}: tokenizer_config.json, special_tokens_map.json or added_tokens.json holds a value of the "
+            f"wrong type ({error}); download or save the tokenizer again"
         ) from None
     settings = {k: v for k, v in config.items() if k not in ROLES and k not in OF_ONE_LOADING}
     return SpecialTokens(settings, roles, extra, dict(sorted(added.items())), ends_of_answers(directory))
@@ -88,7 +88,7 @@ def read_special_tokens(directory: Path) -> SpecialTokens:
 def _text(token: Any) -> str:
     text = token["content"] if isinstance(token, dict) else token
     if not isinstance(text, str):
-        raise TypeError(f"{text!r} is no token")
+        raise TypeError(f"{text!r} is not a token")
     return text
 
 

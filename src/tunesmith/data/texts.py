@@ -197,7 +197,7 @@ class Batches:
         if batching == "windows":
             if self.loss_on != "all":
                 raise UsageError(
-                    "--data.batching windows cuts through dialogues and puts loss on all tokens; use packed for --data.loss_on assistant"
+                    "--data.batching windows cuts through dialogues and puts loss on all tokens; use packed with --data.loss_on assistant"
                 )
             self.stream = Stream(store, np.asarray(rows, np.int64))
             self.rows_per_epoch = max(1, len(self.stream) // block_size)

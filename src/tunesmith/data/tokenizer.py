@@ -58,8 +58,8 @@ class Tokenizer:
             if number is not None:
                 return number
         raise UserError(
-            f"{where} has no {named or END_OF_TEXT} token, with which a text ends; name the one of its tokens that does "
-            "as eos_token in tokenizer_config.json"
+            f"{where} has no {named or END_OF_TEXT} token to end a text with; name the token that ends texts as "
+            f"eos_token in tokenizer_config.json"
         )
 
     @property
@@ -115,8 +115,8 @@ class Tokenizer:
         found = backend.get_vocab_size()
         if found != vocab_size:
             raise UserError(
-                f"--tokenizer.vocab_size {vocab_size:,} is more than these texts give: they hold {found:,} pieces that come "
-                f"at least twice. Use {found} or less, give more text, or take --tokenizer.name gpt2"
+                f"--tokenizer.vocab_size {vocab_size:,} is more than these texts allow: they hold {found:,} pieces "
+                f"that occur at least twice. Use {found} or less, add text, or use --tokenizer.name gpt2"
             )
         return Tokenizer(backend, "new tokenizer")
 
@@ -129,11 +129,13 @@ class Tokenizer:
             return
         plain = max(self._backend.get_vocab(with_added_tokens=False).values(), default=-1) + 1
         if plain > embeddings:
-            raise UserError(f"{where}: the tokenizer has {plain:,} tokens, the model embeddings for {embeddings:,}")
+            raise UserError(
+                f"{where}: the tokenizer has {plain:,} tokens, but the model has embeddings for {embeddings:,}"
+            )
         if self.end_of_text >= embeddings:
             raise UserError(
                 f"{where}: the tokenizer's end of text, {self._backend.id_to_token(self.end_of_text)}, is token "
-                f"{self.end_of_text:,}, the model has embeddings for {embeddings:,}. Make room for it with transformers: "
+                f"{self.end_of_text:,}, the model has embeddings for {embeddings:,}. Add embeddings with transformers: "
                 "model.resize_token_embeddings(len(tokenizer)), and save the model again"
             )
         content = json.loads(self._backend.to_str())
@@ -310,7 +312,7 @@ def _with_tokens(backend: tokenizers.Tokenizer, special: SpecialTokens, where: s
             (backend.add_special_tokens if token.special else backend.add_tokens)([token])
         if backend.token_to_id(token.content) != number:
             raise UserError(
-                f"{where}: the files beside it give {token.content!r} the id {number:,}, the vocabulary "
+                f"{where}: the files beside it give {token.content!r} the id {number:,}, but the vocabulary has "
                 f"{backend.token_to_id(token.content):,}; save the tokenizer again with transformers"
             )
     known = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}

@@ -168,7 +168,7 @@ def _make(directory: Path, write: Callable[[Path], None]) -> Stored:
     except _CannotWriteError as error:
         raise UserError(
             f"the tokens cannot be written, neither to the cache ({reason}) nor to a temporary directory ({error}); "
-            "set TUNESMITH_CACHE to a directory on a disk with room"
+            "set TUNESMITH_CACHE to a directory on a disk with free space"
         ) from None
     stored = _read(aside)
     assert stored is not None

@@ -61,7 +61,7 @@ class Documents:
             raise ValueError(f"rows of a batch differ in length: {[sum(row) for row in rows]}")
         row_of = [i for i, row in enumerate(rows) for _ in row]
         if parents and len(parents) != len(lengths):
-            raise ValueError(f"{len(parents)} parents for {len(lengths)} stretches: one list is shorter than the other")
+            raise ValueError(f"{len(parents)} parents for {len(lengths)} stretches: the lists must be equally long")
         for i, p in enumerate(parents):
             if p >= 0 and not (p < i and row_of[p] == row_of[i] and parents[p] < 0):
                 raise ValueError(

@@ -44,7 +44,7 @@ class GPTConfig:
     def __post_init__(self) -> None:
         problems = [f"{k} = {v}" for k, v in vars(self).items() if isinstance(v, int) and v < 1 and k != "tied_head"]
         if self.n_head > 0 and self.n_embd % self.n_head:
-            problems.append(f"n_embd = {self.n_embd} is no multiple of n_head = {self.n_head}")
+            problems.append(f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}")
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout = {self.dropout} is outside [0, 1)")
         if problems:
@@ -227,8 +227,8 @@ class GPT(nn.Module):
             positions = torch.arange(longest, device=embedded.device)[None]
         if longest > self.config.block_size:
             raise UserError(
-                f"a text has {longest:,} tokens; the model has positions for {self.config.block_size:,} "
-                "(a fixed part of its weights). Shorten the text, or cut it with --data.truncation keep_end."
+                f"a text has {longest:,} tokens; the model has {self.config.block_size:,} positions (a fixed part "
+                f"of its weights). Shorten the text, or cut it with --data.truncation keep_end."
             )
         exact = self.ln_f.weight.dtype  # of the residual stream; matrices may be kept in less
         x = embedded.to(exact) + self.wpe(positions).to(exact)

@@ -96,7 +96,7 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.made is None:
             raise RuntimeError(
-                "the gradients of this loss are made once: compute the loss again before a second backward"
+                "the gradients of this loss are computed once: compute the loss again before a second backward"
             )
         d_x, d_w, dtypes = ctx.made
         ctx.made = None  # autograd adds to a gradient in its place only where nobody else holds it

@@ -43,7 +43,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         if not 1 <= rank <= min(base.in_features, base.out_features):
             raise UserError(
-                f"LoRA rank {rank} does not suit a layer of {base.in_features:,} inputs and {base.out_features:,} outputs; "
+                f"LoRA rank {rank} does not fit a layer of {base.in_features:,} inputs and {base.out_features:,} outputs; "
                 f"expected 1 to {min(base.in_features, base.out_features):,}"
             )
         self.base = base.requires_grad_(False)
@@ -123,7 +123,7 @@ def find_targets(model: nn.Module, targets: str) -> list[str]:
         ends = dict.fromkeys(short_name(name) for name in layers)
         raise UserError(
             f"--lora.targets: no linear layer is called {', '.join(map(repr, unknown))}. There are {', '.join(ends)} "
-            "(in each block h.0, h.1, ...); or all-linear, or patterns as h.0.*"
+            "(in each block h.0, h.1, ...); or use all-linear, or patterns such as h.0.*"
         )
     return [name for name in layers if name in found]
 
@@ -153,7 +153,7 @@ def apply_lora(
     Raises: UserError if no layer fits, `rank` does not fit a layer, or the model has adapters already.
     """
     if lora_layers(model):
-        raise UserError("the model has adapters already; merge and strip them first, or start from its base")
+        raise UserError("the model already has adapters; merge and strip them first, or start from its base")
     names = find_targets(model, targets)
     generator = torch.Generator().manual_seed(seed)
     for name in names:

@@ -107,7 +107,7 @@ class Audit:
     splits: tuple[SplitAudit, ...]
 
     def problems(self) -> list[str]:
-        """One line for each thing that is wrong or would be lost in training, with the way out."""
+        """One line for each thing that is wrong or would be lost in training, with its remedy."""
         lines = []
         for s in self.splits:
             lines += [f"{s.split}: {_told(f)}: {f.remedy}" for f in s.findings if f.rows]
@@ -116,11 +116,11 @@ class Audit:
         return lines
 
     def remarks(self) -> list[str]:
-        """One line for each thing to know that is no defect of the data."""
+        """One line for each thing worth knowing that is not a defect of the data."""
         lines = [note for s in self.splits for note in s.notes]
         for s in self.splits:
             lines += [
-                f"{o.other}: {o.unread:,} {_plural(o.unread)} cannot be read, so not compared"
+                f"{o.other}: {o.unread:,} {_plural(o.unread)} not compared: cannot be read"
                 for o in s.overlaps
                 if o.unread
             ]
@@ -134,8 +134,8 @@ class Audit:
                 right = max(s.bias.rule.mean, 1 - s.bias.rule.mean)
                 lines.append(
                     f"{s.split}: `the {which} answer is better` is right for {right:.1%} of the pairs, counted in tokens of this "
-                    "tokenizer: hold a reward model's accuracy against that, with the tokenizer of its model (--tokenizer MODEL), "
-                    "and compare answers of like length"
+                    "tokenizer: compare a reward model's accuracy with that, using its model's tokenizer (--tokenizer MODEL), "
+                    "and compare answers of similar length"
                 )
         return list(dict.fromkeys(lines))
 
@@ -161,7 +161,7 @@ def audit(
         raise UsageError(f"--data.block_size is {block_size}, expected at least 1")
     for several in (found for found in (source, *against) if found.parts):
         raise UsageError(
-            f"--audit looks at one set at a time: audit each of {several.name} alone, the others as --against"
+            f"--audit takes one data set at a time: audit each of {several.name} alone, with the others as --against"
         )
     if not 0 < holdout < 1:
         raise UsageError(f"--data.holdout is {holdout}, expected a share between 0 and 1")
@@ -236,7 +236,7 @@ def _read(source: Source, split: str) -> Texts:
     found.form, found.notes = reader.form_lines(), reader.notes()
     if not found.rows:
         raise UserError(
-            f"{source.name} ({split}) has no row in {', '.join(map(str, source.files[split]))}; give it some, or take the file away"
+            f"{source.name} ({split}) has no row in {', '.join(map(str, source.files[split]))}; add some, or remove the file"
         )
     return found
 
@@ -337,15 +337,15 @@ def _told(finding: Finding) -> str:
 
 def _told_cut(cut: Cut, block_size: int) -> str:
     parts = {
-        "left out": cut.left_out, "with nothing left to learn": cut.no_signal, "without their answer's end": cut.end_lost,
+        "left out": cut.left_out, "with nothing left to learn": cut.no_signal, "without the end of their answer": cut.end_lost,
         "without the beginning of the prompt": cut.prompt_start_lost, "without the end of the prompt": cut.prompt_end_lost,
     }  # fmt: skip
     cost = ", ".join(f"{n:,} {what}" for what, n in parts.items() if n) or "nothing is lost"
     most = GPTConfig.block_size
     way = (
-        f"--data.block_size {cut.longest:,} would hold them all"
+        f"--data.block_size {cut.longest:,} would fit them all"
         if cut.longest <= most
-        else f"the longest has {cut.longest:,} tokens and GPT-2 {most:,} positions: shorten or split such rows"
+        else f"the longest has {cut.longest:,} tokens and GPT-2 has {most:,} positions: shorten or split such rows"
     )
     return (
         f"{cut.cut:,} of {cut.rows:,} {cut.form} are longer than block_size {block_size:,} ({cost}; "
@@ -357,7 +357,7 @@ def _told_overlap(found: Overlap) -> str:
     where = _places(found.places, len(found.places))
     return (
         f"{found.prompts:,} prompts and {found.texts:,} whole texts of {found.rows:,} {found.whose or _plural(found.rows)} "
-        f"also in {found.other} ({where}): take them out of one of the two, or scores there measure memory"
+        f"are also in {found.other} ({where}): remove them from one of the two, or scores there measure memorisation"
     )
 
 
@@ -368,8 +368,8 @@ def _places(places: Sequence[str], n: int) -> str:
 def _told_end_cut(cut: Cut, block_size: int) -> str:
     where = f" ({_places(cut.no_signal_places, cut.no_signal)})" if cut.no_signal else ""
     return (
-        f"{cut.no_signal:,} of {cut.rows:,} {cut.form} teach nothing{where} and {cut.end_lost:,} lose their answer's end in tools "
-        f"that cut the end off at {block_size:,}: make those keep the end, or give them {cut.longest:,} tokens"
+        f"{cut.no_signal:,} of {cut.rows:,} {cut.form} teach nothing{where} and {cut.end_lost:,} lose the end of their answer in tools "
+        f"that truncate at {block_size:,}: configure those to keep the end, or allow {cut.longest:,} tokens"
     )
 
 
