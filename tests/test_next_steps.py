@@ -8,7 +8,6 @@ import pytest
 import tunesmith as ts
 from tiny_runs import as_argv, tiny_config
 from tunesmith.__main__ import main
-from tunesmith.commands.next_steps import next_steps
 from tunesmith.errors import UserError, did_you_mean
 from tunesmith.files.names import find_model
 from tunesmith.files.run import Run
@@ -88,17 +87,6 @@ def test_a_model_that_began_at_random_is_not_compared_with_its_beginning(tiny_di
     _, found = trained(tiny_config(tiny_directory, "r", model__init="random", **SHORT), capsys)
     assert found == ["tunesmith chat r", "tunesmith evaluate r sample"]
     assert main([*shlex.split(found[1])[1:], *QUICK["evaluate"]]) == 0
-
-
-def test_a_stopped_run_ends_with_the_command_that_continues_it(tiny_directory, here, capsys):
-    main(as_argv(tiny_config(tiny_directory, "r", **SHORT)))
-    run = Run("r")
-    status = {**run.status, "state": "stopped"}
-    (run.path / "status.json").write_text(json.dumps(status))
-    (line,) = next_steps(run, "sft")
-    assert line == "go on with: tunesmith sft --out r --resume"
-    assert main(shlex.split(line.partition(": ")[2])[1:]) == 0
-    assert run.status["state"] == "finished"
 
 
 # ---- did you mean ----------------------------------------------------------------------------------------------------

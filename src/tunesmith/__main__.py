@@ -6,12 +6,14 @@ import contextlib
 import errno
 import io
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.errors import Note, UsageError, UserError, did_you_mean
+from tunesmith.errors import Interrupted, Note, UsageError, UserError, did_you_mean
+from tunesmith.progress import STOP
 
 if TYPE_CHECKING:
     from tunesmith.files.run import Run
@@ -56,9 +58,11 @@ def _reward(argv: Argv) -> None:
 
 
 def _finish(run: Run, command: str) -> None:
-    """Say how to go on from the end of a training. Raises: UserError if it has diverged."""
+    """Say how to go on from the end of a training. Raises: UserError if it has diverged; BrokenPipeError if nobody reads it."""
     from tunesmith.commands.next_steps import next_steps
 
+    if STOP.unread:
+        raise BrokenPipeError
     if run.status["state"] == "diverged":
         raise UserError(run.status["reason"])
     for line in next_steps(run, command):
@@ -247,7 +251,10 @@ def usage() -> str:
 
 
 def main(argv: Argv | None = None) -> int:
-    """Run one command; returns the exit code: 0 success, 1 failure, 2 wrong usage, 130 interrupted, 141 nobody reads the output."""
+    """Run one command; returns the exit code.
+
+    0 success, 1 failure, 2 wrong usage, 128 + its number for a signal (130 for Ctrl-C), 141 if nobody reads the output.
+    """
     for stream in (sys.stdout, sys.stderr):  # a character that the terminal's encoding lacks is no reason to stop
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -258,21 +265,26 @@ def main(argv: Argv | None = None) -> int:
             for stream in filter(None, (sys.stdout, sys.stderr)):
                 stream.flush()  # here, where what is wrong can be caught, not at the interpreter's end
         return code
-    except (BrokenPipeError, SystemExit) as error:
-        # rich turns the first into the second
-        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+    except (OSError, SystemExit) as error:
+        # rich turns a broken pipe into SystemExit
+        cause = error.__context__ if isinstance(error, SystemExit) else error
+        if not isinstance(cause, OSError):
             raise
         _discard_output()
-        return 128 + 13  # as a shell says of a program that SIGPIPE ended
+        if isinstance(cause, BrokenPipeError):
+            return 128 + 13  # as a shell says of a program that SIGPIPE ended
+        with contextlib.suppress(OSError):
+            print(f"tunesmith: the output cannot be written: {cause.strerror}", file=sys.stderr, flush=True)
+        return 1
 
 
 def _discard_output() -> None:
-    """Send what is still to be written nowhere: whoever read it has gone."""
+    """Send what is still to be written nowhere: whoever read it has gone, or the disk is full."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()
-        except BrokenPipeError:
+        except OSError:
             os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
@@ -295,7 +307,8 @@ def _main(words: list[str]) -> int:
         if words[0] not in COMMANDS:
             near = did_you_mean(words[0], COMMANDS)
             raise UsageError(f"unknown command {words[0]!r}{near or '.'} Commands: {', '.join(COMMANDS)}")
-        with _notes_in_one_line():
+        # a conversation has signals of its own: there Ctrl-C stops an answer
+        with _notes_in_one_line(), contextlib.nullcontext() if words[0] == "chat" else STOP.catching(exits=True):
             COMMANDS[words[0]][1](words[1:])
         return 0
     except BrokenPipeError:
@@ -305,9 +318,10 @@ def _main(words: list[str]) -> int:
             raise
         print(f"tunesmith: {_told(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        print("tunesmith: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        by = f" ({error})" if isinstance(error, Interrupted) and error.number != signal.SIGINT else ""
+        print(f"tunesmith: interrupted{by}", file=sys.stderr)
+        return error.code if isinstance(error, Interrupted) else 128 + signal.SIGINT
 
 
 @contextlib.contextmanager

@@ -1,8 +1,10 @@
-"""The two errors that a user can meet, each one line saying what was asked, what was found, where, and the way out; and notes."""
+"""What a user can meet: two errors, each one line saying what was asked, what was found, where, and the way out; notes; and the
+end that a signal asks for."""
 
 from __future__ import annotations
 
 import difflib
+import signal
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
@@ -15,6 +17,14 @@ class UserError(ValueError):
 
 class UsageError(UserError):
     """The command line or a configuration file is wrong; exit code 2."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the work to end. number: the signal's; code: the exit code that a shell gives to what it has ended."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number, self.code = number, 128 + number
 
 
 class Note(UserWarning):

@@ -12,10 +12,8 @@ DATA_OPTIONS = ("columns", "config", "root", "rm_static", "allow_missing")  # by
 
 
 def next_steps(run: Run, command: str) -> list[str]:
-    """The lines, each command as it can be pasted into a shell; of a stopped run, how it goes on. Nothing for any other state."""
+    """The lines, each command as it can be pasted into a shell. Nothing for any state but finished."""
     config, status, path = run.config, run.status, shlex.quote(str(run.path))
-    if status["state"] == "stopped":
-        return [f"go on with: tunesmith {command} --out {path} --resume"]
     if status["state"] != "finished" or not run.checkpoints():
         return []
     best = shlex.quote(str(run.best_checkpoint()))

@@ -21,6 +21,7 @@ from tunesmith.files.run import write_atomically
 from tunesmith.jsontext import parse_json
 from tunesmith.options.commands import StudyCommand
 from tunesmith.options.parse import from_settings, nearest
+from tunesmith.progress import STOP
 from tunesmith.study.definition import COMMANDS, read_study, study_path
 from tunesmith.study.executors import Executor, Local, visible_gpus
 from tunesmith.study.forecast import Seconds, memory_of, probe, shapes_of, times, work_of
@@ -36,7 +37,7 @@ def study(name: str, options: StudyCommand) -> Path:
     """Run a study, or with `dry_run` only show it; returns its directory.
 
     Raises: UsageError if the file or a setting is wrong; UserError at the end if a run failed, naming which and why;
-        KeyboardInterrupt if it was interrupted, when all runs have stopped.
+        Interrupted if it was interrupted, when all runs have stopped.
     """
     places = {f"data.{k}": v for k, v in vars(options.data).items() if v is not None}
     plan = make_plan(read_study(study_path(name), options.scale, batching=options.batching), places)
@@ -51,7 +52,7 @@ def study(name: str, options: StudyCommand) -> Path:
         show(plan, out, wanted, shapes, works)
         return out
     out.mkdir(parents=True, exist_ok=True)
-    with only_one(out):
+    with only_one(out), STOP.catching():
         write_plan(plan, out, shapes)
         ledger = Ledger(plan, out)
         ledger.save()
@@ -67,9 +68,8 @@ def study(name: str, options: StudyCommand) -> Path:
         print(f"study {plan.study.name}{scale} in {out}: {view.summary()}", flush=True)
         with view:
             interrupted = conduct(plan, ledger, executor, view, wanted, look_ahead)
-    tell(plan, ledger, wanted, interrupted)
-    if interrupted:
-        raise KeyboardInterrupt
+        tell(plan, ledger, wanted, interrupted)
+        STOP.check()
     return out
 
 

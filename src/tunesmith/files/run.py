@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -133,6 +134,12 @@ class Run:
         steps = ", ".join(str(found) for found, _ in self.checkpoints()) or "none"
         raise UserError(f"{self.path} has no checkpoint of step {step}; it has: {steps}")
 
+    @property
+    def resume_command(self) -> str:
+        """The command line that goes on with this run."""
+        command = (self.inputs or {}).get("command", "COMMAND")
+        return f"tunesmith {command} --out {shlex.quote(str(self.path))} --resume"
+
     def best_checkpoint(self) -> Path:
         """The checkpoint with the lowest validation loss; the last where none was estimated."""
         best = self.status.get("best_step")
@@ -221,6 +228,16 @@ class RunLog:
         """Replace status.json."""
         record = {"state": state, "step": step, "reason": reason, **more}
         write_atomically(self.path / "status.json", json.dumps(record, indent=2) + "\n")
+
+    def ended_at_once(self, by: str) -> str:
+        """Leave in status.json that the process was ended in the middle of a step; returns how the run goes on."""
+        status = self.run.status  # its step is that of the last checkpoint
+        way_on = f"go on from its last checkpoint with: {self.run.resume_command}"
+        write_atomically(
+            self.path / "status.json",
+            json.dumps({**status, "state": "stopped", "reason": f"ended at once by {by}; {way_on}"}, indent=2) + "\n",
+        )
+        return f"; {way_on}"
 
     def close(self) -> None:
         """Flush and close the files. Raises: OSError (disk full)."""

@@ -25,6 +25,7 @@ from tunesmith.models.cache import Cache
 from tunesmith.models.evaluation import evaluation_mode
 from tunesmith.models.gpt2 import GPT
 from tunesmith.models.linear import pack_for_good, packed_weights
+from tunesmith.progress import STOP
 
 PREFILL_TOKENS = 2048  # prompt tokens in one forward pass, to bound its memory
 PACK_STEPS = 64  # decoding steps from which on packing the weights is paid back
@@ -208,6 +209,7 @@ def decode(
     rows, ends = list(range(len(prompts))), stops or {tokenizer.end_of_text}
     tails: list[list[int]] = [[] for _ in prompts]
     for step in range(max_new_tokens):
+        STOP.check()
         tokens = sample_tokens(logits, draws[:, step], sampling)
         done = []
         for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):

@@ -22,6 +22,7 @@ from tunesmith.files.run import Run
 from tunesmith.models.attention import Documents
 from tunesmith.models.evaluation import evaluation_mode
 from tunesmith.models.scored import RewardModel
+from tunesmith.progress import STOP
 from tunesmith.stats import share_interval
 
 PACKED_TOKENS = 4096  # in one forward pass of our own reward models
@@ -167,11 +168,13 @@ def _groups(lengths: Sequence[int], budget: int, *, padded: bool) -> Iterator[li
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         cost = lengths[group[0]] * (len(group) + 1) if padded and group else used + lengths[i]
         if group and cost > budget:
+            STOP.check()
             yield group
             group, used = [], 0
         group.append(i)
         used += lengths[i]
     if group:
+        STOP.check()
         yield group
 
 

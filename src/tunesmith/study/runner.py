@@ -17,18 +17,19 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import yaml
 
 from tunesmith.errors import UserError
 from tunesmith.files.run import Run, write_atomically
+from tunesmith.progress import STOP
 from tunesmith.study.executors import Ended, Executor, Job
 from tunesmith.study.ledger import DONE, STAMP, Ledger, moved_aside, stamped
 from tunesmith.study.matrix import Plan, PlannedRun, directory_of, run_config
 from tunesmith.study.view import View
 
+STOPPING = ("stopping: the runs save and end; a second signal ends them at once", "ending them")
 TICK = 0.03  # seconds between two looks at the processes
 LOG_END = 4000  # bytes of a log that are searched for what went wrong
 
@@ -137,25 +138,6 @@ def last_line(log: Path, start: int) -> str:
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 
-class Interrupts:
-    """Ctrl-C and SIGTERM as a wish that the loop reads; `received` counts them."""
-
-    def __enter__(self) -> Interrupts:
-        self.received = 0
-        self._before: dict[int, Any] = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # not the main thread
-                self._before[number] = signal.signal(number, self._receive)
-        return self
-
-    def _receive(self, _number: int, _frame: FrameType | None) -> None:
-        self.received += 1
-
-    def __exit__(self, *_exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
 def conduct(
     plan: Plan, ledger: Ledger, executor: Executor, view: View, wanted: Sequence[str], on_end: Callable[[], None]
 ) -> bool:
@@ -167,17 +149,12 @@ def conduct(
     for name in wanted:
         if moved_aside(out, name, plan.runs[name].hash).exists():
             _make_room(out, plan.runs[name])
-    with Interrupts() as interrupts:
+    with STOP.catching(*STOPPING):
         try:
             while True:
-                if interrupts.received > signalled:
-                    signalled = interrupts.received
+                if (heard := max(STOP.count, STOP.requested)) > signalled:
+                    signalled = heard
                     executor.stop()
-                    view.say(
-                        "stopping: the runs save and end; once more to end them at once"
-                        if signalled == 1
-                        else "ending them"
-                    )
                 while not signalled and executor.free() and (ready := ledger.ready(wanted)):
                     _start(plan, ledger, executor, view, ready[0], sizes)
                 for ended in executor.ended():

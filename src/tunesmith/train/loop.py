@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import signal
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -16,8 +15,9 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from tunesmith.device import peak_memory_gb
+from tunesmith.errors import Interrupted
 from tunesmith.files.run import RunLog
-from tunesmith.progress import Progress
+from tunesmith.progress import STOP, Progress
 from tunesmith.train.checkpoint import load_state, prune, save_checkpoint
 from tunesmith.train.choice import Sums, choice_lines, choose_checkpoint, read_estimates
 from tunesmith.train.clock import Mark, mark, seconds_between
@@ -27,6 +27,9 @@ from tunesmith.train.step import StepStats
 
 SMALLEST_SCALE = 2.0**-20  # fp16 gradients may overflow and are then scaled anew; below this they are simply infinite
 UNSPOKEN = ("train_accuracy", "_reward", "_drift_chosen", "_drift_rejected")  # metrics that go to the log only
+STOPPING = (
+    "stopping after this step, with a checkpoint (an estimate is broken off); a second signal ends at once, without one"
+)
 DIVERGED_BY = 1.05  # mean loss over the window, as a multiple of the loss at step 0
 
 
@@ -78,29 +81,7 @@ class TrainingState:
     recent: list[float] = field(default_factory=list)  # training losses of the divergence window
     split_limit: int | None = None  # tokens of the largest micro-batch that fits, where one did not
     split_setup: str = ""  # with this model, precision and device
-
-
-class StopSignals:
-    """Turns Ctrl-C and SIGTERM into a wish that the loop reads after each step; a second Ctrl-C interrupts at once."""
-
-    def __enter__(self) -> StopSignals:
-        self.received = ""
-        self.before: dict[int, Any] = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self.before[number] = signal.signal(number, self._receive)
-            except ValueError:  # not the main thread: signals are somebody else's business
-                break
-        return self
-
-    def _receive(self, number: int, _frame: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
-
-    def __exit__(self, *_exc: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+    owes_estimate: bool = False  # the run was stopped before, or in, the estimate of this step
 
 
 def fit(
@@ -177,10 +158,11 @@ def fit(
 
     def estimate() -> None:
         metrics, parts = evaluate()
-        log.record("eval", state.step, **metrics)
-        log.keep_losses(state.step, parts)
         told = {k: v for k, v in metrics.items() if not k.endswith(UNSPOKEN)}
         bar.say(f"step {state.step:,}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in told.items()))
+        found = reward_at(state.step) if reward_at else {}  # before anything is logged: it may be broken off too
+        log.record("eval", state.step, **metrics)
+        log.keep_losses(state.step, parts)
         loss = metrics["validation_loss"]
         if state.step == 0:
             state.first_loss = metrics.get("train_loss", loss)
@@ -189,8 +171,7 @@ def fit(
         else:
             state.since_lowest += 1
         state.best_step = state.lowest_step
-        if reward_at:
-            found = reward_at(state.step)
+        if found:
             log.record("reward", state.step, **found)
             bar.say(f"step {state.step:,}: reward {found['mean']:.3f} ({_bounds(found)}, {found['n']} prompts)")
             chosen = choose_checkpoint(log.run, {state.step, *(step for step, _ in log.run.checkpoints())})
@@ -253,7 +234,7 @@ def fit(
     def pauses(number: int) -> bool:
         """Whether something is to be done between this step and the next."""
         due = number % eval_every == 0 or number % checkpoint_every == 0 or number == steps
-        return due or bool(signals.received)
+        return due or STOP.requested
 
     def enough() -> bool:
         """Whether patience ends the run before its steps do; where such a run is resumed, that is before another step."""
@@ -277,11 +258,27 @@ def fit(
             bar.say(line)
         bar.say(f"{kind} at step {state.step:,}{': ' + reason if reason else ''}")
 
-    log.status("running", state.step, steps=steps, best_step=state.best_step)
-    with Progress(steps, state.step) as bar, StopSignals() as signals:
-        if not saved and eval_at_start:
-            estimate()
+    def pause(*, due: bool) -> bool:
+        """Between two steps: estimate where that is due, and save; whether the run stops here because it was asked to."""
+        if due:
+            state.owes_estimate = True
+            with contextlib.suppress(Interrupted):
+                STOP.check()
+                estimate()
+                state.owes_estimate = False
+        last, stopping = state.step == steps, STOP.requested
+        if state.step % checkpoint_every == 0 or last or stopping or enough() or state.best_step == state.step:
             save()
+            log.status("running", state.step, steps=steps, best_step=state.best_step)
+        if stopping and (state.owes_estimate or not last):
+            end("stopped", f"{STOP.reason}; go on with: {log.run.resume_command}")
+            return True
+        return False
+
+    log.status("running", state.step, steps=steps, best_step=state.best_step)
+    with Progress(steps, state.step) as bar, STOP.catching(STOPPING, last_words=log.ended_at_once):
+        if (state.owes_estimate or (not saved and eval_at_start)) and pause(due=True):
+            return
         while state.step < steps and not trouble and not enough():
             if not waiting:
                 launch()
@@ -291,15 +288,7 @@ def fit(
                 read_one()
             if waiting or trouble:
                 continue
-            last = state.step == steps
-            stopping = bool(signals.received)
-            if state.step % eval_every == 0 or last:
-                estimate()
-            if state.step % checkpoint_every == 0 or last or stopping or enough() or state.best_step == state.step:
-                save()
-                log.status("running", state.step, steps=steps, best_step=state.best_step)
-            if stopping and not last:
-                end("stopped", f"{signals.received} received; continue with --resume")
+            if pause(due=state.step % eval_every == 0 or state.step == steps):
                 return
         worn_out = f"the validation loss has not fallen for {patience} estimates, since step {state.lowest_step:,}"
         end("diverged" if trouble else "finished", trouble or (worn_out if enough() else ""))

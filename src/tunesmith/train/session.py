@@ -27,6 +27,7 @@ from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import (
     LoRAOptions,
 )
+from tunesmith.progress import STOP
 from tunesmith.train.choice import Sums
 from tunesmith.train.loop import MicroBatch, Readable, fit
 from tunesmith.train.optim import OneByOne, decides_on_device, schedule_factor
@@ -52,7 +53,7 @@ def begin(config: Config, command: Command) -> Iterator[tuple[Config, Path]]:
             "TUNESMITH_ALLOCATOR=system: leave the option out, or unset the variable"
         )
     default = default_directory(command, config.model.name, [name for name, _ in parse_sets(config.data.name)])
-    with run_directory(config.out, default, config.resume) as path:
+    with STOP.catching(), run_directory(config.out, default, config.resume) as path:
         seed_everything(config.train.seed)
         yield as_begun(config, Run(path).config) if config.resume else config, path
 
@@ -116,6 +117,10 @@ def run_training(
                 eval_every=every, eval_at_start=config.eval.at_start, patience=config.eval.patience, checkpoint_every=save_every,
                 keep=config.checkpoint.keep, diverge_after=t.diverge_after, resume=config.resume,
             )  # fmt: skip
+        except KeyboardInterrupt as error:
+            if (path / "status.json").exists():
+                log.ended_at_once(str(error) or "SIGINT")
+            raise
         except BaseException as error:
             step = log.run.status.get("step", 0) if (path / "status.json").exists() else 0
             log.status("failed", step, f"{type(error).__name__}: {error}")

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from tunesmith.device import return_freed_memory
 from tunesmith.errors import UserError
 from tunesmith.outofmemory import OutOfMemory, is_out_of_memory
+from tunesmith.progress import STOP
 from tunesmith.train.optim import OneByOne
 
 
@@ -123,11 +124,12 @@ def step_in_memory(
 def within_memory(batches: Iterable[B], compute: Callable[[B], T]) -> Iterator[list[T]]:
     """For every batch what `compute` gives: one result, or where memory ends those of its pieces, in order.
 
-    For forward passes. A size that failed is not tried again with later batches.
-    Raises: UserError if one document does not fit.
+    For forward passes, which can be broken off (`STOP`). A size that failed is not tried again with later batches.
+    Raises: UserError if one document does not fit; Interrupted.
     """
     limit = None
     for batch in batches:
+        STOP.check()
         waiting, found = split_to([batch], limit), []
         while waiting:
             try:
