@@ -192,6 +192,40 @@ def resident_memory() -> float:
     return 0.0
 
 
+def available_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """Bytes that this process can still take: what the system has, or less where the limit of a container or cgroup is closer.
+
+    None where the system does not tell (it is Linux that does). What is only cached from files counts as there.
+    """
+    try:
+        lines = (proc / "meminfo").read_text().splitlines()
+        found = [1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+        mine = [line.split(":", 2) for line in (proc / "self/cgroup").read_text().splitlines()]
+    except OSError:
+        return None
+    for number, controllers, path in mine:
+        if number == "0":
+            root, limit, used, cached = groups, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, limit, used, cached = (
+                groups / "memory",
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_inactive_file",
+            )
+        else:
+            continue
+        group = root / path.lstrip("/")  # in a container often not there: then its own is at the root
+        for level in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # no such group, or no limit ("max")
+                stat = dict(line.split() for line in (level / "memory.stat").read_text().splitlines())
+                room = int((level / limit).read_text()) - int((level / used).read_text()) + int(stat.get(cached, 0))
+                found.append(max(0.0, float(room)))
+            if level == root:
+                break
+    return min(found, default=None)
+
+
 def environment(device: torch.device) -> dict[str, str | int]:
     """What a run's result depends on beside its configuration: versions, system and hardware; no names of machines or users."""
     from tunesmith import __version__

@@ -26,6 +26,7 @@ from tunesmith.files.run import Run
 from tunesmith.judge.rewards import rewards_at_steps
 from tunesmith.models.evaluation import evaluation_mode
 from tunesmith.options.training import DPOConfig
+from tunesmith.plan.room import memory_lines
 from tunesmith.train.choice import Sums
 from tunesmith.train.losses import SMOOTHED
 from tunesmith.train.pair_loss import OBSERVED, PreferenceLoss, Reference, answer_logps, dpo_loss_sum, estimate_dpo
@@ -33,6 +34,7 @@ from tunesmith.train.reference import LogpStore, adapter_off, cached, second_mod
 from tunesmith.train.resolve import (
     check_options,
     check_pair_options,
+    iters_of,
     precision_of,
     resolve_data,
     resolve_length,
@@ -130,7 +132,7 @@ def _dpo(config: DPOConfig, path: Path) -> Run:
     device, precision = prepare_model(trainee.model, trainee.gpt, config), precision_of(config)
     d = config.dpo
     settings = PreferenceLoss(d.beta, d.loss, d.label_smoothing or 0.0)
-    iters, steps = config.eval.iters, config.train.steps or 0
+    iters, steps = iters_of(config), config.train.steps or 0
     needed = [train.used(max(steps * config.train.accumulate, iters)), validation.used(iters)]
     (on_train, on_validation), told = make_references(trainee, config, [(train, needed[0]), (validation, needed[1])])
 
@@ -158,6 +160,7 @@ def _dpo(config: DPOConfig, path: Path) -> Run:
         observed=OBSERVED,
         opening=[("pairs", describe_pairs(train, validation, iters)), ("reference", told)],
         about=f"{len(train):,} pairs, {train.rows_per_epoch:,} batch rows an epoch, reference {told['mode']}",
+        memory=memory_lines(config, trainee.gpt.config),
         notes=[*splits.notes, *cut, *more_notes],
         reward_at=rewards_at_steps(config.eval, trainee, path, device),
     )  # fmt: skip

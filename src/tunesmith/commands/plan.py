@@ -27,17 +27,19 @@ from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import DPOConfig, RewardConfig
 from tunesmith.plan.planning import (
     Setting,
+    as_options,
     candidates,
     choose,
     effect,
     find_place,
     is_exact,
     make_setting,
+    option_value,
     size_in_bytes,
 )
 from tunesmith.plan.probe import StepTime, probe_step
 from tunesmith.plan.workload import Rows
-from tunesmith.train.resolve import check_options, check_pair_options
+from tunesmith.train.resolve import MOST_ITERS, check_options, check_pair_options, default_iters
 from tunesmith.train.scratch import problems_of, resolve_shape
 from tunesmith.train.trainee import AnyConfig
 
@@ -134,7 +136,8 @@ def _record(asked: Setting, s: Setting, time: StepTime | None) -> dict[str, Any]
     tokens = s.work.tokens * t.accumulate
     every = e.every or max(1, (t.steps or 1000) // ESTIMATES)
     forward = (time.micro_batch if time else seconds / t.accumulate) / 3
-    estimates = (e.at_start + (t.steps or 1000) / every) * 2 * e.iters * forward
+    iters = e.iters or default_iters(s.config, t.steps or 1000, every, (MOST_ITERS, MOST_ITERS))
+    estimates = (e.at_start + (t.steps or 1000) / every) * 2 * iters * forward
     return {
         "command": _command(s.config), "model": s.config.model.name, "device": s.place.name,
         "precision": t.precision, "changes": dict(s.changes), "exact": is_exact(s.changes),
@@ -231,27 +234,19 @@ def _reasons(asked: Setting, chosen: Setting, every: Sequence[Setting], room: fl
     lines[0] += (
         f"{_gb(asked.total - room)} too much" if asked.total > room else "which fits too but is estimated to be slower"
     )
-    lines.append(f"  add: {_words(chosen.changes)}")
+    lines.append(f"  add: {as_options(chosen.changes)}")
     for name, value in chosen.changes.items():
         if name in ("train.accumulate", "train.grad_clip") and name != list(chosen.changes)[-1]:
             continue
         saved, cost = effect(asked, name, value)
         inexact = "" if is_exact({name: value}) else "; not exact"
         lines.append(
-            f"  {name} {_value(value)}: {GAINS[name]}; alone saves {_gb(saved)}, about {cost:+.0%} time{inexact}"
+            f"  {name} {option_value(value)}: {GAINS[name]}; alone saves {_gb(saved)}, about {cost:+.0%} time{inexact}"
         )
     faster = sorted((s for s in every if s.total > room and s.estimate < chosen.estimate), key=lambda s: s.estimate)
     for s in faster[:4]:
-        lines.append(f"  faster but {_gb(s.total - room)} too large: {_words(s.changes) or 'as asked'}")
+        lines.append(f"  faster but {_gb(s.total - room)} too large: {as_options(s.changes) or 'as asked'}")
     return lines
-
-
-def _words(changes: Any) -> str:
-    return " ".join(f"--{name} {_value(value)}" for name, value in changes.items())
-
-
-def _value(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _nothing_fits(asked: Setting, every: Sequence[Setting], room: float) -> str:
@@ -272,10 +267,10 @@ def _nothing_fits(asked: Setting, every: Sequence[Setting], room: float) -> str:
     if all(is_exact(s.changes) for s in every):
         s = min(candidates(asked, inexact=True), key=lambda s: s.total)
         ideas.append(
-            f"--fit_inexact true ({_words(s.changes)}) needs {_gb(s.total)}"
+            f"--fit_inexact true ({as_options(s.changes)}) needs {_gb(s.total)}"
             + ("" if s.total <= room else ", too much as well")
         )
     return (
-        f"--fit: nothing fits in {_gb(room)}; the leanest ({_words(least.changes) or 'as asked'}) needs {_gb(least.total)}, "
+        f"--fit: nothing fits in {_gb(room)}; the leanest ({as_options(least.changes) or 'as asked'}) needs {_gb(least.total)}, "
         f"{_gb(least.total - room)} too much. {'; '.join(ideas)}"
     )

@@ -22,6 +22,7 @@ from tunesmith.files.run import Run
 from tunesmith.judge.rewards import rewards_at_steps
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.options.pretraining import PretrainConfig
+from tunesmith.plan.room import memory_lines
 from tunesmith.train.choice import Sums
 from tunesmith.train.resolve import check_options, precision_of, resolve_length, resolve_machine
 from tunesmith.train.resuming import inputs_of, prompts_of, settle_origin
@@ -76,6 +77,7 @@ def _pretrain(config: PretrainConfig, shape: GPTConfig, path: Path) -> Run:
         counted="target_tokens",
         about=f"vocabulary of {tokenizer.vocab_size:,}, {len(splits.train_rows):,} texts of {tokens:,} tokens, "
         f"{train.rows_per_epoch:,} batch rows an epoch",
+        memory=memory_lines(config, trainee.gpt.config),
         notes=[*splits.notes, *cut],
         reward_at=rewards_at_steps(config.eval, trainee, path, device),
     )  # fmt: skip

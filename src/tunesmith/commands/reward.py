@@ -13,11 +13,13 @@ from pathlib import Path
 from tunesmith.files.run import Run
 from tunesmith.models.scored import RewardModel
 from tunesmith.options.training import RewardConfig
+from tunesmith.plan.room import memory_lines
 from tunesmith.train.choice import Sums
 from tunesmith.train.pair_loss import OBSERVED, estimate_reward, reward_loss_sum
 from tunesmith.train.resolve import (
     check_options,
     check_pair_options,
+    iters_of,
     precision_of,
     resolve_data,
     resolve_length,
@@ -72,7 +74,8 @@ def _train_reward_model(config: RewardConfig, path: Path) -> Run:
         describe_rows=lambda batches: ", ".join(train.store.place(r) for b in batches for r in b.sources[:3]),
         counted="pairs",
         observed=OBSERVED,
-        opening=[("pairs", describe_pairs(train, validation, config.eval.iters))],
+        opening=[("pairs", describe_pairs(train, validation, iters_of(config)))],
         about=f"{len(train):,} pairs, {train.rows_per_epoch:,} batch rows an epoch",
+        memory=memory_lines(config, trainee.gpt.config),
         notes=[*splits.notes, *cut],
     )  # fmt: skip

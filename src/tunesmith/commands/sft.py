@@ -15,6 +15,7 @@ from pathlib import Path
 from tunesmith.files.run import Run
 from tunesmith.judge.rewards import rewards_at_steps
 from tunesmith.options.training import SFTConfig
+from tunesmith.plan.room import memory_lines
 from tunesmith.train.choice import Sums
 from tunesmith.train.resolve import check_options, precision_of, resolve_data, resolve_length, resolve_machine
 from tunesmith.train.resuming import inputs_of, prompts_of, settle_origin
@@ -65,6 +66,7 @@ def _sft(config: SFTConfig, path: Path) -> Run:
         describe_rows=lambda batches: ", ".join(splits.train.place(r) for b in batches for r in b.sources[:3]) or "random windows",
         counted="target_tokens",
         about=f"{len(splits.train_rows):,} rows, {train.rows_per_epoch:,} batch rows an epoch",
+        memory=memory_lines(config, trainee.gpt.config),
         notes=[*splits.notes, *cut],
         reward_at=rewards_at_steps(config.eval, trainee, path, device),
     )  # fmt: skip

@@ -247,6 +247,16 @@ def candidates(asked: Setting, *, inexact: bool) -> list[Setting]:
     ]
 
 
+def as_options(changes: Mapping[str, Any]) -> str:
+    """Changes as they are written behind a command."""
+    return " ".join(f"--{name} {option_value(value)}" for name, value in changes.items())
+
+
+def option_value(value: Any) -> str:
+    """An option's value as it is written."""
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def choose(settings: list[Setting], room: float) -> Setting | None:
     """The fastest that fits in `room` bytes, an exact one where there is one; of equals the one that changes least."""
     fitting = [s for s in settings if s.total <= room]

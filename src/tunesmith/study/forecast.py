@@ -18,6 +18,7 @@ from tunesmith.plan.memory import Memory, Work, adapted_layers, linear_sizes, pr
 from tunesmith.plan.workload import forward_operations, shared_keys, step_operations
 from tunesmith.study.ledger import DONE, Ledger
 from tunesmith.study.matrix import Plan, PlannedRun, reference
+from tunesmith.train.resolve import ESTIMATES_SHARE, MOST_ITERS
 
 START = 3.0  # seconds in which a run's process gets ready, on the machine of docs/performance.md
 ESTIMATES = 40  # the most that `eval.every` gives when it is left out
@@ -101,7 +102,9 @@ def work_of(plan: Plan, run: PlannedRun, shape: GPTConfig | None) -> RunWork | N
     step = step_operations(shape, step_work, attended=block, reference=run.command == "dpo")
     rows = s["train.batch_size"] * block
     estimates = s["eval.at_start"] + (steps - done) / (s["eval.every"] or max(1, steps // ESTIMATES))
-    operations = rows * ((steps - done) * s["train.accumulate"] * step + estimates * 2 * s["eval.iters"] * forward)
+    training = (steps - done) * s["train.accumulate"] * step
+    looking = estimates * 2 * (s["eval.iters"] or MOST_ITERS) * forward
+    operations = rows * (training + (looking if s["eval.iters"] else min(looking, training * ESTIMATES_SHARE)))
     kind = (
         run.command, s["model.name"], s["data.name"], s["data.max_rows"], s["data.batching"], block, bool(rank),
         s["optimizer.name"], s["train.precision"], s.get("eval.reward"),

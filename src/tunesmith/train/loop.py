@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from tunesmith.train.checkpoint import load_state, prune, save_checkpoint
 from tunesmith.train.choice import Sums, choice_lines, choose_checkpoint, read_estimates
 from tunesmith.train.clock import Mark, mark, seconds_between
 from tunesmith.train.optim import OneByOne, set_learning_rate
+from tunesmith.train.outlook import Outlook
 from tunesmith.train.splitting import Split, Splittable, Splitting, step_in_memory
 from tunesmith.train.step import StepStats
 
@@ -108,6 +110,7 @@ def fit(
     accumulate: int,
     eval_every: int,
     eval_at_start: bool,
+    eval_cost: float = 0.0,
     patience: int | None = None,
     checkpoint_every: int,
     keep: int,
@@ -131,6 +134,7 @@ def fit(
         settle: called once, as soon as a resumed run's checkpoint has turned out to be readable, before the first line is logged.
         reward_at: step -> what to log of the rewards of its answers, which then choose the best checkpoint; without, the
             validation loss does.
+        eval_cost: forward passes of an estimate, as many micro-batches as it reads, in times of a step.
         patience: estimates without a lower validation loss after which the training is over.
     """
     state = TrainingState()
@@ -147,6 +151,7 @@ def fit(
             log.record(event, 0, **values)
     settle()
 
+    outlook = Outlook(state.step, steps, eval_every, eval_at_start, eval_cost)
     losses = deque(state.recent, maxlen=diverge_after or 1)
     waiting: deque[Launched[B]] = deque()  # at most two
     trouble, clock = "", device if ahead else torch.device("cpu")  # a step that is read at once is over for the host
@@ -157,12 +162,14 @@ def fit(
         prune(log.run, keep, (state.best_step, state.lowest_step))
 
     def estimate() -> None:
+        began = time.perf_counter()
         metrics, parts = evaluate()
         told = {k: v for k, v in metrics.items() if not k.endswith(UNSPOKEN)}
         bar.say(f"step {state.step:,}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in told.items()))
         found = reward_at(state.step) if reward_at else {}  # before anything is logged: it may be broken off too
         log.record("eval", state.step, **metrics)
         log.keep_losses(state.step, parts)
+        outlook.estimate_seconds.append(time.perf_counter() - began)
         loss = metrics["validation_loss"]
         if state.step == 0:
             state.first_loss = metrics.get("train_loss", loss)
@@ -215,6 +222,7 @@ def fit(
             waiting.clear()
             return
         state.step = done.number
+        seconds = seconds_between(done.began, done.ended)
         state.tokens += (tokens := sum(b.tokens for b in done.batches))
         state.examples += stats.count
         state.recent = list(losses)
@@ -223,9 +231,11 @@ def fit(
         log.record(
             "train", state.step, loss=stats.loss, **dict(zip(observed, stats.observed, strict=True)), lr=done.lr,
             grad_norm=stats.grad_norm, tokens=state.tokens, **{counted: state.examples},
-            tokens_per_s=round(tokens / seconds_between(done.began, done.ended), 1), peak_memory_gb=round(peak_memory_gb(device), 3),
+            tokens_per_s=round(tokens / seconds, 1), peak_memory_gb=round(peak_memory_gb(device), 3),
         )  # fmt: skip
         bar.advance(state.step, stats.loss, tokens)
+        if line := outlook.after_step(seconds):
+            bar.say(line)
 
     def read_all() -> None:
         while waiting:

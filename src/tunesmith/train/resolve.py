@@ -161,8 +161,8 @@ class Countable(Protocol):
 def resolve_length(config: Config, train: Countable, validation: Countable) -> Config:
     """The configuration with every default decided that depends on the data: steps and intervals.
 
-    Estimates come 40 times over the training, but on small data not so often that they take longer than the training
-    itself (a forward pass is a third of a step).
+    Estimates come 40 times over the training, but on small data not so often that with the most batches they would take
+    longer than the training itself (a forward pass is a third of a step).
     """
     per_step = config.train.batch_size * config.train.accumulate
     if per_step > train.rows_per_epoch and config.data.batching != "windows":
@@ -172,14 +172,46 @@ def resolve_length(config: Config, train: Countable, validation: Countable) -> C
             f"sees the data {per_step / train.rows_per_epoch:.3g} times; lower {smaller} to see them once"
         )
     steps = config.train.steps or max(1, round((config.train.epochs or 1.0) * train.rows_per_epoch / per_step))
-    estimate = sum(min(config.eval.iters, -(-b.rows_per_epoch // b.batch_size)) for b in (train, validation))
+    splits = [-(-b.rows_per_epoch // b.batch_size) for b in (train, validation)]
+    estimate = sum(min(config.eval.iters or MOST_ITERS, batches) for batches in splits)
     every = config.eval.every or max(1, steps // 40, min(steps, estimate // (3 * config.train.accumulate)))
     return dataclasses.replace(
         config,
         train=dataclasses.replace(config.train, steps=steps, epochs=None),
-        eval=dataclasses.replace(config.eval, every=every),
+        eval=dataclasses.replace(
+            config.eval, every=every, iters=config.eval.iters or default_iters(config, steps, every, splits)
+        ),
         checkpoint=dataclasses.replace(config.checkpoint, every=config.checkpoint.every or every),
     )
+
+
+MOST_ITERS = 200  # batches of a split in an estimate, where eval.iters is left out
+ESTIMATES_SHARE = 1 / 5  # of the time that the steps take
+
+
+def default_iters(config: AnyConfig, steps: int, every: int, splits: Sequence[int]) -> int:
+    """Batches of each split in an estimate, so that all estimates together stay under a fifth of the steps' time; 1 to 200.
+
+    Counted in forward passes, not measured, so that a resumed run and another machine estimate on the same rows: a batch of
+    a step is three, with LoRA two (`passes_of`). Not counted: eval.reward, DPO's sft_data, a reference
+    computed in every step.
+
+    splits: how many batches each has.
+    """
+    room = ESTIMATES_SHARE * steps * passes_of(config) / (config.eval.at_start + -(-steps // every))
+    most = min(MOST_ITERS, max(splits))
+    return max((n for n in range(1, most + 1) if sum(min(n, batches) for batches in splits) <= room), default=1)
+
+
+def passes_of(config: AnyConfig) -> int:
+    """What a step takes, in forward passes over a micro-batch: backward is two more, with frozen weights about one."""
+    return config.train.accumulate * (2 if config.lora.rank else 3)
+
+
+def iters_of(config: AnyConfig) -> int:
+    """Batches of each split in an estimate of a resolved configuration."""
+    assert config.eval.iters is not None
+    return config.eval.iters
 
 
 def as_dict(config: AnyConfig) -> dict[str, Any]:

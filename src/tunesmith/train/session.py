@@ -33,7 +33,7 @@ from tunesmith.train.loop import MicroBatch, Readable, fit
 from tunesmith.train.optim import OneByOne, decides_on_device, schedule_factor
 from tunesmith.train.prefetch import made_ahead
 from tunesmith.train.recorded import RecordedStep, recorder
-from tunesmith.train.resolve import Command, as_dict, precision_of
+from tunesmith.train.resolve import Command, as_dict, iters_of, passes_of, precision_of
 from tunesmith.train.resuming import Config, Origin, as_begun
 from tunesmith.train.splitting import Splitting
 from tunesmith.train.step import Seen, Unread, optimizer_step, step_on_device
@@ -77,11 +77,13 @@ def run_training(
     notes: Sequence[str],
     observed: Sequence[str] = (),
     opening: Sequence[tuple[str, dict[str, Any]]] = (),
+    memory: Sequence[str] = (),
     reward_at: Callable[[int], dict[str, Any]] | None = None,
 ) -> Run:
     """Print what will be done and do it; the run's status says how it ended. Arguments as in `fit`.
 
     origin: what the run is made from. about: the data in words. notes: what the user should know before the first step.
+    memory: what to say of the memory that it will take.
     """
     o, t, precision = config.optimizer, config.train, precision_of(config)
     steps, every, save_every, peak = t.steps, config.eval.every, config.checkpoint.every, o.lr
@@ -104,7 +106,10 @@ def run_training(
         ]:
             print(f"note: {line}")
         print(
-            f"{path}: {config.model.name}, {size}, {precision} on {describe(device)}; {about}, {steps:,} steps",
+            f"{path}: {config.model.name}, {size}, {precision} on {describe(device)}; {about}, {steps:,} steps, "
+            f"estimates every {every:,} on {iters_of(config):,} batches of a split",
+            *memory,
+            sep="\n",
             flush=True,
         )
         try:
@@ -114,7 +119,8 @@ def run_training(
                 learning_rate=lambda step: peak * schedule_factor(o.schedule, step, steps=steps, warmup_steps=o.warmup_steps),
                 evaluate=evaluate, describe_rows=describe_rows, counted=counted, observed=observed, opening=opening,
                 settle=partial(write_origin, log, origin, config), reward_at=reward_at, steps=steps, accumulate=t.accumulate,
-                eval_every=every, eval_at_start=config.eval.at_start, patience=config.eval.patience, checkpoint_every=save_every,
+                eval_every=every, eval_at_start=config.eval.at_start,
+                eval_cost=2 * iters_of(config) / passes_of(config), patience=config.eval.patience, checkpoint_every=save_every,
                 keep=config.checkpoint.keep, diverge_after=t.diverge_after, resume=config.resume,
             )  # fmt: skip
         except KeyboardInterrupt as error:

@@ -1,0 +1,74 @@
+"""Before the first step: the memory that this training will take against what is there, and what fits where it does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import torch
+
+from tunesmith.device import available_memory, resident_memory
+from tunesmith.errors import UsageError
+from tunesmith.models.gpt2 import GPTConfig
+from tunesmith.options.planning import PlanOptions
+from tunesmith.options.pretraining import PretrainConfig
+from tunesmith.plan.cards import CONTEXT
+from tunesmith.plan.planning import Place, as_options, candidates, choose, is_exact, make_setting
+from tunesmith.plan.workload import Rows
+from tunesmith.train.trainee import AnyConfig
+
+COMPILER_MODULES = 70e6  # bytes of torch._dynamo, which torch's optimizers load with their first use
+TEXTS = Rows(PlanOptions.text_tokens, PlanOptions.supervised)  # as `tunesmith plan` takes them where it is not told
+
+
+def memory_lines(config: AnyConfig, shape: GPTConfig) -> list[str]:
+    """What to say of memory before a training begins; nothing where the device does not tell what is there.
+
+    config: resolved. Called when the weights are on the device and the data are read: what the process has already
+    counts as its own, whatever it is for.
+    """
+    place = _place(torch.device(config.train.device))
+    if place is None:
+        return []
+    try:
+        asked = make_setting(config, shape, TEXTS, place, {})
+    except UsageError as error:
+        return [f"memory: not predicted, as it is not counted for {error}"]
+    if place.cpu:  # the weights are in memory already, and are counted
+        place = dataclasses.replace(place, base=max(0.0, place.base - asked.memory.parameters))
+        asked = dataclasses.replace(asked, place=place)
+    told = f"memory: about {_gb(asked.total)} predicted, {_gb(place.memory)} there"
+    if asked.total <= place.memory:
+        return [told]
+    every = candidates(asked, inexact=True)
+    if found := choose(every, place.memory):
+        return [
+            f"warning: {told}, so it may not fit. With {as_options(found.changes)} it does ({_gb(found.total)}"
+            f"{'' if is_exact(found.changes) else ', with a slightly other result'}); tunesmith plan --fit says what that costs"
+        ]
+    least = min(every, key=lambda s: s.total)
+    return [
+        f"warning: {told}, so it may not fit, and neither does the leanest setting ({as_options(least.changes)}, {_gb(least.total)}): "
+        + (
+            "lower --model.block_size, or take a smaller shape"
+            if isinstance(config, PretrainConfig)
+            else "lower --data.block_size, train adapters (--lora.rank), or take a smaller model"
+        )
+    ]
+
+
+def _place(device: torch.device) -> Place | None:
+    """The device as a plan knows it, `memory` with what this process holds; None where it does not tell."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return Place(str(device), None, False, CONTEXT + free + torch.cuda.memory_reserved(device), CONTEXT)
+    available = available_memory() if device.type == "cpu" else None
+    if available is None:
+        return None
+    resident = resident_memory()
+    to_come = COMPILER_MODULES if "torch._dynamo" not in sys.modules else 0.0
+    return Place(str(device), None, True, available + resident, resident + to_come)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"

@@ -1,0 +1,53 @@
+"""How long a training will take, told once it has taken three steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+FIRST, TOLD_AFTER = 1, 3  # the first step compiles, allocates and warms caches: it tells nothing of the others
+
+
+@dataclass
+class Outlook:
+    """What the steps and estimates of this process have taken, and what those to come will.
+
+    begun_at: the step that it began with, 0 unless the run is resumed. forwards: of an estimate, in times of a step's
+    micro-batch: its time where none was made yet.
+    """
+
+    begun_at: int
+    steps: int
+    eval_every: int
+    eval_at_start: bool
+    forwards: float
+    step_seconds: list[float] = field(default_factory=list)
+    estimate_seconds: list[float] = field(default_factory=list)
+
+    def after_step(self, seconds: float) -> str:
+        """Hear of a step; after the third, what to say of the whole, or of a resumed run of what is left. Else nothing."""
+        self.step_seconds.append(seconds)
+        if len(self.step_seconds) != TOLD_AFTER or self.begun_at + TOLD_AFTER >= self.steps:
+            return ""
+        measured = self.step_seconds[FIRST:]
+        step = sum(measured) / len(measured)
+        made = self.estimate_seconds
+        estimates = self.estimates() * (sum(made) / len(made) if made else step * self.forwards)
+        whole = sum(self.step_seconds[:FIRST]) + (self.steps - self.begun_at - FIRST) * step + estimates
+        what = "for what is left" if self.begun_at else "in all"
+        share = f", {span(estimates)} of them estimates" if estimates else ""
+        return f"about {span(whole)} {what}{share}"
+
+    def estimates(self) -> int:
+        """How many this process makes: with the one of step 0 where that is asked for, and always with one of the last step."""
+        of_steps = -(-self.steps // self.eval_every) - self.begun_at // self.eval_every
+        return of_steps + (self.eval_at_start and self.begun_at == 0)
+
+
+def span(seconds: float) -> str:
+    """A time in words, to two figures: `40 seconds`, `12 minutes`, `3.4 hours`, `2.1 days`."""
+    if seconds < 1.5:
+        return "a second"
+    for limit, unit, name in ((90, 1, "seconds"), (5400, 60, "minutes"), (172_800, 3600, "hours")):
+        if seconds < limit:
+            return f"{seconds / unit:.2g} {name}"
+    return f"{seconds / 86_400:,.1f} days"
