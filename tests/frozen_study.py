@@ -73,6 +73,7 @@ class Writer:
             group, _, option = key.partition(".")
             config.setdefault(group, {})[option] = value
         (path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        (path / "inputs.json").write_text(json.dumps({"command": command, "draws": 2}))
         (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         losses = {
             r["step"]: r["validation_loss"] for r in lines if r["event"] == "eval" and r["validation_loss"] is not None

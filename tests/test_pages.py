@@ -44,6 +44,7 @@ def write_run(path, *, losses=(4.0, 3.1, 3.3), answers=None, status=None, config
     stored = {"state": "finished", "step": 2 * len(losses) - 2, "reason": "", "best_step": best} | (status or {})
     (path / "status.json").write_text(json.dumps(stored))
     (path / "config.yaml").write_text(yaml.safe_dump({"model": {"name": "sample"}, "data": {"name": "x", "seed": 1}} | (config or {})))  # fmt: skip  # noqa: E501
+    (path / "inputs.json").write_text('{"draws": 2}')
     if batches:
         keep_batches(path, {2 * i: loss for i, loss in enumerate(losses)}, seed=sum(map(ord, path.name)))
     for step, texts in (answers or {}).items():

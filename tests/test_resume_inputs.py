@@ -144,7 +144,7 @@ def test_a_run_of_an_earlier_version_goes_on_and_says_what_it_cannot_know(tiny_d
     ts.sft(again)
     assert "has no inputs.json" in capfd.readouterr().out
     assert train_losses(run) == train_losses(whole)
-    assert run.inputs == whole.inputs
+    assert run.inputs == whole.inputs | {"draws": 1}  # as the rows of its first half were drawn
     (run.path / "inputs.json").write_text("[]")
     with pytest.raises(UserError, match=r"inputs\.json is damaged"):
         ts.sft(again)

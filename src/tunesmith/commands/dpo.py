@@ -133,15 +133,16 @@ def _dpo(config: DPOConfig, path: Path) -> Run:
     d = config.dpo
     settings = PreferenceLoss(d.beta, d.loss, d.label_smoothing or 0.0)
     iters, steps = iters_of(config), config.train.steps or 0
-    needed = [train.used(max(steps * config.train.accumulate, iters)), validation.used(iters)]
-    (on_train, on_validation), told = make_references(trainee, config, [(train, needed[0]), (validation, needed[1])])
+    needed = sorted({*train.used(steps * config.train.accumulate), *train.sampled(iters)})
+    sets = [(train, needed), (validation, validation.used(iters))]
+    (on_train, on_validation), told = make_references(trainee, config, sets)
 
     def loss_sum(batch: PairBatch) -> torch.Tensor:
         return dpo_loss_sum(model, batch, on_train(batch), settings, precision)
 
     def evaluate() -> tuple[dict[str, float], Sums]:
         estimate = partial(estimate_dpo, model, settings=settings, precision=precision)
-        seen, _ = estimate(train.fixed(iters), on_train)
+        seen, _ = estimate(train.sample(iters), on_train)
         held, parts = estimate(validation.fixed(iters), on_validation)
         found = {"train_loss": seen["loss"], "train_accuracy": seen["accuracy"]}
         found |= {name if name == "sft_loss" else f"validation_{name}": value for name, value in held.items()}

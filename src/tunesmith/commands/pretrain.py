@@ -59,7 +59,7 @@ def _pretrain(config: PretrainConfig, shape: GPTConfig, path: Path) -> Run:
     size = held_out_bytes(validation, tokenizer, config)
 
     def evaluate() -> tuple[dict[str, float], Sums]:
-        on_train = estimate_loss(model, train.fixed(config.eval.iters), precision)
+        on_train = estimate_loss(model, train.sample(config.eval.iters), precision)
         found = estimate_loss(model, validation.fixed(config.eval.iters), precision)
         metrics = {
             "train_loss": on_train.loss, "validation_loss": found.loss, "validation_perplexity": found.perplexity,

@@ -49,7 +49,7 @@ def _sft(config: SFTConfig, path: Path) -> Run:
     device, precision = prepare_model(trainee.model, trainee.gpt, config), precision_of(config)
 
     def evaluate() -> tuple[dict[str, float], Sums]:
-        on_train = estimate_loss(model, train.fixed(config.eval.iters), precision)
+        on_train = estimate_loss(model, train.sample(config.eval.iters), precision)
         on_validation = estimate_loss(model, validation.fixed(config.eval.iters), precision)
         found = {
             "train_loss": on_train.loss, "validation_loss": on_validation.loss,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tunesmith.data.packing import Groups, pack
 from tunesmith.data.pairstore import CutPair, PairStore, cut_pairs
-from tunesmith.data.texts import PAD_STEP, steady_width
+from tunesmith.data.texts import PAD_STEP, SAMPLE, order_of, steady_width
 from tunesmith.device import put
 from tunesmith.errors import UsageError, UserError
 from tunesmith.models.attention import Documents
@@ -161,10 +161,10 @@ class PairBatches:
         """Pairs in an epoch."""
         return len(self.pairs)
 
-    @lru_cache(maxsize=2)  # noqa: B019 (one PairBatches lives as long as its run)
+    @lru_cache(maxsize=3)  # noqa: B019 (one PairBatches lives as long as its run): two epochs at a border, and SAMPLE
     def _plan(self, epoch: int) -> Groups:
         """Groups of pair numbers, in the epoch's order."""
-        rng = np.random.default_rng((self.seed, epoch))
+        rng = order_of(self.seed, epoch)
         order = rng.permutation(len(self.pairs))
         if self.batching == "padded":
             return Groups.of_one(order)
@@ -185,14 +185,28 @@ class PairBatches:
 
     def fixed(self, limit: int | None = None) -> Iterator[PairBatch]:
         """At most `limit` batches that are the same at every call; each pair once, and only here the last may be short."""
-        plan = self._plan(0)
+        return self._few(0, limit)
+
+    def sample(self, limit: int) -> Iterator[PairBatch]:
+        """As `fixed`, of pairs drawn anew from all there are: an estimate over a part of them that training does not favour."""
+        return self._few(SAMPLE, limit)
+
+    def _few(self, epoch: int, limit: int | None) -> Iterator[PairBatch]:
+        plan = self._plan(epoch)
         for start in range(0, len(plan), self.batch_size)[:limit]:
             yield self.assemble([i for group in plan[start : start + self.batch_size] for i in group.tolist()])
 
     def used(self, micro_batches: int) -> list[int]:
         """Numbers of the pairs that the first `micro_batches` micro-batches hold."""
+        return self._held(0, micro_batches)
+
+    def sampled(self, limit: int) -> list[int]:
+        """Numbers of the pairs that `sample` gives."""
+        return self._held(SAMPLE, limit)
+
+    def _held(self, epoch: int, micro_batches: int) -> list[int]:
         rows = min(micro_batches * self.batch_size, self.rows_per_epoch)  # an epoch holds every pair
-        plan = self._plan(0)
+        plan = self._plan(epoch)
         return sorted(plan.members[: plan.borders[rows]].tolist())
 
     def of(self, numbers: Sequence[int], tokens: int) -> Iterator[PairBatch]:

@@ -23,6 +23,12 @@ from tunesmith.models.attention import Documents
 Array = np.ndarray[Any, Any]
 LossOn = Literal["assistant", "all"]
 PAD_STEP = 128  # padded batches have widths in multiples of this, so that few shapes occur
+SAMPLE = -1  # in place of an epoch's number: the order in which rows are drawn for estimates of the training loss
+
+
+def order_of(seed: int, number: int) -> np.random.Generator:
+    """What an epoch's order, or a window, is drawn from; SAMPLE has a stream of its own, so that it says nothing about them."""
+    return np.random.default_rng((seed, 0, 1) if number == SAMPLE else (seed, number))
 
 
 @dataclass(frozen=True)
@@ -163,7 +169,8 @@ class Batches:
     """Micro-batches by number: `batches[i]` is the same whenever it is asked for, so a run resumes at any step.
 
     Rows follow each other across epochs; no row is dropped and no batch is short. Each epoch has its own order, drawn
-    from (seed, epoch).
+    from (seed, epoch). Estimates of the training loss have rows of their own (`sample`): those of the first batches are
+    learned first, and would make the loss look lower than it is.
     """
 
     def __init__(
@@ -214,10 +221,10 @@ class Batches:
             )
         self.rows_per_epoch = len(self._plan(0))
 
-    @lru_cache(maxsize=2)  # noqa: B019 (one Batches lives as long as its run)
+    @lru_cache(maxsize=3)  # noqa: B019 (one Batches lives as long as its run): two epochs at a border, and SAMPLE
     def _plan(self, epoch: int) -> Groups:
         """The rows of an epoch in order, each a group of numbers of pieces."""
-        rng = np.random.default_rng((self.seed, epoch))
+        rng = order_of(self.seed, epoch)
         order = rng.permutation(len(self.pieces)) if self.shuffle else np.arange(len(self.pieces))
         if self.batching == "padded":
             return Groups.of_one(order)
@@ -225,9 +232,8 @@ class Batches:
         rows = Groups(order[packed.members], packed.borders)
         return rows.taken(rng.permutation(len(rows))) if self.shuffle else rows
 
-    def _row(self, number: int) -> list[Piece]:
-        """The pieces of row `number`, counted over all epochs."""
-        epoch, place = divmod(number, self.rows_per_epoch)
+    def _row(self, epoch: int, place: int) -> list[Piece]:
+        """The pieces of one row of an epoch."""
         return [self.pieces[i] for i in self._plan(epoch)[place].tolist()]
 
     def __getitem__(self, index: int) -> Batch:
@@ -235,17 +241,24 @@ class Batches:
         numbers = range(index * self.batch_size, (index + 1) * self.batch_size)
         if self.batching == "windows":
             return self._windows(numbers)
-        return self._assemble([self._row(n) for n in numbers])
+        return self._assemble([self._row(*divmod(n, self.rows_per_epoch)) for n in numbers])
 
     def fixed(self, limit: int | None = None) -> Iterator[Batch]:
         """At most `limit` batches that are the same at every call: each row once, and only here the last may be short."""
+        return self._few(0, limit)
+
+    def sample(self, limit: int) -> Iterator[Batch]:
+        """As `fixed`, of rows drawn anew from all there are: an estimate over a part of the rows that training does not favour."""
+        return self._few(SAMPLE, limit)
+
+    def _few(self, epoch: int, limit: int | None) -> Iterator[Batch]:
         rows = self.rows_per_epoch
         for start in range(0, rows, self.batch_size)[:limit]:
-            numbers = range(start, min(start + self.batch_size, rows))
+            places = range(start, min(start + self.batch_size, rows))
             if self.batching == "windows":
-                yield self._windows(numbers)
+                yield self._windows(places, epoch)
                 continue
-            wanted = [self._row(n) for n in numbers]
+            wanted = [self._row(epoch, place) for place in places]
             if self.fill_to > 1:
                 wanted += [[]] * (self.batch_size - len(wanted))
             yield self._assemble(wanted)
@@ -254,12 +267,15 @@ class Batches:
         """The pieces of each batch of `fixed`, in the order in which they stand there."""
         for start in range(0, self.rows_per_epoch, self.batch_size):
             stop = min(start + self.batch_size, self.rows_per_epoch)
-            yield [piece for n in range(start, stop) for piece in self._row(n)]
+            yield [piece for place in range(start, stop) for piece in self._row(0, place)]
 
-    def _windows(self, numbers: Sequence[int]) -> Batch:
-        starts = [
-            int(np.random.default_rng((self.seed, n)).integers(len(self.stream) - self.block_size)) for n in numbers
-        ]
+    def _windows(self, numbers: Sequence[int], stream: int = 0) -> Batch:
+        """The windows of these numbers: of the training's stream, or of SAMPLE's."""
+        last = len(self.stream) - self.block_size
+        if stream == SAMPLE:
+            starts = order_of(self.seed, SAMPLE).integers(last, size=numbers[-1] + 1)[numbers[0] :].tolist()
+        else:
+            starts = [int(order_of(self.seed, n).integers(last)) for n in numbers]
         ids = np.stack([self.stream.part(a, a + self.block_size + 1) for a in starts])
         inputs, targets = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy()).flatten()
         return Batch(inputs, torch.arange(len(targets)), targets, None, len(targets), ())

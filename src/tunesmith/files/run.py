@@ -21,6 +21,9 @@ from tunesmith.files.lock import one_writer
 from tunesmith.jsontext import parse_json
 
 STEP_NAME = re.compile(r"step-(\d{8})")
+DRAWS = 2
+"""How a run draws its rows: `draws` in its inputs.json. Without the entry (1), the training loss was estimated on the rows that
+are trained on first, and a step could take rows of two epochs."""
 
 
 def step_name(step: int) -> str:
@@ -98,6 +101,14 @@ class Run:
                 f"{path} is damaged: it names no inputs; put it back, or start a new run with another --out"
             )
         return inputs
+
+    @property
+    def draws(self) -> int:
+        """How its rows are drawn (DRAWS); of a run that two versions made, the earlier way."""
+        try:
+            return int((self.inputs or {}).get("draws", 1))
+        except (UserError, OSError, TypeError, ValueError):
+            return 1
 
     def metrics(self, event: str | None = None) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl in order, or those of one event: train, eval, ...

@@ -7,12 +7,12 @@ grey print still tells them apart.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.files.run import Run
+from tunesmith.files.run import DRAWS, Run
 from tunesmith.stats import wilson_interval
 
 BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY = "#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9"
@@ -136,7 +136,14 @@ def loss_curve(run: Run) -> Plate:
         caption = (
             f"Estimates are means over always the same rows, every {'token' if by_token else 'pair'} weighing the same."
         )
-        return to_plate(figure, f"{run.path.name}-loss", "Loss", caption)
+        return to_plate(figure, f"{run.path.name}-loss", "Loss", caption, favoured([run]))
+
+
+def favoured(runs: Iterable[Run]) -> list[str]:
+    """What to say of runs of earlier versions beside their training loss."""
+    names = ", ".join(run.path.name for run in runs if run.draws < DRAWS)
+    why = "begun by an earlier version: the training loss is that of the rows that were trained on first, so it is too low"
+    return [f"{names}: {why}"] if names else []
 
 
 def preference_curves(run: Run) -> Plate:

@@ -17,7 +17,7 @@ import yaml
 from tunesmith.data.fingerprint import content_hash
 from tunesmith.data.tokenstore import TokenStore
 from tunesmith.errors import UsageError, UserError
-from tunesmith.files.run import Run
+from tunesmith.files.run import DRAWS, Run
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.resuming import HISTORY, Marked, checked_history, marked_options
 from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
@@ -33,6 +33,10 @@ ROWS = {  # key in inputs.json: what log and history call it, and in words
     "prompts": ("prompts", "the prompts of eval.prompts"),
 }
 WEIGHTS = "base weights"
+OLD_DRAWS = (
+    "an earlier version began this run: from here on its training loss is estimated on other rows, drawn from all there are, "
+    "and no step takes rows of two epochs"
+)
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ def inputs_of(command: Command, trainee: Trainee, splits: Splits, more: Mapping[
         "command": command,
         "tokenizer": trainee.tokenizer.fingerprint,
         "weights": trainee.fingerprint,
+        "draws": DRAWS,
         "train": rows_of(splits.train),
     }
     if splits.validation is not splits.train:
@@ -145,6 +150,9 @@ def settle_origin(config: AnyConfig, path: Path, inputs: dict[str, Any]) -> Orig
         notes.append(
             "this run has no inputs.json (an earlier version made it): whether its data have changed is not known"
         )
+    if run.draws != DRAWS:
+        inputs = {**inputs, "draws": run.draws}
+        notes.append(OLD_DRAWS)
     refuse(changes, config, path)
     notes += [f"changed from step {step + 1:,} on: {change.words}" for change in changes]
     entries = [{"step": step, "option": c.option, "from": c.before, "to": c.now} for c in changes]

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 import tunesmith.study.figures as look
+from tunesmith.files.run import Run
 from tunesmith.stats import wilson_interval
 from tunesmith.study.figures import TOKEN, Plate
 from tunesmith.study.lines import (
@@ -75,7 +76,7 @@ def both_losses(study: Study, spec: Spec) -> Drawn:
     count_validations(axes, next(s for line in held for s in line.seeds.values()))
     labels = [line.label for line in held] if len(held) > 1 else e.labels
     runs = members_of(e, labels)
-    notes = missing_notes(held) + comparable(runs)
+    notes = missing_notes(held) + comparable(runs) + look.favoured(Run(run.directory) for run in runs)
     return look.to_plate(figure, spec.name, spec.title, f"{rows_in_words(runs)} {seeds_in_words(held)}", notes)
 
 
@@ -92,6 +93,8 @@ def by_label(key: str, wanted: Callable[[Experiment], Sequence[str]]) -> Callabl
         curves(axes, lines, f"loss, {unit_of(runs[0])}")
         rows = "Estimates on the same training rows at every step." if key == "train_loss" else rows_in_words(runs)
         notes = missing_notes(lines) + comparable(runs)
+        if key == "train_loss":
+            notes += look.favoured(Run(run.directory) for run in runs)
         return look.to_plate(figure, spec.name, spec.title, f"{rows} {seeds_in_words(lines)}", notes)
 
     return draw
