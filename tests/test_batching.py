@@ -139,37 +139,44 @@ def test_pack_needs_no_more_bins_than_first_fit_decreasing(seed, shape):
 def test_every_dialogue_once_an_epoch_with_its_targets_and_positions(
     store, rows, tokenizer, batching, loss_on, batch_size
 ):
-    """Read back from the batches alone; three epochs, in batches that straddle the epochs' borders."""
+    """Read back from the batches alone; three epochs, each of which ends with a batch of what is left."""
     batches = batches_of(store, batching=batching, loss_on=loss_on, batch_size=batch_size)
     expected = plain_rows(rows, tokenizer, loss_on)
     assert len(expected) == len(rows)
     seen, epochs = Counter(), 3
-    per_epoch = batches.rows_per_epoch
-    stretches = []  # documents by batch row, as one long line of batch rows
-    for index in range(-(-epochs * per_epoch // batch_size)):
+    per_epoch = batches.per_epoch
+    assert per_epoch == -(-batches.rows_per_epoch // batch_size)
+    stretches = []  # documents by batch
+    for index in range(epochs * per_epoch):
         batch = batches[index]
         real = 0
-        for row, ids, targets, positions in documents_of(batch):
+        for _, ids, targets, positions in documents_of(batch):
             assert positions == list(range(len(ids)))
             if set(ids) == {tokenizer.end_of_text}:
                 assert set(targets) == {IGNORE_INDEX}, "padding carries no loss"
                 continue
             assert targets == expected[tuple(ids)]
-            stretches.append((index * batch_size + row, tuple(ids)))
+            stretches.append((index, tuple(ids)))
             real += len(ids)
         assert batch.tokens == real
         assert batch.count == len(batch.targets) == int((dense_targets(batch) != IGNORE_INDEX).sum())
         assert sorted(store.lengths[list(batch.sources)].tolist()) == sorted(
-            len(ids) for number, ids in stretches if number >= index * batch_size
+            len(ids) for number, ids in stretches if number == index
         )
     for epoch in range(epochs):
         seen = Counter(ids for number, ids in stretches if number // per_epoch == epoch)
         assert seen == Counter(dict.fromkeys(expected, 1))
 
 
-def test_batches_have_no_short_row_and_a_fixed_shape(store):
-    batches = batches_of(store, batch_size=4)
-    assert {tuple(batches[i].input_ids.shape) for i in range(2 * batches.rows_per_epoch)} == {(4, 256)}
+def test_only_the_last_batch_of_an_epoch_is_short(store):
+    size = next(n for n in range(2, 7) if batches_of(store).rows_per_epoch % n)
+    for batching, fill_to in (("packed", 1), ("packed", 64), ("windows", 1)):
+        batches = batches_of(store, batching=batching, loss_on="all", batch_size=size, fill_to=fill_to)
+        rows = [len(batches[i].input_ids) for i in range(2 * -(-batches.rows_per_epoch // size))]
+        left = batches.rows_per_epoch % size if (batching, fill_to) == ("packed", 1) else size
+        assert rows == 2 * [*[size] * (batches.rows_per_epoch // size), left][: len(rows) // 2]
+    few = batches_of(store, batch_size=1000, fill_to=64)
+    assert len(few[0].input_ids) == len(few[5].input_ids) == few.rows_per_epoch, "no more empty rows than there are"
 
 
 def test_a_batch_is_the_same_whenever_it_is_asked_for(store):

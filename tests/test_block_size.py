@@ -99,6 +99,7 @@ def test_a_step_larger_than_the_data_says_so(tiny_directory, tmp_path, capsys):
     config = tiny_config(tiny_directory, tmp_path / "run", train__steps=None, train__epochs=1.0, train__batch_size=16)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_rows=4))
     with pytest.warns(
-        UserWarning, match=r"a step takes 16 rows of 128 tokens and the data fill \d+: every step sees the data"
+        UserWarning,
+        match=r"a step is to take 16 rows of 128 tokens and the data fill \d+: every step takes those, each once",
     ):
         assert sft(config).config["train"]["steps"] == 1

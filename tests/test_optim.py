@@ -79,8 +79,14 @@ def test_schedules_at_their_ends(name, warmup):
     assert path[:warmup] == pytest.approx([step / warmup for step in range(1, warmup + 1)] if warmup else [])
     if warmup > 0:
         assert path[warmup - 1] == 1.0
-    last = {"constant": 1.0, "linear": 0.0, "cosine": 0.0}[name] if warmup < 20 else 1.0
-    assert path[-1] == pytest.approx(last, abs=1e-12)
+    after = schedule_factor(name, 21, steps=20, warmup_steps=warmup)
+    assert after == pytest.approx({"constant": 1.0, "linear": 0.0, "cosine": 0.0}[name], abs=1e-12)
+    assert path[-1] >= 0.006, "the last step counts"
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_single_step_has_the_peak(name):
+    assert factors(name, 1, 0) == factors(name, 1, 1) == [1.0]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -94,10 +100,5 @@ def test_schedules_rise_to_the_peak_and_never_rise_again(name):
 def test_linear_and_cosine_follow_their_formulas():
     for step, linear, cosine in zip(range(1, 41), factors("linear", 40, 8), factors("cosine", 40, 8), strict=True):
         if step >= 8:
-            assert linear == pytest.approx((40 - step) / 32)
-            assert cosine == pytest.approx((1 + math.cos(math.pi * (step - 8) / 32)) / 2)
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_a_run_that_goes_on_past_its_end_stays_at_the_last_factor(name):
-    assert schedule_factor(name, 25, steps=20, warmup_steps=5) == pytest.approx(factors(name, 20, 5)[-1])
+            assert linear == pytest.approx((41 - step) / 33)
+            assert cosine == pytest.approx((1 + math.cos(math.pi * (step - 8) / 33)) / 2)

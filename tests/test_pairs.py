@@ -171,10 +171,10 @@ def test_hh_rows_skipped_are_those_of_a_plain_count(shared_data, tokenizer):
 @pytest.mark.parametrize("batching", ["packed", "padded"])
 @pytest.mark.parametrize("steady", [False, True])
 def test_every_pair_comes_whole_once_an_epoch_with_its_targets(batching, batch_size, steady):
-    """Three epochs, in batches that straddle their borders."""
+    """Three epochs, each of which ends with a batch of what is left."""
     batches = batches_of(batching=batching, batch_size=batch_size, steady=steady)
     seen = []
-    for index in range(-(-3 * batches.rows_per_epoch // batch_size)):
+    for index in range(3 * batches.per_epoch):
         batch = batches[index]
         assert batch.pairs == batch.sources
         assert batch.count == len(batch.pairs)
@@ -201,6 +201,7 @@ def test_a_packed_row_holds_as_many_pairs_as_fit_and_a_longer_pair_a_row_of_its_
 def test_a_padded_row_is_one_pair():
     batches = batches_of(batching="padded", batch_size=4)
     assert batches.rows_per_epoch == len(PAIRS)
+    assert len(PAIRS) % 4 == 0
     assert {batches[i].count for i in range(40)} == {4}
 
 

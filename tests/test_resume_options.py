@@ -190,12 +190,18 @@ def test_what_was_left_to_the_program_stays_as_it_decided_then(tmp_path):
 # Length
 
 
-def test_only_a_constant_rate_can_be_lengthened(tiny_directory, tmp_path):
+def test_only_a_constant_rate_can_be_lengthened_and_any_other_says_how_it_goes_on(tiny_directory, tmp_path, capfd):
     options = {**SHORT, "optimizer__schedule": "cosine"}
     run = ts.sft(tiny_config(tiny_directory, tmp_path / "r", **options))
-    with pytest.raises(UserError, match=r"train\.steps was 2, now 4.*--resume_changes accept"):
-        ts.sft(tiny_config(tiny_directory, run.path, **{**options, "train__steps": 4}, resume=True))
+    longer = tiny_config(tiny_directory, run.path, **{**options, "train__steps": 4}, resume=True)
+    jump = r"train\.steps was 2, now 4 \(the cosine rate is then that of a run of 4 steps from its start: 0\.5 of the peak at step 2, 0\.5 at step 3\)"  # fmt: skip  # noqa: E501
+    with pytest.raises(UserError, match=jump + ".*--resume_changes accept"):
+        ts.sft(longer)
     assert run.status["state"] == "finished"
+    ts.sft(dataclasses.replace(longer, resume_changes="accept"))
+    whole = ts.sft(tiny_config(tiny_directory, tmp_path / "whole", **{**options, "train__steps": 4}))
+    assert [line["lr"] for line in run.metrics("train")][2:] == [line["lr"] for line in whole.metrics("train")][2:]
+    assert f"changed from step 3 on: {jump}".replace("\\", "") in capfd.readouterr().out
 
 
 def test_fewer_steps_than_were_taken_are_refused_and_fewer_than_were_asked_for_too(tiny_directory, tmp_path, capfd):
@@ -212,17 +218,18 @@ def test_fewer_steps_than_were_taken_are_refused_and_fewer_than_were_asked_for_t
     assert run.metrics() == lines
 
 
-def test_a_run_can_be_lengthened_by_epochs(tiny_directory, tmp_path):
+def test_a_run_lengthened_by_epochs_is_one_that_was_as_long_from_the_start(tiny_directory, tmp_path, capfd):
     run = ts.sft(tiny_config(tiny_directory, tmp_path / "r", **SHORT))
-    epoch = ts.sft(tiny_config(tiny_directory, tmp_path / "e", **{**SHORT, "train__steps": None, "data__max_rows": 9}))
+    options = {**SHORT, "train__steps": None, "data__max_rows": 9, "train__batch_size": 4, "eval__at_start": False}
+    epoch = ts.sft(tiny_config(tiny_directory, tmp_path / "e", **options))
     steps = epoch.config["train"]["steps"]
     assert steps > 1
     assert main(["sft", "--resume", "--out", str(epoch.path), "--train.epochs", "2"]) == 0
-    assert epoch.config["train"]["steps"] == epoch.status["step"]
-    assert epoch.status["step"] in (
-        2 * steps,
-        2 * steps + 1,
-    )  # half a step of the first epoch may have been rounded away
+    assert epoch.config["train"]["steps"] == epoch.status["step"] == 2 * steps
+    assert "the constant rate does not depend on it" in capfd.readouterr().out
+    two = ts.sft(tiny_config(tiny_directory, tmp_path / "two", **options, train__epochs=2.0))
+    assert train_losses(epoch) == train_losses(two)
+    assert last_digest(epoch) == last_digest(two)
     assert main(["sft", "--resume", "--out", str(run.path), "--train.epochs", "0.01"]) == 2  # a step: it is at 2
 
 

@@ -154,6 +154,7 @@ def _dpo(config: DPOConfig, path: Path) -> Run:
         config, path, trainee, device,
         origin=origin,
         micro_batch=lambda i: train[i].to(device),
+        per_epoch=train.per_epoch,
         loss_sum=loss_sum,
         evaluate=evaluate,
         describe_rows=lambda batches: ", ".join(train.store.place(r) for b in batches for r in b.sources[:3]),

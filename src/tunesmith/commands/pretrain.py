@@ -71,6 +71,7 @@ def _pretrain(config: PretrainConfig, shape: GPTConfig, path: Path) -> Run:
         config, path, trainee, device,
         origin=origin,
         micro_batch=lambda i: train[i].to(device),
+        per_epoch=train.per_epoch,
         loss_sum=lambda batch: nll_sum(model, batch, precision),
         evaluate=evaluate,
         describe_rows=lambda batches: ", ".join(splits.train.place(r) for b in batches for r in b.sources[:3]) or "random windows",

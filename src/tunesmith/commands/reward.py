@@ -69,6 +69,7 @@ def _train_reward_model(config: RewardConfig, path: Path) -> Run:
         config, path, trainee, device,
         origin=origin,
         micro_batch=lambda i: train[i].to(device),
+        per_epoch=train.per_epoch,
         loss_sum=lambda batch: reward_loss_sum(model, batch, precision),
         evaluate=evaluate,
         describe_rows=lambda batches: ", ".join(train.store.place(r) for b in batches for r in b.sources[:3]),

@@ -120,7 +120,8 @@ class PairBatches:
 
     `packed`: a micro-batch is `batch_size` groups of whole pairs, each filling up to block_size tokens (a longer pair is
     a group of its own), so the number of pairs varies and the step's mean is over the pairs that it has. `padded`: it is
-    exactly `batch_size` pairs. Each epoch has its own order, drawn from (seed, epoch); nothing is dropped.
+    exactly `batch_size` pairs. Each epoch has its own order, drawn from (seed, epoch), and holds each pair once: its last
+    batch is short where rows are left over.
     """
 
     def __init__(
@@ -179,9 +180,12 @@ class PairBatches:
 
     def __getitem__(self, index: int) -> PairBatch:
         """Micro-batch number `index`, counted from 0 over the whole training."""
-        first = index * self.batch_size
-        places = [divmod(n, self.rows_per_epoch) for n in range(first, first + self.batch_size)]
-        return self.assemble([i for epoch, n in places for i in self._plan(epoch)[n].tolist()])
+        return self._batch(*divmod(index, self.per_epoch))
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches in an epoch."""
+        return -(-self.rows_per_epoch // self.batch_size)
 
     def fixed(self, limit: int | None = None) -> Iterator[PairBatch]:
         """At most `limit` batches that are the same at every call; each pair once, and only here the last may be short."""
@@ -192,9 +196,11 @@ class PairBatches:
         return self._few(SAMPLE, limit)
 
     def _few(self, epoch: int, limit: int | None) -> Iterator[PairBatch]:
-        plan = self._plan(epoch)
-        for start in range(0, len(plan), self.batch_size)[:limit]:
-            yield self.assemble([i for group in plan[start : start + self.batch_size] for i in group.tolist()])
+        return (self._batch(epoch, number) for number in range(self.per_epoch)[:limit])
+
+    def _batch(self, epoch: int, number: int) -> PairBatch:
+        start = number * self.batch_size
+        return self.assemble([i for row in self._plan(epoch)[start : start + self.batch_size] for i in row.tolist()])
 
     def used(self, micro_batches: int) -> list[int]:
         """Numbers of the pairs that the first `micro_batches` micro-batches hold."""

@@ -168,9 +168,9 @@ class Stream:
 class Batches:
     """Micro-batches by number: `batches[i]` is the same whenever it is asked for, so a run resumes at any step.
 
-    Rows follow each other across epochs; no row is dropped and no batch is short. Each epoch has its own order, drawn
-    from (seed, epoch). Estimates of the training loss have rows of their own (`sample`): those of the first batches are
-    learned first, and would make the loss look lower than it is.
+    Each epoch has its own order, drawn from (seed, epoch), and holds each row once: its last batch is short where rows are
+    left over. Windows are drawn at random for ever; no batch of them is short. Estimates of the training loss have rows of
+    their own (`sample`): those of the first batches are learned first, and would make the loss look lower than it is.
     """
 
     def __init__(
@@ -190,8 +190,8 @@ class Batches:
         """Arguments as the options of the same names. shuffle: False keeps one fixed order (evaluation).
 
         fill_to: the number of tokens that carry loss is filled up to a multiple of this, so that kernels which are
-            made for a shape (compiled ones, bf16 on a CPU) are made a few times only. For their sake a short last
-            batch of `fixed` gets empty rows too.
+            made for a shape (compiled ones, bf16 on a CPU) are made a few times only. For their sake the short last
+            batch of an epoch gets empty rows too.
 
         Raises: UserError if nothing is left to learn from, or the windows are longer than the data.
         """
@@ -238,10 +238,13 @@ class Batches:
 
     def __getitem__(self, index: int) -> Batch:
         """Micro-batch number `index`, counted from 0 over the whole training."""
-        numbers = range(index * self.batch_size, (index + 1) * self.batch_size)
-        if self.batching == "windows":
-            return self._windows(numbers)
-        return self._assemble([self._row(*divmod(n, self.rows_per_epoch)) for n in numbers])
+        epoch, number = divmod(index, self.per_epoch) if self.per_epoch else (0, index)
+        return self._batch(epoch, number)
+
+    @property
+    def per_epoch(self) -> int | None:
+        """Batches in an epoch; None for windows, whose epochs have no ends."""
+        return None if self.batching == "windows" else -(-self.rows_per_epoch // self.batch_size)
 
     def fixed(self, limit: int | None = None) -> Iterator[Batch]:
         """At most `limit` batches that are the same at every call: each row once, and only here the last may be short."""
@@ -252,16 +255,19 @@ class Batches:
         return self._few(SAMPLE, limit)
 
     def _few(self, epoch: int, limit: int | None) -> Iterator[Batch]:
-        rows = self.rows_per_epoch
-        for start in range(0, rows, self.batch_size)[:limit]:
-            places = range(start, min(start + self.batch_size, rows))
-            if self.batching == "windows":
-                yield self._windows(places, epoch)
-                continue
-            wanted = [self._row(epoch, place) for place in places]
-            if self.fill_to > 1:
-                wanted += [[]] * (self.batch_size - len(wanted))
-            yield self._assemble(wanted)
+        batches = -(-self.rows_per_epoch // self.batch_size)
+        return (self._batch(epoch, number, whole=False) for number in range(batches)[:limit])
+
+    def _batch(self, epoch: int, number: int, *, whole: bool = True) -> Batch:
+        """Batch `number` of an epoch. whole: windows beyond the epoch's rows too."""
+        rows, start = self.rows_per_epoch, number * self.batch_size
+        if self.batching == "windows":
+            stop = start + self.batch_size
+            return self._windows(range(start, stop if whole else min(stop, rows)), epoch)
+        wanted = [self._row(epoch, place) for place in range(start, min(start + self.batch_size, rows))]
+        if self.fill_to > 1:
+            wanted += [[]] * (min(self.batch_size, rows) - len(wanted))
+        return self._assemble(wanted)
 
     def fixed_pieces(self) -> Iterator[list[Piece]]:
         """The pieces of each batch of `fixed`, in the order in which they stand there."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tunesmith.options.resuming import CONTENT, FIXED
+from tunesmith.options.resuming import AS_BEGUN, CONTENT, FIXED
 from tunesmith.options.training import (
     BlockSize,
     CheckpointOptions,
@@ -68,9 +68,9 @@ class PretrainOptimizerOptions(OptimizerOptions):
     weight_decay: float | None = 0.1
     """Weight decay of matrices (never of biases and norms)."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Learning rate after the warm-up."""
-    warmup_steps: int = 100
-    """Steps over which the rate rises linearly from 0."""
+    """Learning rate after the warm-up; linear and cosine would reach 0 one step after the last."""
+    warmup_steps: int | None = field(default=None, metadata=AS_BEGUN)
+    """Steps over which the rate rises linearly from 0; default 100, and a tenth of a run of 100 steps or fewer."""
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class TrainOptions:
     steps: int | None = field(default=None, metadata=LENGTH)
     """Optimizer steps (or give train.epochs)."""
     epochs: float | None = field(default=None, metadata=OPEN)  # decided as train.steps, which is compared
-    """Passes over the data; 1 if neither steps nor epochs is given."""
+    """Passes over the data, each with every row once; 1 if neither steps nor epochs is given."""
     batch_size: int = 1
     """Rows of block_size tokens in one micro-batch, per process."""
     accumulate: int = 1
@@ -121,9 +121,9 @@ class OptimizerOptions:
     momentum: float = 0.9
     """Momentum of sgd-momentum and sgd-nesterov."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after the warm-up."""
-    warmup_steps: int = 0
-    """Steps over which the rate rises linearly from 0."""
+    """Learning rate after the warm-up; linear and cosine would reach 0 one step after the last."""
+    warmup_steps: int | None = field(default=None, metadata=AS_BEGUN)
+    """Steps over which the rate rises linearly from 0; default none."""
 
 
 @dataclass(frozen=True)

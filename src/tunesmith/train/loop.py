@@ -107,7 +107,7 @@ def fit(
     settle: Callable[[], None],
     reward_at: Callable[[int], dict[str, Any]] | None = None,
     steps: int,
-    accumulate: int,
+    numbers: Callable[[int], range],
     eval_every: int,
     eval_at_start: bool,
     eval_cost: float = 0.0,
@@ -121,6 +121,7 @@ def fit(
 
     Args:
         micro_batch: number from 0 -> batch on the device; the same number always gives the same batch.
+        numbers: step -> the numbers of its micro-batches; steps follow each other.
         take_step: micro-batches -> `step.optimizer_step` of them, or a step that is read later.
         ahead: launch a step before the one before it is read, so that the device never waits for the host. What is logged,
             saved and decided is the same; `take_step` must leave the weights alone after a step that was not finite.
@@ -195,8 +196,7 @@ def fit(
     def launch() -> None:
         began, number = waiting[-1].ended if waiting else mark(clock), state.step + len(waiting) + 1
         try:
-            first = (number - 1) * accumulate
-            batches = [micro_batch(first + i) for i in range(accumulate)]
+            batches = [micro_batch(i) for i in numbers(number)]
             lr = learning_rate(number)
             set_learning_rate(optimizer, lr)
             seen = step_in_memory(batches, take_step, optimizer, splitting, tell, device)

@@ -223,12 +223,13 @@ def round_stochastically(x: Tensor) -> Tensor:
 def schedule_factor(name: str, step: int, *, steps: int, warmup_steps: int) -> float:
     """Share of the peak learning rate in force at optimizer step `step` (from 1 to `steps`).
 
-    Linear warm-up from 0, then constant, linear to 0, or half a cosine to 0 at the last step.
+    Linear warm-up from 0, whose last step has the peak (without one the first step has it); then constant, linear to 0, or
+    half a cosine to 0. The rate would be 0 one step after the last: a step at 0 would be a step for nothing.
     """
     if step < warmup_steps:
         return step / warmup_steps
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return SCHEDULES[name](min(1.0, progress))
+    peak = max(1, warmup_steps)
+    return SCHEDULES[name]((step - peak) / (steps + 1 - peak))
 
 
 SCHEDULES: dict[str, Callable[[float], float]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -19,6 +20,7 @@ from tunesmith.train.trainee import AnyConfig, alpha_of
 Config = TypeVar("Config", SFTConfig, DPOConfig, RewardConfig, PretrainConfig)
 Command = Literal["pretrain", "sft", "dpo", "reward"]
 LEARNING_RATE: dict[Command, float] = {"pretrain": 6e-4, "sft": 1e-4, "reward": 1e-5, "dpo": 1e-6}
+WARMUP = 100  # steps, of a pretraining where nothing else is said
 LORA_FACTOR = 10  # adapters want a larger rate than all weights do
 
 
@@ -152,10 +154,36 @@ def resolve_cuda_graphs(config: AnyConfig, device: torch.device, precision: Prec
 
 
 class Countable(Protocol):
-    """Batches by number, of which an epoch has a known number of rows."""
+    """Batches by number, of which an epoch has a known number of rows.
+
+    per_epoch: batches in it, the last of which is short where rows are left over; None where epochs have no ends.
+    """
 
     rows_per_epoch: int
     batch_size: int
+
+    @property
+    def per_epoch(self) -> int | None: ...
+
+
+def batches_of_step(step: int, accumulate: int, per_epoch: int | None) -> range:
+    """The numbers of a step's micro-batches. step: from 1. An epoch's last step takes what is left of it.
+
+    >>> [list(batches_of_step(step, 2, 3)) for step in (1, 2, 3)]
+    [[0, 1], [2], [3, 4]]
+    """
+    if per_epoch is None:
+        return range((step - 1) * accumulate, step * accumulate)
+    epoch, number = divmod(step - 1, -(-per_epoch // accumulate))
+    first = epoch * per_epoch + number * accumulate
+    return range(first, min(first + accumulate, (epoch + 1) * per_epoch))
+
+
+def steps_of(epochs: float, train: Countable, accumulate: int) -> int:
+    """Steps in so many epochs, a part of one rounded up. Of windows, an epoch is as many as the stream has blocks."""
+    whole = 0 if train.per_epoch is None else int(epochs)
+    rest = (epochs - whole) * train.rows_per_epoch / (train.batch_size * accumulate)
+    return whole * -(-(train.per_epoch or 0) // accumulate) + math.ceil(rest - 1e-9)
 
 
 def resolve_length(config: Config, train: Countable, validation: Countable) -> Config:
@@ -164,20 +192,26 @@ def resolve_length(config: Config, train: Countable, validation: Countable) -> C
     Estimates come 40 times over the training, but on small data not so often that with the most batches they would take
     longer than the training itself (a forward pass is a third of a step).
     """
-    per_step = config.train.batch_size * config.train.accumulate
-    if per_step > train.rows_per_epoch and config.data.batching != "windows":
-        smaller = "--train.accumulate or --train.batch_size" if config.train.accumulate > 1 else "--train.batch_size"
-        note(
-            f"a step takes {per_step:,} rows of {config.data.block_size} tokens and the data fill {train.rows_per_epoch:,}: every step "
-            f"sees the data {per_step / train.rows_per_epoch:.3g} times; lower {smaller} to see them once"
+    t, o = config.train, config.optimizer
+    per_step = t.batch_size * t.accumulate
+    if per_step > train.rows_per_epoch:
+        note(_more_than_there_is(per_step, train, t.accumulate, config.data.block_size))
+    steps = t.steps or max(1, steps_of(1.0 if t.epochs is None else t.epochs, train, t.accumulate))
+    warmup = o.warmup_steps
+    if warmup is None:
+        warmup = 0 if not isinstance(config, PretrainConfig) else WARMUP if steps > WARMUP else steps // 10
+    if warmup > steps and not config.resume:
+        raise UsageError(
+            f"--optimizer.warmup_steps {warmup:,} is more than the training's {steps:,} steps, so the rate would never reach "
+            f"--optimizer.lr: lower it (a tenth of the steps is {steps // 10:,}), or train longer"
         )
-    steps = config.train.steps or max(1, round((config.train.epochs or 1.0) * train.rows_per_epoch / per_step))
     splits = [-(-b.rows_per_epoch // b.batch_size) for b in (train, validation)]
     estimate = sum(min(config.eval.iters or MOST_ITERS, batches) for batches in splits)
     every = config.eval.every or max(1, steps // 40, min(steps, estimate // (3 * config.train.accumulate)))
     return dataclasses.replace(
         config,
-        train=dataclasses.replace(config.train, steps=steps, epochs=None),
+        train=dataclasses.replace(t, steps=steps, epochs=None),
+        optimizer=dataclasses.replace(o, warmup_steps=warmup),
         eval=dataclasses.replace(
             config.eval, every=every, iters=config.eval.iters or default_iters(config, steps, every, splits)
         ),
@@ -212,6 +246,15 @@ def iters_of(config: AnyConfig) -> int:
     """Batches of each split in an estimate of a resolved configuration."""
     assert config.eval.iters is not None
     return config.eval.iters
+
+
+def _more_than_there_is(per_step: int, train: Countable, accumulate: int, block_size: Any) -> str:
+    """What becomes of a step that is larger than the data."""
+    smaller = "--train.accumulate or --train.batch_size" if accumulate > 1 else "--train.batch_size"
+    asked = f"a step is to take {per_step:,} rows of {block_size} tokens and the data fill {train.rows_per_epoch:,}"
+    if train.per_epoch is None:
+        return f"{asked}: every step reads them about {per_step / train.rows_per_epoch:.3g} times; lower {smaller} to read them once"
+    return f"{asked}: every step takes those, each once, and is an epoch; lower {smaller} for more steps in one"
 
 
 def as_dict(config: AnyConfig) -> dict[str, Any]:

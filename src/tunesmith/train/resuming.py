@@ -21,6 +21,7 @@ from tunesmith.files.run import DRAWS, Run
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.resuming import HISTORY, Marked, checked_history, marked_options
 from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
+from tunesmith.train.optim import schedule_factor
 from tunesmith.train.resolve import Command
 from tunesmith.train.splits import Splits
 from tunesmith.train.trainee import AnyConfig, Trainee
@@ -35,7 +36,7 @@ ROWS = {  # key in inputs.json: what log and history call it, and in words
 WEIGHTS = "base weights"
 OLD_DRAWS = (
     "an earlier version began this run: from here on its training loss is estimated on other rows, drawn from all there are, "
-    "and no step takes rows of two epochs"
+    "no step takes rows of two epochs, and a linear or cosine rate would reach 0 one step after the last"
 )
 
 
@@ -145,7 +146,7 @@ def settle_origin(config: AnyConfig, path: Path, inputs: dict[str, Any]) -> Orig
     changed = input_changes(before, inputs) if before else []
     same_content = before is not None and not changed
     changes, notes = option_changes(config, stored, same_content=same_content, base=bool(inputs["weights"]))
-    changes += changed
+    changes = [*_with_rates(changes, config, stored, step), *changed]
     if before is None:
         notes.append(
             "this run has no inputs.json (an earlier version made it): whether its data have changed is not known"
@@ -203,7 +204,9 @@ def option_changes(
             notes.append(f"{change.words}: the same content")
         elif option.mark == "rounding" and not draws_random_numbers(config):
             notes.append(f"{change.words}, which gives the same to rounding")
-        elif not _lengthened(option, before, config):
+        elif _lengthened(option, before, config):
+            notes.append(f"{change.words}: the constant rate does not depend on it")
+        else:
             changes.append(change)
     return changes, notes
 
@@ -211,6 +214,26 @@ def option_changes(
 def _lengthened(option: Marked, before: Any, config: AnyConfig) -> bool:
     longer = option.mark == "length" and isinstance(before, int) and option.value > before
     return longer and config.optimizer.schedule == "constant"
+
+
+def _with_rates(changes: Sequence[Change], config: AnyConfig, stored: Mapping[str, Any], step: int) -> list[Change]:
+    """The changes, the first of those that alter the schedule with what it does to the rate at this step."""
+    told = next(
+        (c for c in changes if c.option in ("train.steps", "optimizer.schedule", "optimizer.warmup_steps")), None
+    )
+    o, t = config.optimizer, config.train
+    before, steps = stored.get("optimizer") or {}, (stored.get("train") or {}).get("steps")
+    if told is None or not step or not isinstance(steps, int) or t.steps is None:
+        return list(changes)
+    was = schedule_factor(
+        before.get("schedule", "constant"), step, steps=max(steps, step), warmup_steps=before.get("warmup_steps") or 0
+    )
+    now = schedule_factor(o.schedule, step + 1, steps=max(t.steps, step + 1), warmup_steps=o.warmup_steps or 0)
+    words = (
+        f"{told.words} (the {o.schedule} rate is then that of a run of {t.steps:,} steps from its start: "
+        f"{was:.3g} of the peak at step {step:,}, {now:.3g} at step {step + 1:,})"
+    )
+    return [dataclasses.replace(c, words=words) if c is told else c for c in changes]
 
 
 def draws_random_numbers(config: AnyConfig) -> bool:

@@ -33,7 +33,7 @@ from tunesmith.train.loop import MicroBatch, Readable, fit
 from tunesmith.train.optim import OneByOne, decides_on_device, schedule_factor
 from tunesmith.train.prefetch import made_ahead
 from tunesmith.train.recorded import RecordedStep, recorder
-from tunesmith.train.resolve import Command, as_dict, iters_of, passes_of, precision_of
+from tunesmith.train.resolve import Command, as_dict, batches_of_step, iters_of, passes_of, precision_of
 from tunesmith.train.resuming import Config, Origin, as_begun
 from tunesmith.train.splitting import Splitting
 from tunesmith.train.step import Seen, Unread, optimizer_step, step_on_device
@@ -69,6 +69,7 @@ def run_training(
     *,
     origin: Origin,
     micro_batch: Callable[[int], B],
+    per_epoch: int | None,
     loss_sum: Callable[[B], Tensor],
     evaluate: Callable[[], tuple[dict[str, float], Sums]],
     describe_rows: Callable[[Sequence[B]], str],
@@ -82,12 +83,14 @@ def run_training(
 ) -> Run:
     """Print what will be done and do it; the run's status says how it ended. Arguments as in `fit`.
 
-    origin: what the run is made from. about: the data in words. notes: what the user should know before the first step.
-    memory: what to say of the memory that it will take.
+    origin: what the run is made from. per_epoch: micro-batches in an epoch, None where it has no end. about: the data in words.
+    notes: what the user should know before the first step. memory: what to say of the memory that it will take.
     """
     o, t, precision = config.optimizer, config.train, precision_of(config)
-    steps, every, save_every, peak = t.steps, config.eval.every, config.checkpoint.every, o.lr
-    assert steps is not None and every is not None and save_every is not None and peak is not None  # noqa: PT018
+    steps, every, save_every, peak, warmup = t.steps, config.eval.every, config.checkpoint.every, o.lr, o.warmup_steps
+    assert steps is not None and every is not None and save_every is not None  # noqa: PT018
+    assert peak is not None and warmup is not None  # noqa: PT018
+    numbers = partial(batches_of_step, accumulate=t.accumulate, per_epoch=per_epoch)
     optimizer = make_optimizer(trainee.model, config)
     scaler = GradScaler(device.type) if precision == "fp16" else None
     take_step, ahead = stepper(config, trainee.model, optimizer, scaler, loss_sum, device)
@@ -116,9 +119,9 @@ def run_training(
             fit(
                 log=log, device=device, write_weights=trainee.write, read_weights=trainee.read, optimizer=optimizer, scaler=scaler,
                 micro_batch=batch_number, take_step=take_step, ahead=ahead, splitting=splitting_of(config, device),
-                learning_rate=lambda step: peak * schedule_factor(o.schedule, step, steps=steps, warmup_steps=o.warmup_steps),
+                learning_rate=lambda step: peak * schedule_factor(o.schedule, step, steps=steps, warmup_steps=warmup),
                 evaluate=evaluate, describe_rows=describe_rows, counted=counted, observed=observed, opening=opening,
-                settle=partial(write_origin, log, origin, config), reward_at=reward_at, steps=steps, accumulate=t.accumulate,
+                settle=partial(write_origin, log, origin, config), reward_at=reward_at, steps=steps, numbers=numbers,
                 eval_every=every, eval_at_start=config.eval.at_start,
                 eval_cost=2 * iters_of(config) / passes_of(config), patience=config.eval.patience, checkpoint_every=save_every,
                 keep=config.checkpoint.keep, diverge_after=t.diverge_after, resume=config.resume,

@@ -1,0 +1,106 @@
+"""How long a training is: epochs that see each row once, schedules whose last step counts, lengths that were asked for twice."""
+
+import json
+import math
+
+import pytest
+
+import tunesmith as ts
+from tiny_runs import tiny_config, train_losses, write_dialogues
+from tunesmith.errors import UserError
+from tunesmith.options.pretraining import PretrainConfig
+from tunesmith.options.training import RewardConfig
+from tunesmith.train.resolve import batches_of_step, resolve_length, steps_of
+
+QUICK = {"train__steps": None, "eval__at_start": False, "eval__iters": 1, "eval__every": 100, "train__diverge_after": 0}
+TRAIN = {"sft": ts.sft, "reward": ts.train_reward_model}
+
+
+class Rows:
+    """Batches of some size that have so many rows."""
+
+    def __init__(self, rows, batch_size, windows=False):
+        self.rows_per_epoch, self.batch_size = rows, batch_size
+        self.per_epoch = None if windows else math.ceil(rows / batch_size)
+
+
+@pytest.mark.parametrize(("rows", "batch_size", "accumulate"), [(9, 4, 1), (9, 2, 2), (9, 64, 1), (8, 2, 2), (1, 1, 3), (17, 3, 4)])  # fmt: skip  # noqa: E501
+def test_the_steps_of_an_epoch_take_each_of_its_batches_once(rows, batch_size, accumulate):
+    data = Rows(rows, batch_size)
+    for epochs in (1, 2, 5):
+        steps = steps_of(epochs, data, accumulate)
+        numbers = [list(batches_of_step(s, accumulate, data.per_epoch)) for s in range(1, steps + 1)]
+        assert [n for several in numbers for n in several] == list(range(epochs * data.per_epoch))
+        assert all(1 <= len(several) <= accumulate for several in numbers)
+        assert steps == epochs * math.ceil(rows / (batch_size * accumulate))
+
+
+def test_parts_of_epochs_are_rounded_up_and_windows_never_end():
+    assert [steps_of(e, Rows(9, 4), 1) for e in (0.1, 0.5, 1.0, 1.1, 1.5)] == [1, 2, 3, 4, 5]
+    assert [steps_of(e, Rows(10, 1), 1) for e in (0.1 + 0.2, 0.31)] == [3, 4]
+    windows = Rows(9, 4, windows=True)
+    assert [steps_of(e, windows, 1) for e in (1, 2)] == [3, 5]
+    assert [list(batches_of_step(s, 2, None)) for s in (1, 7)] == [[0, 1], [12, 13]]
+
+
+@pytest.mark.filterwarnings("ignore:a step is to take 64 rows")
+@pytest.mark.parametrize("kind", TRAIN)
+def test_nine_rows_in_batches_of_four_are_seen_once_each_and_every_step_is_a_mean_over_its_own(tiny_directory, tmp_path, kind):  # fmt: skip
+    rows = tmp_path / "rows.jsonl"
+    if kind == "sft":
+        write_dialogues(rows, [(f"Question {i}?", f"Answer {i * i}, " * (i + 1)) for i in range(9)])
+    else:
+        pairs = [{"prompt": f"Question {i}?", "chosen": f"Yes, {i}. " * (i + 1), "rejected": "No."} for i in range(9)]
+        rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (tmp_path / "data").mkdir()
+    rows.rename(tmp_path / "data" / "train.jsonl")
+    (tmp_path / "data" / "test.jsonl").write_text((tmp_path / "data" / "train.jsonl").read_text())
+    options = {**QUICK, "data__name": str(tmp_path / "data"), "data__batching": "padded", "optimizer__lr": 0.0}
+    config = RewardConfig if kind == "reward" else ts.SFTConfig
+    counted = "pairs" if kind == "reward" else "target_tokens"
+    ends, seen = {}, {}
+    for size, accumulate in ((4, 1), (2, 2), (64, 1), (9, 1)):
+        more = {"train__batch_size": size, "train__accumulate": accumulate, "train__epochs": 2.0}
+        run = TRAIN[kind](tiny_config(tiny_directory, tmp_path / f"{size}", config, **options, **more))
+        ends[size] = run.status["step"]
+        lines = run.metrics("train")
+        before = [0, *(line[counted] for line in lines)]
+        sums = [line["loss"] * (line[counted] - at) for line, at in zip(lines, before, strict=False)]
+        seen[size] = sum(sums) / lines[-1][counted], lines[-1][counted]
+    assert ends == {4: 6, 2: 6, 64: 2, 9: 2}
+    for mean, count in seen.values():  # at a rate of 0: the mean loss of every row twice, whatever the steps were
+        assert (mean, count) == (pytest.approx(seen[9][0], rel=1e-6), seen[9][1])
+
+
+def test_a_batch_beyond_the_data_is_said_and_the_step_is_an_epoch(tiny_directory, tmp_path):
+    few = {**QUICK, "data__max_rows": 9, "train__batch_size": 64, "data__batching": "padded"}
+    with pytest.warns(
+        UserWarning, match=r"a step is to take 64 rows .* every step takes those, each once, and is an epoch"
+    ):
+        run = ts.sft(tiny_config(tiny_directory, tmp_path / "r", **few))
+    assert len(train_losses(run)) == 1
+    few |= {"data__batching": "windows", "train__batch_size": 100, "data__block_size": 32}
+    with pytest.warns(UserWarning, match=r"100 rows of 32 tokens .* every step reads them about [\d.]+ times"):
+        ts.sft(tiny_config(tiny_directory, tmp_path / "w", **few))
+
+
+# The schedule
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_run_of_one_step_learns_whatever_its_schedule(tiny_directory, tmp_path, schedule):
+    options = {**QUICK, "train__steps": 1, "optimizer__schedule": schedule}
+    run = ts.sft(tiny_config(tiny_directory, tmp_path / schedule, **options))
+    assert [line["lr"] for line in run.metrics("train")] == [1e-3]
+
+
+def test_a_warm_up_longer_than_the_run_is_refused_and_a_default_one_is_shorter(tiny_directory, tmp_path):
+    with pytest.raises(UserError, match=r"--optimizer.warmup_steps 7 is more than the training's 6 steps"):
+        ts.sft(tiny_config(tiny_directory, tmp_path / "r", optimizer__warmup_steps=7))
+    lengths = {"steps": (20, 100, 101, 5000), "warm-up": (2, 10, 100, 100)}
+    found = [
+        resolve_length(tiny_config("m", tmp_path, PretrainConfig, train__steps=n), Rows(9, 2), Rows(9, 2))
+        for n in lengths["steps"]
+    ]
+    assert tuple(config.optimizer.warmup_steps for config in found) == lengths["warm-up"]
+    assert resolve_length(tiny_config("m", tmp_path), Rows(9, 2), Rows(9, 2)).optimizer.warmup_steps == 0
