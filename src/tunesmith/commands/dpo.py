@@ -28,6 +28,7 @@ from tunesmith.models.evaluation import evaluation_mode
 from tunesmith.options.training import DPOConfig
 from tunesmith.plan.room import memory_lines
 from tunesmith.train.choice import Sums
+from tunesmith.train.divergence import batches_to_judge_by
 from tunesmith.train.losses import SMOOTHED
 from tunesmith.train.pair_loss import OBSERVED, PreferenceLoss, Reference, answer_logps, dpo_loss_sum, estimate_dpo
 from tunesmith.train.reference import LogpStore, adapter_off, cached, second_model, store_path
@@ -133,7 +134,9 @@ def _dpo(config: DPOConfig, path: Path) -> Run:
     d = config.dpo
     settings = PreferenceLoss(d.beta, d.loss, d.label_smoothing or 0.0)
     iters, steps = iters_of(config), config.train.steps or 0
-    needed = sorted({*train.used(steps * config.train.accumulate), *train.sampled(iters)})
+    micro_batches = steps * config.train.accumulate
+    sampled = train.sampled(max(iters, batches_to_judge_by(micro_batches)))
+    needed = sorted({*train.used(micro_batches), *sampled})
     sets = [(train, needed), (validation, validation.used(iters))]
     (on_train, on_validation), told = make_references(trainee, config, sets)
 
@@ -157,6 +160,7 @@ def _dpo(config: DPOConfig, path: Path) -> Run:
         per_epoch=train.per_epoch,
         loss_sum=loss_sum,
         evaluate=evaluate,
+        train_loss=lambda n: estimate_dpo(model, train.sample(n), on_train, settings, precision)[0]["loss"],
         describe_rows=lambda batches: ", ".join(train.store.place(r) for b in batches for r in b.sources[:3]),
         counted="pairs",
         observed=OBSERVED,

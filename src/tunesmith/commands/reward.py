@@ -72,6 +72,7 @@ def _train_reward_model(config: RewardConfig, path: Path) -> Run:
         per_epoch=train.per_epoch,
         loss_sum=lambda batch: reward_loss_sum(model, batch, precision),
         evaluate=evaluate,
+        train_loss=lambda n: estimate_reward(model, train.sample(n), precision)[0]["loss"],
         describe_rows=lambda batches: ", ".join(train.store.place(r) for b in batches for r in b.sources[:3]),
         counted="pairs",
         observed=OBSERVED,

@@ -64,6 +64,7 @@ def _sft(config: SFTConfig, path: Path) -> Run:
         per_epoch=train.per_epoch,
         loss_sum=lambda batch: nll_sum(model, batch, precision),
         evaluate=evaluate,
+        train_loss=lambda n: estimate_loss(model, train.sample(n), precision).loss,
         describe_rows=lambda batches: ", ".join(splits.train.place(r) for b in batches for r in b.sources[:3]) or "random windows",
         counted="target_tokens",
         about=f"{len(splits.train_rows):,} rows, {train.rows_per_epoch:,} batch rows an epoch",

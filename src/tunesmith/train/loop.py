@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -22,17 +21,16 @@ from tunesmith.progress import STOP, Progress
 from tunesmith.train.checkpoint import load_state, prune, save_checkpoint
 from tunesmith.train.choice import Sums, choice_lines, choose_checkpoint, read_estimates
 from tunesmith.train.clock import Mark, mark, seconds_between
+from tunesmith.train.divergence import Watch, broken
 from tunesmith.train.optim import OneByOne, set_learning_rate
 from tunesmith.train.outlook import Outlook
 from tunesmith.train.splitting import Split, Splittable, Splitting, step_in_memory
 from tunesmith.train.step import StepStats
 
-SMALLEST_SCALE = 2.0**-20  # fp16 gradients may overflow and are then scaled anew; below this they are simply infinite
 UNSPOKEN = ("train_accuracy", "_reward", "_drift_chosen", "_drift_rejected")  # metrics that go to the log only
 STOPPING = (
     "stopping after this step, with a checkpoint (an estimate is broken off); a second signal ends at once, without one"
 )
-DIVERGED_BY = 1.05  # mean loss over the window, as a multiple of the loss at step 0
 
 
 class MicroBatch(Splittable, Protocol):
@@ -75,12 +73,13 @@ class TrainingState:
     step: int = 0
     tokens: int = 0  # through the model, padding not counted
     examples: int = 0  # what the loss is a mean over: target tokens, or pairs
-    first_loss: float | None = None
+    loss_before: float | None = None  # by which a divergence is judged (`divergence.Watch`), as the next two
+    look_at: int | None = None
+    recent: list[float] = field(default_factory=list)
     best_loss: float | None = None
     lowest_step: int | None = None  # where the validation loss was lowest
     since_lowest: int = 0  # estimates since then
     best_step: int | None = None  # the checkpoint to use
-    recent: list[float] = field(default_factory=list)  # training losses of the divergence window
     split_limit: int | None = None  # tokens of the largest micro-batch that fits, where one did not
     split_setup: str = ""  # with this model, precision and device
     owes_estimate: bool = False  # the run was stopped before, or in, the estimate of this step
@@ -100,6 +99,7 @@ def fit(
     splitting: Splitting,
     learning_rate: Callable[[int], float],
     evaluate: Callable[[], tuple[dict[str, float], Sums]],
+    train_loss: Callable[[], float],
     describe_rows: Callable[[Sequence[B]], str],
     counted: str,
     observed: Sequence[str] = (),
@@ -127,6 +127,7 @@ def fit(
             saved and decided is the same; `take_step` must leave the weights alone after a step that was not finite.
         splitting: what to do with a micro-batch that does not fit into memory; a resumed run goes on with the limit that it found.
         evaluate: -> metrics, `validation_loss` among them, and that loss batch by batch.
+        train_loss: -> the loss on the training rows that a divergence is judged by.
         describe_rows: says where the rows of the given batches come from, for the message about a divergence.
         write_weights, read_weights: put the model into a checkpoint's directory, and back.
         counted: what the log calls the number of examples that the loss is a mean over.
@@ -143,6 +144,7 @@ def fit(
     if saved:
         stored = load_state(saved[-1][1], read_weights, optimizer, scaler)
         log.rewind(stored["log_size"])
+        stored["progress"].pop("first_loss", None)  # of an earlier version: on other rows, or of one batch
         state = TrainingState(**stored["progress"])
         if state.split_setup == splitting.setup:  # with other memory or another need of it the limit says nothing
             splitting.limit = state.split_limit
@@ -153,7 +155,7 @@ def fit(
     settle()
 
     outlook = Outlook(state.step, steps, eval_every, eval_at_start, eval_cost)
-    losses = deque(state.recent, maxlen=diverge_after or 1)
+    watch = Watch(diverge_after, state.loss_before, state.look_at, state.recent)
     waiting: deque[Launched[B]] = deque()  # at most two
     trouble, clock = "", device if ahead else torch.device("cpu")  # a step that is read at once is over for the host
 
@@ -172,8 +174,6 @@ def fit(
         log.keep_losses(state.step, parts)
         outlook.estimate_seconds.append(time.perf_counter() - began)
         loss = metrics["validation_loss"]
-        if state.step == 0:
-            state.first_loss = metrics.get("train_loss", loss)
         if state.best_loss is None or loss < state.best_loss:
             state.best_loss, state.lowest_step, state.since_lowest = loss, state.step, 0
         else:
@@ -210,24 +210,17 @@ def fit(
 
     def read_one() -> None:
         """Wait for the oldest step and log it; or find that the training has diverged, and forget what came after."""
-        nonlocal trouble
         done = waiting.popleft()
         stats = done.seen.read()
-        losses.append(stats.loss)
-        trouble = _divergence(stats, scaler, losses, state.first_loss, diverge_after)
-        if trouble:
-            where, way_out = describe_rows(done.batches), "or inspect these rows"
-            trouble += f" at step {done.number:,} (rows {where}); lower --optimizer.lr (now {done.lr:g}) {way_out}"
-            log.record("diverged", done.number, loss=stats.loss, grad_norm=stats.grad_norm, lr=done.lr)
-            waiting.clear()
+        if reason := broken(stats, scaler):
+            diverged(reason, done, loss=stats.loss, grad_norm=stats.grad_norm)
             return
+        watch.saw(done.number, stats.loss)
         state.step = done.number
         seconds = seconds_between(done.began, done.ended)
         state.tokens += (tokens := sum(b.tokens for b in done.batches))
         state.examples += stats.count
-        state.recent = list(losses)
-        if state.first_loss is None:
-            state.first_loss = stats.loss
+        state.recent, state.look_at = list(watch.losses), watch.look_at
         log.record(
             "train", state.step, loss=stats.loss, **dict(zip(observed, stats.observed, strict=True)), lr=done.lr,
             grad_norm=stats.grad_norm, tokens=state.tokens, **{counted: state.examples},
@@ -236,6 +229,19 @@ def fit(
         bar.advance(state.step, stats.loss, tokens)
         if line := outlook.after_step(seconds):
             bar.say(line)
+        if watch.look_at is not None and watch.look_at <= state.step < steps:
+            with contextlib.suppress(Interrupted):  # a resumed run looks after its first step
+                found = watch.found(train_loss())
+                state.recent, state.look_at = list(watch.losses), watch.look_at
+                if found:
+                    diverged(found, done, loss=stats.loss, grad_norm=stats.grad_norm)
+
+    def diverged(reason: str, done: Launched[B], **seen: float) -> None:
+        nonlocal trouble
+        where, way_out = describe_rows(done.batches), "or look at these rows"
+        trouble = f"{reason} at step {done.number:,} (rows {where}); lower --optimizer.lr (now {done.lr:g}) {way_out}"
+        log.record("diverged", done.number, **seen, lr=done.lr)
+        waiting.clear()
 
     def read_all() -> None:
         while waiting:
@@ -243,7 +249,7 @@ def fit(
 
     def pauses(number: int) -> bool:
         """Whether something is to be done between this step and the next."""
-        due = number % eval_every == 0 or number % checkpoint_every == 0 or number == steps
+        due = number % eval_every == 0 or number % checkpoint_every == 0 or number in (steps, watch.look_at)
         return due or STOP.requested
 
     def enough() -> bool:
@@ -287,6 +293,8 @@ def fit(
 
     log.status("running", state.step, steps=steps, best_step=state.best_step)
     with Progress(steps, state.step) as bar, STOP.catching(STOPPING, last_words=log.ended_at_once):
+        if diverge_after and watch.before is None:
+            watch.before = state.loss_before = train_loss()
         if (state.owes_estimate or (not saved and eval_at_start)) and pause(due=True):
             return
         while state.step < steps and not trouble and not enough():
@@ -300,26 +308,18 @@ def fit(
                 continue
             if pause(due=state.step % eval_every == 0 or state.step == steps):
                 return
+        if diverge_after and not trouble:
+            try:
+                loss = train_loss()
+            except Interrupted:
+                return end("stopped", f"{STOP.reason}; go on with: {log.run.resume_command}")
+            if found := watch.found_at_end(loss):
+                lr = learning_rate(state.step)
+                log.record("diverged", state.step, loss=loss, lr=lr)
+                trouble = f"{found} after step {state.step:,}; lower --optimizer.lr (now {lr:g})"
         worn_out = f"the validation loss has not fallen for {patience} estimates, since step {state.lowest_step:,}"
         end("diverged" if trouble else "finished", trouble or (worn_out if enough() else ""))
 
 
 def _bounds(found: dict[str, Any]) -> str:
     return "no interval" if found["low"] is None else f"{found['low']:.3f} to {found['high']:.3f}"
-
-
-def _divergence(
-    stats: StepStats, scaler: GradScaler | None, losses: deque[float], first_loss: float | None, window: int
-) -> str:
-    """What has gone wrong, or nothing."""
-    rescaling = scaler is not None and math.isfinite(stats.loss) and scaler.get_scale() > SMALLEST_SCALE
-    if not stats.updated and not rescaling:
-        return f"loss {stats.loss:g} or gradient norm {stats.grad_norm:g} is not finite"
-    if (
-        window
-        and first_loss is not None
-        and len(losses) == window
-        and (mean := sum(losses) / window) > DIVERGED_BY * first_loss
-    ):
-        return f"mean loss of the last {window} steps {mean:.3f} is above that of step 0, {first_loss:.3f},"
-    return ""

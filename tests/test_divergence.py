@@ -1,0 +1,127 @@
+"""A training is stopped as diverged when it has made its model worse, and only then: not by noise, and however short it was."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tunesmith as ts
+from tiny_runs import comparable, tiny_config
+from tunesmith.__main__ import main
+from tunesmith.options.training import DPOConfig
+from tunesmith.train.divergence import Watch, batches_to_judge_by
+
+SHAPES = json.loads((Path(__file__).parent / "loss_shapes.json").read_text())
+"""What 200 real runs showed (tools and rates in the file): how the loss on a sample of the rows went, relative to step 0, and how the
+losses of single steps lie around it: their mean ("lift", of dropout), spread and correlation from step to step."""
+WINDOW = 50
+
+
+def drive(steps, level, shape, rng, window=WINDOW):
+    """The step after which a made run is stopped, and whether that is its end; None for one that is let be.
+
+    level: step -> the true loss, relative to step 0, of steps 0 to `steps`.
+    """
+    lift, spread, correlation = shape["lift"], shape["spread"], shape["correlation"]
+    noise = rng.standard_normal(steps + 1)
+    for t in range(1, steps + 1):
+        noise[t] = correlation * noise[t - 1] + (1 - correlation**2) ** 0.5 * noise[t]
+    losses = 4 * level * lift * np.exp(spread * noise - spread**2 / 2)
+    before = 4 * (
+        1 + spread / batches_to_judge_by(steps) ** 0.5 * rng.standard_normal()
+    )  # other rows than those of the steps
+    watch = Watch(window, before)
+    for t in range(1, steps + 1):
+        watch.saw(t, float(losses[t]))
+        if watch.look_at is not None and watch.look_at <= t < steps and watch.found(before * level[t]):
+            return t, False
+    return (steps, True) if watch.found_at_end(before * level[steps]) else None
+
+
+def healthy(steps, shape):
+    """A real run's course, stretched over `steps`."""
+    at = np.array([0, 2, 5, 10, 20, 40, 60]) * (max(steps, 60) / 60)
+    return np.interp(np.arange(steps + 1), at, [1.0, *shape["course"]])
+
+
+def test_of_3000_healthy_runs_at_most_one_in_200_is_stopped():
+    assert len(SHAPES["shapes"]) >= 10
+    rng, pick = np.random.default_rng(0), random.Random(0)
+    stopped = 0
+    for _ in range(3000):
+        shape, steps = pick.choice(SHAPES["shapes"]), pick.choice((1, 5, 20, 49, 50, 51, 80, 150, 300))
+        stopped += drive(steps, healthy(steps, shape), shape, rng) is not None
+    assert stopped <= 15
+
+
+@pytest.mark.parametrize("way", ["at once", "slowly", "ever faster"])
+def test_every_run_whose_loss_doubles_is_stopped_within_its_window_or_at_its_end(way):
+    rng, pick = np.random.default_rng(1), random.Random(1)
+    for _ in range(300):
+        shape, steps = pick.choice(SHAPES["shapes"]), pick.choice((1, 2, 5, 20, 49, 50, 51, 80, 150, 300))
+        doubled = pick.randint(1, steps)
+        t = np.arange(steps + 1)
+        rise = {"at once": t >= doubled, "slowly": np.minimum(1, t / doubled), "ever faster": (t / doubled) ** 4}[way]
+        level = healthy(steps, shape)
+        level = level + rise * (2 - level)
+        found = drive(steps, level, shape, rng)
+        assert found is not None
+        assert found[1] or found[0] <= doubled + WINDOW + 1
+
+
+def test_a_suspicion_is_looked_into_once_and_then_the_window_begins_anew():
+    watch = Watch(3, before=1.0)
+    for step in (1, 2):
+        watch.saw(step, 9.0)
+        assert watch.look_at is None, "the window is not full"
+    watch.saw(3, 9.0)
+    assert watch.look_at == 4
+    watch.saw(4, 9.0)
+    assert watch.found(1.0) == ""
+    assert (watch.look_at, len(watch.losses)) == (None, 0)
+    for step in (5, 6, 7):
+        watch.saw(step, 9.0)
+    assert watch.look_at == 8
+    assert "mean loss of the last 3 steps 9.000 lies above that of step 0, 1.000" in watch.found(1.06)
+    assert Watch(3, 1.0, look_at=9).found_at_end(1.06), "a suspicion at the last step"
+    assert not Watch(3, 1.0).found_at_end(1.4)
+    assert Watch(3, 1.0).found_at_end(float("nan"))
+    assert Watch(0, None, look_at=9).look_at is None
+
+
+# Real runs
+
+
+@pytest.mark.parametrize("at_start", [True, False])
+def test_a_run_at_a_rate_of_0_is_not_stopped_however_its_batches_differ(tiny_directory, tmp_path, at_start):
+    """Nor where dropout lifts every loss: the window of one step is above the start again and again."""
+    options = {
+        "optimizer__lr": 0.0, "train__batch_size": 1, "train__steps": 30, "train__diverge_after": 1, "eval__at_start": at_start,
+        "model__dropout": 0.3, "eval__every": 30, "eval__iters": 1, "data__block_size": 64,
+    }  # fmt: skip
+    run = ts.sft(tiny_config(tiny_directory, tmp_path / "r", **options))
+    assert (run.status["state"], run.status["step"]) == ("finished", 30)
+
+
+@pytest.mark.parametrize(("steps", "kind"), [(1, None), (3, None), (12, None), (3, DPOConfig)])
+def test_a_short_run_that_ends_far_above_its_start_has_diverged(tiny_directory, tmp_path, capsys, steps, kind):
+    options = {"train__steps": steps, "eval__at_start": False, "optimizer__lr": 1.0, "eval__iters": 1}
+    config = tiny_config(tiny_directory, tmp_path / "r", **options, **({"kind": kind} if kind else {}))
+    run = ts.dpo(config) if kind else ts.sft(config)
+    assert run.status["state"] == "diverged"
+    assert run.status["step"] == steps
+    told = run.status["reason"]
+    assert "before the first step and is, on the same rows," in told
+    assert "lower --optimizer.lr (now 1)" in told
+    assert run.metrics("diverged")[0]["loss"] > 1.5 * (0.69 if kind else 8)
+    before = comparable(run)
+    assert main(["dpo" if kind else "sft", "--resume", "--out", str(run.path)]) == 1
+    assert capsys.readouterr().err == f"tunesmith: {told}\n"
+    assert comparable(run) == before
+
+
+def test_what_is_looked_at_costs_no_more_than_a_sixth_of_a_training():
+    for micro_batches in (16, 50, 100, 40_000):
+        assert 2 * batches_to_judge_by(micro_batches) / 3 <= micro_batches / 6
