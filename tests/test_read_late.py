@@ -299,7 +299,7 @@ def test_a_step_that_cannot_be_launched_matters_no_more_where_the_run_is_over_al
 )
 def test_what_decides_on_the_host_is_read_at_once(tiny_directory, tmp_path, late, options):
     late()
-    ts.sft(tiny_config(tiny_directory, tmp_path / "run", **{**STEPS, **options, "train__steps": 2}))
+    ts.sft(tiny_config(tiny_directory, tmp_path / "run", **{**STEPS, **options, "train__steps": 3}))
     assert late == []
 
 

@@ -31,7 +31,6 @@ def stored_state(run):
     """Optimizer, random state, loss scale and position in the data, as the last checkpoint holds them."""
     directory = run.checkpoints()[-1][1] / "training_state"
     state = json.loads((directory / "state.json").read_text())
-    del state["log_size"]  # the lines hold times
     return state, (directory / "optimizer.safetensors").read_bytes()
 
 

@@ -174,6 +174,29 @@ def _log_line(line: str, where: str) -> dict[str, Any]:
     return record
 
 
+AFTER_SAVING = ("changed", "diverged")
+"""Events that are logged when the checkpoint of their step has been written: where a run goes on from it they are logged again."""
+
+
+def _up_to(lines: Sequence[str], step: int | None) -> tuple[list[int], list[int]]:
+    """Which lines of a log belong to a run as it was at the checkpoint of a step, and the numbers of the damaged ones among them."""
+    kept, damaged = [], []
+    for number, line in enumerate(lines):
+        try:
+            record = _log_line(line, "")
+            at = record["step"]
+            if line.endswith("\n") and (at, record["event"] in AFTER_SAVING) <= (-1 if step is None else step, False):
+                kept.append(number)
+        except (UserError, KeyError, TypeError):
+            damaged.append(number + 1)
+    return kept, [n for n in damaged if kept and n <= kept[-1]]  # those behind it are dropped anyway
+
+
+def _some(numbers: Sequence[int]) -> str:
+    """`3, 4, 7`, of many only the first few."""
+    return ", ".join(f"{n:,}" for n in numbers[:5]) + (f" and {len(numbers) - 5:,} more" if numbers[5:] else "")
+
+
 class RunLog:
     """The writer of a run directory. `metrics.jsonl` is flushed line by line."""
 
@@ -184,6 +207,7 @@ class RunLog:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
         (path / "tensorboard").mkdir(exist_ok=True)
+        self._goes_on = any((path / "tensorboard").iterdir())
         self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
         # Not SummaryWriter: on a full disk its thread dies with a traceback, and its full queue then blocks for ever.
         self._board = RecordWriter(str(path / "tensorboard" / f"events.out.tfevents.{time.time_ns()}"))
@@ -226,14 +250,29 @@ class RunLog:
             (self.path / "losses").mkdir(exist_ok=True)
             write_atomically(self.path / "losses" / f"{step_name(step)}.json", json.dumps(parts) + "\n")
 
-    def size(self) -> int:
-        """Bytes in metrics.jsonl, stored with each checkpoint so that a resumed run can drop what came after it."""
-        return self._metrics.tell()
+    def rewind(self, step: int | None) -> list[str]:
+        """Drop what was logged after the checkpoint of a step (None: everything); those steps are logged again.
 
-    def rewind(self, size: int) -> None:
-        """Drop what was logged after the checkpoint that a resumed run starts from; those steps are logged again."""
-        self._metrics.truncate(size)
-        self._metrics.seek(size)
+        It goes by the steps of the lines, not by their place in the file, which another line may have lost its own.
+        Returns: a sentence for each thing that is missing from what stays.
+        """
+        path = self.path / "metrics.jsonl"
+        with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+            lines = list(file)
+        kept, damaged = _up_to(lines, step)
+        if len(kept) < len(lines):
+            self._metrics.close()
+            write_atomically(path, "".join(lines[i] for i in kept))
+            self._metrics = path.open("a", encoding="utf-8")
+        if self._goes_on:  # TensorBoard then forgets what it has of these steps
+            from tensorboardX.proto.event_pb2 import SessionLog
+
+            self._board_event(step=0 if step is None else step + 1, session_log=SessionLog(status=SessionLog.START))
+        taken = {record["step"] for i in kept if (record := parse_json(lines[i]))["event"] == "train"}
+        missing = [n for n in range(1, (step or 0) + 1) if n not in taken]
+        return [f"{path}: damaged, taken out: line {_some(damaged)}"] * bool(damaged) + [
+            f"{path}: there is no line of training step {_some(missing)}"
+        ] * bool(missing)
 
     def status(self, state: str, step: int, reason: str = "", **more: Any) -> None:
         """Replace status.json."""

@@ -143,13 +143,14 @@ def fit(
     saved = log.run.checkpoints() if resume else []
     if saved:
         stored = load_state(saved[-1][1], read_weights, optimizer, scaler)
-        log.rewind(stored["log_size"])
         stored["progress"].pop("first_loss", None)  # of an earlier version: on other rows, or of one batch
         state = TrainingState(**stored["progress"])
+        for line in log.rewind(state.step):
+            print(f"note: {line}")
         if state.split_setup == splitting.setup:  # with other memory or another need of it the limit says nothing
             splitting.limit = state.split_limit
     else:
-        log.rewind(0)  # a run that was cut before its first checkpoint begins anew
+        log.rewind(None)  # a run that was cut before its first checkpoint begins anew
         for event, values in opening:
             log.record(event, 0, **values)
     settle()
@@ -160,8 +161,7 @@ def fit(
     trouble, clock = "", device if ahead else torch.device("cpu")  # a step that is read at once is over for the host
 
     def save() -> None:
-        progress = {"progress": vars(state), "log_size": log.size()}
-        save_checkpoint(log.run, state.step, write_weights, optimizer, progress, scaler)
+        save_checkpoint(log.run, state.step, write_weights, optimizer, {"progress": vars(state)}, scaler)
         prune(log.run, keep, (state.best_step, state.lowest_step))
 
     def estimate() -> None:

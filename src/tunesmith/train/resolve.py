@@ -203,7 +203,7 @@ def resolve_length(config: Config, train: Countable, validation: Countable) -> C
     if warmup > steps and not config.resume:
         raise UsageError(
             f"--optimizer.warmup_steps {warmup:,} is more than the training's {steps:,} steps, so the rate would never reach "
-            f"--optimizer.lr: lower it (a tenth of the steps is {steps // 10:,}), or train longer"
+            f"--optimizer.lr: lower it (a tenth of the steps is {max(1, steps // 10):,}), or train longer"
         )
     splits = [-(-b.rows_per_epoch // b.batch_size) for b in (train, validation)]
     estimate = sum(min(config.eval.iters or MOST_ITERS, batches) for batches in splits)
