@@ -67,7 +67,7 @@ def stopped_then_resumed(config, monkeypatch, *moment):
         run = ts.sft(config)
     status = run.status
     assert status["state"] == "stopped"
-    assert status["reason"].endswith(f"; go on with: tunesmith sft --out {run.path} --resume")
+    assert status["reason"].endswith(f"; continue it with: tunesmith sft --out {run.path} --resume")
     return status, run
 
 
@@ -306,7 +306,7 @@ def test_a_terminal_that_closes_stops_the_training_with_a_checkpoint(tiny_direct
     os.close(ours)
     assert process.wait(60) == 0
     assert run.status["state"] == "stopped"
-    assert run.status["reason"].startswith("SIGHUP received; go on with: ")
+    assert run.status["reason"].startswith("SIGHUP received; continue it with: ")
     assert run.checkpoints()[-1][0] == run.status["step"]
 
 
@@ -320,7 +320,7 @@ def test_a_training_whose_output_nobody_reads_stops_with_a_checkpoint(tiny_direc
     assert process.stderr.read() == b""
     assert process.wait(60) == 141
     assert run.status["state"] == "stopped"
-    assert run.status["reason"].startswith("nobody reads its output any more; go on with: ")
+    assert run.status["reason"].startswith("nobody reads its output any more; continue it with: ")
     assert run.checkpoints()[-1][0] == run.status["step"] > 0
 
 

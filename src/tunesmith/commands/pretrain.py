@@ -24,7 +24,7 @@ from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.plan.room import memory_lines
 from tunesmith.train.choice import Sums
-from tunesmith.train.resolve import check_options, precision_of, resolve_length, resolve_machine
+from tunesmith.train.resolve import check_options, iters_of, precision_of, resolve_length, resolve_machine
 from tunesmith.train.resuming import inputs_of, prompts_of, settle_origin
 from tunesmith.train.scratch import make_tokenizer, problems_of, resolve_shape
 from tunesmith.train.session import begin, run_training
@@ -59,8 +59,8 @@ def _pretrain(config: PretrainConfig, shape: GPTConfig, path: Path) -> Run:
     size = held_out_bytes(validation, tokenizer, config)
 
     def evaluate() -> tuple[dict[str, float], Sums]:
-        on_train = estimate_loss(model, train.sample(config.eval.iters), precision)
-        found = estimate_loss(model, validation.fixed(config.eval.iters), precision)
+        on_train = estimate_loss(model, train.sample(iters_of(config)), precision)
+        found = estimate_loss(model, validation.fixed(iters_of(config)), precision)
         metrics = {
             "train_loss": on_train.loss, "validation_loss": found.loss, "validation_perplexity": found.perplexity,
             "validation_bits_per_byte": bits_per_byte(found.loss * found.tokens, size),
@@ -99,7 +99,7 @@ def check_length(splits: Splits, config: PretrainConfig) -> int:
 def held_out_bytes(validation: Batches, tokenizer: Tokenizer, config: PretrainConfig) -> int:
     """Bytes of text that an estimate predicts. Raises: UserError if the tokenizer is not byte-level."""
     try:
-        return sum(text_bytes(tokenizer, b.targets[: b.count].numpy()) for b in validation.fixed(config.eval.iters))
+        return sum(text_bytes(tokenizer, b.targets[: b.count].numpy()) for b in validation.fixed(iters_of(config)))
     except ValueError:
         name = config.tokenizer.name
         raise UserError(

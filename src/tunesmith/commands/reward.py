@@ -60,8 +60,8 @@ def _train_reward_model(config: RewardConfig, path: Path) -> Run:
     device, precision = prepare_model(trainee.model, trainee.gpt, config), precision_of(config)
 
     def evaluate() -> tuple[dict[str, float], Sums]:
-        seen, _ = estimate_reward(model, train.sample(config.eval.iters), precision)
-        held, parts = estimate_reward(model, validation.fixed(config.eval.iters), precision)
+        seen, _ = estimate_reward(model, train.sample(iters_of(config)), precision)
+        held, parts = estimate_reward(model, validation.fixed(iters_of(config)), precision)
         found = {"train_loss": seen["loss"], "train_accuracy": seen["accuracy"]}
         return found | {f"validation_{name}": value for name, value in held.items()}, parts
 

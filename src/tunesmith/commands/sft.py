@@ -17,7 +17,7 @@ from tunesmith.judge.rewards import rewards_at_steps
 from tunesmith.options.training import SFTConfig
 from tunesmith.plan.room import memory_lines
 from tunesmith.train.choice import Sums
-from tunesmith.train.resolve import check_options, precision_of, resolve_data, resolve_length, resolve_machine
+from tunesmith.train.resolve import check_options, iters_of, precision_of, resolve_data, resolve_length, resolve_machine
 from tunesmith.train.resuming import inputs_of, prompts_of, settle_origin
 from tunesmith.train.session import begin, run_training
 from tunesmith.train.splits import load_splits, text_batches
@@ -49,8 +49,8 @@ def _sft(config: SFTConfig, path: Path) -> Run:
     device, precision = prepare_model(trainee.model, trainee.gpt, config), precision_of(config)
 
     def evaluate() -> tuple[dict[str, float], Sums]:
-        on_train = estimate_loss(model, train.sample(config.eval.iters), precision)
-        on_validation = estimate_loss(model, validation.fixed(config.eval.iters), precision)
+        on_train = estimate_loss(model, train.sample(iters_of(config)), precision)
+        on_validation = estimate_loss(model, validation.fixed(iters_of(config)), precision)
         found = {
             "train_loss": on_train.loss, "validation_loss": on_validation.loss,
             "validation_perplexity": on_validation.perplexity,

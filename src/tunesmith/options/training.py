@@ -167,8 +167,8 @@ class EvalOptions:
     every: int | None = field(default=None, metadata=AS_BEGUN)
     """Steps between two estimates; default: a 40th of the training, fewer estimates on small data so that training gets half the time."""
     iters: int | None = field(default=None, metadata=AS_BEGUN)
-    """Batches per estimate, for train and validation each; always the same rows, drawn from all. Default: as many as keep all estimates under a
-    fifth of the training's time, at most 200."""
+    """Batches per estimate, for train and validation each; always the same rows, drawn from all. Default: as many as keep all
+    estimates under a fifth of the training's time, at most 200."""
     at_start: bool = True
     """Estimate at step 0 too: the untrained base."""
     patience: int | None = None

@@ -287,7 +287,7 @@ def fit(
             save()
             log.status("running", state.step, steps=steps, best_step=state.best_step)
         if stopping and (state.owes_estimate or not last):
-            end("stopped", f"{STOP.reason}; go on with: {log.run.resume_command}")
+            end("stopped", f"{STOP.reason}; continue it with: {log.run.resume_command}")
             return True
         return False
 
@@ -312,7 +312,8 @@ def fit(
             try:
                 loss = train_loss()
             except Interrupted:
-                return end("stopped", f"{STOP.reason}; go on with: {log.run.resume_command}")
+                end("stopped", f"{STOP.reason}; continue it with: {log.run.resume_command}")
+                return
             if found := watch.found_at_end(loss):
                 lr = learning_rate(state.step)
                 log.record("diverged", state.step, loss=loss, lr=lr)
