@@ -18,7 +18,7 @@ from tunesmith.data.tokenizer import END_OF_TEXT, Tokenizer
 from tunesmith.device import keep_freed_memory
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.answers import ScoredAnswer
-from tunesmith.files.names import find_model, load, load_tokenizer
+from tunesmith.files.names import find_model, load, load_tokenizer, read_model
 from tunesmith.files.run import write_atomically
 from tunesmith.generation.engine import prepare
 from tunesmith.generation.logprobs import TwoAnswers, answer_logps, encode_answers, token_texts
@@ -114,7 +114,7 @@ def in_words(options: GenerateOptions) -> str:
 
 def shared_tokenizer(a: str, b: str) -> Tokenizer:
     """The tokenizer of both models. Raises: UserError if they have different ones."""
-    of_a, of_b = (load_tokenizer(find_model(name)) for name in (a, b))
+    of_a, of_b = (read_model(name, load_tokenizer) for name in (a, b))
     if not of_a.same_tokens(of_b):
         raise UserError(
             f"--logprobs compares the same tokens under both models, but {a} ({of_a.vocab_size:,} tokens) and "

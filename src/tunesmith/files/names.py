@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -22,6 +24,7 @@ from tunesmith.models.gpt2 import GPT, SIZES, GPTConfig
 from tunesmith.models.lora import merge, strip
 from tunesmith.models.scored import RewardModel
 
+T = TypeVar("T")
 OWN_BASE = "base"  # in a run's directory: the base of its adapters where no other directory holds it
 SAMPLE = Path(__file__).parents[1] / "sample" / "model"
 
@@ -51,6 +54,34 @@ def find_model(name: str) -> Path:
         return download_model(name)
     except UserError as error:
         raise UserError(f"{error}{near}") from None
+
+
+def read_model(name: str, read: Callable[[Path], T]) -> T:
+    """What `read` makes of the directory of a MODEL. Raises: as `find_model` and `read`.
+
+    A run that is being trained removes checkpoints. Where it has removed the one that was being read, the one that is best by
+    then is read: never a part of one.
+    """
+    while True:
+        directory = find_model(name)
+        before = _identity(directory)
+        try:
+            found = read(directory)
+        except (UserError, OSError):
+            if before is not None and _identity(directory) == before:
+                raise
+        else:
+            if _identity(directory) == before:
+                return found
+
+
+def _identity(directory: Path) -> tuple[int, int] | None:
+    """What tells a directory from another of the same name; None where there is none."""
+    try:
+        status = directory.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def nearest_model(name: str) -> str:
@@ -109,7 +140,7 @@ def lasting_path(directory: Path) -> str:
 
 def is_adapted(name: str) -> bool:
     """Whether a MODEL is an adapter, so that its weights exist only after merging. Raises: as `find_model`."""
-    return name != "sample" and name not in SIZES and is_adapter(find_model(name))
+    return name != "sample" and name not in SIZES and read_model(name, is_adapter)
 
 
 def is_adapter(directory: Path) -> bool:
@@ -120,8 +151,7 @@ def is_adapter(directory: Path) -> bool:
 
 def gives_scores(name: str) -> bool:
     """Whether a MODEL is a reward model. Raises: as `find_model`."""
-    directory = find_model(name)
-    return bool(read_adapter(directory).extra) if is_adapter(directory) else is_reward_model(directory)
+    return read_model(name, lambda d: bool(read_adapter(d).extra) if is_adapter(d) else is_reward_model(d))
 
 
 def load(name: str, *, device: str = "auto", dtype: torch.dtype = torch.float32) -> tuple[GPT, Tokenizer]:
@@ -137,9 +167,13 @@ def load(name: str, *, device: str = "auto", dtype: torch.dtype = torch.float32)
     Raises: UserError saying what was looked for and where.
     """
     where = resolve_device(device)
-    directory = find_model(name)
-    model, tokenizer = load_plain(directory), load_tokenizer(directory)
-    tokenizer.limit(model.config.vocab_size, str(directory))
+
+    def read(directory: Path) -> tuple[GPT, Tokenizer]:
+        model, tokenizer = load_plain(directory), load_tokenizer(directory)
+        tokenizer.limit(model.config.vocab_size, str(directory))
+        return model, tokenizer
+
+    model, tokenizer = read_model(name, read)
     return model.to(where, dtype), tokenizer
 
 
@@ -149,18 +183,21 @@ def load_reward(name: str, *, device: str = "auto") -> tuple[RewardModel, Tokeni
     name: as in `load`. Raises: UserError if it is not a reward model; otherwise as `load`.
     """
     where = resolve_device(device)
-    directory = find_model(name)
+    model, tokenizer = read_model(name, lambda directory: (_reward_model(directory), load_tokenizer(directory)))
+    return model.eval().to(where), tokenizer
+
+
+def _reward_model(directory: Path) -> RewardModel:
     if is_adapter(directory):
         files = read_adapter(directory)
         if not files.extra:
             raise UserError(f"{directory} is an adapter for a language model, which gives no scores")
         model = RewardModel(_merged(directory, files))
         set_score(model, files.extra[adapters.SCORE], directory)
-    elif not is_reward_model(directory):
+        return model
+    if not is_reward_model(directory):
         raise UserError(f"{directory} is a language model, not a reward model; train one with tunesmith reward")
-    else:
-        model = load_reward_model(directory)
-    return model.eval().to(where), load_tokenizer(directory)
+    return load_reward_model(directory)
 
 
 def load_plain(directory: Path, *, dropout: float | None = None) -> GPT:
@@ -234,8 +271,9 @@ def load_for_training(name: str, *, init: str, dropout: float, seed: int) -> tup
         model = new_model(dataclasses.replace(shape_of(name), dropout=dropout), seed)
         tokenizer = tokenizer_of(name)
     else:
-        directory = find_model(name)
-        model, tokenizer = load_plain(directory, dropout=dropout), load_tokenizer(directory)
+        model, tokenizer = read_model(
+            name, lambda directory: (load_plain(directory, dropout=dropout), load_tokenizer(directory))
+        )
     tokenizer.limit(model.config.vocab_size, name)
     return model, tokenizer
 
@@ -266,7 +304,7 @@ def known_shape(model: str) -> GPTConfig | None:
 
 def tokenizer_of(name: str) -> Tokenizer:
     """Tokenizer of a named size, which comes with the package, or of a MODEL."""
-    return Tokenizer.gpt2() if name in SIZES else load_tokenizer(find_model(name))
+    return Tokenizer.gpt2() if name in SIZES else read_model(name, load_tokenizer)
 
 
 def new_model(shape: GPTConfig, seed: int) -> GPT:

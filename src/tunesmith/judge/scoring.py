@@ -16,7 +16,7 @@ from tunesmith.data.jsonfile import read_json
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.device import resolve_device
 from tunesmith.errors import UserError
-from tunesmith.files.names import find_model, is_adapter, load_reward
+from tunesmith.files.names import is_adapter, load_reward, read_model
 from tunesmith.files.reward import is_reward_model
 from tunesmith.files.run import Run
 from tunesmith.models.attention import Documents
@@ -51,11 +51,10 @@ def load_scorer(name: str, *, device: str = "auto", option: str = "--reward") ->
     Raises: UserError if there is none, if it gives several numbers, or if it needs the transformers package and that is missing.
     """
     try:
-        directory = find_model(name)
+        directory, kind = read_model(name, lambda d: (d, None if is_adapter(d) else read_json(d / "config.json")))
     except UserError as error:
         raise UserError(f"{option} {name}: {error}") from None
-    kind = {} if is_adapter(directory) else read_json(directory / "config.json")
-    if is_adapter(directory) or kind.get("model_type") == "gpt2":
+    if kind is None or kind.get("model_type") == "gpt2":
         return OwnScorer(name, device)
     if not is_reward_model(directory):
         found = ", ".join(kind.get("architectures") or ["no architecture"])
