@@ -52,6 +52,7 @@ def test_a_conversation_with_every_command(tmp_path):
     typed += ["/reset", "/retry", "/system Be brief.", "Hi", f"/save {saved[3]}", "/reset", "Bye", f"/save {saved[4]}"]
     typed += ["", "/help", f"/save {lost}", "/quit", "never read"]
     shown = chat("sample", typed)
+    assert shown.startswith(f"sample, {model.parameter_count():,} parameters.")  # all of them, packed or not
     first = answer(messages("What is love?"))
     again = answer(messages("What is love?"), sample=1)
     then = answer(messages("What is love?", again, "And hope?"))

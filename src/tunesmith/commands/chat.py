@@ -17,9 +17,10 @@ def chat(model_name: str, options: ChatCommand) -> None:
     """Answer messages until /quit or the end of the input. A long conversation loses its beginning, with a word about it."""
     keep_freed_memory()
     model, tokenizer = load(model_name, device=options.device)
+    count = model.parameter_count()  # before `prepare`, which frees the plain weights on a CPU
     g = options.generate
     sampling = Sampling(g.temperature, g.top_p, g.top_k, g.seed)
     sampling.check()
     source = model_source(prepare(model), tokenizer, sampling, g.max_new_tokens)
     session = ChatSession(source, latin1_where_undecodable(options.system or ""))
-    converse(session, f"{model_name}, {model.parameter_count():,} parameters.")
+    converse(session, f"{model_name}, {count:,} parameters.")
