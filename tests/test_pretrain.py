@@ -340,6 +340,7 @@ def test_commands_and_python_of_the_page_run(tmp_path, monkeypatch, capsys):
     for command in rest:
         monkeypatch.setattr("sys.stdin", io.StringIO("Hello!\n/quit\n"))
         shorter = re.sub(r"--train.steps \d+", "--train.steps 2 --eval.iters 2", command)
+        shorter = re.sub(r"--optimizer.warmup_steps \d+", "--optimizer.warmup_steps 1", shorter)
         assert main(shlex.split(shorter)[1:]) == 0, capsys.readouterr().err
     assert [ts.Run(f"runs/{name}").status["step"] for name in ("base", "base-sft")] == [2, 2]
     (body,) = blocks("docs/pretraining.md", "python")
