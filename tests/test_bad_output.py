@@ -177,4 +177,4 @@ def test_a_run_without_checkpoint_or_with_a_damaged_status_is_told(fails, run):
 def test_a_report_of_what_is_no_run_is_told(fails, tmp_path, tiny_directory, what):
     (tmp_path / "empty").mkdir()
     path = tiny_directory if what == "model" else tmp_path / what
-    fails(["report", path], str(path), "no run directory", "status.json")
+    fails(["report", path], str(path), "not a run directory", "status.json")

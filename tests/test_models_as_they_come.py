@@ -141,7 +141,7 @@ def test_odd_values_in_a_config_are_one_clear_line(saved, changes, told):
 )
 def test_a_shape_that_no_machine_could_build_is_refused_before_it_is_built(saved, changes):
     change_json(saved / "config.json", changes)
-    with pytest.raises(UserError, match=r"config\.json asks for .* blocks .* the weights are"):
+    with pytest.raises(UserError, match=r"config\.json asks for .* blocks .* but the weights have"):
         load_model(saved)
 
 

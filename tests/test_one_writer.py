@@ -90,7 +90,7 @@ def test_what_a_dead_process_left_is_taken_over(tmp_path, locks, flock, host, pr
         assert not (tmp_path / NAME).exists()
         return
     with (
-        pytest.raises(UserError, match=rf"{left['host']} \(since 2026-01-01 .*If that process is gone, remove "),
+        pytest.raises(UserError, match=rf"{left['host']} \(since 2026-01-01 .*If it is gone, remove "),
         one_writer(tmp_path),
     ):
         pytest.fail("two writers")

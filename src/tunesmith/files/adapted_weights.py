@@ -113,4 +113,4 @@ def _their_weight(name: str) -> str:
 
 
 def _misfit(where: str, what: str, found: object, asked: object) -> str:
-    return f"{where} does not fit this base: it holds {found} for {what}, the model has {asked or 'no such weight'}"
+    return f"{where} does not fit this base: it holds {found} for {what}, but the model has {asked or 'no such weight'}"

@@ -50,7 +50,9 @@ def read_answers(path: Path) -> list[ScoredAnswer]:
                 known = {k: row[k] for k in ScoredAnswer.__dataclass_fields__ if k in row}
                 found.append(ScoredAnswer(**known))
             except (ValueError, TypeError) as error:
-                raise UserError(f"{path}:{number}: no answer ({error}); delete the file and score again") from None
+                raise UserError(
+                    f"{path}:{number}: not a valid answer ({error}); delete the file and score again"
+                ) from None
     return found
 
 

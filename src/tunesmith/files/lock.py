@@ -118,8 +118,8 @@ def _taken(path: Path) -> UserError:
     if holder:
         who = f"process {holder.get('process')} on {holder.get('host')} (since {holder.get('since')})"
     return UserError(
-        f"{path.parent} is being written by {who}, and a run has one writer: wait for it or end it, or name another "
-        f"directory with --out. If that process is gone, remove {path}"
+        f"{path.parent} is being written by {who}, and a run has only one writer: wait for that process or end it, "
+        f"or name another directory with --out. If it is gone, remove {path}"
     )
 
 

@@ -61,9 +61,9 @@ class Run:
         try:
             config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); make the run again") from None
+            raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); repeat the run") from None
         if not isinstance(config, dict):
-            raise UserError(f"{path} is damaged: it holds no options; make the run again")
+            raise UserError(f"{path} is damaged: it holds no options; repeat the run")
         return config
 
     @property
@@ -73,17 +73,17 @@ class Run:
         try:
             status = parse_json(path.read_text(encoding="utf-8"))
             if not isinstance(status, dict) or not {"state", "step"} <= status.keys():
-                raise ValueError("no state and step in it")
+                raise ValueError("it lacks a state or a step")
             return status
         except FileNotFoundError:
             near = "" if self.path.exists() else path_meant(self.path, _is_run)
-            raise UserError(f"{self.path} is no run directory: it has no status.json{near}") from None
+            raise UserError(f"{self.path} is not a run directory: it has no status.json{near}") from None
         except ValueError as error:
             raise UserError(f"{path} is damaged ({error}); name a checkpoint of the run by its directory") from None
 
     @property
     def inputs(self) -> dict[str, Any] | None:
-        """What the run is made from, by content (`train.resuming.inputs_of`); None where nobody wrote that down.
+        """Fingerprints of the run's inputs (`train.resuming.inputs_of`); None if none were recorded.
 
         Raises: UserError if inputs.json is damaged.
         """
@@ -113,7 +113,7 @@ class Run:
     def metrics(self, event: str | None = None) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl in order, or those of one event: train, eval, ...
 
-        A last line that was cut while being written is left out. Raises: UserError for a damaged line before it.
+        A last line cut off while being written is left out. Raises: UserError for an earlier damaged line.
         """
         path, found = self.path / "metrics.jsonl", []
         with contextlib.suppress(FileNotFoundError), path.open(encoding="utf-8", errors="replace") as file:
@@ -125,7 +125,7 @@ class Run:
         return found
 
     def losses(self, step: int) -> list[tuple[float, int]]:
-        """The validation loss at a step batch by batch, (summed loss, count); empty where it was not kept or is damaged."""
+        """The validation loss at a step batch by batch, (summed loss, count); empty if it was not kept or is damaged."""
         try:
             stored = parse_json((self.path / "losses" / f"{step_name(step)}.json").read_text(encoding="utf-8"))
             return [(float(nats), int(count)) for nats, count in stored]
@@ -138,7 +138,7 @@ class Run:
         return sorted((int(m[1]), p) for p in found if (m := STEP_NAME.fullmatch(p.name)))
 
     def checkpoint(self, step: int) -> Path:
-        """The checkpoint of a step. Raises: UserError listing the steps there are."""
+        """The checkpoint of a step. Raises: UserError listing the available steps."""
         for found, path in self.checkpoints():
             if found == step:
                 return path
@@ -152,7 +152,7 @@ class Run:
         return f"tunesmith {command} --out {shlex.quote(str(self.path))} --resume"
 
     def best_checkpoint(self) -> Path:
-        """The checkpoint with the lowest validation loss; the last where none was estimated."""
+        """The checkpoint with the lowest validation loss; the last checkpoint if none was estimated."""
         best = self.status.get("best_step")
         found = dict(self.checkpoints())
         if not found:
@@ -168,9 +168,9 @@ def _log_line(line: str, where: str) -> dict[str, Any]:
     try:
         record = parse_json(line)
     except ValueError as error:
-        raise UserError(f"{where} is damaged ({error}); delete that line, or make the run again") from None
+        raise UserError(f"{where} is damaged ({error}); delete that line, or repeat the run") from None
     if not isinstance(record, dict) or "event" not in record:
-        raise UserError(f"{where} is no event of a run; delete that line, or make the run again")
+        raise UserError(f"{where} is not an event of a run; delete that line, or repeat the run")
     return record
 
 
@@ -311,7 +311,7 @@ def open_log(path: Path) -> Iterator[RunLog]:
 
 
 def default_directory(command: str, model: str, sets: Sequence[str]) -> str:
-    """Where a run goes that nobody named: `runs/sft-gpt2-medium-hh`."""
+    """The default directory of a run: `runs/sft-gpt2-medium-hh`."""
     return f"runs/{command}-{_short(model)}-{'-'.join(map(_short, sets))}"
 
 
@@ -322,10 +322,10 @@ def _short(name: str) -> str:
 
 @contextlib.contextmanager
 def run_directory(out: str | None, default: str, resume: bool) -> Iterator[Path]:
-    """Where a run goes, ours alone until the end; a directory made here in which nothing was written goes again.
+    """The run's directory, locked for us until the end; one created here in which nothing was written is removed again.
 
     Raises: UserError if another process writes there, if `out` already holds a run and `resume` is off, or if `resume` is
-    on and there is nothing to go on from.
+    on and there is nothing to continue from.
     """
     if resume:
         path, made = Path(out or default), False
@@ -371,15 +371,15 @@ def check_resumable_directory(path: Path) -> None:
     """Raises: UserError in one line if there is no run, or none whose options and weights are still there."""
     if not (path / "status.json").exists():
         near = path_meant(path, _is_run)
-        raise UserError(f"--resume: {path} holds no run to continue; name its directory with --out{near}")
+        raise UserError(f"--resume: {path} holds no run to continue; name a run's directory with --out{near}")
     if not (path / "config.yaml").exists():
         raise UserError(
-            f"--resume: {path} has lost its config.yaml, which holds the options it runs with; put it back, or start a "
+            f"--resume: {path} has lost its config.yaml, which holds its options; put it back, or start a "
             "new run with another --out"
         )
     run = Run(path)
     if (step := run.status["step"]) and not run.checkpoints():
         raise UserError(
-            f"--resume: {path} was at step {step:,} ({run.status['state']}) but holds no checkpoint to go on from; start "
+            f"--resume: {path} was at step {step:,} ({run.status['state']}) but holds no checkpoint to continue from; start "
             "a new run with another --out"
         )

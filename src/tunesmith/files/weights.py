@@ -57,10 +57,10 @@ def config_from_hf(hf: dict[str, Any]) -> GPTConfig:
     kind = hf.get("model_type")
     says_gpt2 = kind == "gpt2" or (kind is None and _looks_like_gpt2(hf))
     if not says_gpt2:
-        raise UserError(f"config.json says model_type {kind!r}; tunesmith runs gpt2 models")
+        raise UserError(f"config.json says model_type {kind!r}; tunesmith supports gpt2 models")
     odd = [f"{k} = {hf[k]!r}" for k, fine in COMPUTED.items() if k in hf and hf[k] not in fine]
     if odd:
-        raise UserError(f"config.json asks for {', '.join(odd)}, which tunesmith's GPT-2 does not compute")
+        raise UserError(f"config.json asks for {', '.join(odd)}, which tunesmith's GPT-2 does not support")
     given = {ours: _named(hf, theirs) for ours, theirs in NAMES.items() if not hf.keys().isdisjoint(theirs)}
     given = {ours: found for ours, found in given.items() if ours != "n_inner" or found[1] is not None}
     wrong = [f"{name} = {value!r}" for ours, (name, value) in given.items() if not _is_fine(ours, value)]
@@ -210,13 +210,13 @@ MOST_BLOCKS, MANY_NUMBERS = 10_000, 10**9
 
 
 def check_size(config: GPTConfig, directory: Path) -> None:
-    """Raises: UserError for a shape so far beyond the weights that building it would take this machine down first."""
+    """Raises: UserError for a shape so far beyond the weights that building it would exhaust this machine."""
     numbers = config.n_embd * (config.vocab_size + config.block_size + 12 * config.n_embd * config.n_layer)
     stored = sum(file.stat().st_size for file in _weight_files(directory) if file.exists())
     if config.n_layer > MOST_BLOCKS or (numbers > MANY_NUMBERS and numbers > stored):
         raise UserError(
-            f"{directory}: config.json asks for {config.n_layer:,} blocks and about {numbers:,} numbers, the weights are "
-            f"{stored:,} bytes; correct config.json, or download the model again"
+            f"{directory}: config.json asks for {config.n_layer:,} blocks and about {numbers:,} numbers, but the "
+            f"weights have {stored:,} bytes; correct config.json, or download the model again"
         )
 
 
@@ -277,7 +277,7 @@ def _unpickled(file: Path) -> Iterator[tuple[str, Tensor]]:
             "it is damaged, or holds Python objects, which are not loaded because they can run code"
         ) from None
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise ValueError("it holds something else than named tensors")
+        raise ValueError("it holds something other than named tensors")
     yield from state.items()
 
 
