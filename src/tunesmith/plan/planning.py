@@ -48,7 +48,7 @@ class Place:
     card: Card | None
     cpu: bool
     memory: float
-    """Bytes that there are."""
+    """Bytes available."""
     base: float
     """Bytes that the program takes before it has a model."""
 
@@ -115,7 +115,7 @@ def size_in_bytes(text: str) -> float:
     """`16GB` (10^9), `16GiB`, `800MB` in bytes. Raises: UsageError for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?b?|b)?", text.strip().lower())
     if not match or not float(match[1]):
-        raise UsageError(f"--fit {text}: expected a size as 16GB or 800MB, or `device`")
+        raise UsageError(f"--fit {text}: expected a size such as 16GB or 800MB, or `device`")
     unit = (match[2] or "gb")[0]
     step = 1024 if "i" in (match[2] or "") else 1000
     return float(match[1]) * float(step) ** {"b": 0, "k": 1, "m": 2, "g": 3}[unit]
@@ -157,7 +157,7 @@ def work_of(config: AnyConfig, rows: Rows) -> Work:
     targets = adapted_layers(lora.targets) if lora.rank else ()
     if targets is None:
         raise UsageError(
-            f"--lora.targets {lora.targets}: a plan counts adapters on whole kinds of layers; name these (c_attn, attn.c_proj, "
+            f"--lora.targets {lora.targets}: a plan counts adapters per kind of layer; name the kinds (c_attn, attn.c_proj, "
             "mlp.c_fc, mlp.c_proj, lm_head, all-linear)"
         )
     tokens = t.batch_size * block_size_of(d)
