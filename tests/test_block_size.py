@@ -100,6 +100,6 @@ def test_a_step_larger_than_the_data_says_so(tiny_directory, tmp_path, capsys):
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_rows=4))
     with pytest.warns(
         UserWarning,
-        match=r"a step is to take 16 rows of 128 tokens and the data fill \d+: every step takes those, each once",
+        match=r"a step takes 16 rows of 128 tokens, but the data fill only \d+: every step uses all of them, each once",
     ):
         assert sft(config).config["train"]["steps"] == 1

@@ -111,5 +111,5 @@ def test_a_training_says_in_whose_tokens_answers_are_long(capsys):
         longer_chosen = staticmethod(lambda numbers: 0.5)
 
     describe_pairs(Pairs([1] * 5), Pairs([1, 2]), 3)
-    told = "in 50.0% of the 2 validation pairs the longer answer is the chosen one, in tokens of this model"
+    told = "in 50.0% of the 2 validation pairs the chosen answer is the longer one, in tokens of this model"
     assert told in capsys.readouterr().out

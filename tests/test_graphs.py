@@ -169,7 +169,7 @@ def test_where_recording_fails_all_steps_are_plain_and_one_line_says_why():
     failed.is_that_of(Trained(steps))
     assert tape.replays == 0
     (line,) = failed.said
-    assert "not recorded as a CUDA graph (operation not permitted when stream is capturing); they are" in line
+    assert "not recorded as a CUDA graph (operation not permitted when stream is capturing); their kernels" in line
 
 
 def test_a_step_that_waits_leaves_the_dropout_of_the_plain_steps_as_it_was(monkeypatch):
@@ -269,7 +269,7 @@ def test_what_cannot_be_recorded_is_refused_with_every_reason(tmp_path, capsys):
     assert main([*asked, "--out", str(tmp_path / "a")]) == 2
     told = capsys.readouterr().err
     assert (
-        "--train.cuda_graphs true: --train.device is cpu, and it takes a CUDA device; --data.batching packed changes"
+        "--train.cuda_graphs true: --train.device is cpu, and graphs need a CUDA device; --data.batching packed changes"
         in told
     )
     assert "Use false, or auto" in told

@@ -157,7 +157,7 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_alone():
 def test_what_cannot_be_done_in_backward_is_refused(tmp_path, capsys):
     asked = ["sft", "--train.optimizer_in_backward", "true", "--model.name", "sample", "--data.name", "sample"]
     assert main([*asked, "--out", str(tmp_path / "a")]) == 2
-    assert "wants --train.accumulate 1 and --train.grad_clip 0 (now 1 and 1)" in capsys.readouterr().err
+    assert "needs --train.accumulate 1 and --train.grad_clip 0 (now 1 and 1)" in capsys.readouterr().err
     assert main([*asked, "--train.grad_clip", "0", "--train.accumulate", "2", "--out", str(tmp_path / "a")]) == 2
     assert "(now 2 and 0)" in capsys.readouterr().err
     assert main([*asked, "--train.grad_clip", "0", "--train.precision", "fp16", "--out", str(tmp_path / "a")]) == 2
@@ -188,7 +188,7 @@ def test_20_steps_with_8_bit_state_stay_near_adamw_at_a_byte_a_number():
 
 def test_8_bit_state_without_torchao_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'tunesmith\[8bit\]', or take adamw"):
+    with pytest.raises(UserError, match=r"pip install 'tunesmith\[8bit\]', or use adamw"):
         build_optimizer(random_model(SHAPE), "adamw8bit", lr=1e-3)
 
 

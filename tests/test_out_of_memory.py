@@ -153,7 +153,7 @@ def test_a_step_that_cannot_be_repeated_is_not():
         return fail() if len(calls) == 1 else plain(batch)
 
     with pytest.raises(
-        UserError, match=r"4 rows x 256 tokens.*inside backward cannot be done again.*--train\.batch_size"
+        UserError, match=r"4 rows x 256 tokens.*inside backward cannot be repeated.*--train\.batch_size"
     ):
         one_step(loss_sum, batches, model, optimizer, repeatable=False)
     assert len(calls) == 1

@@ -188,5 +188,5 @@ def test_optimizer_state_that_does_not_fit_ends_the_command_with_one_line(
     monkeypatch.setattr(OneByOne, "allocate_state", fail)
     assert main(as_argv(tiny_config(tiny_directory, tmp_path / "run"))) == 1
     told = capsys.readouterr().err
-    assert told.startswith("tunesmith: out of memory making the state of adamw for")
+    assert told.startswith("tunesmith: out of memory allocating the state of adamw for")
     assert len(told.splitlines()) == 1

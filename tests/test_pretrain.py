@@ -290,7 +290,7 @@ TINY = ["--model.n_layer", "1", "--model.n_head", "2", "--model.n_embd", "8", "-
         ("{topics}", "--model.n_layer 0", 2, "n_layer = 0"),
         ("{topics}", "--model.name gpt3/none", 2, "--model: .*gpt3/none"),
         ("{topics}", "--data.loss_on assistant", 2, "a base model learns every token"),
-        ("{topics}", "--tokenizer.name gpt2", 2, "vocab_size is for a new tokenizer; that of gpt2"),
+        ("{topics}", "--tokenizer.name gpt2", 2, "vocab_size is for a new tokenizer; the vocabulary of gpt2"),
         ("{topics}", "--lora.rank 8", 2, "unknown option --lora.rank"),
         ("{topics}", "--data.name=", 2, "--data.name is missing"),
     ],

@@ -182,13 +182,13 @@ def test_the_reference_of_a_dpo_run_is_the_model_that_it_began_with(base, tmp_pa
         assert main([*again, "--model.init", "random"]) == 1
         assert main([*again, "--model.name", "sample"]) == 1
     with pytest.raises(
-        UserError, match=r"model\.init was 'pretrained', now 'random'.*The reference of a DPO run is always"
+        UserError, match=r"model\.init was 'pretrained', now 'random'.*The reference of a DPO run must stay"
     ):
         ts.dpo(tiny_config(base, run.path, DPOConfig, **options, model__init="random", resume=True))
     shift_weights(base)
     for accept in ("refuse", "accept"):
         config = tiny_config(base, run.path, DPOConfig, **options, resume=True)
-        with pytest.raises(UserError, match=r"model\.name holds other weights.*--model\.name, or start a new run"):
+        with pytest.raises(UserError, match=r"model\.name holds different weights.*--model\.name, or start a new run"):
             ts.dpo(type(config)(**{**vars(config), "resume_changes": accept}))
     assert files_of(run) == before
 
@@ -196,7 +196,7 @@ def test_the_reference_of_a_dpo_run_is_the_model_that_it_began_with(base, tmp_pa
 def test_the_base_of_adapters_is_the_one_that_they_began_with(base, tmp_path):
     run = ts.sft(tiny_config(base, tmp_path / "r", **SHORT, lora__rank=2))
     shift_weights(base)
-    with pytest.raises(UserError, match=r"model\.name holds other weights.*base that adapters stand on"):
+    with pytest.raises(UserError, match=r"model\.name holds different weights.*base of the adapters"):
         ts.sft(tiny_config(base, run.path, **LONGER, lora__rank=2, resume=True))
 
 
@@ -312,7 +312,7 @@ def test_several_changes_at_one_step_are_one():
 
 def test_accepting_changes_needs_a_run_that_goes_on(tiny_directory, tmp_path, capfd):
     assert main(["sft", "--model.name", str(tiny_directory), "--resume_changes", "accept"]) == 2
-    assert "--resume_changes accept is for a run that goes on" in capfd.readouterr().err
+    assert "--resume_changes accept is for a resumed run" in capfd.readouterr().err
 
 
 # What --resume needs

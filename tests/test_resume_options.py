@@ -173,7 +173,7 @@ def test_device_and_compiler_may_change_as_long_as_no_random_numbers_are_drawn(t
     told = (
         [change.words for change in changes]
         if draws
-        else [note.removesuffix(", which gives the same to rounding") for note in notes]
+        else [note.removesuffix(", which gives the same result up to rounding") for note in notes]
     )
     assert told == ["train.compile was False, now True", "train.device was 'cpu', now 'cuda:1'"]
     assert bool(changes) == bool(draws)
@@ -210,7 +210,7 @@ def test_fewer_steps_than_were_taken_are_refused_and_fewer_than_were_asked_for_t
     again = ["sft", "--resume", "--out", str(run.path)]
     assert main([*again, "--train.steps", "3", "--resume_changes", "accept"]) == 2
     assert "--train.steps 3" in (told := capfd.readouterr().err)
-    assert "is at step 4 already" in told
+    assert "is already at step 4" in told
     shutil.rmtree(run.checkpoints()[-1][1])
     shutil.rmtree(run.checkpoints()[-1][1])
     assert main([*again, "--train.steps", "3"]) == 1

@@ -78,7 +78,7 @@ def load_state(
         tensors = load_file(directory / STATE / "optimizer.safetensors")
     except (OSError, json.JSONDecodeError, SafetensorError) as error:
         raise UserError(
-            f"{directory} cannot be resumed from ({error}); delete it to go on from the checkpoint before"
+            f"{directory} cannot be resumed from ({error}); delete it to continue from the previous checkpoint"
         ) from None
     read_weights(directory)
     torch.set_rng_state(tensors.pop("rng.cpu"))

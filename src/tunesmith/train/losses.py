@@ -71,7 +71,7 @@ def dpo_loss(
     if not 0 < beta < math.inf:
         raise ValueError(f"beta is {beta}, expected more than 0 and finite")
     if loss not in DPO_LOSSES:
-        raise ValueError(f"unknown loss {loss!r}; there are {', '.join(DPO_LOSSES)}")
+        raise ValueError(f"unknown loss {loss!r}; expected one of {', '.join(DPO_LOSSES)}")
     if not 0 <= label_smoothing < 0.5 or (label_smoothing and loss not in SMOOTHED):
         allowed = "0 <= label_smoothing < 0.5" if loss in SMOOTHED else "0 for this loss"
         raise ValueError(f"label_smoothing is {label_smoothing} with loss {loss}, expected {allowed}")

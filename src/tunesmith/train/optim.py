@@ -22,12 +22,11 @@ def _adamw8bit(groups: list[dict[str, Any]], lr: float) -> Optimizer:
     """AdamW with both moments in 8 bits, block by block (Dettmers et al. 2022, arXiv 2110.02861), as torchao has it."""
     if importlib.util.find_spec("torchao") is None:
         raise UserError(
-            "--optimizer.name adamw8bit keeps its state with torchao, which is not installed: "
-            "pip install 'tunesmith[8bit]', or take adamw"
+            "--optimizer.name adamw8bit keeps its state with torchao, which is not installed: pip install 'tunesmith[8bit]', or use adamw"
         )
     if not groups[0]["params"][0].is_cuda and not shutil.which(os.environ.get("CXX", "c++")):
         raise UserError(
-            "--optimizer.name adamw8bit compiles its update and finds no C++ compiler here; install one, or take adamw"
+            "--optimizer.name adamw8bit compiles its update, and there is no C++ compiler here; install one, or use adamw"
         )
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))  # at import torchao warns of GPU kernels that nobody asked for

@@ -89,7 +89,7 @@ class RecordedStep(Generic[B]):
         except Exception as error:
             self.failed = True
             why = reason_of(error)
-            self.say(f"note: steps are not recorded as a CUDA graph ({why}); they are taken one kernel after the other")
+            self.say(f"note: steps are not recorded as a CUDA graph ({why}); their kernels are launched one at a time")
         else:
             self.recording = Recording(signature, inputs, replay)
         self.optimizer.zero_grad(set_to_none=True)  # gradients of a recording that failed were never computed

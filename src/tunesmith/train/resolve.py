@@ -57,13 +57,13 @@ def check_options(config: AnyConfig, more: Sequence[str] = ()) -> None:
         f"{name} is {x}, expected 0 <= {name.split('.')[1]} < 1" for name, x in shares.items() if not 0 <= x < 1
     ]
     if o.name == "sgd-nesterov" and o.momentum == 0:
-        problems.append("--optimizer.momentum is 0, but sgd-nesterov needs some; use sgd")
+        problems.append("--optimizer.momentum is 0, but sgd-nesterov needs momentum; use sgd")
     if not 0 < d.holdout < 1:
         problems.append(f"--data.holdout is {d.holdout}, expected a share between 0 and 1")
     if t.optimizer_in_backward and (t.accumulate > 1 or t.grad_clip > 0):
         problems.append(
-            "--train.optimizer_in_backward updates weights before the whole gradient is known: it wants --train.accumulate 1 "
-            f"and --train.grad_clip 0 (now {t.accumulate} and {t.grad_clip:g})"
+            "--train.optimizer_in_backward updates weights before the whole gradient is known: it needs "
+            "--train.accumulate 1 and --train.grad_clip 0 (now {t.accumulate} and {t.grad_clip:g})"
         )
     if e.reward is None and (e.prompts, e.samples, e.max_new_tokens) != (None, 1, 128):
         problems.append(
@@ -72,7 +72,9 @@ def check_options(config: AnyConfig, more: Sequence[str] = ()) -> None:
     if config.lora.alpha is not None and not config.lora.alpha > 0:
         problems.append(f"--lora.alpha is {config.lora.alpha:g}, expected more than 0")
     if config.resume_changes == "accept" and not config.resume:
-        problems.append("--resume_changes accept is for a run that goes on: give --resume and its directory with --out")
+        problems.append(
+            "--resume_changes accept is for a resumed run: give --resume, and the run's directory with --out"
+        )
     if problems := [*problems, *more]:
         raise UsageError("; ".join(problems))
 
@@ -81,7 +83,9 @@ def check_pair_options(data: PairDataOptions) -> list[str]:
     """What is wrong with the data options of a command that trains on pairs."""
     problems = []
     if data.batching == "windows":
-        problems.append("--data.batching windows cuts through dialogues and knows no pairs; use packed or padded")
+        problems.append(
+            "--data.batching windows cuts through dialogues and does not support pairs; use packed or padded"
+        )
     if data.truncation == "split":
         problems.append("--data.truncation split is for plain texts; for pairs use keep_end, keep_start or drop")
     return problems
@@ -100,12 +104,12 @@ def resolve_machine(config: Config, n_embd: int, command: Command) -> Config:
     precision = resolve_precision(t.precision, device, n_embd)
     if precision == "fp16" and (t.optimizer_in_backward or t.weights == "bf16"):
         raise UsageError(
-            "--train.precision fp16 scales the loss and may have to drop an update, which goes with neither "
+            "--train.precision fp16 scales the loss and may have to skip an update, which works with neither "
             "--train.optimizer_in_backward nor --train.weights bf16; use bf16 or fp32"
         )
     if t.allocator == "lean" and device.type != "cpu":
         raise UsageError(
-            f"--train.allocator lean is for a CPU's memory; here it is {device}, where torch has its own: leave it out"
+            f"--train.allocator lean is for a CPU's memory; on {device} torch has its own allocator: leave it out"
         )
     train = dataclasses.replace(
         t,
@@ -137,12 +141,12 @@ def resolve_cuda_graphs(config: AnyConfig, device: torch.device, precision: Prec
     """
     t, d = config.train, config.data
     against = {
-        f"--train.device is {device}, and it takes a CUDA device": device.type not in RECORDS_ON,
-        f"--data.batching {d.batching} changes lengths and counts from step to step (windows never does)": d.batching != "windows",
-        "--train.precision fp16 has its loss scale looked at by the host": precision == "fp16",
-        "--train.optimizer_in_backward decides before backward, on the host": t.optimizer_in_backward,
-        "--train.weights bf16 moves the optimizer's state to other memory at every update": t.weights == "bf16" and not config.lora.rank,
-        "--optimizer.name adamw8bit cannot leave out an update by itself": config.optimizer.name == "adamw8bit",
+        f"--train.device is {device}, and graphs need a CUDA device": device.type not in RECORDS_ON,
+        f"--data.batching {d.batching} changes lengths and counts from step to step (windows does not)": d.batching != "windows",
+        "--train.precision fp16 has the host check its loss scale": precision == "fp16",
+        "--train.optimizer_in_backward decides on the host, before backward": t.optimizer_in_backward,
+        "--train.weights bf16 moves the optimizer's state to new memory at every update": t.weights == "bf16" and not config.lora.rank,
+        "--optimizer.name adamw8bit cannot skip an update by itself": config.optimizer.name == "adamw8bit",
         "--train.activation_checkpointing true reads the random state inside the step": t.activation_checkpointing is True,
     }  # fmt: skip
     reasons = [reason for reason, holds in against.items() if holds]
@@ -251,10 +255,10 @@ def iters_of(config: AnyConfig) -> int:
 def _more_than_there_is(per_step: int, train: Countable, accumulate: int, block_size: Any) -> str:
     """What becomes of a step that is larger than the data."""
     smaller = "--train.accumulate or --train.batch_size" if accumulate > 1 else "--train.batch_size"
-    asked = f"a step is to take {per_step:,} rows of {block_size} tokens and the data fill {train.rows_per_epoch:,}"
+    asked = f"a step takes {per_step:,} rows of {block_size} tokens, but the data fill only {train.rows_per_epoch:,}"
     if train.per_epoch is None:
         return f"{asked}: every step reads them about {per_step / train.rows_per_epoch:.3g} times; lower {smaller} to read them once"
-    return f"{asked}: every step takes those, each once, and is an epoch; lower {smaller} for more steps in one"
+    return f"{asked}: every step uses all of them, each once, and is an epoch; lower {smaller} to get more steps per epoch"
 
 
 def as_dict(config: AnyConfig) -> dict[str, Any]:

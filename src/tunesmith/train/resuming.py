@@ -140,7 +140,7 @@ def settle_origin(config: AnyConfig, path: Path, inputs: dict[str, Any]) -> Orig
         raise UserError(f"--resume: {path} was made by tunesmith {made}, and tunesmith {now} cannot continue it")
     if config.train.steps is not None and config.train.steps < step:
         raise UsageError(
-            f"--train.steps {config.train.steps:,}: {path} is at step {step:,} already; give more steps, or start a new "
+            f"--train.steps {config.train.steps:,}: {path} is already at step {step:,}; give more steps, or start a new "
             "run with another --out"
         )
     changed = input_changes(before, inputs) if before else []
@@ -149,7 +149,7 @@ def settle_origin(config: AnyConfig, path: Path, inputs: dict[str, Any]) -> Orig
     changes = [*_with_rates(changes, config, stored, step), *changed]
     if before is None:
         notes.append(
-            "this run has no inputs.json (an earlier version made it): whether its data have changed is not known"
+            "this run has no inputs.json (it was made by an earlier version), so whether its data have changed is unknown"
         )
     if run.draws != DRAWS:
         inputs = {**inputs, "draws": run.draws}
@@ -161,22 +161,22 @@ def settle_origin(config: AnyConfig, path: Path, inputs: dict[str, Any]) -> Orig
 
 
 def refuse(changes: Sequence[Change], config: AnyConfig, path: Path) -> None:
-    """Raises: UserError if changes were not accepted, or are such as no run survives."""
+    """Raises: UserError if changes were not accepted, or cannot be accepted."""
     told = "; ".join(change.words for change in changes)
     if any(change.option == WEIGHTS for change in changes):
-        what = "The reference of a DPO run" if isinstance(config, DPOConfig) else "The base that adapters stand on"
+        what = "The reference of a DPO run" if isinstance(config, DPOConfig) else "The base of the adapters"
         raise UserError(
-            f"--resume: {told}. {what} is always what the run began with: name that model with --model.name, or start a new "
+            f"--resume: {told}. {what} must stay what the run began with: name that model with --model.name, or start a new "
             "run with another --out"
         )
     if fixed := [change.option for change in changes if change.fixed]:
         raise UserError(
-            f"--resume: {told}. What the checkpoints of {path} hold would not fit another {', '.join(fixed)}: keep what it "
+            f"--resume: {told}. The checkpoints of {path} would not fit a different {', '.join(fixed)}: keep what it "
             "began with, or start a new run with another --out"
         )
     if changes and config.resume_changes != "accept":
         raise UserError(
-            f"--resume: {told}. This would be another run than {path}: keep what it began with, give --resume_changes accept "
+            f"--resume: {told}. This would no longer be the run in {path}: keep what it began with, give --resume_changes accept "
             "(the change is logged), or start a new run with another --out"
         )
 
@@ -203,7 +203,7 @@ def option_changes(
         if option.mark == "content" and same_content and (option.name != "model.name" or base):
             notes.append(f"{change.words}: the same content")
         elif option.mark == "rounding" and not draws_random_numbers(config):
-            notes.append(f"{change.words}, which gives the same to rounding")
+            notes.append(f"{change.words}, which gives the same result up to rounding")
         elif _lengthened(option, before, config):
             notes.append(f"{change.words}: the constant rate does not depend on it")
         else:
@@ -250,7 +250,7 @@ def input_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Cha
             words = f"{what} have changed ({_difference(old, new)})"
             changes.append(Change(name, _in_short(old), _in_short(new), words))
     if before.get("weights") != now["weights"] and before.get("weights"):
-        words = "model.name holds other weights than the model that this run began with"
+        words = "model.name holds different weights from the model that this run began with"
         changes.append(Change(WEIGHTS, before["weights"], now["weights"], words))
     if before.get("tokenizer") != now["tokenizer"]:
         words = "the model's tokenizer is not the one that this run began with"

@@ -51,14 +51,18 @@ def problems_of(config: PretrainConfig) -> list[str]:
     if not data.name:
         problems.append("--data.name is missing: name a text file, a JSONL file, a directory or a data set")
     if data.loss_on == "assistant":
-        problems.append("--data.loss_on assistant: a base model learns every token; leave it out, or use tunesmith sft")
+        problems.append(
+            "--data.loss_on assistant: a base model learns every token; leave the option out, or use tunesmith sft"
+        )
     if (block_size := block_size_of(data)) > (config.model.block_size or 0):
         problems.append(
             f"--data.block_size {block_size:,} is more than the model can read; raise --model.block_size "
             f"({config.model.block_size:,}) or leave --data.block_size out"
         )
     if tokenizer.name != NEW and tokenizer.vocab_size is not None:
-        problems.append(f"--tokenizer.vocab_size is for a new tokenizer; that of {tokenizer.name} has its own size")
+        problems.append(
+            f"--tokenizer.vocab_size is for a new tokenizer; the vocabulary of {tokenizer.name} has a fixed size"
+        )
     elif tokenizer.vocab_size is not None and tokenizer.vocab_size < SMALLEST_VOCABULARY:
         problems.append(
             f"--tokenizer.vocab_size is {tokenizer.vocab_size}, expected at least {SMALLEST_VOCABULARY}: "

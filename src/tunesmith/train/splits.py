@@ -107,6 +107,6 @@ def describe_pairs(train: PairBatches, validation: PairBatches, iters: int) -> d
     held = validation.used(iters)
     share = validation.longer_chosen(held)
     print(
-        f"note: in {share:.1%} of the {len(held):,} validation pairs the longer answer is the chosen one, in tokens of this model"
+        f"note: in {share:.1%} of the {len(held):,} validation pairs the chosen answer is the longer one, in tokens of this model"
     )
     return {"train_pairs": len(train), "validation_pairs": len(held), "validation_longer_chosen": share}

@@ -108,9 +108,9 @@ def step_in_memory(
         if failed is None:
             raise UserError(
                 f"out of memory in the update of the weights ({splitting.setup}; {text}). It needs the gradients and the "
-                "optimizer's state at once, so smaller micro-batches would not help, and as some weights may have moved it is "
-                "not repeated. Take an optimizer with less state (--optimizer.name), or train fewer weights "
-                "(--lora.rank where there is one)"
+                "optimizer's state at once, so smaller micro-batches would not help, and as some weights may "
+                "already have changed, the step is not repeated. Use an optimizer with less state "
+                "(--optimizer.name), or train fewer weights (--lora.rank, if the command has it)"
             )
         halves = failed.halves() if splitting.repeatable else None
         if halves is None:
@@ -162,8 +162,8 @@ def _split(micro_batches: Sequence[B], failed: B, splitting: Splitting) -> Split
         f"--train.batch_size {fitting[-1]} --train.accumulate {rows // fitting[-1]}" if fitting else splitting.smaller
     )
     line = (
-        f"out of memory with {failed.extent} ({splitting.setup}); the step is done again, and later ones are done, in "
-        f"micro-batches of at most {limit:,} tokens, which is the same training. To choose it from the start: {choice}"
+        f"out of memory with {failed.extent} ({splitting.setup}); this step is repeated, and later ones are run, in "
+        f"micro-batches of at most {limit:,} tokens, which gives the same result. To start that way: {choice}"
     )
     return Split(failed.size, limit, line)
 
@@ -172,13 +172,13 @@ def _no_way_on(failed: Splittable, splitting: Splitting, text: str) -> str:
     why = (
         "which cannot be split further"
         if splitting.repeatable
-        else "and a step whose updates are made inside backward cannot be done again in parts"
+        else "and a step that updates inside backward cannot be repeated in parts"
     )
     ways = splitting.smaller
     if not splitting.repeatable:
         ways = f"a smaller --train.batch_size, --train.optimizer_in_backward false, {ways}"
     return (
-        f"out of memory with {failed.extent} ({splitting.setup}; {text}), {why}. Ways out: {ways}; "
+        f"out of memory with {failed.extent} ({splitting.setup}; {text}), {why}. Options: {ways}; "
         "`tunesmith plan --fit` finds what fits"
     )
 

@@ -136,7 +136,7 @@ def check_trainable(model: nn.Module, *, lora: bool, name: str) -> None:
     if frozen or not asked:
         what = "adapters" if lora else "weights"
         raise UserError(
-            f"{name}: {len(frozen)} of the {len(asked)} {what} that this run is to train are frozen"
+            f"{name}: {len(frozen)} of the {len(asked)} {what} that this run should train are frozen"
             f"{' (' + ', '.join(frozen[:3]) + ', ...)' if frozen else ''}; call model.requires_grad_(True) before training"
             f"{'' if lora else ', or train adapters with --lora.rank 8'}"
         )
@@ -158,8 +158,9 @@ def make_optimizer(model: nn.Module, config: AnyConfig) -> Optimizer | OneByOne:
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"out of memory making the state of {o.name} for {config.model.name}: take an optimizer with less of it (adamw8bit: "
-            "a quarter of adamw's; sgd: none), or train fewer weights (--lora.rank 8); tunesmith plan tells what fits"
+            f"out of memory allocating the state of {o.name} for {config.model.name}: use an optimizer with less "
+            f"state (adamw8bit: a quarter of adamw's; sgd: none), or train fewer weights (--lora.rank 8); "
+            f"`tunesmith plan --fit` finds what fits"
         ) from None
     in_bf16 = any(p.dtype is torch.bfloat16 and p.requires_grad for p in model.parameters())
     return one_by_one if t.optimizer_in_backward or in_bf16 else plain
