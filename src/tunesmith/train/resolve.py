@@ -63,7 +63,7 @@ def check_options(config: AnyConfig, more: Sequence[str] = ()) -> None:
     if t.optimizer_in_backward and (t.accumulate > 1 or t.grad_clip > 0):
         problems.append(
             "--train.optimizer_in_backward updates weights before the whole gradient is known: it needs "
-            "--train.accumulate 1 and --train.grad_clip 0 (now {t.accumulate} and {t.grad_clip:g})"
+            f"--train.accumulate 1 and --train.grad_clip 0 (now {t.accumulate} and {t.grad_clip:g})"
         )
     if e.reward is None and (e.prompts, e.samples, e.max_new_tokens) != (None, 1, 128):
         problems.append(
