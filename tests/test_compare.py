@@ -237,7 +237,7 @@ def test_without_extras_it_is_a_table_of_answers(compare, models):
     summary, records, page, printed = compare(*models[:2])
     assert set(summary) == {"prompts", "settings", "a", "b"}
     assert records[0]["a"]["reward"] is None
-    assert "stopped by themselves" in printed.out
+    assert "ended by themselves" in printed.out
     assert "interval" not in printed.out
     assert page.count("<article") == 6
 
@@ -297,7 +297,7 @@ def test_a_judge_that_fails_costs_no_answers_and_goes_on_where_it_stopped(compar
         options = ("--judge", server.url, "--judge-model", "m", "--judge-parallel", "1")
         summary, records, page, printed = compare(*models[:2], *options, code=1)
         port = int(server.url.split(":")[2].removesuffix("/v1"))
-    for part in ("401 (gone)", "OPENAI_API_KEY", "out.jsonl.judge.jsonl", "goes on from there"):
+    for part in ("401 (gone)", "OPENAI_API_KEY", "out.jsonl.judge.jsonl", "continues from there"):
         assert part in printed.err
     assert "sk-test" not in printed.err + printed.out
     assert len(records) == 6

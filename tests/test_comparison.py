@@ -80,7 +80,7 @@ def test_no_pair_of_like_length_is_no_error():
     alone = Comparison(("a", "b"), [row(0, 0.0, 1.0, tokens=(1, 9)), row(1, 0.0, 1.0, tokens=(1, 9))], "s")
     assert alone.summary()["reward"]["matched_length"] is None
     assert [r.label for r in versus_rows(alone.summary())] == ["reward: all prompts"]
-    assert "like length" in " ".join(notes(alone.summary()))
+    assert "Similar length" in " ".join(notes(alone.summary()))
 
 
 def test_groups_are_compared_by_themselves(rewarded):
@@ -126,8 +126,8 @@ def test_the_judge_is_counted_with_its_agreement_and_its_taste_for_a_position():
     assert (found["no_verdict"], found["same_answers"]) == (1, 1)
     told = " ".join(notes(Comparison(("a", "b"), [*rows, Row(rows[0].a, rows[0].a, same)], judge="j").summary()))
     assert "80.0 % (" in told
-    assert "no verdict on 1 prompts" in told
-    assert "1 prompts had the same answer" in told
+    assert "without a verdict, left out of the judge's win rate: 1." in told
+    assert "the same answer from both, ties without asking the judge: 1." in told
 
 
 @pytest.mark.parametrize(

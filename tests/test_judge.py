@@ -174,7 +174,7 @@ def test_a_time_out_is_tried_again():
 def test_time_outs_without_end_are_told_with_the_ways_out():
     with (
         serving(lambda *_: Reply(delay=0.3)) as server,
-        pytest.raises(UserError, match=r"2 tries.*nothing came for 0\.1 s"),
+        pytest.raises(UserError, match=r"2 tries.*no reply within 0\.1 s"),
     ):
         judge(server, timeout=0.1, retries=1).compare(PAIRS)
 
@@ -194,8 +194,8 @@ def test_a_connection_cut_in_the_middle_is_tried_again():
         (Reply(status=401, body=b'{"error": {"message": "no key"}}'), None, ["401 (no key)", "set OPENAI_API_KEY"]),
         (Reply(status=401, body=b'{"error": {"message": "bad key sk-1"}}'), "sk-1", ["[key]", "refuses the key in OPENAI_API_KEY"]),
         (Reply(status=404, body=b'{"error": "no such model"}'), None, ["404 (no such model)", "no model 'm'", "/v1"]),
-        (Reply(status=404, body=b"<html>Not here</html>"), None, ["404: it knows"]),
-        (Reply(status=400, body=b'{"message": "too long"}'), None, ["400 (too long)", "does not take the question"]),
+        (Reply(status=404, body=b"<html>Not here</html>"), None, ["404: it has"]),
+        (Reply(status=400, body=b'{"message": "too long"}'), None, ["400 (too long)", "rejects the request"]),
         (Reply(status=302, body=b"", headers={"Location": "http://else.where/v1"}), "sk-1", ["moved to http://else.where/v1"]),
     ],
 )  # fmt: skip
@@ -286,7 +286,7 @@ def test_as_many_requests_at_one_time_as_allowed():
 
 def test_a_cut_comparison_pays_only_for_the_rest(tmp_path):
     kept = tmp_path / "kept.jsonl"
-    told = pytest.raises(UserError, match=r"kept\.jsonl: the same command goes on")
+    told = pytest.raises(UserError, match=r"kept\.jsonl: the same command continues")
     with serving(lambda n, a, b: longer(a, b) if n < 3 else Reply(status=401)) as server, told:
         judge(server, kept=kept, parallel=1).compare(PAIRS)
     kept.write_bytes(kept.read_bytes() + b'{"question": "cut in the mid')

@@ -185,8 +185,8 @@ def model_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     rows = [both("mean reward", lambda s: interval_text(s["reward"]))] if "reward" in summary else []
     rows.append(both("mean length, tokens", lambda s: f"{s['length']:.1f}"))
     shares = {
-        "self_stopped": "stopped by themselves", "repetition": "repeated four-word sequences", "distinct_1": "different words (distinct-1)",
-        "distinct_2": "different pairs of words (distinct-2)", "role_leaks": "answers with a role marker",
+        "self_stopped": "ended by themselves", "repetition": "repeated four-word sequences", "distinct_1": "distinct words (distinct-1)",
+        "distinct_2": "distinct word pairs (distinct-2)", "role_leaks": "answers with a role marker",
     }  # fmt: skip
     return rows + [both(label, lambda s, name=name: f"{100 * s[name]:.1f} %") for name, label in shares.items()]
 
@@ -216,7 +216,7 @@ def versus_rows(summary: dict[str, Any]) -> list[Versus]:
     for measure in ("reward", "judge"):
         if measure not in summary:
             continue
-        parts = {"all prompts": summary[measure], "answers of like length": summary[measure]["matched_length"]}
+        parts = {"all prompts": summary[measure], "answers of similar length": summary[measure]["matched_length"]}
         for label, found in (parts | summary[measure]["groups"]).items():
             if found and "wins" in found:
                 difference = interval_text(found["difference"], signed=True) if "difference" in found else ""
@@ -260,33 +260,31 @@ def _better(summary: dict[str, Any], found: dict[str, Any], by: str) -> str:
 
 
 def notes(summary: dict[str, Any]) -> list[str]:
-    """What a reader of the figures must know."""
+    """What a reader needs to know to read the figures."""
     told = []
     if summary.keys() & {"reward", "judge", "logprobs"}:
         told.append("In parentheses: 95 % intervals. A win rate counts a tie as half a win.")
     if "reward" in summary or "judge" in summary:
         told.append(
-            f"Of like length: the shorter answer has at least {100 * (1 - LIKE_LENGTH):.0f} % of the longer one's tokens."
+            f"Similar length: the shorter answer has at least {100 * (1 - LIKE_LENGTH):.0f} % of the longer one's tokens."
         )
     if "reward" in summary:
         told.append(f"Rewards by {summary['reward']['scorer']}.")
     if judge := summary.get("judge"):
         told.append(
             f"Judge: {judge['model']}, asked in both orders; where they disagree the prompt is a tie. The two orders "
-            f"agree on {interval_text(judge['agreement'], percent=True)} of the prompts; of the verdicts that are no tie, "
-            f"{interval_text(judge['first_position'], percent=True)} are for the answer that stood first."
+            f"agree on {interval_text(judge['agreement'], percent=True)} of the prompts; of the verdicts that are not ties, "
+            f"{interval_text(judge['first_position'], percent=True)} favour the answer shown first."
         )
         if judge["same_answers"]:
             told.append(
-                f"{judge['same_answers']} prompts had the same answer twice: ties, for which the judge was not asked."
+                f"Prompts with the same answer from both, ties without asking the judge: {judge['same_answers']}."
             )
         if judge["no_verdict"]:
-            told.append(
-                f"The judge gave no verdict on {judge['no_verdict']} prompts; they are left out of its win rate."
-            )
+            told.append(f"Prompts without a verdict, left out of the judge's win rate: {judge['no_verdict']}.")
     if changes := summary.get("logprobs"):
         a, b = (interval_text(changes[side]["change"], signed=True) for side in "ab")
-        told.append(f"log p_B - log p_A of a whole answer, in nats: of A's answers {a}, of B's answers {b}.")
+        told.append(f"log p_B - log p_A of a whole answer, in nats: for A's answers {a}, for B's answers {b}.")
     return told
 
 

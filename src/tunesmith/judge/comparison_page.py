@@ -96,7 +96,7 @@ def _right(column: int) -> str:
 
 def _names(found: Comparison) -> str:
     a, b = map(_e, found.names)
-    return f'<p><b class="name a">A</b> is {a}, <b class="name b">B</b> is {b}; {len(found.rows)} prompts to both.</p>'
+    return f'<p><b class="name a">A</b> is {a}, <b class="name b">B</b> is {b}; {len(found.rows)} prompts, the same for both.</p>'
 
 
 def _facts(summary: dict[str, Any]) -> str:
@@ -187,4 +187,5 @@ def _replies(judgement: Judgement | None) -> str:
     if judgement is None or not judgement.asked:
         return ""
     first, second = map(_e, judgement.replies)
-    return f'<details class="replies"><summary>The judge\'s words</summary>A first:<pre>{first}</pre>B first:<pre>{second}</pre></details>'
+    shown = f"A first:<pre>{first}</pre>B first:<pre>{second}</pre>"
+    return f'<details class="replies"><summary>Replies of the judge</summary>{shown}</details>'

@@ -62,7 +62,7 @@ class Endpoint:
         self.address, self.name = _address(self.url)
         self.key = (self.key or "").strip() or None
         if self.key and not (self.key.isascii() and self.key.isprintable()):
-            raise UsageError(f"{KEY_VARIABLE} holds characters that no key has; set it anew")
+            raise UsageError(f"{KEY_VARIABLE} holds characters that no key contains; set it again")
         self.stop = threading.Event()
         self._lock, self._reached = threading.Lock(), False
         self._sampling: dict[str, Any] = {"temperature": 0}
@@ -79,7 +79,7 @@ class Endpoint:
             if attempt:
                 pause = self.wait * 2 ** (attempt - 1) * random.uniform(1, 1.25)
                 if self.stop.wait(max(pause, longer)):
-                    raise UserError(f"{self.name} was not asked any further")
+                    raise UserError(f"{self.name} was not asked any more questions")
             sampling, longer = self._sampling, 0.0
             try:
                 return self._send(messages, sampling)
@@ -95,7 +95,7 @@ class Endpoint:
                 cause = error.reason if isinstance(error, urllib.error.URLError) else error
                 trouble = self._one_line(cause)
                 if isinstance(cause, HOPELESS) and not self._reached:
-                    way = "start the server there, or give the base URL of the one that runs"
+                    way = "start the server there, or give the base URL of one that is running"
                     raise UserError(f"{self.name} cannot be reached ({trouble}); {way}") from None
         raise UserError(f"{self.name} gave no answer in {self.retries + 1} tries (the last: {trouble})")
 
@@ -127,13 +127,13 @@ class Endpoint:
         """What a status means, and the way out."""
         elsewhere = refusal.headers.get("Location")
         if refusal.code in (401, 403):
-            way = f"it refuses the key in {KEY_VARIABLE}" if self.key else f"it wants a key: set {KEY_VARIABLE}"
+            way = f"it refuses the key in {KEY_VARIABLE}" if self.key else f"it requires a key: set {KEY_VARIABLE}"
         elif refusal.code == 404:
-            way = f"it knows no model {self.model!r}, or the URL is not the base of its API (most end in /v1)"
+            way = f"it has no model {self.model!r}, or the URL is not the base of its API (most end in /v1)"
         elif elsewhere and 300 <= refusal.code < 400:
             way = f"it has moved to {self._one_line(elsewhere)}; give that base URL"
         else:
-            way = f"it does not take the question; check the URL and the model {self.model!r}"
+            way = f"it rejects the request; check the URL and the model {self.model!r}"
         return UserError(f"{self.name} answered {refusal.code}{f' ({refusal.said})' if refusal.said else ''}: {way}")
 
     def _message(self, body: bytes) -> str:
@@ -149,7 +149,7 @@ class Endpoint:
 
     def _one_line(self, cause: object) -> str:
         if isinstance(cause, TimeoutError):
-            return f"nothing came for {self.timeout:g} s"
+            return f"no reply within {self.timeout:g} s"
         text = " ".join(str(cause).split()) or type(cause).__name__
         return text.replace(self.key, "[key]") if self.key else text
 
@@ -167,7 +167,7 @@ def _address(url: str) -> tuple[str, str]:
     if not usable or any(c.isspace() for c in url):
         shown = re.sub(r"//[^/]*@", "//", url.partition("?")[0])
         raise UsageError(
-            f"--judge {shown}: expected the base URL of an OpenAI-compatible API, as http://localhost:8000/v1"
+            f"--judge {shown}: expected the base URL of an OpenAI-compatible API, such as http://localhost:8000/v1"
         )
     if parts.username or parts.password:
         raise UsageError(

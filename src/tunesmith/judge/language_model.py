@@ -125,7 +125,7 @@ class Judge:
         except BaseException as error:
             self.endpoint.stop.set()
             if isinstance(error, UserError) and self.kept:
-                kept = f"What it has answered is kept in {self.kept}: the same command goes on from there"
+                kept = f"Its answers so far are kept in {self.kept}: the same command continues from there"
                 raise UserError(f"{error}. {kept}") from None
             raise
         finally:

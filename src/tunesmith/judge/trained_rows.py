@@ -53,13 +53,11 @@ def trained_rows(runs: Sequence[Run], source: Source, split: str, *, pairs: bool
             seen, changed = _texts_of(run, wanted)
         except (UserError, OSError) as error:
             notes.append(
-                f"which of these rows {run.path} was trained on is not known: its data cannot be read ({error})"
+                f"it is unknown which of these rows {run.path} was trained on: its data cannot be read ({error})"
             )
             continue
         if changed:
-            notes.append(
-                f"the training data of {run.path} have changed since; rows are compared with what is there now"
-            )
+            notes.append(f"the training data of {run.path} have changed since; rows are compared with the current data")
         trained |= [not seen.isdisjoint(texts) for texts in prints]
     return trained, notes
 
