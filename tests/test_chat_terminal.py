@@ -38,7 +38,7 @@ UP, CTRL_C, CTRL_D, ALT_ENTER = "\x1b[A", "\x03", "\x04", "\x1b\r"
 def terminal(request):
     """At the prompt of a chat with the counting source."""
     with Terminal([sys.executable, "-c", COUNTS], **getattr(request, "param", {})) as at:
-        at.expect("counter. /help lists the commands, Ctrl-D leaves.")
+        at.expect("counter. /help lists the commands, Ctrl-D quits.")
         at.expect("you ")
         yield at
 
@@ -130,8 +130,8 @@ def test_ctrl_c_at_the_prompt_clears_the_line_and_never_ends_the_conversation(te
     answered(terminal, "'hello' 5 characters, turn 1, try 0")
     for _ in range(5):
         terminal.type("not this" + CTRL_C + CTRL_C)
-        terminal.expect("Ctrl-D or /quit leaves")
-        terminal.expect("Ctrl-D or /quit leaves")
+        terminal.expect("Ctrl-D or /quit quits")
+        terminal.expect("Ctrl-D or /quit quits")
     terminal.type("again\r")
     answered(terminal, "'again' 5 characters, turn 3, try 0")
     leave(terminal)
@@ -232,7 +232,7 @@ def test_a_dumb_terminal_gets_no_sequences(terminal):
     terminal.type("hello\r")
     answered(terminal, "'hello' 5 characters, turn 1, try 0")
     terminal.type("not this" + CTRL_C)
-    terminal.expect("Ctrl-D or /quit leaves")
+    terminal.expect("Ctrl-D or /quit quits")
     leave(terminal)
     assert "\x1b" not in terminal.raw
 
@@ -242,7 +242,7 @@ def test_sixty_columns(terminal):
     terminal.type("word " * 30 + "\r")
     terminal.expect("149 characters, turn 1")
     terminal.type("/help\r")
-    terminal.expect("Ctrl-D       leave")
+    terminal.expect("Ctrl-D       quit")
     leave(terminal)
     assert all(len(line) <= 60 for line in terminal.raw.split("Ctrl-D")[0].split("\r\n"))
 
@@ -265,7 +265,7 @@ def test_a_model_in_a_terminal_from_the_command_line(tmp_path):
         at.expect("you ")
         at.type("What is love?\r")
         at.expect("model ")
-        at.expect("limit of new tokens")
+        at.expect("token limit")
         at.expect("you ")
         at.type(f"/save {tmp_path}/c.json\r")
         at.expect("saved to")

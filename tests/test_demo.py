@@ -17,5 +17,5 @@ def test_a_demo_that_is_stopped_ends_and_says_how_far_it_came(tmp_path):
     assert process.returncode == 1
     assert "stopped at step" in rest
     assert "2 of 6" not in rest
-    assert "the demo ends here" in error
+    assert "the demo stops here" in error
     assert "SIGTERM received" in error

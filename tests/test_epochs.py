@@ -43,7 +43,7 @@ def test_parts_of_epochs_are_rounded_up_and_windows_never_end():
     assert [list(batches_of_step(s, 2, None)) for s in (1, 7)] == [[0, 1], [12, 13]]
 
 
-@pytest.mark.filterwarnings("ignore:a step is to take 64 rows")
+@pytest.mark.filterwarnings("ignore:a step takes 64 rows")
 @pytest.mark.parametrize("kind", TRAIN)
 def test_nine_rows_in_batches_of_four_are_seen_once_each_and_every_step_is_a_mean_over_its_own(tiny_directory, tmp_path, kind):  # fmt: skip
     rows = tmp_path / "rows.jsonl"
@@ -75,7 +75,7 @@ def test_nine_rows_in_batches_of_four_are_seen_once_each_and_every_step_is_a_mea
 def test_a_batch_beyond_the_data_is_said_and_the_step_is_an_epoch(tiny_directory, tmp_path):
     few = {**QUICK, "data__max_rows": 9, "train__batch_size": 64, "data__batching": "padded"}
     with pytest.warns(
-        UserWarning, match=r"a step is to take 64 rows .* every step takes those, each once, and is an epoch"
+        UserWarning, match=r"a step takes 64 rows .* every step uses all of them, each once, and is an epoch"
     ):
         run = ts.sft(tiny_config(tiny_directory, tmp_path / "r", **few))
     assert len(train_losses(run)) == 1

@@ -162,7 +162,7 @@ def test_options_that_mean_nothing_together(tiny_directory, reward_model, tmp_pa
         UsageError, match=r"--eval\.prompts, --eval\.samples and --eval\.max_new_tokens are for --eval\.reward"
     ):
         ts.sft(tiny_config(tiny_directory, tmp_path / "a", eval__samples=3))
-    with pytest.raises(UsageError, match=r"--eval\.reward has no meaning for a reward model"):
+    with pytest.raises(UsageError, match=r"--eval\.reward has no effect on a reward model"):
         train_reward_model(tiny_config(tiny_directory, tmp_path / "b", RewardConfig, eval__reward=reward_model))
     with pytest.raises(UsageError, match=r"--eval\.patience is 0, expected at least 1"):
         ts.sft(tiny_config(tiny_directory, tmp_path / "c", eval__patience=0))

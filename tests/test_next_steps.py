@@ -52,7 +52,7 @@ def test_a_training_ends_with_the_directory_to_load_and_two_commands_that_run(
     options = {**SHORT, **({"kind": kind} if kind else {})}
     best, found = trained(tiny_config(tiny_directory, "runs/my run", **options), capsys)
     run = Run("runs/my run")
-    assert best == f"best checkpoint: '{run.best_checkpoint()}' ('runs/my run' as MODEL selects it)"
+    assert best == f"best checkpoint: '{run.best_checkpoint()}' (MODEL 'runs/my run' selects it)"
     assert [shlex.split(line)[:2] for line in found] == [["tunesmith", command] for command in commands]
     for line in found:
         words = shlex.split(line)[1:]

@@ -108,7 +108,7 @@ def test_a_wrong_command_is_told(capsys):
 
 
 def test_what_fits_as_asked_stays_as_it_is(capsys):
-    assert "nothing has to be changed" in told(capsys, *PLAN, "--fit", "device")
+    assert "nothing needs to change" in told(capsys, *PLAN, "--fit", "device")
 
 
 def test_fit_calls_nothing_too_much_that_fits_as_asked(capsys):
@@ -122,7 +122,7 @@ def test_fit_calls_nothing_too_much_that_fits_as_asked(capsys):
 def test_fit_says_what_to_add_and_what_it_saves_and_costs(capsys, tmp_path):
     out = told(capsys, *PLAN, "--train.batch_size", "8", "--fit", "8GB", "--out", str(tmp_path / "p.json"))
     assert "add: --" in out
-    assert "alone saves" in out
+    assert "by itself saves" in out
     assert "too large" in out
     found = json.loads((tmp_path / "p.json").read_text())
     assert found["memory"]["total"] <= 8e9 < found["asked_total"]

@@ -136,7 +136,7 @@ def test_a_cut_run_goes_on_and_a_lost_machine_costs_nothing(go, tmp_path):
 def test_a_run_stopped_from_outside_is_told_and_goes_on(go):
     _, states, ledger = go(f="stopped")
     assert states["f"] == "stopped"
-    with pytest.raises(UserError, match=r"f-s1: stopped from outside; the same command goes on"):
+    with pytest.raises(UserError, match=r"f-s1: stopped from outside; the same command continues"):
         tell(ledger.plan, ledger, list(ledger.runs), interrupted=False)
     tell(ledger.plan, ledger, list(ledger.runs), interrupted=True)
     assert go()[0] == [("f-s1", True)]

@@ -37,7 +37,7 @@ def test_of_its_own_file_the_held_out_rows_are_measured(own, capsys):
     rows, told = measured(run.path, directory / "rows.jsonl", capsys)
     assert rows == 4
     assert "was trained on 36 of the 40 rows" in told
-    assert "they are left out (--trained keep measures them too)" in told
+    assert "they are left out (--trained keep includes them)" in told
 
 
 def test_a_file_that_overlaps_loses_what_it_shares_whatever_its_form(own, capsys):
@@ -49,7 +49,7 @@ def test_a_file_that_overlaps_loses_what_it_shares_whatever_its_form(own, capsys
     rows, told = measured(run.path, file, capsys, trained="keep")
     assert rows == 43
     assert "was trained on 36 of the 43 rows" in told
-    assert "they are measured too (--trained leave_out leaves them out)" in told
+    assert "they are included (--trained leave_out leaves them out)" in told
 
 
 def test_the_training_rows_are_measured_where_they_are_asked_for(own, capsys):
@@ -103,4 +103,4 @@ def test_lost_training_data_and_changed_ones_are_said(own, tiny_directory, tmp_p
     file.unlink()
     rows, told = measured(run.path, "sample", capsys, data=DataOptions(max_rows=5))
     assert rows == 5
-    assert "is not known: its data cannot be read" in told
+    assert "on: its data cannot be read" in told

@@ -25,14 +25,14 @@ KEYS = """
 Alt-Enter    a new line; pasted lines stay one message
 Up, Down     earlier messages
 Ctrl-C       stop an answer, or clear the line
-Ctrl-D       leave"""
+Ctrl-D       quit"""
 
 
 def converse(session: ChatSession, greeting: str) -> None:
     """Take turns until /quit or the end of the input."""
     display = Display()
     if sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty()):
-        display.greet(f"{greeting} /help lists the commands, Ctrl-D leaves.")
+        display.greet(f"{greeting} /help lists the commands, Ctrl-D quits.")
         session.help_text += KEYS
         _by_prompts(session, display)
     else:
@@ -109,7 +109,7 @@ def _by_prompts(session: ChatSession, display: Display) -> None:
             except EOFError:
                 return
             except KeyboardInterrupt:
-                display.note(Note("Ctrl-D or /quit leaves"))
+                display.note(Note("Ctrl-D or /quit quits"))
                 continue
             try:
                 display.show(keys.stopping(session.send(_as_text(line, display))))

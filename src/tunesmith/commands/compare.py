@@ -118,7 +118,7 @@ def shared_tokenizer(a: str, b: str) -> Tokenizer:
     if not of_a.same_tokens(of_b):
         raise UserError(
             f"--logprobs compares the same tokens under both models, but {a} ({of_a.vocab_size:,} tokens) and "
-            f"{b} ({of_b.vocab_size:,}) have different tokenizers; leave --logprobs out, or name models of one family"
+            f"{b} ({of_b.vocab_size:,}) have different tokenizers; leave --logprobs out, or compare models with the same tokenizer"
         )
     return of_a
 
@@ -151,10 +151,10 @@ def make_judge(options: CompareCommand) -> Judge | None:
         defaults = CompareCommand()
         for name in ("judge_model", "judge_parallel", "judge_timeout"):
             if getattr(options, name) != getattr(defaults, name):
-                raise UsageError(f"--{name} says how to ask a judge, and none is named; add --judge URL")
+                raise UsageError(f"--{name} configures a judge, but none is given; add --judge URL")
         return None
     if not options.judge_model:
-        raise UsageError(f"--judge {options.judge} needs the name of a model there; add --judge_model NAME")
+        raise UsageError(f"--judge {options.judge} needs the name of a model at that URL; add --judge_model NAME")
     for name in ("judge_parallel", "judge_timeout"):
         if getattr(options, name) <= 0:
             raise UsageError(f"--{name} is {getattr(options, name)}, expected more than 0")

@@ -47,7 +47,7 @@ PARTS = (  # what is done, and about how long it takes, as a share of the whole
     ("SFT of the embedded base on 480 dialogues", 0.17),
     ("the same with LoRA: 3 % of the weights", 0.15),
     ("a reward model from 480 pairs of answers", 0.16),
-    ("DPO: to prefer the better answers, judged by the reward model as it goes", 0.36),
+    ("DPO: learning to prefer the better answers, scored by the reward model along the way", 0.36),
     ("scores of all four on 40 new prompts", 0.11),
     ("report", 0.05),
 )
@@ -100,7 +100,9 @@ def demo(options: DemoCommand) -> Path:
     page = out / "compare.html"
     page.write_text(render_comparison(answered(str(tuned.path), str(aligned.path), options_of_page)), encoding="utf-8")
     report = write_report([str(run.path) for run in (tuned, light, judge, aligned)], str(out / "report.html"))
-    console.print(f"All of it took {chapters.minutes:.1f} minutes. Talk to the model: tunesmith chat {aligned.path}")
+    console.print(
+        f"The whole demo took {chapters.minutes:.1f} minutes. Talk to the model: tunesmith chat {aligned.path}"
+    )
     console.print(f"SFT against DPO, prompt by prompt: {page.resolve()}")
     console.print(f"Report: {report.resolve()}")
     if options.open is True or (options.open == "auto" and sys.stdout.isatty() and os.environ.get("DISPLAY")):
@@ -113,7 +115,7 @@ def free_directory(out: str | None) -> Path:
     if out is not None:
         path = Path(out)
         if path.exists() and any(path.iterdir()):
-            raise UserError(f"--out {path} already holds something; name another directory")
+            raise UserError(f"--out {path} is not empty; name another directory")
         return path
     path, number = Path("runs/demo"), 2
     while path.exists():
@@ -170,7 +172,7 @@ def finished(run: Run) -> Run:
     """The run, if it came to its end. Raises: UserError if it was stopped or has diverged; the rest would be built on sand."""
     if run.status["state"] != "finished":
         raise UserError(
-            f"the demo ends here: {run.path} is {run.status['state']} ({run.status['reason']}); start it again"
+            f"the demo stops here: {run.path} is {run.status['state']} ({run.status['reason']}); run it again"
         )
     return run
 
@@ -180,7 +182,7 @@ def tell_accuracy(console: Console, run: Run) -> None:
     best = next(e for e in run.metrics("eval") if e["step"] == run.status["best_step"])
     pairs = run.metrics("pairs")[0]
     console.print(
-        f"held-out pairs with the better answer ahead: {accuracy_text(run, best['validation_accuracy'])}; "
+        f"held-out pairs with the better answer scored higher: {accuracy_text(run, best['validation_accuracy'])}; "
         f"by length alone {100 * pairs['validation_longer_chosen']:.1f} %"
     )
 

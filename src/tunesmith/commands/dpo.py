@@ -3,8 +3,8 @@
     tunesmith dpo --model.name runs/sft --data.name hh-pairs --lora.rank 8
 
 Algorithm 4 of the paper, in about the memory of SFT: the prompt of a pair is computed once, pairs share rows, logits exist for a
-few answers at a time, and the reference's log-probabilities are computed once and kept. What the usual recipes have and
-this one leaves out: padding, a second copy of the model in memory, answers that lost their end.
+few answers at a time, and the reference's log-probabilities are computed once and kept. What the usual recipes have
+and this one leaves out: padding, a second copy of the model in memory, answers that lost their end.
 """
 
 from __future__ import annotations
@@ -51,24 +51,22 @@ ROBUST_SMOOTHING = 0.1  # of the robust loss where none is given: with 0 it is p
 
 
 def check(config: DPOConfig) -> list[str]:
-    """What is wrong with the options that only this command has."""
+    """Checks the options that only this command has."""
     d, problems = config.dpo, check_pair_options(config.data)
     if not 0 < d.beta < math.inf:
         problems.append(f"--dpo.beta is {d.beta:g}, expected more than 0")
     if config.data.loss_on != "auto" and d.sft_data is None:
-        problems.append("--data.loss_on is for --dpo.sft_data here; a preference loss is always on the answers")
+        problems.append("--data.loss_on only affects --dpo.sft_data here; a preference loss is always on the answers")
     if d.label_smoothing is not None and not 0 <= d.label_smoothing < 0.5:
         problems.append(f"--dpo.label_smoothing is {d.label_smoothing:g}, expected 0 or more and less than 0.5")
     if d.label_smoothing and d.loss not in SMOOTHED:
-        problems.append(f"--dpo.label_smoothing has no meaning for --dpo.loss {d.loss}; use sigmoid or robust")
+        problems.append(f"--dpo.label_smoothing has no effect with --dpo.loss {d.loss}; use sigmoid or robust")
     if d.reference == "adapter" and not config.lora.rank:
         problems.append(
             "--dpo.reference adapter needs adapters to switch off: give --lora.rank, or use cached or model"
         )
     if d.reference_device is not None and d.reference not in ("auto", "model"):
-        problems.append(
-            f"--dpo.reference_device is for a second model; with --dpo.reference {d.reference} there is none"
-        )
+        problems.append(f"--dpo.reference_device is for a second model, and --dpo.reference {d.reference} uses none")
     return problems
 
 
@@ -110,7 +108,7 @@ def make_references(
 def dpo(config: DPOConfig) -> Run:
     """Train on preferences and return the finished run.
 
-    Raises: UserError for anything in the configuration, data or model that cannot work, before the first step.
+    Raises: UserError before the first step, for anything in the configuration, data or model that cannot work.
     """
     check_options(config, check(config))
     with begin(config, "dpo") as (config, path):

@@ -99,11 +99,13 @@ class Held:
         what = f"{trained.sum():,} of the {len(trained):,} {'pairs' if pairs else 'rows'} of {self.data.name} ({self.split})"
         by = f"{self.model} was trained on {what}"
         if not self.leaves_out:
-            notes.insert(0, f"{by}; they are measured too (--trained leave_out leaves them out)")
+            notes.insert(0, f"{by}; they are included (--trained leave_out leaves them out)")
             return Chosen(slice(None), tuple(notes))
         if trained.all():
-            raise UserError(f"{by}, so none is left to measure: name other data, or measure them with --trained keep")
-        notes.insert(0, f"{by}; they are left out (--trained keep measures them too)")
+            raise UserError(
+                f"{by}, so none is left to measure: name different data, or include them with --trained keep"
+            )
+        notes.insert(0, f"{by}; they are left out (--trained keep includes them)")
         return Chosen(~trained, tuple(notes))
 
     def precision(self, device: torch.device, width: int) -> Precision:
@@ -143,7 +145,7 @@ def evaluate(model_name: str, dataset: str, options: EvaluateCommand) -> dict[st
     if gives_scores(model_name):
         if not has_pairs:
             raise UserError(
-                f"{model_name} gives scores, and {dataset} holds no pairs (chosen and rejected) to compare them on"
+                f"{model_name} gives scores, but {dataset} holds no pairs (chosen and rejected) to compare them on"
             )
         result["preference"], notes = reward_preference(model_name, held)
     else:
@@ -246,7 +248,7 @@ def print_losses(console: Console, title: str, found: dict[str, Any]) -> None:
         )
     console.print(table)
     if "bits_per_byte" in found["all"]:
-        console.print(f"{found['all']['bits_per_byte']:.4f} bits a byte over all tokens")
+        console.print(f"{found['all']['bits_per_byte']:.4f} bits per byte over all tokens")
 
 
 # ---- preferences -----------------------------------------------------------------------------------------------------
@@ -258,12 +260,12 @@ def policy_preference(name: str, model: GPT, tokenizer: Tokenizer, held: Held) -
     precision = held.precision(model.wte.weight.device, model.config.n_embd)
     values = all_logps(model, batches, precision)
     reference = held.options.reference or starting_point(name)
-    by = "log-probability, for want of a --reference"
+    by = "log-probability, as no --reference is given"
     if reference is not None:
         other, its_tokenizer = load(reference, device=held.options.device)
         if its_tokenizer.fingerprint != tokenizer.fingerprint:
             raise UserError(
-                f"--reference {reference} has another tokenizer than {name}: their log-probabilities cannot be compared"
+                f"--reference {reference} has a different tokenizer from {name}: their log-probabilities cannot be compared"
             )
         values = values - all_logps(other, batches, precision)
         by = f"log-ratio to {reference}"
@@ -338,8 +340,9 @@ def print_preference(console: Console, title: str, found: dict[str, Any]) -> Non
     table.add_column("pairs", justify="right")
     table.add_column("95 % interval", justify="right")
     rows = [
-        ("prefers the chosen answer", found["accuracy"], True), ("  where both are about as long", found["accuracy_at_like_length"], True),
-        ("the rule: the longer is better", found["longer_chosen"], True), ("mean margin", found["margin"], False),
+        ("prefers the chosen answer", found["accuracy"], True),
+        ("  where both are of similar length", found["accuracy_at_like_length"], True),
+        ('the rule "longer is better"', found["longer_chosen"], True), ("mean margin", found["margin"], False),
     ]  # fmt: skip
     for label, x, share in rows:
         if x is not None:

@@ -19,7 +19,7 @@ def next_steps(run: Run, command: str) -> list[str]:
     best = shlex.quote(str(run.best_checkpoint()))
     first, second = _commands(command, path, config)
     return [
-        f"best checkpoint: {best} ({path} as MODEL selects it)",
+        f"best checkpoint: {best} (MODEL {path} selects it)",
         f"next: tunesmith {first}",
         f"      tunesmith {second}",
     ]

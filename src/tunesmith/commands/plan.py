@@ -46,14 +46,14 @@ from tunesmith.train.trainee import AnyConfig
 PlanConfig = PlanSFT | PlanDPO | PlanReward | PlanPretrain
 ESTIMATES = 40  # as `resolve.resolve_length` spreads them
 GAINS = {
-    "train.activation_checkpointing": "activations are computed again in backward",
+    "train.activation_checkpointing": "activations are recomputed in backward",
     "train.batch_size": "fewer rows at a time; the gradient is the same sum",
     "train.optimizer_in_backward": "each gradient is freed as soon as it is used",
-    "train.allocator": "freed memory goes back at once, and the heap has no holes",
-    "train.weights": "matrices in two bytes a number, updated with stochastic rounding",
-    "optimizer.name": "optimizer state in one byte a number",
-    "train.grad_clip": "what the update inside backward asks for; clipping is lost",
-    "dpo.reference": "no second set of weights; computed once before the training",
+    "train.allocator": "freed memory is returned at once, and the heap has no holes",
+    "train.weights": "matrices take two bytes per number, updated with stochastic rounding",
+    "optimizer.name": "optimizer state takes one byte per number",
+    "train.grad_clip": "needed by the update inside backward; clipping is lost",
+    "dpo.reference": "no second set of weights; computed once before training",
 }
 
 
@@ -121,7 +121,7 @@ def _vocabulary(config: PretrainConfig, shape: GPTConfig) -> int:
 
 def _unknown(name: str) -> str:
     return (
-        f"the shape of {name} is not known without a download; name a directory that holds it, or the size that it has: "
+        f"the shape of {name} is not known without a download; name a directory that holds it, or its size: "
         f"{', '.join(SIZES)}{nearest_model(name)}"
     )
 
@@ -162,21 +162,21 @@ def _command(config: AnyConfig) -> str:
 
 def _time_lines(s: Setting, record: dict[str, Any]) -> list[str]:
     steps, source = record["steps"], record["time_source"]
-    count = f"{steps:,} steps" if steps else "1,000 steps (how many an epoch has depends on the data)"
+    count = f"{steps:,} steps" if steps else "1,000 steps (the length of an epoch depends on the data)"
     whole = record["training_seconds"] + record["estimates_seconds"]
     lines = [
         f"time                    {source}",
-        f"  tokens a step         {record['tokens_per_step']:,}, of them {s.rows.supervised:.0%} with loss, "
+        f"  tokens per step       {record['tokens_per_step']:,}, of them {s.rows.supervised:.0%} with loss, "
         f"in texts of {s.rows.text_tokens:,} (--supervised, --text_tokens)",
-        f"  seconds a step        {record['seconds_per_step']:.3f}",
+        f"  seconds per step      {record['seconds_per_step']:.3f}",
         f"  tokens/s              {record['tokens_per_s']:,.0f}",
         f"  {count}: {_span(record['training_seconds'])}, with the loss estimates {_span(whole)}",
     ]
     if isinstance(s.config, DPOConfig) and s.config.dpo.reference == "cached":
-        lines.append("  and a forward pass over all pairs before the first step, where the reference is not known yet")
+        lines.append("  plus a forward pass over all pairs before the first step, if the reference is not computed yet")
     if s.place.card:
         lines.append(
-            f"  assumed: products reach 45 % of the {s.place.card.title}'s dense peak, the rest 70 % of its bandwidth"
+            f"  assumed: matrix products reach 45 % of the {s.place.card.title}'s dense peak, the rest 70 % of its bandwidth"
         )
     return lines
 
@@ -205,7 +205,7 @@ def _memory_lines(s: Setting) -> list[str]:
         "parameters": m.parameters, "gradients": m.gradients, "optimizer state": m.optimizer,
         "activations": m.activations, "logits": m.logits,
     }  # fmt: skip
-    lines = ["memory                  counted; not all of it is there at one time"]
+    lines = ["memory                  calculated; not all of it is in use at once"]
     lines += [f"  {name:<20}  {_gb(size)}" for name, size in parts.items()]
     lines.append(f"  {'peak':<20}  {_gb(m.peak)}, at {m.moment}")
     if s.place.cpu:
@@ -229,8 +229,8 @@ def _reasons(asked: Setting, chosen: Setting, every: Sequence[Setting], room: fl
     """What was changed and why, and what did not fit."""
     lines = [f"fits in {_gb(room)} with {_gb(room - chosen.total)} to spare"]
     if not chosen.changes:
-        return [*lines, "  as it is: nothing has to be changed"]
-    lines[0] += f"; as asked it would need {_gb(asked.total)}, "
+        return [*lines, "  as it is: nothing needs to change"]
+    lines[0] += f"; as configured it would need {_gb(asked.total)}, "
     lines[0] += (
         f"{_gb(asked.total - room)} too much" if asked.total > room else "which fits too but is estimated to be slower"
     )
@@ -241,11 +241,11 @@ def _reasons(asked: Setting, chosen: Setting, every: Sequence[Setting], room: fl
         saved, cost = effect(asked, name, value)
         inexact = "" if is_exact({name: value}) else "; not exact"
         lines.append(
-            f"  {name} {option_value(value)}: {GAINS[name]}; alone saves {_gb(saved)}, about {cost:+.0%} time{inexact}"
+            f"  {name} {option_value(value)}: {GAINS[name]}; by itself saves {_gb(saved)}, about {cost:+.0%} time{inexact}"
         )
     faster = sorted((s for s in every if s.total > room and s.estimate < chosen.estimate), key=lambda s: s.estimate)
     for s in faster[:4]:
-        lines.append(f"  faster but {_gb(s.total - room)} too large: {as_options(s.changes) or 'as asked'}")
+        lines.append(f"  faster but {_gb(s.total - room)} too large: {as_options(s.changes) or 'as configured'}")
     return lines
 
 
@@ -257,7 +257,7 @@ def _nothing_fits(asked: Setting, every: Sequence[Setting], room: float) -> str:
 
     def idea(words: str, more: dict[str, Any]) -> None:
         s = make_setting(asked.config, asked.shape, asked.rows, asked.place, leanest | more)
-        ideas.append(f"{words} needs {_gb(s.total)}" + ("" if s.total <= room else ", too much as well"))
+        ideas.append(f"{words} needs {_gb(s.total)}" + ("" if s.total <= room else ", also too much"))
 
     if not asked.work.rank and not isinstance(asked.config, PretrainConfig):
         idea("--lora.rank 8", {"lora.rank": 8})
@@ -268,9 +268,9 @@ def _nothing_fits(asked: Setting, every: Sequence[Setting], room: float) -> str:
         s = min(candidates(asked, inexact=True), key=lambda s: s.total)
         ideas.append(
             f"--fit_inexact true ({as_options(s.changes)}) needs {_gb(s.total)}"
-            + ("" if s.total <= room else ", too much as well")
+            + ("" if s.total <= room else ", also too much")
         )
     return (
-        f"--fit: nothing fits in {_gb(room)}; the leanest ({as_options(least.changes) or 'as asked'}) needs {_gb(least.total)}, "
+        f"--fit: nothing fits in {_gb(room)}; the leanest ({as_options(least.changes) or 'as configured'}) needs {_gb(least.total)}, "
         f"{_gb(least.total - room)} too much. {'; '.join(ideas)}"
     )

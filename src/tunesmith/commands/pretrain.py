@@ -4,7 +4,7 @@
     tunesmith pretrain --data.name DIR --model.name gpt2 --tokenizer.name gpt2
 
 Short texts share a row without seeing each other, long ones are cut into rows; every token but a text's first is
-learned, and the text's end. The validation loss is also told in bits per byte, by which models with different
+learned, and the text's end. The validation loss is also reported in bits per byte, in which models with different
 tokenizers can be compared. Left out: a schedule of lengths, a mixture of data sets, weights shared with other models.
 """
 
@@ -34,9 +34,9 @@ from tunesmith.train.trainee import Trainee, prepare_model
 
 
 def pretrain(config: PretrainConfig) -> Run:
-    """Train from nothing and return the finished run.
+    """Train from scratch and return the finished run.
 
-    Raises: UserError for anything in the configuration or data that cannot work, before the first step.
+    Raises: UserError before the first step, for anything in the configuration or data that cannot work.
     """
     config, shape = resolve_shape(config)
     check_options(config, problems_of(config))
@@ -90,8 +90,8 @@ def check_length(splits: Splits, config: PretrainConfig) -> int:
     tokens = int(splits.train.lengths[splits.train_rows].sum())
     if tokens < (block_size := block_size_of(config.data)):
         raise UserError(
-            f"--model.block_size {block_size:,} is more than all the training texts together, which have "
-            f"{tokens:,} tokens; lower it or give more text"
+            f"--model.block_size {block_size:,} is more than all the training texts together, which have {tokens:,} "
+            f"tokens; lower it or add text"
         )
     return tokens
 
@@ -102,6 +102,4 @@ def held_out_bytes(validation: Batches, tokenizer: Tokenizer, config: PretrainCo
         return sum(text_bytes(tokenizer, b.targets[: b.count].numpy()) for b in validation.fixed(iters_of(config)))
     except ValueError:
         name = config.tokenizer.name
-        raise UserError(
-            f"--tokenizer.name {name}: not a byte-level tokenizer, as GPT-2's are; take gpt2 or new"
-        ) from None
+        raise UserError(f"--tokenizer.name {name}: not a byte-level tokenizer like GPT-2's; use gpt2 or new") from None

@@ -34,13 +34,13 @@ from tunesmith.train.trainee import load_trainee, prepare_model
 def train_reward_model(config: RewardConfig) -> Run:
     """Train a reward model and return the finished run; `ts.load_reward` loads its best checkpoint.
 
-    Raises: UserError for anything in the configuration, data or model that cannot work, before the first step.
+    Raises: UserError before the first step, for anything in the configuration, data or model that cannot work.
     """
     problems = check_pair_options(config.data)
     if config.data.loss_on != "auto":
-        problems.append("--data.loss_on has no meaning for a reward model, which scores the last token")
+        problems.append("--data.loss_on has no effect on a reward model, which scores the last token")
     if config.eval.reward is not None:
-        problems.append("--eval.reward has no meaning for a reward model, which writes no answers")
+        problems.append("--eval.reward has no effect on a reward model, which writes no answers")
     check_options(config, problems)
     with begin(config, "reward") as (config, path):
         return _train_reward_model(config, path)

@@ -104,7 +104,7 @@ def print_scores(console: Console, result: dict[str, Any], label: Mapping[str, s
     samples, models, against = result["samples"], result["models"], result["against_first"]
     first = next(iter(models))
     drawn = f", {samples} answers each" if samples > 1 else ""
-    others = [f"less that of {label[first]}"] if against else []
+    others = [f"minus that of {label[first]}"] if against else []
     table = new_table(
         f"mean reward of {models[first]['reward']['n']} prompts{drawn}, 95 % interval", "model", "reward", *others
     )
@@ -115,7 +115,7 @@ def print_scores(console: Console, result: dict[str, Any], label: Mapping[str, s
             nats = math.log(samples) - (samples - 1) / samples
             table.add_row(f"  best of {samples} (KL at most {nats:.2f} nats)", interval_text(found["best_of_n"]))
     console.print(table)
-    headings = ("tokens", "distinct-1", "distinct-2", "repeated", "leaks role", "stops")
+    headings = ("tokens", "distinct-1", "distinct-2", "repeated", "role leaks", "stops")
     table = new_table("without a judge", "model", *headings)
     for name, found in models.items():
         numbers = (f"{found['length']:.0f}", f"{found['distinct_1']:.2f}", f"{found['distinct_2']:.2f}")
@@ -126,7 +126,7 @@ def print_scores(console: Console, result: dict[str, Any], label: Mapping[str, s
         table = new_table(f"against {label[first]}, prompt by prompt", "model", "win/tie/loss", "win rate")
         for name, found in against.items():
             table.add_row(label[name], *win_texts(found))
-            table.add_row("  where both are about as long", *win_texts(found["matched_length"]))
+            table.add_row("  where both are of similar length", *win_texts(found["matched_length"]))
         console.print(table)
 
 

@@ -28,7 +28,7 @@ from tunesmith.train.trainee import load_trainee, prepare_model
 def sft(config: SFTConfig) -> Run:
     """Fine-tune and return the finished run.
 
-    Raises: UserError for anything in the configuration, data or model that cannot work, before the first step.
+    Raises: UserError before the first step, for anything in the configuration, data or model that cannot work.
     """
     check_options(config)
     with begin(config, "sft") as (config, path):

@@ -158,14 +158,14 @@ def tell(plan: Plan, ledger: Ledger, wanted: Sequence[str], interrupted: bool) -
     reasons = {name: ledger.runs[name]["reason"] for name in wanted}
     for name, reason in reasons.items():
         if reason and ledger.state(name) == "waiting":
-            print(f"{name}: not begun, {reason}")
+            print(f"{name}: not started, {reason}")
     failed = [name for name in wanted if ledger.state(name) == "failed"]
     if failed:
         why = "; ".join(f"{name}: {reasons[name]}" for name in failed)
-        raise UserError(f"{len(failed)} of {len(wanted)} runs failed. {why}. The same command tries them again")
+        raise UserError(f"{len(failed)} of {len(wanted)} runs failed. {why}. The same command retries them")
     stopped = [name for name in wanted if ledger.state(name) == "stopped"]
     if stopped and not interrupted:
-        raise UserError(f"{', '.join(stopped)}: stopped from outside; the same command goes on")
+        raise UserError(f"{', '.join(stopped)}: stopped from outside; the same command continues")
     if ledger.count(wanted, *DONE) == len(wanted):
         spent = sum(ledger.runs[name]["seconds"] for name in wanted)
         print(f"all {len(wanted)} runs are done, {span(spent)} of computing")
@@ -206,11 +206,11 @@ def show(plan: Plan, out: Path, wanted: Sequence[str], shapes: dict[str, Any], w
         cells = (cell.rjust(w) if i > 4 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
         print("  ".join(cells).rstrip())
     waiting = ledger.count(wanted, "waiting")
-    print(f"{len(wanted)} runs, {len(wanted) - waiting} of them done; to be written to {out}")
+    print(f"{len(wanted)} runs, {len(wanted) - waiting} of them done; output goes to {out}")
     print(
-        f"memory: parameters, gradients, optimizer state, activations and logits, counted; at most {largest / 1e9:.2f} GB. "
-        "The program itself comes on top, and with eval.reward the reward model and the answers"
+        f"memory: parameters, gradients, optimizer state, activations and logits, calculated; at most {largest / 1e9:.2f} GB. "
+        "The program itself comes on top, and with eval.reward also the reward model and the answers"
     )
     told = f"; {unknown} not known (they depend on the data)" if unknown else ""
     where = f", {', '.join(sources)}; answers and small data not counted" if sources else ""
-    print(f"time: {span(total)} for the missing runs one after the other{where}{told}")
+    print(f"time: {span(total)} for the missing runs, one after the other{where}{told}")
