@@ -28,7 +28,7 @@ DROPOUT = {"model__dropout": 0.1}  # a step that drew other random numbers would
 
 
 def at_call(monkeypatch, module, name, number, signals=("SIGTERM",)):
-    """Send this process signals at the beginning of a function's call of this number."""
+    """Send this process signals at the beginning of a function's call of this number. Returns a list as long as it has calls."""
     function, calls = getattr(module, name), []
 
     def counted(*args, **more):
@@ -39,6 +39,7 @@ def at_call(monkeypatch, module, name, number, signals=("SIGTERM",)):
         return function(*args, **more)
 
     monkeypatch.setattr(module, name, counted)
+    return calls
 
 
 def handlers():
@@ -63,8 +64,9 @@ def whole(tiny_directory, tmp_path_factory):
 def stopped_then_resumed(config, monkeypatch, *moment):
     """Stop the run at a moment; its status then; and the run, gone on to its end."""
     with monkeypatch.context() as patch:
-        at_call(patch, *moment)
+        calls = at_call(patch, *moment)
         run = ts.sft(config)
+    assert len(calls) == moment[2]  # nothing more of it was begun
     status = run.status
     assert status["state"] == "stopped"
     assert status["reason"].endswith(f"; continue it with: tunesmith sft --out {run.path} --resume")
@@ -312,9 +314,9 @@ def test_a_terminal_that_closes_stops_the_training_with_a_checkpoint(tiny_direct
 
 def test_a_training_whose_output_nobody_reads_stops_with_a_checkpoint(tiny_directory, tmp_path):
     run = ts.Run(tmp_path / "r")
-    argv = as_argv(tiny_config(tiny_directory, run.path, **{**ENDLESS, "eval__every": 20}))
+    argv = as_argv(tiny_config(tiny_directory, run.path, **{**ENDLESS, "eval__at_start": True}))
     process = started(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while b"parameters, fp32 on CPU" not in process.stdout.readline():
+    while not process.stdout.readline().startswith(b"step 0:"):
         pass
     process.stdout.close()
     assert process.stderr.read() == b""

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from real_studies import LONG, children, states, study_process, write_study
 from tiny_runs import comparable, digest, tiny_config
 from tunesmith.__main__ import main
 from tunesmith.files.run import Run
+from tunesmith.progress import ECHO
 
 pytestmark = pytest.mark.long
 
@@ -126,3 +128,22 @@ def test_interrupted_the_runs_stop_and_the_study_says_so(tiny_directory, tmp_pat
     assert "stopping: the runs save and end" in printed
     assert states(out) == {"a-s1": "stopped", "b-s1": "waiting"}
     assert run.checkpoints()[-1][0] == run.status["step"]
+
+
+def test_interrupted_twice_the_runs_end_at_once_and_the_study_still_keeps_its_books(tiny_directory, tmp_path):
+    """The run is stopped in the middle of its step (SIGSTOP), so that it cannot do what the first signal asks."""
+    file = write_study(tmp_path, tiny_directory, {"x": {"runs": {"a": {"set": {**LONG, "train.steps": 100_000}}}}})
+    out = tmp_path / "study"
+    process = study_process(file, out)
+    run = Run(out / "runs/a-s1")
+    wait_for(lambda: (run.path / "metrics.jsonl").exists() and len(run.metrics("train")) > 3, process)
+    (child,) = children(process)
+    os.kill(child, signal.SIGSTOP)
+    process.send_signal(signal.SIGTERM)
+    assert any("stopping: the runs save and end; a second signal ends them at once" in line for line in process.stdout)
+    time.sleep(2 * ECHO)
+    process.send_signal(signal.SIGTERM)
+    printed, complaints = process.communicate(timeout=60)
+    assert (process.returncode, complaints) == (128 + signal.SIGTERM, "tunesmith: interrupted (SIGTERM)\n")
+    assert "ending them" in printed
+    assert states(out) == {"a-s1": "stopped"}

@@ -112,13 +112,11 @@ def run_training(
             *(["--lora.rank is 0: all weights are trained, and the other lora options have no effect"] * without_rank),
         ]:
             print(f"note: {line}")
-        print(
+        begins = (
             f"{path}: {config.model.name}, {size}, {precision} on {describe(device)}; {about}, {steps:,} steps, "
-            f"estimates every {every:,} on {iters_of(config):,} batches of a split",
-            *memory,
-            sep="\n",
-            flush=True,
+            f"estimates every {every:,} on {iters_of(config):,} batches of a split"
         )
+        print("\n".join([begins, *memory]), flush=True)
         try:
             fit(
                 log=log, device=device, write_weights=trainee.write, read_weights=trainee.read, optimizer=optimizer, scaler=scaler,
