@@ -10,7 +10,6 @@ and this one leaves out: padding, a second copy of the model in memory, answers 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -35,6 +34,7 @@ from tunesmith.train.reference import LogpStore, adapter_off, cached, second_mod
 from tunesmith.train.resolve import (
     check_options,
     check_pair_options,
+    check_types,
     iters_of,
     precision_of,
     resolve_data,
@@ -47,14 +47,25 @@ from tunesmith.train.splits import describe_pairs, load_splits, pair_batches
 from tunesmith.train.token_loss import estimate_loss
 from tunesmith.train.trainee import Trainee, load_trainee, prepare_model
 
+BETAS = (1e-5, 1e3)  # between which a preference can be learned
 ROBUST_SMOOTHING = 0.1  # of the robust loss where none is given: with 0 it is plain DPO
 
 
 def check(config: DPOConfig) -> list[str]:
     """Checks the options that only this command has."""
     d, problems = config.dpo, check_pair_options(config.data)
-    if not 0 < d.beta < math.inf:
+    if not d.beta > 0:
         problems.append(f"--dpo.beta is {d.beta:g}, expected more than 0")
+    elif d.beta < BETAS[0]:
+        problems.append(
+            f"--dpo.beta is {d.beta:g}: the gradient is proportional to it, and would be lost beside the optimizer's epsilon of 1e-8, so "
+            f"that nothing is learned; give at least {BETAS[0]:g} (usual are 0.01 to 1)"
+        )
+    elif d.beta > BETAS[1]:
+        problems.append(
+            f"--dpo.beta is {d.beta:g}: the loss would hang on the rounding of the log-probabilities (some 0.001 nats an answer), times "
+            f"beta; give at most {BETAS[1]:g} (usual are 0.01 to 1)"
+        )
     if config.data.loss_on != "auto" and d.sft_data is None:
         problems.append("--data.loss_on only affects --dpo.sft_data here; a preference loss is always on the answers")
     if d.label_smoothing is not None and not 0 <= d.label_smoothing < 0.5:
@@ -110,6 +121,7 @@ def dpo(config: DPOConfig) -> Run:
 
     Raises: UserError before the first step, for anything in the configuration, data or model that cannot work.
     """
+    check_types(config)
     check_options(config, check(config))
     with begin(config, "dpo") as (config, path):
         return _dpo(config, path)

@@ -24,7 +24,7 @@ from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.plan.room import memory_lines
 from tunesmith.train.choice import Sums
-from tunesmith.train.resolve import check_options, iters_of, precision_of, resolve_length, resolve_machine
+from tunesmith.train.resolve import check_options, check_types, iters_of, precision_of, resolve_length, resolve_machine
 from tunesmith.train.resuming import inputs_of, prompts_of, settle_origin
 from tunesmith.train.scratch import make_tokenizer, problems_of, resolve_shape
 from tunesmith.train.session import begin, run_training
@@ -38,6 +38,7 @@ def pretrain(config: PretrainConfig) -> Run:
 
     Raises: UserError before the first step, for anything in the configuration or data that cannot work.
     """
+    check_types(config)
     config, shape = resolve_shape(config)
     check_options(config, problems_of(config))
     with begin(config, "pretrain") as (config, path):

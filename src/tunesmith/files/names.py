@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,7 +14,7 @@ from tunesmith.data.jsonfile import read_json
 from tunesmith.data.special_tokens import ends_of_answers, with_ends
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.device import resolve_device
-from tunesmith.errors import UserError, path_meant
+from tunesmith.errors import UsageError, UserError, path_meant
 from tunesmith.files import adapters
 from tunesmith.files.adapters import AdapterFiles, load_adapter, read_adapter
 from tunesmith.files.reward import is_reward_model, load_reward_model, set_score
@@ -31,6 +32,9 @@ SAMPLE = Path(__file__).parents[1] / "sample" / "model"
 
 def find_model(name: str) -> Path:
     """Directory of a MODEL: a whole model or an adapter. Raises: UserError if there is none, or its step has no checkpoint."""
+    if not isinstance(name, str | PathLike) or not str(name):
+        raise UsageError(f"model {name!r}: expected a name on the hub, a directory, a run, RUN@STEP, or sample")
+    name = str(name)
     if name == "sample":
         return SAMPLE
     path = Path(name).expanduser()
@@ -167,6 +171,8 @@ def load(name: str, *, device: str = "auto", dtype: torch.dtype = torch.float32)
     Raises: UserError saying what was looked for and where.
     """
     where = resolve_device(device)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UsageError(f"dtype is {dtype!r}, expected a floating-point one, as torch.bfloat16")
 
     def read(directory: Path) -> tuple[GPT, Tokenizer]:
         model, tokenizer = load_plain(directory), load_tokenizer(directory)

@@ -56,10 +56,12 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The resolved configuration. Raises: UserError if config.yaml is damaged."""
+        """The resolved configuration. Raises: UserError if config.yaml is missing or damaged."""
         path = self.path / "config.yaml"
         try:
             config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except FileNotFoundError:
+            raise UserError(f"{self.path} holds no configuration of a run: there is no {path.name}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); repeat the run") from None
         if not isinstance(config, dict):

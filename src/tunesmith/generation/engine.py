@@ -19,7 +19,7 @@ from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.device import return_freed_memory
 from tunesmith.errors import UsageError, UserError
 from tunesmith.generation import recorded
-from tunesmith.generation.sampling import Sampling, sample_tokens, stream_of
+from tunesmith.generation.sampling import Sampling, check_counts, sample_tokens, stream_of
 from tunesmith.models.attention import Documents
 from tunesmith.models.cache import Cache
 from tunesmith.models.evaluation import evaluation_mode
@@ -100,8 +100,8 @@ def generate_answers(
     Returns: prompts x samples answers, those of one prompt side by side.
     On a CPU a call of many steps packs the weights while it runs, which takes their size in memory again (see `prepare`).
     """
-    if samples < 1:
-        raise UsageError(f"samples is {samples}, expected at least 1")
+    check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, samples=samples)
+    sampling.check()
     ids = [_fit(encode_prompt(tokenizer, p), model, max_new_tokens, cut_front, i) for i, p in enumerate(prompts)]
     wanted = [(i, n) for i in range(len(ids)) for n in range(samples)]
     answers: dict[tuple[int, int], Answer] = {}
@@ -134,6 +134,7 @@ def stream(
 
     A piece is held back while it could still be the beginning of a stop text or of a character.
     """
+    check_counts(max_new_tokens=max_new_tokens)
     prompt = _fit(encode_prompt(tokenizer, conversation), model, max_new_tokens, cut_front, 0)
     new: list[int] = []
     sent, ended = 0, False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -29,16 +30,31 @@ class Sampling:
     def check(self) -> None:
         """Raises: UsageError with every value that is out of range."""
         problems = []
-        if self.temperature < 0:
-            problems.append(f"temperature is {self.temperature}, expected 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            problems.append(f"top_p is {self.top_p}, expected 0 < top_p <= 1")
-        if self.top_k < 0:
-            problems.append(f"top_k is {self.top_k}, expected 0 (all) or more")
-        if self.seed < 0:
-            problems.append(f"seed is {self.seed}, expected 0 or more")
+        if not _is(self.temperature, Real) or not self.temperature >= 0:  # not a number neither
+            problems.append(f"temperature is {self.temperature!r}, expected 0 (greedy) or more")
+        if not _is(self.top_p, Real) or not 0 < self.top_p <= 1:
+            problems.append(f"top_p is {self.top_p!r}, expected 0 < top_p <= 1")
+        if not _is(self.top_k, Integral) or self.top_k < 0:
+            problems.append(f"top_k is {self.top_k!r}, expected 0 (all) or more")
+        if not _is(self.seed, Integral) or self.seed < 0:
+            problems.append(f"seed is {self.seed!r}, expected 0 or more")
         if problems:
             raise UsageError("; ".join(problems))
+
+
+def check_counts(**counts: Any) -> None:
+    """Raises: UsageError for one that is no whole number of at least 1."""
+    wrong = [
+        f"{name} is {n!r}, expected a whole number of at least 1"
+        for name, n in counts.items()
+        if not _is(n, Integral) or n < 1
+    ]
+    if wrong:
+        raise UsageError("; ".join(wrong))
+
+
+def _is(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def stream_of(sampling: Sampling, sample: int, prompt: Sequence[int], n: int) -> np.ndarray[Any, Any]:

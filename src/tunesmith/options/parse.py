@@ -250,20 +250,31 @@ def _one_line(message: str, options: type[Any], files: str) -> str:
         expected = (
             f"expected {describe_type(types[wrong[1]])}" if wrong[1] in types else message.split("\n")[-1].strip()
         )
-        return f"--{wrong[1]} {value}: {expected}{did_you_mean(value.strip(), _choices(types.get(wrong[1])))}"
+        return f"--{wrong[1]} {value}: {expected}{nearest_choice(types.get(wrong[1]), value.strip())}"
     return " ".join(message.split())
+
+
+def parts_of(kind: Any) -> list[Any]:
+    """The types of which a value may be one: itself, or those of a union."""
+    return list(typing.get_args(kind)) if typing.get_origin(kind) in (typing.Union, UnionType) else [kind]
 
 
 def _choices(kind: Any) -> list[str]:
     """The words that an option of this type can be set to; none where it takes any text."""
-    parts = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, UnionType) else [kind]
-    return [str(choice) for part in parts if typing.get_origin(part) is Literal for choice in typing.get_args(part)]
+    return [
+        str(word) for part in parts_of(kind) if typing.get_origin(part) is Literal for word in typing.get_args(part)
+    ]
+
+
+def nearest_choice(kind: Any, value: Any) -> str:
+    """`. Did you mean packed?` for a word like one of the choices; else ""."""
+    return did_you_mean(str(value), _choices(kind))
 
 
 def describe_type(kind: Any) -> str:
     """A type in words: `a number`, `auto, true or false`."""
     words: list[str] = []
-    for part in typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, UnionType) else [kind]:
+    for part in parts_of(kind):
         if typing.get_origin(part) is Literal:
             words += map(str, typing.get_args(part))
         else:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import typing
 from collections.abc import Sequence
+from numbers import Integral, Real
+from os import PathLike
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -12,6 +16,7 @@ import torch
 from tunesmith.data.cutting import block_size_of, resolve_block_size
 from tunesmith.device import Precision, resolve_compile, resolve_device, resolve_precision
 from tunesmith.errors import UsageError, note
+from tunesmith.options.parse import describe_type, nearest_choice, option_types, parts_of
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import DPOConfig, PairDataOptions, RewardConfig, SFTConfig
 from tunesmith.train.optim import DEFAULT_WEIGHT_DECAY
@@ -26,6 +31,7 @@ LORA_FACTOR = 10  # adapters want a larger rate than all weights do
 
 def check_options(config: AnyConfig, more: Sequence[str] = ()) -> None:
     """Raises: UsageError with every problem at once; `more` are those that the command found in its own options."""
+    check_types(config)
     t, o, e, d = config.train, config.optimizer, config.eval, config.data
     at_least = {
         "--data.block_size": (None if d.block_size == "auto" else d.block_size, 2),
@@ -69,14 +75,63 @@ def check_options(config: AnyConfig, more: Sequence[str] = ()) -> None:
         problems.append(
             "--eval.prompts, --eval.samples and --eval.max_new_tokens are for --eval.reward, which is not given"
         )
-    if config.lora.alpha is not None and not config.lora.alpha > 0:
-        problems.append(f"--lora.alpha is {config.lora.alpha:g}, expected more than 0")
+    problems += _without_effect(config)
     if config.resume_changes == "accept" and not config.resume:
         problems.append(
             "--resume_changes accept is for a resumed run: give --resume, and the run's directory with --out"
         )
     if problems := [*problems, *more]:
         raise UsageError("; ".join(problems))
+
+
+def check_types(config: AnyConfig) -> None:
+    """Raises: UsageError naming every option whose value is of another type than the option, or a float that is not finite.
+
+    The command line and files are checked where they are read; Python passes anything.
+    """
+    problems = []
+    for name, kind in option_types(type(config)).items():
+        value = functools.reduce(getattr, name.split("."), config)
+        if not any(_is_of(value, part) for part in parts_of(kind)):
+            problems.append(f"--{name} is {value!r}, expected {describe_type(kind)}{nearest_choice(kind, value)}")
+    if problems:
+        raise UsageError("; ".join(problems))
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    if typing.get_origin(kind) is Literal:
+        return isinstance(value, str) and value in typing.get_args(kind)
+    if kind is float:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if kind is int:
+        return isinstance(value, Integral) and not isinstance(value, bool)
+    return isinstance(value, str | PathLike if kind is str else kind)
+
+
+EPSILON = 1e-8  # of Adam and AdamW: beside it smaller gradients count for nothing
+SMALLEST_CHANGE = 1e-12  # rates below it change no weight in float32
+LORA_SCALES = (1e-4, 1e4)  # alpha / rank: the gradient of the adapters is proportional to it
+
+
+def _without_effect(config: AnyConfig) -> list[str]:
+    """Settings with which a training would run and learn nothing, or nothing but rounding."""
+    o, t, lora, problems = config.optimizer, config.train, config.lora, []
+    if o.lr is not None and 0 < o.lr < SMALLEST_CHANGE:
+        problems.append(
+            f"--optimizer.lr is {o.lr:g}: no weight in float32 changes by so little; for none to change give 0"
+        )
+    if 0 < t.grad_clip < EPSILON:
+        problems.append(
+            f"--train.grad_clip is {t.grad_clip:g}: a gradient clipped to that is lost in rounding; 0 = no clipping"
+        )
+    if lora.alpha is not None and not lora.alpha > 0:
+        problems.append(f"--lora.alpha is {lora.alpha:g}, expected more than 0")
+    elif lora.alpha is not None and lora.rank and not LORA_SCALES[0] <= lora.alpha / lora.rank <= LORA_SCALES[1]:
+        problems.append(
+            f"--lora.alpha is {lora.alpha:g} at --lora.rank {lora.rank}: what adapters add is scaled by alpha / rank, here "
+            f"{lora.alpha / lora.rank:g}, and would not be learned; usual is 2"
+        )
+    return problems
 
 
 def check_pair_options(data: PairDataOptions) -> list[str]:
@@ -258,7 +313,9 @@ def _more_than_there_is(per_step: int, train: Countable, accumulate: int, block_
     asked = f"a step takes {per_step:,} rows of {block_size} tokens, but the data fill only {train.rows_per_epoch:,}"
     if train.per_epoch is None:
         return f"{asked}: every step reads them about {per_step / train.rows_per_epoch:.3g} times; lower {smaller} to read them once"
-    return f"{asked}: every step uses all of them, each once, and is an epoch; lower {smaller} to get more steps per epoch"
+    return (
+        f"{asked}: every step uses all of them, each once, and is an epoch; lower {smaller} to get more steps per epoch"
+    )
 
 
 def as_dict(config: AnyConfig) -> dict[str, Any]:
