@@ -19,6 +19,7 @@ from tunesmith.errors import UsageError, did_you_mean, path_meant
 from tunesmith.options.help import PAGES, asked_for_help, help_text
 from tunesmith.options.resuming import HISTORY, checked_history
 from tunesmith.options.shortforms import Positional, expand_groups, expand_positionals
+from tunesmith.options.yamlfile import read_yaml
 
 PRESETS = Path(__file__).parents[1] / "presets"
 T = TypeVar("T")
@@ -186,7 +187,7 @@ def _check_file(file: str, options: type[Any]) -> str:
     """
     try:
         with Path(file).open(encoding="utf-8") as text:
-            content = yaml.safe_load(text)  # from the file, so that errors name it
+            content = read_yaml(text, file, exponents=False)  # from the file, so that errors name it
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text ({error.reason})"
         raise UsageError(f"--config {file}: {reason}; give a YAML file as --print_config prints it") from None

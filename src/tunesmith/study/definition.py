@@ -13,6 +13,7 @@ import yaml
 from tunesmith.errors import UsageError
 from tunesmith.options.parse import nearest, option_types
 from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
+from tunesmith.options.yamlfile import read_yaml
 
 COMMANDS: dict[str, Any] = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig}
 BUILT_IN = Path(__file__).parent / "built_in"
@@ -73,26 +74,6 @@ class StudyFile:
     content: Mapping[str, Any]
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 with two changes: `1e-4` is a number, and a key given twice is an error instead of the last one winning."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[Any, int] = {}
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
-            if key in seen:
-                raise UsageError(f'{self.name}: "{key}" stands in line {seen[key]} and again in line {line}; keep one')
-            seen[key] = line
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
 def study_path(name: str) -> Path:
     """The file of a study: the name of a built-in one, or a path. Raises: UsageError listing the built-in ones."""
     if Path(name).is_file():
@@ -128,7 +109,7 @@ def read_study(path: Path, scale: str | None = None, **changes: Any) -> StudyFil
 def _load(path: Path) -> dict[str, Any]:
     try:
         with path.open(encoding="utf-8") as text:
-            content = yaml.load(text, _Loader)
+            content = read_yaml(text, str(path))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text ({error.reason})"
         raise UsageError(f"study {path}: {reason}; give a YAML file as docs/study.md shows") from None

@@ -16,6 +16,7 @@ import yaml
 
 from tunesmith.errors import UsageError
 from tunesmith.options.parse import from_settings, nearest, preset_path
+from tunesmith.options.yamlfile import read_yaml
 from tunesmith.study.definition import COMMANDS, NOT_YOURS, Entry, Experiment, StudyFile, flatten
 
 BATCHING: dict[str, dict[str, dict[str, Any]]] = {  # what `batching:` at the top of a study means for each command
@@ -154,7 +155,7 @@ def _presets(entry: Entry) -> dict[str, Any]:
     for name in entry.config:
         try:
             path = preset_path(name)
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            content = read_yaml(Path(path).read_text(encoding="utf-8"), name)
         except (UsageError, OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise UsageError(f"{entry.where}.config: {' '.join(str(error).split())}") from None
         found |= flatten(content, entry.command, f"{entry.where}.config: {name}")
