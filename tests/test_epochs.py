@@ -4,12 +4,16 @@ import json
 import math
 
 import pytest
+import yaml
 
 import tunesmith as ts
 from tiny_runs import tiny_config, train_losses, write_dialogues
+from tunesmith.__main__ import main
 from tunesmith.errors import UserError
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import RewardConfig
+from tunesmith.study.definition import read_study
+from tunesmith.study.matrix import make_plan
 from tunesmith.train.resolve import batches_of_step, resolve_length, steps_of
 
 QUICK = {"train__steps": None, "eval__at_start": False, "eval__iters": 1, "eval__every": 100, "train__diverge_after": 0}
@@ -104,3 +108,47 @@ def test_a_warm_up_longer_than_the_run_is_refused_and_a_default_one_is_shorter(t
     ]
     assert tuple(config.optimizer.warmup_steps for config in found) == lengths["warm-up"]
     assert resolve_length(tiny_config("m", tmp_path), Rows(9, 2), Rows(9, 2)).optimizer.warmup_steps == 0
+
+
+# Steps and epochs
+
+
+def asked(capsys, *argv):
+    """(steps, epochs) that a command line comes to."""
+    with pytest.raises(SystemExit):
+        main(["dpo", *argv, "--print_config"])
+    train = yaml.safe_load(capsys.readouterr().out)["train"]
+    return train["steps"], train["epochs"]
+
+
+def test_steps_given_later_take_the_place_of_a_presets_epochs(tmp_path, capsys):
+    steps, epochs, neither = (tmp_path / f"{name}.yaml" for name in ("steps", "epochs", "neither"))
+    steps.write_text("train: {steps: 5}\n")
+    epochs.write_text("train.epochs: 2\n")
+    neither.write_text("train: {seed: 1}\n")
+    assert asked(capsys, "--config", "paper/e8") == (None, 1.0)
+    assert asked(capsys, "--config", "paper/e8", "--train.steps", "3") == (3, None)
+    assert asked(capsys, "--train.steps=3", "--config=paper/e8") == (3, None)
+    assert asked(capsys, "--config", "paper/e8", "--config", str(steps), "--config", str(neither)) == (5, None)
+    assert asked(capsys, "--config", str(steps), "--config", str(epochs)) == (None, 2.0)
+    assert asked(capsys, "--config", str(steps), "--train.epochs", "0.5") == (None, 0.5)
+    assert asked(capsys, "--config", str(steps), "--train.steps", "null", "--train.epochs", "0.5") == (None, 0.5)
+
+
+def test_both_at_once_are_refused(tmp_path, capsys):
+    both = tmp_path / "both.yaml"
+    both.write_text("train: {steps: 5, epochs: 2}\n")
+    for argv in (["--train.steps", "3", "--train.epochs", "2"], ["--config", str(both)]):
+        assert main(["sft", "--model.name", "sample", "--data.name", "sample", *argv]) == 2
+        assert "not both" in capsys.readouterr().err
+
+
+def test_so_do_a_studys_settings(tmp_path):
+    file = tmp_path / "mine.yaml"
+    runs = "{a: {}, b: {set: {train.steps: 7}}, c: {set: {train.epochs: 3}}}"
+    file.write_text(
+        f"experiments: {{one: {{command: dpo, config: paper/e8, set: {{model.name: sample}}, runs: {runs}}}}}\n"
+    )
+    found = make_plan(read_study(file)).runs.values()
+    lengths = [(run.settings.get("train.steps"), run.settings.get("train.epochs")) for run in found]
+    assert lengths == [(None, 1.0), (7, None), (None, 3.0)]

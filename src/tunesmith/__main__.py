@@ -81,8 +81,7 @@ def _training_options(options: type[Any], argv: Argv, command: str) -> Any:
         command, config.model.name, [name for name, _ in parse_sets(config.data.name)]
     )
     if config.resume and os.path.exists(stored := os.path.join(out, "config.yaml")):
-        decided = ["--train.steps", "null"] if config.train.epochs is not None and config.train.steps is None else []
-        config, _ = parse(options, ["--config", stored, *decided, *argv], prog=prog)
+        config, _ = parse(options, ["--config", stored, *argv], prog=prog)
     elif printed:
         parse(options, argv, prog=prog)  # prints them and exits
     return config

@@ -47,9 +47,9 @@ def parse(
         raise SystemExit(0)
     import jsonargparse
 
-    argv, files = _read_files(options, argv)
+    argv, files, replaced = _read_files(options, argv)
     argv = _bare_switches(options, _repeated(options, _underscored(options, expand_groups(options, argv))))
-    argv = expand_positionals(argv, positionals)
+    argv = [*expand_positionals(argv, positionals), *(f"--{name}=null" for name in replaced)]
     parser = _parser(options, prog, positionals)
     show = "--print_config" in argv
     try:
@@ -83,22 +83,52 @@ def _parser(options: type[Any], prog: str, positionals: Sequence[Positional]) ->
     return parser
 
 
-def _read_files(options: type[Any], argv: Sequence[str]) -> tuple[list[str], str]:
-    """The command line with presets as their paths, and files with lists as text; and the files' names for messages.
+LENGTHS = (
+    "train.steps",
+    "train.epochs",
+)  # two ways to say how long: what is said later, or on the command line, counts
+
+
+def later_length(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by dotted name, those of later layers counting; one that says how long takes away what an earlier one said of it."""
+    found: dict[str, Any] = {}
+    for layer in layers:
+        if any(layer.get(name) is not None for name in LENGTHS):
+            found |= {name: None for name in LENGTHS if name in found}
+        found |= layer
+    return found
+
+
+def _lengths_of(content: Any) -> dict[str, Any]:
+    """What the content of a file says of LENGTHS."""
+    given = content | {f"train.{key}": value for key, value in (content.get("train") or {}).items()}
+    return {name: given[name] for name in LENGTHS if name in given}
+
+
+def _read_files(options: type[Any], argv: Sequence[str]) -> tuple[list[str], str, list[str]]:
+    """The command line with presets as their paths, and files with lists as text; the files' names for messages; and which of
+    LENGTHS a file sets although a later one, or the command line, sets the other.
 
     Raises: UsageError if a file cannot be read or holds no options.
     """
     if any(word.split("=")[0] == f"--{HISTORY}" for word in argv):
         raise UsageError(f"unknown option --{HISTORY}")
-    found, files = [], []
+    found, files, layers = [], [], list[Mapping[str, Any]]()
     for before, word in zip(["", *argv], argv, strict=False):
         joined = word.startswith("--config=")
         if before == "--config" or joined:
             file = preset_path(word.removeprefix("--config=") if joined else word)
             files.append(file)
-            word = ("--config=" if joined else "") + (_check_file(file, options) or file)
+            content, text = _check_file(file, options)
+            layers.append(_lengths_of(content))
+            word = ("--config=" if joined else "") + (text or file)
         found.append(word)
-    return found, ", ".join(files)
+    here = [name for name in LENGTHS if any(word.split("=")[0] == f"--{name}" for word in argv)]
+    together = later_length(*layers, dict.fromkeys(here, 0))
+    replaced = [
+        name for name in LENGTHS if name not in here and together.get(name) is None and any(x.get(name) for x in layers)
+    ]
+    return found, ", ".join(files), replaced
 
 
 def _tell_history(history: Any, files: str) -> None:
@@ -180,8 +210,8 @@ def _joined(value: Any) -> Any:
     return value
 
 
-def _check_file(file: str, options: type[Any]) -> str:
-    """What to read in place of the file, where it gives a list or a mapping for an option that is a text; else "".
+def _check_file(file: str, options: type[Any]) -> tuple[dict[str, Any], str]:
+    """What a file holds, and what to read in its place where it gives a list or a mapping for an option that is a text; else "".
 
     Raises: UsageError if it is no YAML of groups of options; what they hold is checked later.
     """
@@ -207,7 +237,7 @@ def _check_file(file: str, options: type[Any]) -> str:
         holder = content.get(group, {}) if group else content
         if kind in (str, str | None) and isinstance(holder.get(key), list | dict):
             holder[key], changed = _joined(holder[key]), True
-    return yaml.safe_dump(content, sort_keys=False) if changed else ""
+    return content, yaml.safe_dump(content, sort_keys=False) if changed else ""
 
 
 def option_types(options: type[Any], prefix: str = "") -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from tunesmith.errors import UsageError
-from tunesmith.options.parse import from_settings, nearest, preset_path
+from tunesmith.options.parse import from_settings, later_length, nearest, preset_path
 from tunesmith.options.yamlfile import read_yaml
 from tunesmith.study.definition import COMMANDS, NOT_YOURS, Entry, Experiment, StudyFile, flatten
 
@@ -129,7 +129,7 @@ def _expand(maker: _Maker, entry: Entry, more: Mapping[str, Any] | None = None, 
             seeds = {"train.seed": seed, "data.seed": seed}
             command = {} if study.batching == "as_set" else BATCHING[study.batching].get(entry.command, {})
             base = {**study.base.get(entry.command, {}), **maker.places, **command, **seeds}
-            settings = {**presets, **base, **entry.settings, **varied, **(more or {})}
+            settings = later_length(presets, base, entry.settings, varied, more or {})
             if settings["data.seed"] != study.seeds[0]:  # the validation rows of all runs are those of the first seed
                 settings.setdefault("data.split_seed", study.seeds[0])
             config = from_settings(COMMANDS[entry.command], settings, entry.where)
