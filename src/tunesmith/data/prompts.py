@@ -105,8 +105,21 @@ def _prompt(turns: Sequence[Message], group: str = "") -> Prompt:
     return Prompt(render(turns).lstrip("\n"), group, tuple(turns))
 
 
+def conversation(prompt: str | Conversation) -> list[Message]:
+    """The turns of a prompt; a text is the only one, or a transcript of several. Raises: BadRow if it is none."""
+    if isinstance(prompt, str):
+        transcript = as_transcript(prompt)
+        return [Message("user", prompt)] if transcript is None else list(parse_transcript(transcript).messages)
+    return [m if isinstance(m, Message) else parse_messages([m]).messages[0] for m in prompt]
+
+
 def encode_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
-    """Ids of a conversation up to and including `Assistant:`, the same as in training. Raises: UserError."""
+    """Ids of a conversation up to and including `Assistant:`, the same as in training. Raises: as `turns_of`."""
+    return list(chain.from_iterable(tokenizer.encode_pieces(prompt_segments(turns_of(conversation)))))
+
+
+def turns_of(conversation: Conversation) -> list[Message]:
+    """The turns of a conversation that a model is to answer. Raises: UserError if it is none, or ends with an answer."""
     try:
         messages = [m if isinstance(m, Message) else parse_messages([m]).messages[0] for m in conversation]
     except BadRow as reason:
@@ -120,4 +133,4 @@ def encode_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]
             "a prompt ends with an assistant's turn, which is what the model is to write: end it with a user's turn "
             f"(the last one says {messages[-1].content[:40]!r})"
         )
-    return list(chain.from_iterable(tokenizer.encode_pieces(prompt_segments(messages))))
+    return messages

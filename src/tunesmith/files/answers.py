@@ -14,6 +14,11 @@ from tunesmith.errors import UserError
 from tunesmith.files.run import write_atomically
 from tunesmith.jsontext import parse_json
 
+FinishReason = Literal["stop", "length", "context"]
+"""Why an answer ended: by itself, at the limit of new tokens, or because the model has no further positions."""
+ENDINGS: dict[FinishReason, str] = {
+    "stop": "ended by itself", "length": "cut at the token limit", "context": "cut where the model's context ends"
+}  # fmt: skip
 _LEAK = re.compile(rf"^\s*({'|'.join(ROLE_NAMES)})\s*:", re.IGNORECASE | re.MULTILINE)
 
 
@@ -24,7 +29,7 @@ class ScoredAnswer:
     prompt: str
     group: str
     answer: str
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
     tokens: int
     reward: float | None = None
 

@@ -31,14 +31,17 @@ def answer_prompts(
     scorer: Scorer | None = None,
     samples: int = 1,
 ) -> list[ScoredAnswer]:
-    """`samples` answers a prompt, one after the other, all decoded in one batch.
+    """`samples` answers a prompt, one after the other, all decoded in one batch. Of a conversation that is too long whole
+    turns are left out, with a note (`generation.context`).
 
     The streams of chance depend on prompt, number of the sample and seed only, so two models, or two checkpoints of one,
     meet the same luck and differ by their weights.
     """
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
     conversations = [p.conversation for p in prompts]
-    drawn = generate_answers(model, tokenizer, conversations, sampling, options.max_new_tokens, samples=samples)
+    drawn = generate_answers(
+        model, tokenizer, conversations, sampling, options.max_new_tokens, too_long="turns", samples=samples
+    )
     answers = [
         ScoredAnswer(p.text, p.group, a.text, a.finish_reason, a.tokens)
         for p, a in zip((p for p in prompts for _ in range(samples)), drawn, strict=True)
