@@ -18,7 +18,7 @@ from tunesmith.data.tokenizer import END_OF_TEXT, Tokenizer
 from tunesmith.device import keep_freed_memory
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.answers import ENDINGS, ScoredAnswer
-from tunesmith.files.names import find_model, load, load_tokenizer, shape_of
+from tunesmith.files.names import base_at, find_model, load, load_tokenizer, shape_of
 from tunesmith.files.run import write_atomically
 from tunesmith.generation.context import room_for_prompt
 from tunesmith.generation.engine import prepare
@@ -62,7 +62,8 @@ def compare(a: str, b: str, options: CompareCommand) -> Comparison:
     judge = make_judge(options)
     for file in filter(None, (options.out, options.html)):  # told now, not after minutes
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-    comparison = answered(a, b, options)
+    with base_at(options.model.base):
+        comparison = answered(a, b, options)
     if judge:
         try:
             comparison = judged(comparison, judge)

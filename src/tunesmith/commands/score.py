@@ -24,7 +24,7 @@ from tunesmith.data.prompts import load_prompts
 from tunesmith.device import keep_freed_memory
 from tunesmith.errors import UsageError
 from tunesmith.files.answers import ScoredAnswer, rewards, write_answers
-from tunesmith.files.names import checkpoints_of, find_model, load, run_and_step
+from tunesmith.files.names import base_at, checkpoints_of, find_model, load, run_and_step
 from tunesmith.files.run import step_name, write_atomically
 from tunesmith.generation.engine import prepare
 from tunesmith.judge.answers import best_rewards, compare_rewards, interval_record, measures, reward_summary
@@ -49,6 +49,12 @@ def score(names: Sequence[str], options: ScoreCommand) -> dict[str, Any]:
             f"--samples is {options.samples}, expected at least 1; --shown is {options.shown}, expected 0 or more"
         )
     keep_freed_memory()
+    with base_at(options.model.base):
+        return _score(names, options)
+
+
+def _score(names: Sequence[str], options: ScoreCommand) -> dict[str, Any]:
+    """As `score`, its options checked."""
     models = list(dict.fromkeys(found for name in names for found in checkpoints_of(name)))
     for name in models:
         find_model(name)  # what is missing is said now, not after minutes

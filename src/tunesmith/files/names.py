@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,7 +16,7 @@ from tunesmith.data.jsonfile import read_json
 from tunesmith.data.special_tokens import ends_of_answers, with_ends
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.device import resolve_device
-from tunesmith.errors import UserError, path_meant
+from tunesmith.errors import UserError, note, path_meant
 from tunesmith.files import adapters
 from tunesmith.files.adapters import AdapterFiles, load_adapter, read_adapter
 from tunesmith.files.reward import is_reward_model, load_reward_model, set_score
@@ -22,6 +27,16 @@ from tunesmith.models.gpt2 import GPT, SIZES, GPTConfig
 from tunesmith.models.lora import merge, strip
 from tunesmith.models.scored import RewardModel
 
+
+@dataclass
+class Asked:
+    """A base that was asked for, and whether an adapter has looked there."""
+
+    name: str
+    used: bool = False
+
+
+_base_at: ContextVar[Asked | None] = ContextVar("base_at", default=None)
 OWN_BASE = "base"  # in a run's directory: the base of its adapters where no other directory holds it
 SAMPLE = Path(__file__).parents[1] / "sample" / "model"
 
@@ -192,21 +207,103 @@ def _merged(directory: Path, files: AdapterFiles, dropout: float | None = None) 
     return model
 
 
-def _base_directory(directory: Path, files: AdapterFiles) -> Path:
-    if not files.base:
-        raise UserError(f"{directory / adapters.CONFIG} names no base model (base_model_name_or_path); add it")
-    stored, beside = Path(files.base).expanduser(), directory.absolute().parent.parent / OWN_BASE
-    lost = stored.name == OWN_BASE or (stored.is_absolute() and not stored.exists())
-    if files.fingerprint and lost and (beside / "config.json").exists():
-        return beside  # the base that a run keeps, wherever the run lies now; the fingerprint tells whether it is that
-    if not stored.is_absolute() and len(stored.parts) > 1:  # a name on the hub is never found like this by accident:
-        for above in directory.absolute().parents:  # the same folders would have to lie above the adapter
-            if any((above / stored / config).exists() for config in ("config.json", adapters.CONFIG, "status.json")):
-                return find_model(str(above / stored))
+@contextlib.contextmanager
+def base_at(name: str | None) -> Iterator[None]:
+    """Inside, the base of an adapter is looked for here first: `--model.base`. None: only where the adapter says.
+
+    A note tells where no adapter was there to use it.
+    """
+    asked = None if name is None else Asked(name)
+    before = _base_at.set(asked)
     try:
-        return find_model(files.base)
-    except UserError as error:
-        raise UserError(f"{directory} is an adapter on {files.base!r}, which cannot be had: {error}") from None
+        yield
+    finally:
+        _base_at.reset(before)
+    if asked and not asked.used:
+        note(f"--model.base {asked.name} was not used: it is for an adapter, and no MODEL here is one")
+
+
+def _base_directory(directory: Path, files: AdapterFiles) -> Path:
+    """The base of an adapter: of the places where one lies, the first with the weights that the adapter was trained on.
+
+    Looked at in this order: `base_at`; where it lay from the adapter; its recorded path, a relative one also from every
+    folder above the adapter; the base that the adapter's run keeps; the hub, its cache first. A single one that is found
+    is compared when it is loaded.
+
+    Raises: UserError naming every place.
+    """
+    asked = None
+    if at := _base_at.get():
+        asked, at.used = at.name, True
+    if not files.base and asked is None:
+        raise UserError(
+            f"{directory / adapters.CONFIG} names no base model (base_model_name_or_path); add it, or give --model.base"
+        )
+    found = list(
+        dict.fromkeys(find_model(str(place)).resolve() for place in _places(directory, files) if _holds(place))
+    )
+    if asked is not None and (base := find_model(asked).resolve()) != directory.resolve():
+        found = list(dict.fromkeys([base, *found]))
+    if not found and _from_hub(files.base):
+        try:
+            return find_model(files.base)
+        except UserError as error:
+            hub = f", nor on the hub ({error})"
+    else:
+        hub = ""
+    if not found:
+        raise UserError(
+            f"{directory} is an adapter on {files.base!r}, which lies in none of these places: "
+            f"{', '.join(dict.fromkeys(map(os.path.normpath, _places(directory, files))))}{hub}. Name its directory with --model.base"
+        )
+    if len(found) == 1 or not files.fingerprint:
+        return found[0]
+    right = next((place for place in found if _weights_of(place) == files.fingerprint), None)
+    if right is None:
+        raise UserError(
+            f"{directory} was trained on other weights than those that lie where its base {files.base!r} was looked for: "
+            f"{', '.join(map(str, found))}. Name the right base with --model.base"
+        )
+    if asked is not None and right != found[0]:
+        note(f"--model.base {asked} holds other weights than {directory} was trained on; its base is read from {right}")
+    return right
+
+
+def _places(directory: Path, files: AdapterFiles) -> Iterator[Path]:
+    """Where the base of an adapter may lie on this machine, the likeliest first."""
+    home = directory.resolve()
+    if files.from_here:
+        yield home / files.from_here
+    if files.base == "sample":
+        yield SAMPLE
+    elif files.base:
+        stored = Path(files.base).expanduser()
+        if stored.name == OWN_BASE and files.fingerprint:
+            yield home.parent.parent / OWN_BASE
+        if not stored.is_absolute() and len(stored.parts) > 1:  # one on the hub is never found like this by accident:
+            yield from (
+                above / stored for above in home.parents
+            )  # its owner's folder would have to lie above the adapter
+        yield stored
+        if files.fingerprint:
+            yield home.parent.parent / OWN_BASE
+
+
+def _holds(place: Path) -> bool:
+    return any((place / file).exists() for file in ("config.json", adapters.CONFIG, "status.json"))
+
+
+def _from_hub(name: str) -> bool:
+    """Whether a base's name can be one on the hub."""
+    return bool(name) and not name.startswith((".", "/", "~")) and name.count("/") < 2
+
+
+def _weights_of(directory: Path) -> str:
+    """The fingerprint of the model in a directory; "" for one that cannot be loaded."""
+    try:
+        return weights_fingerprint(load_plain(directory))
+    except UserError:
+        return ""
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:

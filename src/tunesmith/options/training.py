@@ -15,6 +15,8 @@ class ModelOptions:
 
     name: str = field(default="gpt2-medium", metadata=CONTENT)  # the base of adapters and DPO's reference; else by name
     """Hub name (downloaded when first used), local directory, run directory, RUN@STEP, or `sample` (embedded)."""
+    base: str | None = field(default=None, metadata=OPEN)  # an adapter's fingerprint tells whether it is the right one
+    """Where model.name is an adapter whose base is not found (it has moved, say): the base, a MODEL."""
     dropout: float = 0.0
     """Dropout probability in training, in [0, 1)."""
     init: Literal["pretrained", "random"] = "pretrained"
@@ -276,4 +278,5 @@ class GenerateOptions:
     top_k: int = 0
     """Keep only the k most likely tokens; 0 = all."""
     seed: int = 1234
-    """Every prompt draws from its own stream, made of this seed and its number."""
+    """Decides every draw, together with the words of the prompt and the number of the answer to it: the other prompts and their
+    order change nothing, and a prompt that stands there twice gets the same answer twice."""

@@ -22,6 +22,7 @@ from tunesmith.device import (
     set_allocator,
 )
 from tunesmith.errors import UsageError
+from tunesmith.files.names import base_at
 from tunesmith.files.run import Run, RunLog, default_directory, open_log, run_directory
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import (
@@ -29,6 +30,7 @@ from tunesmith.options.training import (
 )
 from tunesmith.train.choice import Sums
 from tunesmith.train.loop import MicroBatch, Readable, fit
+from tunesmith.train.moved import as_they_lie
 from tunesmith.train.optim import OneByOne, decides_on_device, schedule_factor
 from tunesmith.train.prefetch import made_ahead
 from tunesmith.train.recorded import RecordedStep, recorder
@@ -43,7 +45,7 @@ from tunesmith.train.trainee import AnyConfig, Trainee, make_optimizer
 def begin(config: Config, command: Command) -> Iterator[tuple[Config, Path]]:
     """The configuration, of a resumed run with what was decided when it began, and the directory that is now ours alone.
 
-    The process is made ready: allocator and seeds.
+    The process is made ready: allocator and seeds. Of a resumed run what its options name is looked for where it lies now.
     Raises: UserError if `out` is taken or being written, there is nothing to resume, or the allocator cannot be had.
     """
     if not set_allocator(config.train.allocator) and config.train.allocator == "lean":
@@ -54,7 +56,8 @@ def begin(config: Config, command: Command) -> Iterator[tuple[Config, Path]]:
     default = default_directory(command, config.model.name, [name for name, _ in parse_sets(config.data.name)])
     with run_directory(config.out, default, config.resume) as path:
         seed_everything(config.train.seed)
-        yield as_begun(config, Run(path).config) if config.resume else config, path
+        with base_at(config.model.base if not isinstance(config, PretrainConfig) else None):
+            yield as_begun(as_they_lie(config, Run(path)), Run(path).config) if config.resume else config, path
 
 
 B = TypeVar("B", bound=MicroBatch)
