@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.data.prompts import Prompt, load_prompts
+from tunesmith.data.prompts import Prompt, each_once, load_prompts
 from tunesmith.data.tokenizer import END_OF_TEXT, Tokenizer
 from tunesmith.device import keep_freed_memory
 from tunesmith.errors import UsageError, UserError
@@ -79,7 +79,7 @@ def answered(a: str, b: str, options: CompareCommand) -> Comparison:
     keep_freed_memory()
     for name in (a, b):
         find_model(name)  # what is missing is said now, not after minutes
-    prompts = load_prompts(options.prompts, options.limit)
+    prompts = each_once(load_prompts(options.prompts, options.limit))
     tokenizer = shared_tokenizer(a, b) if options.logprobs else None
     scorer = load_scorer(options.reward, device=options.device) if options.reward else None
     of_a, of_b = (answers_of(name, prompts, options.generate, options.device, scorer) for name in (a, b))

@@ -20,7 +20,7 @@ from tunesmith.data.dialogue import (
 from tunesmith.data.forms import prompt_turns
 from tunesmith.data.readers import SUFFIXES, Report, read_file, read_text, suffix_of
 from tunesmith.data.tokenizer import Tokenizer
-from tunesmith.errors import UsageError, UserError, path_meant
+from tunesmith.errors import UsageError, UserError, note, path_meant
 
 EMBEDDED = Path(__file__).parents[1] / "sample" / "prompts.jsonl"
 _OPEN_END = re.compile(r"\n\nAssistant:\s*(?:\Z|\n\nHuman:)")
@@ -67,6 +67,19 @@ def load_prompts(file: str | None = None, limit: int | None = None, option: str 
     if not prompts:
         raise UserError(f"{option} {path}: no prompt in it; give one a line, or rows with `prompt` and perhaps `group`")
     return prompts[:limit]
+
+
+def each_once(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The different ones of some prompts, with a note if some repeat: they get the same answers, and a figure rests on each once."""
+    first: dict[str, Prompt] = {}
+    for prompt in prompts:
+        first.setdefault(prompt.text, prompt)
+    if repeats := len(prompts) - len(first):
+        note(
+            f"{repeats:,} of {len(prompts):,} prompts repeat another one and would be answered in the same words: each is asked and "
+            f"counted once, {len(first):,} in all"
+        )
+    return list(first.values())
 
 
 def _of_rows(path: Path) -> list[Prompt]:

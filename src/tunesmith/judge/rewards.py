@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tunesmith.data.prompts import Prompt, load_prompts
+from tunesmith.data.prompts import Prompt, each_once, load_prompts
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.files.answers import ScoredAnswer, write_answers
 from tunesmith.files.run import step_name
@@ -66,7 +66,7 @@ def rewards_at_steps(
     if options.reward is None:
         return None
     scorer = load_scorer(options.reward, device=str(device), option="--eval.reward")
-    prompts = load_prompts(options.prompts, option="--eval.prompts")
+    prompts = each_once(load_prompts(options.prompts, option="--eval.prompts"))
     print(f"note: scored by {scorer.description}")
 
     def reward_at(step: int) -> dict[str, Any]:
@@ -77,6 +77,6 @@ def rewards_at_steps(
             )  # fmt: skip
         write_answers(path / "answers" / f"{step_name(step)}.jsonl", answers)
         told = {"scorer": scorer.name, "samples": options.samples}
-        return reward_summary(answers, options.samples) | measures(answers) | told
+        return reward_summary(answers) | measures(answers) | told
 
     return reward_at

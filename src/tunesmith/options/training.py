@@ -54,7 +54,7 @@ class DataOptions:
     holdout: float = 0.05
     """Share of the rows held out for validation where a data set has no test split."""
     seed: int = 1234
-    """Seed of the order of the rows."""
+    """Seed of the order of the rows, and of what data.split_seed is for where that is not given."""
     split_seed: int | None = None
     """Seed of which rows are drawn (hh-pairs, mixtures), held out and estimated on; default: data.seed."""
     strict: bool = field(default=False, metadata=OPEN)  # refuses rows, never changes them
@@ -99,7 +99,7 @@ class TrainOptions:
     allocator: Literal["fast", "lean"] = field(default="fast", metadata=OPEN)  # where memory lies, not what is in it
     """On a CPU. fast: freed memory is kept for the next step; lean: it is given back at once, which takes less of it and more time."""
     seed: int = 1234
-    """Seed of new weights and of dropout."""
+    """Seed of new weights, adapters and score layers among them, and of dropout."""
     device: str = field(
         default="auto", metadata=ROUNDING
     )  # other kernels; each kind of device has its own random numbers
