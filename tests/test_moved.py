@@ -61,7 +61,7 @@ def test_a_project_that_was_moved_goes_on_from_another_directory(project, tmp_pa
     assert last_digest(run) == digest
     assert {group: run.config[group] for group in ("model", "data")} | {"reward": run.config["eval"]["reward"]} == names
     assert "history" not in run.config
-    assert run.inputs["folder"]["from_run"] == "../.."
+    assert run.inputs["folder"]["run"] == "runs/x"
 
 
 def test_a_moved_dpo_run_still_knows_its_reference_and_what_it_was_trained_on(project, tmp_path, monkeypatch, capfd):
@@ -92,7 +92,11 @@ def test_names_are_read_from_where_the_run_was_started(project, tmp_path, monkey
     )
     for name in ("sample", "gpt2", "owner/name", "nowhere.jsonl"):
         assert located(there, name) == name
-    alone = Run(shutil.copytree(project / "runs/x", tmp_path / "alone"))
+    (project / "deep").mkdir()
+    beside = Run((project / "runs").rename(project / "deep" / "all") / "x")
+    assert located(beside, "runs/judge") == "deep/all/judge", "what moved with the run inside the project"
+    assert located(beside, "d.jsonl") == "d.jsonl"
+    alone = Run(shutil.copytree(beside.path, tmp_path / "alone"))
     assert located(alone, str(project / "models/base")) == str(project / "models/base"), "only the run was copied"
 
 

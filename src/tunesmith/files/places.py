@@ -1,7 +1,8 @@
 """Where the things lie that a run or an adapter names, now that it may have been moved, copied or is used from elsewhere.
 
-A relative name is read from the folder that the run was started in, and inputs.json says where that lies from the run
-(`started_here`): so a project moves as a whole. Names stay in the files as they were given.
+inputs.json says in which folder a run was started, and where the run lay in it (`started_here`). So what a run names is found
+by its path from the run: what was moved together, a project or a study in it, stays together. Names stay in the files as they
+were given.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ FOLDER = "folder"  # key in inputs.json
 
 
 def started_here(run: Path) -> dict[str, str]:
-    """The current directory for inputs.json: by its path from the run, and as a whole."""
+    """For inputs.json: the current directory, from which a run's names are read, and the run's path from it."""
     here = Path.cwd()
-    return {"from_run": os.path.relpath(here, run.resolve()), "path": str(here)}
+    return {"path": str(here), "run": os.path.relpath(run.resolve(), here)}
 
 
 def located(run: Run, name: str) -> str:
     """A model, file or directory that a run's options name, as it lies now; the name itself where it leads there or nowhere.
 
-    Looked for from the folder that the run was started in, wherever that lies from the run now; then by the name as it
-    is; then, for a relative one, from every folder above the run. `@STEP` stays at its end.
+    Looked for where it lay from the run; then by the name as it is; then, for a relative one, from every folder above the
+    run. `@STEP` stays at its end.
     """
     if name == "sample":
         return name
@@ -54,9 +55,9 @@ def located_sets(run: Run, names: str) -> str:
 
 def _places(run: Run, name: Path) -> Iterator[Path]:
     folder, home = (run.inputs or {}).get(FOLDER), run.path.resolve()
-    if isinstance(folder, dict) and {"from_run", "path"} <= folder.keys():
-        now = home / folder["from_run"]
-        yield now / (os.path.relpath(name, folder["path"]) if name.is_absolute() else name)
+    if isinstance(folder, dict) and {"path", "run"} <= folder.keys():
+        start = Path(folder["path"])
+        yield home / os.path.relpath(start / name, start / folder["run"])
     yield name
     if not name.is_absolute():
         yield from (above / name for above in home.parents)
