@@ -306,7 +306,7 @@ def test_variants_that_are_not_computed_here_are_refused_by_name(base, tmp_path,
     ("changes", "told"),
     [
         ({"base_model_name_or_path": None}, ["names no base model", "base_model_name_or_path"]),
-        ({"base_model_name_or_path": "/no/where"}, ["'/no/where'", "no such directory"]),
+        ({"base_model_name_or_path": "/no/where"}, ["'/no/where'", "in none of these places"]),
         ({"lora_alpha": None}, ["lora_alpha"]), ({"lora_alpha": "much"}, ["lora_alpha"]), ({"peft_type": "LOHA"}, ["LOHA"]),
     ],
     ids=str,
@@ -378,7 +378,14 @@ def test_wrong_adapter_options_are_told_in_one_line(fails, tiny_directory, tmp_p
 def test_a_command_on_an_adapter_whose_base_is_gone_says_so(fails, moved, argv):
     checkpoint, base = moved
     shutil.rmtree(base)
-    fails([argv[0], checkpoint, *argv[1:]], 1, str(checkpoint), f"adapter for '{base}'", "no such directory")
+    fails(
+        [argv[0], checkpoint, *argv[1:]],
+        1,
+        str(checkpoint),
+        f"adapter for '{base}'",
+        "in none of these places",
+        "--model.base",
+    )
 
 
 def test_plain_models_and_adapters_are_told_apart(base, adapter, tmp_path):
@@ -403,4 +410,4 @@ def test_a_base_folder_that_happens_to_lie_there_is_not_taken_for_a_missing_base
     adapter = made_by_peft(base, tmp_path / "run" / "checkpoints" / "adapter")[0]
     shutil.copytree(base, tmp_path / "run" / "base")
     change_config(adapter, base_model_name_or_path="/no/where")
-    refused(adapter, "'/no/where'", "no such directory")
+    refused(adapter, "'/no/where'", "in none of these places")

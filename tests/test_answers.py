@@ -1,5 +1,7 @@
 """Records of answers: what is measured on them without a judge, their file, and how two sets are compared."""
 
+from dataclasses import replace
+
 import pytest
 
 from tunesmith.errors import UserError
@@ -60,12 +62,22 @@ def test_a_broken_line_is_named(tmp_path):
         read_answers(file)
 
 
-def test_rewards_are_means_over_the_samples_of_a_prompt():
-    answers = [answer(reward=r) for r in (1.0, 3.0, 5.0, 5.0)]
-    assert rewards(answers, 2) == [2, 5]
-    assert best_rewards(answers, 2) == [3, 5]
+def test_rewards_are_means_over_the_answers_to_a_prompt():
+    answers = [answer(p, reward=r) for p, r in (("x", 1.0), ("x", 3.0), ("y", 5.0), ("y", 5.0))]
+    assert rewards(answers) == {"x": 2, "y": 5}
+    assert best_rewards(answers) == [3, 5]
     with pytest.raises(ValueError, match="not every answer"):
-        rewards([*answers, answer()], 1)
+        rewards([*answers, answer()])
+
+
+def test_a_prompt_counts_once_however_often_it_stands_there():
+    """Five prompts ten times over had an interval a third as wide; answers to one prompt are no independent examples."""
+    five = [answer(str(i), reward=r, tokens=i) for i, r in enumerate([-3.0, 1.0, 0.5, -0.5, 2.0])]
+    other = [answer(str(i), reward=r, tokens=9) for i, r in enumerate([1.0, 1.0, 0.0, -0.25, 2.5])]
+    assert reward_summary(five * 10) == reward_summary(five)
+    assert compare_rewards(five * 10, other * 10) == compare_rewards(five, other)
+    spread = [replace(a, reward=a.reward + d) for a in five for d in (-0.5, 0.5)]  # two samples a prompt
+    assert reward_summary(spread) == reward_summary(five)
 
 
 def test_the_summary_counts_prompts_and_groups():

@@ -10,7 +10,7 @@ from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.files.names import SAMPLE
 from tunesmith.generation.chat import HELP, ChatSession, Note
-from tunesmith.generation.replies import latest
+from tunesmith.generation.context import fit
 
 HI = [Message("user", "Hi"), Message("assistant", "Hello 0.")]
 
@@ -230,29 +230,59 @@ def talk(exchanges, question="Why?"):
     return [m for pair in turns for m in pair] + [Message("user", question)]
 
 
+def tokens_by(tokenizer):
+    return lambda turns: len(encode_prompt(tokenizer, turns))
+
+
 @pytest.mark.parametrize("scene", [[], [Message("system", "Be brief.")]], ids=["plain", "system"])
 def test_whole_exchanges_are_left_out_from_the_beginning_and_no_more_than_must(sample_tokenizer, scene):
     messages = [*scene, *talk(12)]
     whole = len(encode_prompt(sample_tokenizer, messages))
     for room in range(60, whole + 2):
-        kept, left_out = latest(sample_tokenizer, messages, room)
+        reading = fit(messages, tokens_by(sample_tokenizer), room)
+        kept = reading.messages
         n = len(kept) - len(scene)
         assert kept == [*scene, *messages[len(messages) - n :]]
         assert kept[len(scene)].role == "user"
         assert len(encode_prompt(sample_tokenizer, kept)) <= room
         more = [*scene, *messages[len(messages) - n - 2 :]]
         assert kept == messages or len(encode_prompt(sample_tokenizer, more)) > room
-        assert bool(left_out) == (kept != messages)
+        assert (reading.turns, bool(reading.left_out)) == (len(messages) - len(kept), kept != messages)
 
 
-def test_the_last_question_is_kept_before_the_system_prompt_and_its_end_before_its_beginning(sample_tokenizer):
-    scene, question = Message("system", "Be brief. " * 40), Message("user", "What is the seventh number?")
-    kept, left_out = latest(sample_tokenizer, [scene, *talk(3, question.content)], 40)
-    assert kept == [question]
-    assert "system prompt" in left_out
-    long = Message("user", "word " * 300 + "and the seventh?")
-    ((cut,), left_out) = latest(sample_tokenizer, [scene, long], 40)
+def test_a_question_that_is_too_long_keeps_its_end_and_the_system_prompt_stays(sample_tokenizer):
+    scene, long = Message("system", "Be brief."), Message("user", "word " * 300 + "and the seventh?")
+    reading = fit([scene, *talk(3, long.content)], tokens_by(sample_tokenizer), 60)
+    system, cut = reading.messages
+    assert system == scene
     assert long.content.endswith(cut.content)
     assert cut.content.endswith("word and the seventh?")
-    assert 36 <= len(encode_prompt(sample_tokenizer, [cut])) <= 40
-    assert "beginning and the system prompt are left out" in left_out
+    assert 56 <= len(encode_prompt(sample_tokenizer, reading.messages)) <= 60
+    assert (reading.turns, reading.characters) == (6, len(long.content) - len(cut.content))
+    assert "its beginning (1," in reading.left_out
+    assert "6 earlier turns are left out" in reading.left_out
+
+
+def test_a_system_prompt_that_leaves_no_question_is_refused_and_the_talk_goes_on(sample_tokenizer):
+    scene, question = Message("system", "Be brief. " * 40), Message("user", "What is the seventh number?")
+    with pytest.raises(UserError, match=r"system prompt has \d+ tokens.*at most 100.*shorten it"):
+        fit([scene, question], tokens_by(sample_tokenizer), 100)
+    assert fit([scene, question], tokens_by(sample_tokenizer), 1000).messages == [scene, question]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [Message("assistant", "Welcome!"), *talk(6)],
+        [*talk(5), Message("user", "And?")],
+        [Message("user", "Hi"), Message("system", "Be brief."), *talk(5), Message("system", "Now answer.")],
+    ],
+    ids=["an answer first", "two questions", "a system turn last"],
+)
+def test_odd_conversations_are_cut_by_the_same_rule(sample_tokenizer, messages):
+    tokens = tokens_by(sample_tokenizer)
+    kept = fit(messages, tokens, 70).messages
+    assert tokens(kept) <= 70
+    assert kept[-1] == messages[-1]
+    assert [m for m in kept if m.role == "system"] == [m for m in messages if m.role == "system"]
+    assert kept != messages

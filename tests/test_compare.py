@@ -120,6 +120,17 @@ def test_tokens_beyond_the_models_positions_are_left_out_at_the_end(tmp_path):
     assert room < len(pairs[0].answers[0])
 
 
+def test_log_probabilities_are_of_the_conversation_that_the_models_read(compare, models, tmp_path):
+    """Of a talk that is longer than the model can read the first turns are left out, for its answer and for the figures."""
+    turns = [{"role": "user", "content": "word " * 400}, {"role": "assistant", "content": "Yes."}]
+    rows = [{"messages": [*turns, {"role": "user", "content": "What is love?"}]}, {"prompt": "What is love?"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, (long, short), *_ = compare(*models[:2], "--logprobs", "--prompts", str(tmp_path / "p.jsonl"))
+    for side in ("a", "b"):
+        assert long[side]["answer"] == short[side]["answer"]
+        assert [t[1:] for t in long[side]["logps"]] == [pytest.approx(t[1:], abs=1e-4) for t in short[side]["logps"]]
+
+
 def test_texts_of_the_tokens_are_the_answer_and_characters_stay_whole(tokenizer):
     for row in ANSWERS:
         for text, answer in zip(token_texts(tokenizer, encode_answers(tokenizer, *both(row))), both(row), strict=True):

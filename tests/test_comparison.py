@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 
@@ -117,14 +118,15 @@ def test_the_judge_is_counted_with_its_agreement_and_its_taste_for_a_position():
     orders = [("b", "b"), ("b", "b"), ("a", "a"), ("a", "b"), ("tie", "tie"), (None, "a")]
     rows = [row(i, None, None, orders=o) for i, o in enumerate(orders)]
     same = Judgement(("tie", "tie"), asked=False)
-    found = Comparison(("a", "b"), [*rows, Row(rows[0].a, rows[0].a, same)], judge="j").summary()["judge"]
+    alone = replace(rows[0].a, prompt="Another question?")
+    found = Comparison(("a", "b"), [*rows, Row(alone, alone, same)], judge="j").summary()["judge"]
     assert found["wins"] == {"wins": 2, "ties": 3, "losses": 1}
     assert found["win_rate"]["mean"] == pytest.approx(3.5 / 6)
     assert (found["agreement"]["mean"], found["agreement"]["n"]) == (pytest.approx(4 / 5), 5)
     # single verdicts b b b b a a a b and the a of the last: first stood b(2nd) b(2nd) a(1st) a(1st) b(2nd)
     assert (found["first_position"]["mean"], found["first_position"]["n"]) == (pytest.approx(5 / 9), 9)
     assert (found["no_verdict"], found["same_answers"]) == (1, 1)
-    told = " ".join(notes(Comparison(("a", "b"), [*rows, Row(rows[0].a, rows[0].a, same)], judge="j").summary()))
+    told = " ".join(notes(Comparison(("a", "b"), [*rows, Row(alone, alone, same)], judge="j").summary()))
     assert "80.0 % (" in told
     assert "without a verdict, left out of the judge's win rate: 1." in told
     assert "the same answer from both, ties without asking the judge: 1." in told

@@ -1,6 +1,8 @@
 """Decoding with a cache against reading everything anew; sampling against numpy; what ends an answer."""
 
+import contextlib
 import itertools
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,9 +14,10 @@ from reference import chi_square, greedy, in_transformers, kept_tokens, random_m
 from tunesmith.data.dialogue import Message
 from tunesmith.data.prompts import encode_prompt
 from tunesmith.data.tokenizer import Tokenizer
-from tunesmith.errors import UserError
+from tunesmith.errors import Note, UserError
 from tunesmith.files.names import SAMPLE
 from tunesmith.generation import engine
+from tunesmith.generation.context import read_prompts
 from tunesmith.generation.engine import PACK_STEPS, decode, generate, generate_answers, prepare, stream
 from tunesmith.generation.sampling import Sampling, sample_tokens
 from tunesmith.models.gpt2 import GPTConfig
@@ -292,15 +295,50 @@ def test_a_prompt_without_room_for_an_answer_is_named(model, tok):
         ts.generate(model, tok, prompts)
 
 
-def test_cut_front_answers_the_end_of_the_prompt(model, tok):
-    prompt = user("word " * 90)
-    kept = encode_prompt(tok, prompt)[-(96 - 20) :]
-    expected = tok.decode(greedy(model, kept, 20, tok.end_of_text)).removeprefix(" ")
-    assert ts.generate(model, tok, [prompt], temperature=0, max_new_tokens=20, cut_front=True) == [expected]
+def test_cut_front_answers_the_end_of_the_question_and_says_what_it_left_out(model, tok):
+    long = "word " * 90 + "and?"
+    with pytest.warns(Note, match=r"1 of 2 prompts are longer than the 76 tokens.*1 questions.*prompt 2"):
+        _, answer = ts.generate(model, tok, [PROMPTS[0], user(long)], temperature=0, max_new_tokens=20, cut_front=True)
+    kept = next(
+        ids for n in range(len(long)) if len(ids := encode_prompt(tok, user(long[n:]))) <= 96 - 20
+    )  # the longest end of the question that leaves the answer its room
+    assert answer == tok.decode(greedy(model, kept, 20, tok.end_of_text)).removeprefix(" ")
+
+
+@pytest.mark.parametrize("limit", [1, 8, 64, 10_000])
+@pytest.mark.parametrize("words", range(1, 120, 7))
+def test_no_prompt_leaves_an_answer_less_than_its_room(model, tok, words, limit):
+    """Just below the positions an answer had one to three tokens, and above them a prompt had one."""
+    asked = []
+    for too_long in ("cut", "refuse"):
+        with contextlib.suppress(UserError), warnings.catch_warnings():
+            warnings.simplefilter("ignore", Note)
+            asked += read_prompts(tok, [user("word " * words)], positions=96, max_new_tokens=limit, too_long=too_long)
+    assert asked
+    assert all(len(ids) <= 96 - min(limit, 24) for ids in asked)
+    assert all(len(ids) > 48 for ids in asked) or words < 70
+
+
+def test_scoring_leaves_out_whole_turns_with_a_note_and_refuses_half_a_question(model, tok):
+    talk = [*user("word " * 40), {"role": "assistant", "content": "yes " * 40}, *user("And now?")]
+    with pytest.warns(Note, match=r"1 of 1 prompts .*: 2 turns at their beginning are left out \(prompt 1\)"):
+        (answer,) = generate_answers(model, tok, [talk], GREEDY, 12, too_long="turns")
+    assert answer == generate_answers(model, tok, [user("And now?")], GREEDY, 12)[0]
+    with pytest.raises(UserError, match=r"prompt 1 has \d+ tokens.*its last question alone is longer. Shorten it"):
+        generate_answers(model, tok, [user("word " * 90)], GREEDY, 12, too_long="turns")
+
+
+def test_an_answer_that_reaches_the_last_position_says_so(tok):
+    prompt = user("Hi")
+    read = len(encode_prompt(tok, prompt))
+    ids = tok.encode(" one two three four five six seven eight")
+    model = saying(ids, read, block_size=read + len(ids))
+    reasons = [generate_answers(model, tok, [prompt], GREEDY, n)[0].finish_reason for n in (4, len(ids), 100)]
+    assert reasons == ["length", "length", "context"]
 
 
 @pytest.mark.parametrize("length", [94, 95])
-def test_an_answer_ends_where_the_positions_end(model, tok, length):
+def test_decoding_ends_where_the_positions_end(model, tok, length):
     ids = (encode_prompt(tok, user("word " * 90)))[-length:]
     assert decoded(model, tok, [ids], GREEDY, 50) == [greedy(model, ids, 96 - length, tok.end_of_text)]
 

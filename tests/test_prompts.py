@@ -5,9 +5,9 @@ import json
 import pytest
 
 from tunesmith.data.dialogue import Message
-from tunesmith.data.prompts import Prompt, encode_prompt, load_prompts
+from tunesmith.data.prompts import Prompt, conversation, encode_prompt, load_prompts
 from tunesmith.errors import UserError
-from tunesmith.judge.scoring import conversation, encode_answer
+from tunesmith.judge.scoring import encode_answer
 
 Q, A = "What is love?", "A feeling."
 ASKED, ANSWERED = {"role": "user", "content": Q}, {"role": "assistant", "content": A}

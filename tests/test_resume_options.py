@@ -35,7 +35,7 @@ WORDS = {  # options that are any text
 }  # fmt: skip
 CHANGES_NOTHING = {
     "sft": {
-        "data.root", "data.rm_static", "data.allow_missing", "train.steps", "train.activation_checkpointing",
+        "model.base", "data.root", "data.rm_static", "data.allow_missing", "train.steps", "train.activation_checkpointing",
         "train.optimizer_in_backward", "train.allocator", "checkpoint.every", "checkpoint.keep",
     },
     "dpo": {"dpo.reference", "dpo.reference_device"},

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import pytest
 
@@ -56,7 +57,7 @@ def test_the_command_scores_models_and_says_what_the_judge_is_worth(
     for file in (out / "answers").iterdir():
         answers = read_answers(file)
         assert len(answers) == 24
-        mean = sum(rewards(answers)) / 24
+        mean = sum(rewards(answers).values()) / 24
         assert any(m["reward"]["mean"] == pytest.approx(mean) for m in found["models"].values())
     against = found["against_first"][str(run.path)]
     means = [m["reward"]["mean"] for m in found["models"].values()]
@@ -101,7 +102,21 @@ def test_answers_are_scored_by_the_named_model(run, reward_model):
     (file,) = (run.path / "answers").iterdir()
     answers = read_answers(file)
     again = load_scorer(reward_model, device="cpu").score([a.prompt for a in answers], [a.answer for a in answers])
-    assert rewards(answers) == pytest.approx(again, abs=1e-5)
+    assert list(rewards(answers).values()) == pytest.approx(again, abs=1e-5)
+
+
+def test_prompts_that_repeat_are_told_and_count_once(tiny_directory, reward_model, tmp_path):
+    five = ["What is love?", "How do I cook rice?", "Tell me a story", "Where is Paris?", "Who are you?"]
+    found = []
+    for times in (1, 10):
+        file = tmp_path / f"{times}.txt"
+        file.write_text("\n".join(five * times))
+        options = ScoreCommand(reward=reward_model, prompts=str(file), generate=GENERATE, shown=1)
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always")
+            found.append(score([str(tiny_directory)], options)["models"])
+        assert any("45 of 50 prompts repeat" in str(n.message) for n in notes) == (times == 10)
+    assert found[0] == found[1]
 
 
 def test_the_answers_of_a_run_that_judged_itself_stay_as_they_are(tiny_directory, reward_model, tmp_path):

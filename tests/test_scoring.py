@@ -9,7 +9,7 @@ import transformers
 from tiny_judge import ANSWERS, PROMPTS
 from tiny_runs import tiny_config
 from tunesmith.commands.reward import train_reward_model
-from tunesmith.errors import UserError
+from tunesmith.errors import Note, UserError
 from tunesmith.files.names import load_reward
 from tunesmith.judge.scoring import load_scorer
 from tunesmith.options.training import RewardConfig
@@ -79,6 +79,23 @@ def test_conversations_and_texts_longer_than_the_model_can_read(reward_run, monk
     assert abs(scorer.score([long], ["No!"])[0] - whole[0]) > 1e-4, "the beginning is lost, not the answer"
     monkeypatch.setattr("tunesmith.judge.scoring.PACKED_TOKENS", 1)
     assert scorer.score([long, "Hi"], ["Yes", "Hello"]) == pytest.approx(whole, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["own", "deberta"])
+def test_what_is_too_long_for_a_scorer_loses_whole_turns_first_and_a_note_says_so(kind, reward_run, deberta):
+    """By the rule of `generation.context`: not the answer, not the question, and of these two the beginning and the end."""
+    scorer = load_scorer(str(reward_run.path if kind == "own" else deberta), device="cpu")
+    question, talk = {"role": "user", "content": "What is love?"}, [{"role": "user", "content": "Hi. " * 300}]
+    talk += [{"role": "assistant", "content": "Tell me more. " * 2}, question]
+    with pytest.warns(Note, match="of 1 texts are left out: the first turns of 1 conversations$"):
+        found = scorer.score([talk], ["The sky."])
+    assert found == pytest.approx(scorer.score(["What is love?"], ["The sky."]), abs=1e-5)
+    with pytest.warns(Note, match="left out: the beginning of 1 questions$"):
+        long = scorer.score(["Hi. " * 300 + "What is love?"], ["The sky."])
+    assert long != pytest.approx(found, abs=1e-5)
+    with pytest.warns(Note, match="left out: the end of 2 answers$"):
+        one, two = scorer.score(["What is love?", "Hi"], ["The sky. " * 300] * 2)
+    assert one != pytest.approx(two, abs=1e-5), "the question is read too"
 
 
 def test_a_scorer_says_what_it_was_trained_for_and_how_often_it_is_right(reward_run):

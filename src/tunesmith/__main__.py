@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from tunesmith.files.run import Run
 
 Argv = Sequence[str]
+KERNELS_KEPT = (
+    "24"  # a step of a GPT-2 on a CPU uses about 15: forward, backward and both gradients of four layers and the head
+)
 
 
 def _pretrain(argv: Argv) -> None:
@@ -254,6 +257,8 @@ def main(argv: Argv | None = None) -> int:
 
     0 success, 1 failure, 2 wrong usage, 128 + its number for a signal (130 for Ctrl-C), 141 if nobody reads the output.
     """
+    if argv is None:  # a process of ours, in which nothing has loaded torch yet
+        _keep_few_kernels()
     for stream in (sys.stdout, sys.stderr):  # a character that the terminal's encoding lacks is no reason to stop
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -275,6 +280,17 @@ def main(argv: Argv | None = None) -> int:
         with contextlib.suppress(OSError):
             print(f"tunesmith: the output cannot be written: {cause.strerror}", file=sys.stderr, flush=True)
         return 1
+
+
+def _keep_few_kernels() -> None:
+    """Bound what the CPU's kernels take, where the user has not: each shape has its own, about a megabyte of code and notes.
+
+    oneDNN and torch's layer over it keep those of the last 1,024 shapes each, and dialogues bring new shapes with every step
+    and every prompt. They read these variables once and have no other setting.
+    """
+    for names in (("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY"), ("LRU_CACHE_CAPACITY",)):
+        if not any(name in os.environ for name in names):
+            os.environ[names[0]] = KERNELS_KEPT
 
 
 def _discard_output() -> None:

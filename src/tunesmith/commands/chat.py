@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tunesmith.commands.chat_terminal import converse
 from tunesmith.device import keep_freed_memory
+from tunesmith.files.bases import base_at
 from tunesmith.files.names import load
 from tunesmith.generation.chat import ChatSession
 from tunesmith.generation.engine import prepare
@@ -16,7 +17,8 @@ from tunesmith.terminal import latin1_where_undecodable
 def chat(model_name: str, options: ChatCommand) -> None:
     """Answer messages until /quit or the end of the input. A long conversation loses its beginning, with a word about it."""
     keep_freed_memory()
-    model, tokenizer = load(model_name, device=options.device)
+    with base_at(options.model.base):
+        model, tokenizer = load(model_name, device=options.device)
     count = model.parameter_count()  # before `prepare`, which frees the plain weights on a CPU
     g = options.generate
     sampling = Sampling(g.temperature, g.top_p, g.top_k, g.seed)

@@ -13,13 +13,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.data.prompts import Prompt, load_prompts
+from tunesmith.data.prompts import Prompt, each_once, load_prompts
 from tunesmith.data.tokenizer import END_OF_TEXT, Tokenizer
 from tunesmith.device import keep_freed_memory
 from tunesmith.errors import UsageError, UserError
-from tunesmith.files.answers import ScoredAnswer
-from tunesmith.files.names import find_model, load, load_tokenizer, read_model
+from tunesmith.files.answers import ENDINGS, ScoredAnswer
+from tunesmith.files.bases import base_at
+from tunesmith.files.names import find_model, load, load_tokenizer, read_model, shape_of
 from tunesmith.files.run import write_atomically
+from tunesmith.generation.context import room_for_prompt
 from tunesmith.generation.engine import prepare
 from tunesmith.generation.logprobs import TwoAnswers, answer_logps, encode_answers, token_texts
 from tunesmith.judge.comparison import (
@@ -61,7 +63,8 @@ def compare(a: str, b: str, options: CompareCommand) -> Comparison:
     judge = make_judge(options)
     for file in filter(None, (options.out, options.html)):  # told now, not after minutes
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-    comparison = answered(a, b, options)
+    with base_at(options.model.base):
+        comparison = answered(a, b, options)
     if judge:
         try:
             comparison = judged(comparison, judge)
@@ -77,13 +80,14 @@ def answered(a: str, b: str, options: CompareCommand) -> Comparison:
     keep_freed_memory()
     for name in (a, b):
         find_model(name)  # what is missing is said now, not after minutes
-    prompts = load_prompts(options.prompts, options.limit)
+    prompts = each_once(load_prompts(options.prompts, options.limit))
     tokenizer = shared_tokenizer(a, b) if options.logprobs else None
     scorer = load_scorer(options.reward, device=options.device) if options.reward else None
     of_a, of_b = (answers_of(name, prompts, options.generate, options.device, scorer) for name in (a, b))
     rows = [Row(x, y) for x, y in zip(of_a, of_b, strict=True)]
     if tokenizer:
-        found = token_logps((a, b), tokenizer, rows, options.device)
+        room = room_for_prompt(min(shape_of(name).block_size for name in (a, b)), options.generate.max_new_tokens)
+        found = token_logps((a, b), tokenizer, rows, options.device, room)
         rows = [replace(row, logps=logps) for row, logps in zip(rows, found, strict=True)]
     return Comparison((a, b), rows, scorer.description if scorer else "", settings=in_words(options.generate))
 
@@ -124,10 +128,13 @@ def shared_tokenizer(a: str, b: str) -> Tokenizer:
 
 
 def token_logps(
-    names: tuple[str, str], tokenizer: Tokenizer, rows: Sequence[Row], device: str = "auto"
+    names: tuple[str, str], tokenizer: Tokenizer, rows: Sequence[Row], device: str = "auto", room: int | None = None
 ) -> list[tuple[TokenLogps, TokenLogps]]:
-    """For each prompt the tokens of A's and of B's answer with their log-probabilities under both; one model in memory."""
-    pairs = [encode_answers(tokenizer, row.a, row.b) for row in rows]
+    """For each prompt the tokens of A's and of B's answer with their log-probabilities under both; one model in memory.
+
+    room: tokens that a prompt may have, for both.
+    """
+    pairs = [encode_answers(tokenizer, row.a, row.b, room) for row in rows]
     under_a, under_b = (_under(name, pairs, tokenizer.end_of_text, device) for name in names)
     found: list[tuple[TokenLogps, TokenLogps]] = []
     for two, by_a, by_b in zip(pairs, under_a, under_b, strict=True):
@@ -222,7 +229,7 @@ def side_by_side(comparison: Comparison) -> Table:
 
 
 def _cell(answer: ScoredAnswer, logps: TokenLogps | None) -> Text:
-    told = [] if answer.finish_reason == "stop" else ["cut at the token limit"]
+    told = [] if answer.finish_reason == "stop" else [ENDINGS[answer.finish_reason]]
     told += [] if answer.reward is None else [f"reward {number(answer.reward)}"]
     text = coloured(answer, logps) if logps else Text(re.sub(r"\n\s*\n", "\n", answer.answer.strip()))
     return text.append(f"\n({', '.join(told)})" if told else "", "dim")

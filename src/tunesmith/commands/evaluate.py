@@ -32,7 +32,9 @@ from tunesmith.data.tokenizer import Tokenizer, bits_per_byte, text_bytes
 from tunesmith.data.tokenstore import tokenise
 from tunesmith.device import Precision, keep_freed_memory, resolve_precision
 from tunesmith.errors import UserError
+from tunesmith.files.bases import base_at
 from tunesmith.files.names import gives_scores, load, run_and_step
+from tunesmith.files.places import located
 from tunesmith.files.run import Run
 from tunesmith.judge.answers import alike, interval_record
 from tunesmith.judge.comparison import interval_text
@@ -139,7 +141,13 @@ def evaluate(model_name: str, dataset: str, options: EvaluateCommand) -> dict[st
     data = one_name(dataset, options.data)
     source = open_dataset(data)
     split = options.split if options.split in source.files else "train"
-    held = Held(source, split, data, options, model_name, training_runs(model_name))
+    with base_at(options.model.base):
+        return _evaluate(Held(source, split, data, options, model_name, training_runs(model_name)), dataset)
+
+
+def _evaluate(held: Held, dataset: str) -> dict[str, Any]:
+    """As `evaluate`, the model and the rows known."""
+    model_name, options, data, source, split = held.model, held.options, held.data, held.source, held.split
     has_pairs = isinstance(next(source.rows(split, Report())).value, Preference)
     result: dict[str, Any] = {"model": model_name, "dataset": dataset, "split": split}
     if gives_scores(model_name):
@@ -293,8 +301,11 @@ def all_logps(model: GPT, batches: PairBatches, precision: Precision) -> Array:
 def starting_point(name: str) -> str | None:
     """What a DPO run started from, where the MODEL is one's checkpoint."""
     found = run_and_step(name)
-    config = found[0].config if found and (found[0].path / "config.yaml").exists() else {}
-    return config["model"]["name"] if "dpo" in config and config["model"].get("init") != "random" else None
+    if found is None or not (found[0].path / "config.yaml").exists():
+        return None
+    config = found[0].config
+    began = "dpo" in config and config["model"].get("init") != "random"
+    return located(found[0], config["model"]["name"]) if began else None
 
 
 def reward_preference(name: str, held: Held) -> tuple[dict[str, Any], list[str]]:

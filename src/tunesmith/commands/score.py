@@ -20,10 +20,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tunesmith.data.prompts import load_prompts
+from tunesmith.data.prompts import each_once, load_prompts
 from tunesmith.device import keep_freed_memory
 from tunesmith.errors import UsageError
-from tunesmith.files.answers import ScoredAnswer, rewards, write_answers
+from tunesmith.files.answers import ScoredAnswer, by_prompt, rewards, write_answers
+from tunesmith.files.bases import base_at
 from tunesmith.files.names import checkpoints_of, find_model, load, run_and_step
 from tunesmith.files.run import step_name, write_atomically
 from tunesmith.generation.engine import prepare
@@ -49,10 +50,16 @@ def score(names: Sequence[str], options: ScoreCommand) -> dict[str, Any]:
             f"--samples is {options.samples}, expected at least 1; --shown is {options.shown}, expected 0 or more"
         )
     keep_freed_memory()
+    with base_at(options.model.base):
+        return _score(names, options)
+
+
+def _score(names: Sequence[str], options: ScoreCommand) -> dict[str, Any]:
+    """As `score`, its options checked."""
     models = list(dict.fromkeys(found for name in names for found in checkpoints_of(name)))
     for name in models:
         find_model(name)  # what is missing is said now, not after minutes
-    prompts = load_prompts(options.prompts, options.limit)
+    prompts = each_once(load_prompts(options.prompts, options.limit))
     scorer = load_scorer(options.reward, device=options.device)
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"scored by {scorer.description}", markup=False)
@@ -65,12 +72,12 @@ def score(names: Sequence[str], options: ScoreCommand) -> dict[str, Any]:
         if file := answers_file(name, options.out):
             write_answers(file, answers[name])
     result = {"scorer": scorer.name, "description": scorer.description, "samples": options.samples}
-    result |= summarise(answers, options.samples)
+    result |= summarise(answers, best=options.samples > 1)
     label = labels(models)
     print_scores(console, result, label)
     print_groups(console, result, label)
-    print_extremes(console, answers, label, options.samples, options.shown)
-    for line in choice_of_run(answers, options.samples):
+    print_extremes(console, answers, label, options.shown)
+    for line in choice_of_run(answers):
         console.print(line, markup=False)
     if options.out:
         write_atomically(Path(options.out) / "scores.json", json.dumps(result, indent=2) + "\n")
@@ -87,15 +94,15 @@ def answers_file(name: str, out: str | None) -> Path | None:
     return found[0].path / "answers" / f"{step_name(found[1])}.jsonl"
 
 
-def summarise(answers: Answers, samples: int) -> dict[str, Any]:
-    """The figures of all tables, JSON-able."""
+def summarise(answers: Answers, *, best: bool) -> dict[str, Any]:
+    """The figures of all tables, JSON-able. best: best-of-n too."""
     models = {}
     for name, given in answers.items():
-        models[name] = {"reward": reward_summary(given, samples), **measures(given)}
-        if samples > 1:
-            models[name]["best_of_n"] = interval_record(bootstrap_interval(best_rewards(given, samples)))
+        models[name] = {"reward": reward_summary(given), **measures(given)}
+        if best:
+            models[name]["best_of_n"] = interval_record(bootstrap_interval(best_rewards(given)))
     first, *others = answers
-    against = {name: compare_rewards(answers[name], answers[first], samples) for name in others}
+    against = {name: compare_rewards(answers[name], answers[first]) for name in others}
     return {"models": models, "against_first": {name: found.as_dict() for name, found in against.items()}}
 
 
@@ -165,19 +172,18 @@ def win_texts(record: dict[str, Any]) -> tuple[str, str]:
     return "/".join(str(x) for x in record["wins"].values()), interval_text(record["win_rate"], percent=True)
 
 
-def print_extremes(console: Console, answers: Answers, label: Mapping[str, str], samples: int, shown: int) -> None:
+def print_extremes(console: Console, answers: Answers, label: Mapping[str, str], shown: int) -> None:
     """The prompts with the highest and the lowest reward of every model, each with its first answer."""
     for name, given in answers.items():
-        values = rewards(given, samples)
-        order = sorted(range(len(values)), key=lambda i: -values[i])
+        values, first = rewards(given), by_prompt(given)
+        order = sorted(values, key=lambda prompt: -values[prompt])
         shown = min(shown, len(order) // 2)
         for title, chosen in (("best", order[:shown]), ("worst", order[len(order) - shown :][::-1])):
-            for i in chosen:
-                answer = given[i * samples]
+            for prompt in chosen:
                 console.print(
-                    f"[dim]{title} of[/dim] {label[name]}  [bold]{values[i]:.2f}[/bold]  {escape(answer.prompt)}"
+                    f"[dim]{title} of[/dim] {label[name]}  [bold]{values[prompt]:.2f}[/bold]  {escape(prompt)}"
                 )
-                console.print(f"    {escape(shortened(answer.answer))}")
+                console.print(f"    {escape(shortened(first[prompt][0].answer))}")
 
 
 def shortened(text: str) -> str:
@@ -186,13 +192,13 @@ def shortened(text: str) -> str:
     return " ".join(words[:SHOWN_WORDS]) + (" ..." if len(words) > SHOWN_WORDS else "")
 
 
-def choice_of_run(answers: Answers, samples: int) -> list[str]:
+def choice_of_run(answers: Answers) -> list[str]:
     """Which checkpoint to use, in words, where all models are checkpoints of one run."""
     found = [run_and_step(name) for name in answers]
     if len(found) < 2 or None in found or len({f[0].path for f in found if f}) > 1:
         return []
     run = next(f[0] for f in found if f)
-    by_step = {f[1]: rewards(given, samples) for f, given in zip(found, answers.values(), strict=True) if f}
+    by_step = {f[1]: list(rewards(given).values()) for f, given in zip(found, answers.values(), strict=True) if f}
     estimates = read_estimates(run)
     choice = choose(estimates, by_step)
     return choice_lines(choice, estimates) if choice else []

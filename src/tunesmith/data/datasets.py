@@ -191,7 +191,7 @@ def open_dataset(options: DataOptions) -> Source:
     if len(sets) > 1:
         return _mixture(options, sets)
     name = sets[0][0]
-    if _is_named(name):
+    if is_named(name):
         if options.columns or options.config:
             given = "columns" if options.columns else "config"
             raise UsageError(f"--data.{given} is for your own files; {name} has fixed columns and no configurations")
@@ -239,11 +239,12 @@ def _near(path: Path) -> str:
 
 def beside(options: DataOptions, name: str) -> DataOptions:
     """The options for another set beside the main one, read whole; a named set has its own columns and configuration."""
-    own = options if not _is_named(name) else replace(options, columns=None, config=None)
+    own = options if not is_named(name) else replace(options, columns=None, config=None)
     return replace(own, name=name, max_rows=None)
 
 
-def _is_named(name: str) -> bool:
+def is_named(name: str) -> bool:
+    """Whether a data set is called so, wherever the name is used; else it is a file, a directory or a set on the hub."""
     return name == "sample" or name.partition(":")[0] in ("hh", "hh-static", "hh-helpful-half", "hh-pairs")
 
 

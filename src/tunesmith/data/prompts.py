@@ -20,7 +20,7 @@ from tunesmith.data.dialogue import (
 from tunesmith.data.forms import prompt_turns
 from tunesmith.data.readers import SUFFIXES, Report, read_file, read_text, suffix_of
 from tunesmith.data.tokenizer import Tokenizer
-from tunesmith.errors import UsageError, UserError, path_meant
+from tunesmith.errors import UsageError, UserError, note, path_meant
 
 EMBEDDED = Path(__file__).parents[1] / "sample" / "prompts.jsonl"
 _OPEN_END = re.compile(r"\n\nAssistant:\s*(?:\Z|\n\nHuman:)")
@@ -69,6 +69,19 @@ def load_prompts(file: str | None = None, limit: int | None = None, option: str 
     return prompts[:limit]
 
 
+def each_once(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The different ones of some prompts, with a note if some repeat: they get the same answers, and a figure rests on each once."""
+    first: dict[str, Prompt] = {}
+    for prompt in prompts:
+        first.setdefault(prompt.text, prompt)
+    if repeats := len(prompts) - len(first):
+        note(
+            f"{repeats:,} of {len(prompts):,} prompts repeat another one and would be answered in the same words: each is asked and "
+            f"counted once, {len(first):,} in all"
+        )
+    return list(first.values())
+
+
 def _of_rows(path: Path) -> list[Prompt]:
     """Prompts of a file of rows. Raises: UserError for the first row without one."""
     report, prompts = Report(), []
@@ -105,8 +118,21 @@ def _prompt(turns: Sequence[Message], group: str = "") -> Prompt:
     return Prompt(render(turns).lstrip("\n"), group, tuple(turns))
 
 
+def conversation(prompt: str | Conversation) -> list[Message]:
+    """The turns of a prompt; a text is the only one, or a transcript of several. Raises: BadRow if it is none."""
+    if isinstance(prompt, str):
+        transcript = as_transcript(prompt)
+        return [Message("user", prompt)] if transcript is None else list(parse_transcript(transcript).messages)
+    return [m if isinstance(m, Message) else parse_messages([m]).messages[0] for m in prompt]
+
+
 def encode_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
-    """Ids of a conversation up to and including `Assistant:`, the same as in training. Raises: UserError."""
+    """Ids of a conversation up to and including `Assistant:`, the same as in training. Raises: as `turns_of`."""
+    return list(chain.from_iterable(tokenizer.encode_pieces(prompt_segments(turns_of(conversation)))))
+
+
+def turns_of(conversation: Conversation) -> list[Message]:
+    """The turns of a conversation that a model is to answer. Raises: UserError if it is none, or ends with an answer."""
     try:
         messages = [m if isinstance(m, Message) else parse_messages([m]).messages[0] for m in conversation]
     except BadRow as reason:
@@ -120,4 +146,4 @@ def encode_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]
             "a prompt ends with an assistant turn, which is the model's to write: end it with a user turn "
             f"(the last one says {messages[-1].content[:40]!r})"
         )
-    return list(chain.from_iterable(tokenizer.encode_pieces(prompt_segments(messages))))
+    return messages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from tunesmith.models.lora import HEAD, LoRALinear, freeze_base, lora_layers, re
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 FINGERPRINT = "base_sha256"  # in the metadata of adapter_model.safetensors, which PEFT does not mind
+FROM_HERE = "base_from_here"  # there too: the base's path from the adapter's directory, for what was moved as a whole
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # PEFT's starts that put other weights into the base
 VARIANTS = (  # settings of LoRA that compute something else
     "use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "layer_replication", "target_parameters",
@@ -52,7 +54,10 @@ def save_adapter(
         state[f"{PREFIX}{their_name(name)}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
         state[f"{PREFIX}{their_name(name)}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
     state |= {f"{PREFIX}{name}": value.detach().cpu().contiguous() for name, value in extra.items()}
-    write_safetensors(state, directory / WEIGHTS, {"format": "pt", FINGERPRINT: fingerprint})
+    metadata = {"format": "pt", FINGERPRINT: fingerprint}
+    if base != "sample" and (here := Path(base).expanduser()).is_dir():
+        metadata[FROM_HERE] = os.path.relpath(here.resolve(), directory.resolve())
+    write_safetensors(state, directory / WEIGHTS, metadata)
     first = next(iter(layers.values()))
     ends = list(dict.fromkeys(short_name(name) for name in layers))
     linear = [n.removesuffix(".base") for n, m in model.named_modules() if isinstance(m, nn.Linear)]
@@ -84,12 +89,14 @@ def save_adapter(
 class AdapterFiles:
     """An adapter as it lies on disk.
 
+    base: its recorded name or path; from_here: its path from the adapter's directory, "" where none is known.
     layers: module name -> (A, B, alpha / rank). extra: other weights by name. copies: module name -> the base's weight,
     which PEFT stores beside an adapter on the head. adapted: what else changes in the base.
     """
 
     where: str
     base: str
+    from_here: str
     fingerprint: str
     dropout: float
     layers: dict[str, tuple[Tensor, Tensor, float]]
@@ -136,7 +143,8 @@ def read_adapter(directory: Path) -> AdapterFiles:
     if not isinstance(base, str):
         raise UserError(f"{directory / CONFIG}: base_model_name_or_path is {base!r}, expected a name or directory")
     fingerprint, dropout = metadata.get(FINGERPRINT, ""), _number(directory, config, "lora_dropout", 0.0)
-    return AdapterFiles(str(directory), base, fingerprint, dropout, layers, extra, copies, adapted)
+    from_here = metadata.get(FROM_HERE, "")
+    return AdapterFiles(str(directory), base, from_here, fingerprint, dropout, layers, extra, copies, adapted)
 
 
 def _tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, str], Path]:
@@ -203,7 +211,7 @@ def load_adapter(model: GPT, files: AdapterFiles, *, fingerprint: str = "") -> N
     if not same or (fingerprint and files.fingerprint and fingerprint != files.fingerprint):
         raise UserError(
             f"{files.where} was trained on different weights from those that its base {files.base!r} has now; "
-            "name the right base in its adapter_config.json (base_model_name_or_path)"
+            "name the right base with --model.base, or in its adapter_config.json (base_model_name_or_path)"
         )
     present, problems = lora_layers(model), list[str]()
     if not present:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 from tunesmith.data.dialogue import ROLE_NAMES
@@ -14,6 +15,11 @@ from tunesmith.errors import UserError
 from tunesmith.files.run import write_atomically
 from tunesmith.jsontext import parse_json
 
+FinishReason = Literal["stop", "length", "context"]
+"""Why an answer ended: by itself, at the limit of new tokens, or because the model has no further positions."""
+ENDINGS: dict[FinishReason, str] = {
+    "stop": "ended by itself", "length": "cut at the token limit", "context": "cut where the model's context ends"
+}  # fmt: skip
 _LEAK = re.compile(rf"^\s*({'|'.join(ROLE_NAMES)})\s*:", re.IGNORECASE | re.MULTILINE)
 
 
@@ -24,7 +30,7 @@ class ScoredAnswer:
     prompt: str
     group: str
     answer: str
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
     tokens: int
     reward: float | None = None
 
@@ -56,12 +62,24 @@ def read_answers(path: Path) -> list[ScoredAnswer]:
     return found
 
 
-def rewards(answers: Sequence[ScoredAnswer], samples: int = 1) -> list[float]:
-    """The reward of every prompt, the mean over its `samples` answers, which stand one after the other.
+def by_prompt(answers: Iterable[ScoredAnswer]) -> dict[str, list[ScoredAnswer]]:
+    """The answers to each prompt, in the order in which the prompts come.
 
-    Raises: ValueError if an answer has none.
+    Prompts are what a figure rests on: they are independent of each other. Several answers to one are not, nor is one that
+    stands there twice.
     """
-    found = [a.reward for a in answers]
-    if any(r is None for r in found) or len(found) % samples:
-        raise ValueError("not every answer has a reward")
-    return [sum(found[i : i + samples]) / samples for i in range(0, len(found), samples)]  # type: ignore[arg-type]
+    found: dict[str, list[ScoredAnswer]] = {}
+    for answer in answers:
+        found.setdefault(answer.prompt, []).append(answer)
+    return found
+
+
+def rewards(answers: Iterable[ScoredAnswer], of: Callable[[list[float]], float] = fmean) -> dict[str, float]:
+    """Prompt -> what `of` makes of the rewards of its answers, the mean. Raises: ValueError if an answer has none."""
+    found = {}
+    for prompt, given in by_prompt(answers).items():
+        values = [a.reward for a in given if a.reward is not None]
+        if len(values) < len(given):
+            raise ValueError("not every answer has a reward")
+        found[prompt] = of(values)
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
@@ -14,9 +15,10 @@ from tunesmith.data.jsonfile import read_json
 from tunesmith.data.special_tokens import ends_of_answers, with_ends
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.device import resolve_device
-from tunesmith.errors import UsageError, UserError, path_meant
+from tunesmith.errors import UsageError, UserError, note, path_meant
 from tunesmith.files import adapters
 from tunesmith.files.adapters import AdapterFiles, load_adapter, read_adapter
+from tunesmith.files.bases import SAMPLE, asked_base, holds_model, may_be_on_hub, places_of_base
 from tunesmith.files.reward import is_reward_model, load_reward_model, set_score
 from tunesmith.files.run import STEP_NAME, Run
 from tunesmith.files.weights import config_from_hf, load_model, weights_fingerprint
@@ -26,8 +28,6 @@ from tunesmith.models.lora import merge, strip
 from tunesmith.models.scored import RewardModel
 
 T = TypeVar("T")
-OWN_BASE = "base"  # in a run's directory: the base of its adapters where no other directory holds it
-SAMPLE = Path(__file__).parents[1] / "sample" / "model"
 
 
 def find_model(name: str) -> Path:
@@ -236,20 +236,62 @@ def _merged(directory: Path, files: AdapterFiles, dropout: float | None = None) 
 
 
 def _base_directory(directory: Path, files: AdapterFiles) -> Path:
-    if not files.base:
-        raise UserError(f"{directory / adapters.CONFIG} names no base model (base_model_name_or_path); add it")
-    stored, beside = Path(files.base).expanduser(), directory.absolute().parent.parent / OWN_BASE
-    lost = stored.name == OWN_BASE or (stored.is_absolute() and not stored.exists())
-    if files.fingerprint and lost and (beside / "config.json").exists():
-        return beside  # the base that a run keeps, wherever the run lies now; the fingerprint tells whether it is that
-    if not stored.is_absolute() and len(stored.parts) > 1:  # a name on the hub is never found like this by accident:
-        for above in directory.absolute().parents:  # the same folders would have to lie above the adapter
-            if any((above / stored / config).exists() for config in ("config.json", adapters.CONFIG, "status.json")):
-                return find_model(str(above / stored))
+    """The base of an adapter: of the places where one lies, the first with the weights that the adapter was trained on.
+
+    Looked at in this order: `base_at`; where it lay from the adapter; its recorded path, a relative one also from every
+    folder above the adapter; the base that the adapter's run keeps; the hub, its cache first. A single one that is found
+    is compared when it is loaded.
+
+    Raises: UserError naming every place.
+    """
+    asked = None
+    if at := asked_base():
+        asked, at.used = at.name, True
+    if not files.base and asked is None:
+        raise UserError(
+            f"{directory / adapters.CONFIG} names no base model (base_model_name_or_path); add it, or give --model.base"
+        )
+    found = list(
+        dict.fromkeys(
+            find_model(str(place)).resolve() for place in places_of_base(directory, files) if holds_model(place)
+        )
+    )
+    if asked is not None and (base := find_model(asked).resolve()) != directory.resolve():
+        found = list(dict.fromkeys([base, *found]))
+    if not found and may_be_on_hub(files.base):
+        try:
+            return find_model(files.base)
+        except UserError as error:
+            hub = f", nor on the hub ({error})"
+    else:
+        hub = ""
+    if not found:
+        places = ", ".join(dict.fromkeys(map(os.path.normpath, places_of_base(directory, files))))
+        raise UserError(
+            f"{directory} is an adapter for {files.base!r}, which is in none of these places: {places}{hub}. Name its directory "
+            "with --model.base"
+        )
+    if len(found) == 1 or not files.fingerprint:
+        return found[0]
+    right = next((place for place in found if _weights_of(place) == files.fingerprint), None)
+    if right is None:
+        raise UserError(
+            f"{directory} was trained on different weights from those found where its base {files.base!r} was looked for: "
+            f"{', '.join(map(str, found))}. Name the right base with --model.base"
+        )
+    if asked is not None and right != found[0]:
+        note(
+            f"--model.base {asked} holds different weights from those that {directory} was trained on; its base is read from {right}"
+        )
+    return right
+
+
+def _weights_of(directory: Path) -> str:
+    """The fingerprint of the model in a directory; "" for one that cannot be loaded."""
     try:
-        return find_model(files.base)
-    except UserError as error:
-        raise UserError(f"{directory} is an adapter for {files.base!r}, which cannot be found: {error}") from None
+        return weights_fingerprint(load_plain(directory))
+    except UserError:
+        return ""
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:

@@ -8,10 +8,10 @@ import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from tunesmith.data.dialogue import Message
 from tunesmith.errors import UserError
+from tunesmith.files.answers import FinishReason
 
 HELP = """/reset       start over
 /system TEXT set the system prompt and start over
@@ -32,14 +32,11 @@ class Note:
     failed: bool = False
 
 
-Ending = Literal["stop", "length", "context"]
-"""Why an answer ended: by itself, at the limit of new tokens, or because the model has no positions left."""
-
-Source = Callable[[Sequence[Message], int], Generator[str | Note, None, Ending]]
+Source = Callable[[Sequence[Message], int], Generator[str | Note, None, FinishReason]]
 """(conversation that ends with a question, number of the try) -> the answer piece by piece, and why it ended. Empty pieces
 mean that an answer is on its way. See `generation.replies.model_source` for a model's."""
 
-ENDINGS: dict[Ending, str] = {
+CUT: dict[FinishReason, str] = {
     "length": "the answer was cut off at the token limit; raise --generate.max_new_tokens for longer answers",
     "context": "the answer was cut off because the model's context is full; /reset empties it",
 }
@@ -111,7 +108,7 @@ class ChatSession:
                 try:
                     piece = next(pieces)
                 except StopIteration as end:
-                    ending: Ending = end.value or "stop"
+                    ending: FinishReason = end.value or "stop"
                     break
                 if isinstance(piece, str) and piece:
                     answer += piece
@@ -125,8 +122,8 @@ class ChatSession:
         self.messages, self._tries = [*asked, Message("assistant", answer)], tries
         if not answer:
             yield Note("the model ended its turn without writing anything")
-        if ending in ENDINGS:
-            yield Note(ENDINGS[ending])
+        if ending in CUT:
+            yield Note(CUT[ending])
 
     def _begin_anew(self) -> Note:
         self.messages, self._tries = list(self.scene), 0

@@ -7,18 +7,19 @@ from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, groupby
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tunesmith.data.dialogue import STOP_TEXTS, cut_at_stop
-from tunesmith.data.prompts import Conversation, encode_prompt
+from tunesmith.data.prompts import Conversation
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.device import return_freed_memory
-from tunesmith.errors import UsageError, UserError
+from tunesmith.files.answers import FinishReason
 from tunesmith.generation import recorded
+from tunesmith.generation.context import TooLong, read_prompts
 from tunesmith.generation.sampling import Sampling, check_counts, sample_tokens, stream_of
 from tunesmith.models.attention import Documents
 from tunesmith.models.cache import Cache
@@ -29,15 +30,19 @@ from tunesmith.progress import STOP
 
 PREFILL_TOKENS = 2048  # prompt tokens in one forward pass, to bound its memory
 PACK_STEPS = 64  # decoding steps from which on packing the weights is paid back
+TOO_LONG: dict[bool, TooLong] = {False: "refuse", True: "cut"}
 STOP_TAIL = 12  # tokens that surely hold the longest stop text
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer. finish_reason: `stop` (it ended its turn) or `length` (the limit did). tokens: the end included."""
+    """One answer. tokens: the end included.
+
+    finish_reason: `stop` (it ended its turn), `length` (the limit did) or `context` (the model has no further positions).
+    """
 
     text: str
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
     tokens: int
 
 
@@ -62,11 +67,12 @@ def generate(
         prompts: conversations, each `[{"role": "user", "content": "..."}, ...]`.
         temperature: 0 = greedy.
         top_p, top_k: sample among the most likely tokens only; 1 and 0 = all.
-        cut_front: drop the beginning of a prompt that is too long, instead of raising.
-    Raises: UserError if a prompt exceeds the model's positions or is not a conversation.
+        seed: decides the draws, together with the prompt's own tokens: other prompts, their order and their number do not.
+        cut_front: drop the beginning of a prompt that is too long, by the rule of `generation.context`, instead of raising.
+    Raises: UserError if a prompt leaves no room for its answer (`generation.context`) or is not a conversation.
     """
-    options = Sampling(temperature, top_p, top_k, seed)
-    answers = generate_answers(model, tokenizer, prompts, options, max_new_tokens, batch_size, cut_front)
+    options, too_long = Sampling(temperature, top_p, top_k, seed), TOO_LONG[cut_front]
+    answers = generate_answers(model, tokenizer, prompts, options, max_new_tokens, batch_size, too_long)
     return [answer.text for answer in answers]
 
 
@@ -88,13 +94,14 @@ def generate_answers(
     sampling: Sampling,
     max_new_tokens: int = 128,
     batch_size: int = 64,
-    cut_front: bool = False,
+    too_long: TooLong = "refuse",
     samples: int = 1,
 ) -> list[Answer]:
     """As `generate`, with finish reasons and token counts.
 
     Args:
         batch_size: answers made at a time.
+        too_long: what may be left out of a prompt that is too long.
         samples: answers per prompt, as from calls with `sampling.sample`, `sampling.sample` + 1, ...; the prompt is
             read once for all of them.
     Returns: prompts x samples answers, those of one prompt side by side.
@@ -102,7 +109,8 @@ def generate_answers(
     """
     check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, samples=samples)
     sampling.check()
-    ids = [_fit(encode_prompt(tokenizer, p), model, max_new_tokens, cut_front, i) for i, p in enumerate(prompts)]
+    limit = model.config.block_size
+    ids = read_prompts(tokenizer, prompts, positions=limit, max_new_tokens=max_new_tokens, too_long=too_long)
     wanted = [(i, n) for i in range(len(ids)) for n in range(samples)]
     answers: dict[tuple[int, int], Answer] = {}
     by_length = sorted(wanted, key=lambda w: -len(ids[w[0]]))  # prompts of like length share a cache
@@ -118,7 +126,7 @@ def generate_answers(
                 new[row].append(token)
                 ended[row] = stopped
             for row, which in enumerate(group):
-                answers[which] = _answer(tokenizer, new[row], ended[row])
+                answers[which] = _answer(tokenizer, new[row], ended[row], len(new[row]) < max_new_tokens)
     return [answers[which] for which in wanted]
 
 
@@ -128,19 +136,22 @@ def stream(
     conversation: Conversation,
     sampling: Sampling,
     max_new_tokens: int = 128,
-    cut_front: bool = False,
+    too_long: TooLong = "refuse",
 ) -> Generator[str, None, Answer]:
     """One answer piece by piece; the generator's return value is the whole answer.
 
     A piece is held back while it could still be the beginning of a stop text or of a character.
     """
     check_counts(max_new_tokens=max_new_tokens)
-    prompt = _fit(encode_prompt(tokenizer, conversation), model, max_new_tokens, cut_front, 0)
+    limit = model.config.block_size
+    (prompt,) = read_prompts(
+        tokenizer, [conversation], positions=limit, max_new_tokens=max_new_tokens, too_long=too_long
+    )
     new: list[int] = []
     sent, ended = 0, False
     for _, token, ended in decode(model, tokenizer, [prompt], sampling, max_new_tokens, stops=tokenizer.stops):
         new.append(token)
-        text = _answer(tokenizer, new, ended).text
+        text = _text(tokenizer, new)
         safe = len(text.rstrip("\ufffd"))
         for stop in STOP_TEXTS:
             longest = min(len(stop), safe)
@@ -149,29 +160,19 @@ def stream(
         if safe > sent:
             yield text[sent:safe]
             sent = safe
-    answer = _answer(tokenizer, new, ended)
+    answer = _answer(tokenizer, new, ended, len(new) < max_new_tokens)
     if len(answer.text) > sent:
         yield answer.text[sent:]
     return answer
 
 
-def _answer(tokenizer: Tokenizer, ids: Sequence[int], stopped: bool) -> Answer:
-    text, _ = cut_at_stop(tokenizer.decode(ids))
-    return Answer(text.removeprefix(" "), "stop" if stopped else "length", len(ids))
+def _answer(tokenizer: Tokenizer, ids: Sequence[int], stopped: bool, short: bool) -> Answer:
+    """short: fewer tokens than were allowed. An answer that is so without having stopped had no further positions."""
+    return Answer(_text(tokenizer, ids), "stop" if stopped else "context" if short else "length", len(ids))
 
 
-def _fit(prompt: list[int], model: GPT, max_new_tokens: int, cut_front: bool, number: int) -> list[int]:
-    limit = model.config.block_size
-    if max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
-    if len(prompt) < limit:
-        return prompt
-    if cut_front:
-        return prompt[-max(1, limit - max_new_tokens) :]
-    raise UserError(
-        f"prompt {number + 1} has {len(prompt):,} tokens; the model has {limit:,} positions for prompt and answer together. "
-        "Shorten it, or drop its beginning with cut_front=True"
-    )
+def _text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    return cut_at_stop(tokenizer.decode(ids))[0].removeprefix(" ")
 
 
 def decode(

@@ -10,9 +10,10 @@ import numpy as np
 
 from tunesmith.data.packing import pack
 from tunesmith.data.pairs import join_pairs
-from tunesmith.data.prompts import encode_prompt
+from tunesmith.data.prompts import conversation, encode_prompt
 from tunesmith.data.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
 from tunesmith.files.answers import ScoredAnswer
+from tunesmith.generation.context import fit
 from tunesmith.models.evaluation import evaluation_mode
 from tunesmith.models.gpt2 import GPT
 from tunesmith.models.head import target_logps
@@ -31,15 +32,21 @@ class TwoAnswers:
 
     def cut(self, limit: int) -> tuple[tuple[Array, Array, Array], tuple[bool, bool]]:
         """Parts and ends for `join_pairs`; what lies beyond `limit` positions is left out."""
-        room = limit - len(self.prompt)
+        room = max(limit - len(self.prompt), 0)
         ends = [end and len(ids) <= room for ids, end in zip(self.answers, self.ends, strict=True)]
         prompt, a, b = (np.array(ids, np.int64) for ids in (self.prompt, *(ids[:room] for ids in self.answers)))
         return (prompt, a, b), (ends[0], ends[1])
 
 
-def encode_answers(tokenizer: Tokenizer, a: ScoredAnswer, b: ScoredAnswer) -> TwoAnswers:
-    """Two answers to one prompt as tokens, as in training: the text anew, not the tokens that were drawn."""
-    prompt = encode_prompt(tokenizer, [{"role": "user", "content": a.prompt}])
+def encode_answers(tokenizer: Tokenizer, a: ScoredAnswer, b: ScoredAnswer, room: int | None = None) -> TwoAnswers:
+    """Two answers to one prompt as tokens, as in training: the text anew, not the tokens that were drawn.
+
+    room: tokens that the prompt may have; a longer one is read as for the answers (`generation.context`).
+    """
+    turns = conversation(a.prompt)
+    if room is not None:
+        turns = fit(turns, lambda some: len(encode_prompt(tokenizer, some)), room).messages
+    prompt = encode_prompt(tokenizer, turns)
     ids = [tokenizer.encode(f" {x.answer}") if x.answer else [] for x in (a, b)]
     return TwoAnswers(prompt, (ids[0], ids[1]), (a.finish_reason == "stop", b.finish_reason == "stop"))
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
-from tunesmith.files.answers import ScoredAnswer, rewards
+from tunesmith.files.answers import ScoredAnswer, by_prompt, rewards
 from tunesmith.stats import Interval, Wins, bootstrap_interval, count_wins, paired_difference, win_rate
 
 REPEATED = 4  # words of the sequences whose repetition is counted
@@ -62,18 +63,21 @@ def measures(answers: Sequence[ScoredAnswer]) -> dict[str, float]:
     return dict(zip(MEASURES, values, strict=True))
 
 
-def best_rewards(answers: Sequence[ScoredAnswer], samples: int) -> list[float]:
-    """The highest reward of every prompt's `samples` answers: best-of-n."""
-    each = rewards(answers)
-    return [max(each[i : i + samples]) for i in range(0, len(each), samples)]
+def best_rewards(answers: Sequence[ScoredAnswer]) -> list[float]:
+    """The highest reward of every prompt's answers: best-of-n."""
+    return list(rewards(answers, max).values())
 
 
-def reward_summary(answers: Sequence[ScoredAnswer], samples: int = 1) -> dict[str, Any]:
-    """`{"mean", "low", "high", "n", "groups": {group: the same four}}` over prompts, with 95 % bootstrap intervals."""
-    values, prompts = rewards(answers, samples), answers[::samples]
-    groups = sorted({p.group for p in prompts if p.group})
-    by_group = {g: [v for v, p in zip(values, prompts, strict=True) if p.group == g] for g in groups}
-    return interval_record(bootstrap_interval(values)) | {
+def reward_summary(answers: Sequence[ScoredAnswer]) -> dict[str, Any]:
+    """`{"mean", "low", "high", "n", "groups": {group: the same four}}` over prompts, with 95 % bootstrap intervals.
+
+    A prompt counts once, by the mean of its answers: prompts are drawn anew, not answers (a cluster bootstrap).
+    """
+    values = rewards(answers)
+    group_of = {prompt: given[0].group for prompt, given in by_prompt(answers).items()}
+    groups = sorted({group for group in group_of.values() if group})
+    by_group = {g: [v for prompt, v in values.items() if group_of[prompt] == g] for g in groups}
+    return interval_record(bootstrap_interval(list(values.values()))) | {
         "groups": {g: interval_record(bootstrap_interval(v)) for g, v in by_group.items()}
     }
 
@@ -107,13 +111,14 @@ class Comparison:
         return record | {"matched_length": {"wins": asdict(self.matched), "win_rate": matched}}
 
 
-def compare_rewards(a: Sequence[ScoredAnswer], b: Sequence[ScoredAnswer], samples: int = 1) -> Comparison:
-    """A against B, prompt by prompt. Raises: ValueError if they do not answer the same prompts."""
-    if [x.prompt for x in a] != [x.prompt for x in b]:
+def compare_rewards(a: Sequence[ScoredAnswer], b: Sequence[ScoredAnswer]) -> Comparison:
+    """A against B, prompt by prompt, each by the mean of its answers. Raises: ValueError if the prompts are not the same."""
+    by_a, by_b = rewards(a), rewards(b)
+    if list(by_a) != list(by_b):
         raise ValueError("answers to different prompts cannot be compared")
-    of_a, of_b = rewards(a, samples), rewards(b, samples)
+    of_a, of_b = list(by_a.values()), list(by_b.values())
     wins = count_wins(of_a, of_b)
-    like = [i for i, (x, y) in enumerate(zip(_lengths(a, samples), _lengths(b, samples), strict=True)) if alike(x, y)]
+    like = [i for i, (x, y) in enumerate(zip(_lengths(a), _lengths(b), strict=True)) if alike(x, y)]
     matched = count_wins([of_a[i] for i in like], [of_b[i] for i in like])
     rate = win_rate(matched) if matched.n else None
     return Comparison(paired_difference(of_a, of_b), wins, win_rate(wins), matched, rate)
@@ -124,5 +129,5 @@ def alike(a: float, b: float) -> bool:
     return min(a, b) >= (1 - LIKE_LENGTH) * max(a, b)
 
 
-def _lengths(answers: Sequence[ScoredAnswer], samples: int) -> list[float]:
-    return [sum(a.tokens for a in answers[i : i + samples]) / samples for i in range(0, len(answers), samples)]
+def _lengths(answers: Sequence[ScoredAnswer]) -> list[float]:
+    return [fmean(a.tokens for a in given) for given in by_prompt(answers).values()]

@@ -10,7 +10,7 @@ from tunesmith.data.tokenizer import END_OF_TEXT
 from tunesmith.files.answers import ScoredAnswer
 from tunesmith.judge.answers import LIKE_LENGTH, alike, compare_rewards, interval_record, measures, reward_summary
 from tunesmith.judge.language_model import Judgement
-from tunesmith.stats import Wins, bootstrap_interval, share_interval, win_rate
+from tunesmith.stats import Wins, bootstrap_interval, count_wins, share_interval, win_rate
 
 TokenLogps = Sequence[tuple[str, float, float]]
 """Every token of an answer: its text, its log-probability under A, and under B, in nats."""
@@ -87,7 +87,7 @@ class Comparison:
 
     def summary(self) -> dict[str, Any]:
         """JSON-able. Differences, wins and win rates are those of B against A; bounds are of 95 % intervals."""
-        found: dict[str, Any] = {"prompts": len(self.rows), "settings": self.settings}
+        found: dict[str, Any] = {"prompts": len({row.a.prompt for row in self.rows}), "settings": self.settings}
         for side, name in zip(("a", "b"), self.names, strict=True):
             answers: list[ScoredAnswer] = [getattr(row, side) for row in self.rows]
             found[side] = {"model": name, **measures(answers)}
@@ -125,10 +125,14 @@ def _by_rewards(rows: Sequence[Row]) -> dict[str, Any]:
 
 def _by_judge(rows: Sequence[Row]) -> dict[str, Any]:
     def compared(some: Sequence[Row]) -> dict[str, Any] | None:
-        verdicts = [r.judgement.verdict for r in some if r.judgement and r.judgement.verdict]
-        wins = Wins(verdicts.count("b"), verdicts.count("tie"), verdicts.count("a"))
+        signs: dict[str, list[int]] = {}  # of each prompt: a repeat of it is no second witness
+        for r in some:
+            if r.judgement and r.judgement.verdict:
+                signs.setdefault(r.a.prompt, []).append({"a": -1, "tie": 0, "b": 1}[r.judgement.verdict])
+        wins = count_wins([sum(found) for found in signs.values()], [0] * len(signs))
         return {"wins": asdict(wins), "win_rate": interval_record(win_rate(wins))} if wins.n else None
 
+    rows = list({r.a.prompt: r for r in rows}.values())
     judged = [r.judgement for r in rows if r.judgement and r.judgement.asked]
     both = [j.orders for j in judged if None not in j.orders]
     first = [seen == side for j in judged for seen, side in zip(j.orders, "ab", strict=True) if seen in ("a", "b")]
@@ -150,7 +154,7 @@ def _share(k: int, n: int) -> dict[str, Any] | None:
 
 def _changes(rows: Sequence[Row], side: int) -> dict[str, Any]:
     """Tokens, and log p_B - log p_A of whole answers, of one side's answers."""
-    found = [row.logps[side] for row in rows if row.logps]
+    found = [logps[side] for logps in {row.a.prompt: row.logps for row in rows}.values() if logps]
     whole = [([b for _, _, b in tokens], [a for _, a, _ in tokens]) for tokens in found]
     sums = [sum(b) - sum(a) for b, a in whole]
     return {"tokens": sum(map(len, found)), "change": interval_record(bootstrap_interval(sums))}

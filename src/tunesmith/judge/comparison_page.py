@@ -6,7 +6,7 @@ import html
 from typing import Any
 
 from tunesmith.data.tokenizer import END_OF_TEXT
-from tunesmith.files.answers import ScoredAnswer
+from tunesmith.files.answers import ENDINGS, ScoredAnswer
 from tunesmith.judge.comparison import (
     VERSUS,
     Comparison,
@@ -149,7 +149,7 @@ def _article(row: Row, count: int, found: Comparison) -> str:
 
 def _side(side: str, name: str, answer: ScoredAnswer, logps: TokenLogps | None) -> str:
     text = _tokens(logps) + _e(rest_of(answer, logps)) if logps else _e(answer.answer.strip())
-    ended = "ended by itself" if answer.finish_reason == "stop" else "cut at the token limit"
+    ended = ENDINGS[answer.finish_reason]
     told = [ended, f"{answer.tokens} tokens"] + ([] if answer.reward is None else [f"reward {number(answer.reward)}"])
     if logps:
         change = sum(b for _, _, b in logps) - sum(a for _, a, _ in logps)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tunesmith.data.prompts import Prompt, load_prompts
+from tunesmith.data.prompts import Prompt, each_once, load_prompts
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.files.answers import ScoredAnswer, write_answers
 from tunesmith.files.run import step_name
@@ -31,14 +31,17 @@ def answer_prompts(
     scorer: Scorer | None = None,
     samples: int = 1,
 ) -> list[ScoredAnswer]:
-    """`samples` answers a prompt, one after the other, all decoded in one batch.
+    """`samples` answers a prompt, one after the other, all decoded in one batch. Of a conversation that is too long whole
+    turns are left out, with a note (`generation.context`).
 
     The streams of chance depend on prompt, number of the sample and seed only, so two models, or two checkpoints of one,
     meet the same luck and differ by their weights.
     """
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
     conversations = [p.conversation for p in prompts]
-    drawn = generate_answers(model, tokenizer, conversations, sampling, options.max_new_tokens, samples=samples)
+    drawn = generate_answers(
+        model, tokenizer, conversations, sampling, options.max_new_tokens, too_long="turns", samples=samples
+    )
     answers = [
         ScoredAnswer(p.text, p.group, a.text, a.finish_reason, a.tokens)
         for p, a in zip((p for p in prompts for _ in range(samples)), drawn, strict=True)
@@ -63,7 +66,7 @@ def rewards_at_steps(
     if options.reward is None:
         return None
     scorer = load_scorer(options.reward, device=str(device), option="--eval.reward")
-    prompts = load_prompts(options.prompts, option="--eval.prompts")
+    prompts = each_once(load_prompts(options.prompts, option="--eval.prompts"))
     print(f"note: scored by {scorer.description}")
 
     def reward_at(step: int) -> dict[str, Any]:
@@ -74,6 +77,6 @@ def rewards_at_steps(
             )  # fmt: skip
         write_answers(path / "answers" / f"{step_name(step)}.jsonl", answers)
         told = {"scorer": scorer.name, "samples": options.samples}
-        return reward_summary(answers, options.samples) | measures(answers) | told
+        return reward_summary(answers) | measures(answers) | told
 
     return reward_at

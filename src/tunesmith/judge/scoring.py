@@ -5,20 +5,23 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from tunesmith.data.dialogue import Message, as_transcript, parse_messages, parse_transcript, segments
+from tunesmith.data.dialogue import Message, segments
 from tunesmith.data.jsonfile import read_json
+from tunesmith.data.prompts import conversation
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.device import resolve_device
-from tunesmith.errors import UserError
+from tunesmith.errors import UserError, note
 from tunesmith.files.names import is_adapter, load_reward, read_model
 from tunesmith.files.reward import is_reward_model
 from tunesmith.files.run import Run
+from tunesmith.generation.context import Reading, fit_with_answer
 from tunesmith.models.attention import Documents
 from tunesmith.models.evaluation import evaluation_mode
 from tunesmith.models.scored import RewardModel
@@ -64,6 +67,31 @@ def load_scorer(name: str, *, device: str = "auto", option: str = "--reward") ->
     return ClassifierScorer(name, directory, device)
 
 
+@dataclass
+class Cuts:
+    """What was left out of texts that are longer than a scorer can read."""
+
+    conversations: int = 0  # that lost their first turns
+    questions: int = 0  # that lost their beginning
+    answers: int = 0  # that lost their end
+
+    def add(self, reading: Reading, *, answer: bool) -> None:
+        """Count one text."""
+        self.conversations += bool(reading.turns)
+        self.questions += bool(reading.characters)
+        self.answers += answer
+
+    def tell(self, name: str, limit: int, texts: int) -> None:
+        """A note, if anything was left out."""
+        what = {
+            f"the first turns of {self.conversations:,} conversations": self.conversations,
+            f"the beginning of {self.questions:,} questions": self.questions,
+            f"the end of {self.answers:,} answers": self.answers,
+        }
+        if told := [words for words, count in what.items() if count]:
+            note(f"{name} reads at most {limit:,} tokens; of {texts:,} texts are left out: {', '.join(told)}")
+
+
 class OwnScorer:
     """A reward model of this project. The answer is read in the form that it was trained on; texts are packed."""
 
@@ -73,24 +101,31 @@ class OwnScorer:
         self.model, self.tokenizer = load_reward(name, device=device)
 
     def score(self, prompts: Sequence[Question], answers: Sequence[str]) -> list[float]:
-        """As `Scorer.score`; a text longer than the model can read loses its beginning."""
-        limit = self.model.transformer.config.block_size
-        ids = [encode_answer(self.tokenizer, p, a)[-limit:] for p, a in zip(prompts, answers, strict=True)]
+        """As `Scorer.score`; what is longer than the model can read is cut as told, with a note, by `generation.context`."""
+        limit, cuts = self.model.transformer.config.block_size, Cuts()
+        ids = [self._encode(p, a, limit, cuts) for p, a in zip(prompts, answers, strict=True)]
+        cuts.tell(self.name, limit, len(ids))
         return score_texts(self.model, ids)
+
+    def _encode(self, prompt: Question, answer: str, limit: int, cuts: Cuts) -> list[int]:
+        ids = encode_answer(self.tokenizer, prompt, answer)
+        if len(ids) <= limit:
+            return ids
+        spoken = len(self.tokenizer.encode(f" {answer}"))
+
+        def before(turns: Sequence[Message]) -> int:
+            return len(encode_answer(self.tokenizer, turns, answer)) - spoken
+
+        reading = fit_with_answer(conversation(prompt), before, spoken, limit)
+        ids = encode_answer(self.tokenizer, reading.messages, answer)
+        cuts.add(reading, answer=len(ids) > limit)
+        return ids[:limit]
 
 
 def encode_answer(tokenizer: Tokenizer, prompt: Question, answer: str) -> list[int]:
     """Ids of prompt and answer, cut into pieces as in training, without an end-of-text token."""
     pieces = segments([*conversation(prompt), Message("assistant", answer)])
     return list(chain.from_iterable(tokenizer.encode_pieces([text for text, _ in pieces])))
-
-
-def conversation(prompt: Question) -> list[Message]:
-    """The turns of a prompt; a text is the only one, or a transcript of several. Raises: BadRow if it is not a conversation."""
-    if isinstance(prompt, str):
-        transcript = as_transcript(prompt)
-        return [Message("user", prompt)] if transcript is None else list(parse_transcript(transcript).messages)
-    return [m if isinstance(m, Message) else parse_messages([m]).messages[0] for m in prompt]
 
 
 def score_texts(model: RewardModel, texts: Sequence[Sequence[int]]) -> list[float]:
@@ -140,8 +175,10 @@ class ClassifierScorer:
         self.limit = int(min(positions, self.tokenizer.model_max_length))
 
     def score(self, prompts: Sequence[Question], answers: Sequence[str]) -> list[float]:
-        """As `Scorer.score`; a text longer than the model can read loses the end of its longer part."""
-        encoded = [self._encode(p, a) for p, a in zip(prompts, answers, strict=True)]
+        """As `Scorer.score`; what is longer than the model can read is cut as told, with a note, by `generation.context`."""
+        cuts = Cuts()
+        encoded = [self._fitted(conversation(p), a, cuts) for p, a in zip(prompts, answers, strict=True)]
+        cuts.tell(self.name, self.limit, len(encoded))
         scores = [0.0] * len(encoded)
         with torch.inference_mode():
             for group in _groups([len(e["input_ids"]) for e in encoded], PADDED_TOKENS, padded=True):
@@ -150,14 +187,26 @@ class ClassifierScorer:
                     scores[i] = value
         return scores
 
-    def _encode(self, prompt: Question, answer: str) -> dict[str, Any]:
-        turns, cut = conversation(prompt), {"truncation": True, "max_length": self.limit}
+    def _fitted(self, turns: list[Message], answer: str, cuts: Cuts) -> dict[str, Any]:
+        encoded = self._encode(turns, answer)
+        if len(encoded["input_ids"]) <= self.limit:
+            return encoded
+        spoken = len(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
+        reading = fit_with_answer(
+            turns, lambda some: len(self._encode(some, answer)["input_ids"]) - spoken, spoken, self.limit
+        )
+        encoded = self._encode(reading.messages, answer)
+        over = len(encoded["input_ids"]) > self.limit
+        cuts.add(reading, answer=over)
+        return self._encode(reading.messages, answer, max_length=self.limit) if over else encoded
+
+    def _encode(self, turns: Sequence[Message], answer: str, **cut: int) -> dict[str, Any]:
+        """cut: `max_length`, what the answer's end is cut to."""
         if getattr(self.tokenizer, "chat_template", None):
             messages = [{"role": m.role, "content": m.content} for m in [*turns, Message("assistant", answer)]]
-            encoded = self.tokenizer.apply_chat_template(messages, return_dict=True, **cut)
-        else:
-            encoded = self.tokenizer("\n\n".join(m.content for m in turns), answer, **cut)
-        return dict(encoded)
+            return dict(self.tokenizer.apply_chat_template(messages, return_dict=True, truncation=bool(cut), **cut))
+        question = "\n\n".join(m.content for m in turns)
+        return dict(self.tokenizer(question, answer, truncation="only_second" if cut else False, **cut))
 
 
 def _groups(lengths: Sequence[int], budget: int, *, padded: bool) -> Iterator[list[int]]:

@@ -19,6 +19,7 @@ from tunesmith.data.dialogue import Preference
 from tunesmith.data.readers import Report
 from tunesmith.errors import UserError
 from tunesmith.files.names import run_and_step
+from tunesmith.files.places import located, located_sets
 from tunesmith.files.run import Run
 from tunesmith.options.training import DataOptions
 
@@ -33,8 +34,9 @@ def training_runs(model: str) -> list[Run]:
         found.append(at[0])
         try:
             start = at[0].config.get("model", {})
-            here = Path(str(start.get("name")).partition("@")[0]).expanduser().is_dir()
-            at = run_and_step(start["name"]) if here and start.get("init") == "pretrained" else None
+            name = located(at[0], str(start.get("name")))
+            here = Path(name.partition("@")[0]).expanduser().is_dir()
+            at = run_and_step(name) if here and start.get("init") == "pretrained" else None
         except (UserError, OSError):  # without a configuration, or no model any more
             break
     return found
@@ -45,7 +47,7 @@ def trained_rows(runs: Sequence[Run], source: Source, split: str, *, pairs: bool
 
     pairs: rows are preferences, and one counts if one of its two texts was trained on.
     """
-    prints = [fingerprint(located.value).texts for located in source.rows(split, Report(), pairs=pairs)]
+    prints = [fingerprint(row.value).texts for row in source.rows(split, Report(), pairs=pairs)]
     wanted = {text for texts in prints for text in texts}
     trained, notes = np.zeros(len(prints), np.bool_), []
     for run in runs:
@@ -69,12 +71,18 @@ def _texts_of(run: Run, wanted: Collection[bytes]) -> tuple[set[bytes], bool]:
         raise UserError(f"{run.path / 'config.yaml'} names none")
     known = {field.name for field in dataclasses.fields(DataOptions)}
     options = DataOptions(**{k: v for k, v in config["data"].items() if k in known})
+    options = dataclasses.replace(
+        options,
+        name=located_sets(run, options.name),
+        root=options.root and located(run, options.root),
+        rm_static=options.rm_static and located(run, options.rm_static),
+    )
     pairs = inputs.get("command", "dpo" if "dpo" in config else "") in ("dpo", "reward")
     source, among = open_dataset(options), frozenset(wanted)
     hits, count = [], 0
-    for located in source.rows("train", Report(), pairs=pairs):
-        texts = fingerprint(located.value).texts
-        if isinstance(located.value, Preference) and not pairs:
+    for row in source.rows("train", Report(), pairs=pairs):
+        texts = fingerprint(row.value).texts
+        if isinstance(row.value, Preference) and not pairs:
             texts = texts[:1]  # only the chosen answer was learned
         if not among.isdisjoint(texts):
             hits.append((count, texts))

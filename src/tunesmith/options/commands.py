@@ -24,9 +24,18 @@ class DataCommand:
 
 
 @dataclass(frozen=True)
+class BaseOptions:
+    """What a MODEL stands on"""
+
+    base: str | None = None
+    """Of an adapter whose base is not found (it has moved, say): the base, a MODEL."""
+
+
+@dataclass(frozen=True)
 class EvaluateCommand:
     """Loss and perplexity of a model on the test rows of a data set; on pairs, how often it prefers the chosen answer."""
 
+    model: BaseOptions = field(default_factory=BaseOptions)
     data: DataOptions = field(default_factory=DataOptions)
     batch_size: int = 1
     """Rows of block_size tokens in one forward pass."""
@@ -48,6 +57,7 @@ class EvaluateCommand:
 class ScoreCommand:
     """Answers to a set of prompts, scored by a reward model; every mean reward has a 95 % interval."""
 
+    model: BaseOptions = field(default_factory=BaseOptions)
     reward: str = "OpenAssistant/reward-model-deberta-v3-large-v2"
     """Reward model: a run of `tunesmith reward`, or any sequence classifier, local or on the hub; the default is downloaded."""
     prompts: str | None = None
@@ -69,6 +79,7 @@ class ScoreCommand:
 class CompareCommand:
     """The same prompts to two models, side by side; differences and win rates are those of B against A."""
 
+    model: BaseOptions = field(default_factory=BaseOptions)
     prompts: str | None = None
     """Prompt file: one per line, or rows with `prompt` and optionally `group`, or any data format; default: the embedded 40."""
     generate: GenerateOptions = field(default_factory=GenerateOptions)
@@ -99,6 +110,7 @@ class CompareCommand:
 class ChatCommand:
     """Talk to a model in the terminal."""
 
+    model: BaseOptions = field(default_factory=BaseOptions)
     generate: GenerateOptions = field(default_factory=GenerateOptions)
     system: str | None = None
     """System prompt, placed before the conversation."""

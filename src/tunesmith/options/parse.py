@@ -21,6 +21,7 @@ from tunesmith.options.resuming import HISTORY, checked_history
 from tunesmith.options.shortforms import Positional, expand_groups, expand_positionals
 from tunesmith.options.yamlfile import read_yaml
 
+ARGUMENT = "argument-"  # before an argument's name for the parser: `model` is a group of options too
 PRESETS = Path(__file__).parents[1] / "presets"
 T = TypeVar("T")
 ELSEWHERE = {
@@ -48,7 +49,7 @@ def parse(
     import jsonargparse
 
     argv, files, replaced = _read_files(options, argv)
-    argv = _bare_switches(options, _repeated(options, _underscored(options, expand_groups(options, argv))))
+    argv = _bare_switches(options, _repeated(options, _underscored(options, expand_groups(options, argv, positionals))))
     argv = [*expand_positionals(argv, positionals), *(f"--{name}=null" for name in replaced)]
     parser = _parser(options, prog, positionals)
     show = "--print_config" in argv
@@ -63,7 +64,7 @@ def parse(
     if show:
         print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), end="")  # type: ignore[call-overload]
         raise SystemExit(0)
-    return config, {p.name: built[p.name] for p in positionals}
+    return config, {p.name: built[ARGUMENT + p.name] for p in positionals}
 
 
 def _parser(options: type[Any], prog: str, positionals: Sequence[Positional]) -> Any:
@@ -75,7 +76,7 @@ def _parser(options: type[Any], prog: str, positionals: Sequence[Positional]) ->
     )
     for positional in positionals:
         more: dict[str, Any] = {"nargs": "+"} if positional.many else {}
-        parser.add_argument(positional.name, type=str, **more)
+        parser.add_argument(ARGUMENT + positional.name, type=str, **more)
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(options)
     if "resume" in option_types(options):  # config.yaml of a run that was changed on its way says so; that is no option

@@ -28,12 +28,15 @@ def option_groups(options: type[Any]) -> dict[str, set[str]]:
     return {name: {f.name for f in dataclasses.fields(kind)} for name, kind in kinds if dataclasses.is_dataclass(kind)}
 
 
-def expand_groups(options: type[Any], argv: Sequence[str]) -> list[str]:
-    """`--model X` as `--model.name X`, for every group that has a name.
+def expand_groups(options: type[Any], argv: Sequence[str], positionals: Sequence[Positional] = ()) -> list[str]:
+    """`--model X` as `--model.name X`, for every group that has a name; what names an argument is left to `expand_positionals`.
 
     Raises: UsageError if both forms differ, if X is a YAML file, or if a group without a name is given a value.
     """
-    groups = option_groups(options)
+    arguments = {p.option for p in positionals}
+    groups = {
+        name: inside for name, inside in option_groups(options).items() if name not in arguments or "name" in inside
+    }
     expanded = list(argv)
     for i, word in enumerate(argv):
         flag, equals, value = word.partition("=")

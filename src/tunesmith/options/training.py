@@ -15,6 +15,8 @@ class ModelOptions:
 
     name: str = field(default="gpt2-medium", metadata=CONTENT)  # the base of adapters and DPO's reference; else by name
     """Hub name (downloaded when first used), local directory, run directory, RUN@STEP, or `sample` (embedded)."""
+    base: str | None = field(default=None, metadata=OPEN)  # an adapter's fingerprint tells whether it is the right one
+    """Where model.name is an adapter whose base is not found (it has moved, say): the base, a MODEL."""
     dropout: float = 0.0
     """Dropout probability in training, in [0, 1)."""
     init: Literal["pretrained", "random"] = "pretrained"
@@ -52,7 +54,7 @@ class DataOptions:
     holdout: float = 0.05
     """Share of rows held out for validation if a data set has no test split."""
     seed: int = 1234
-    """Seed for the order of the rows."""
+    """Seed for the order of the rows, and for what data.split_seed decides unless that is given."""
     split_seed: int | None = None
     """Seed for which rows are drawn (hh-pairs, mixtures), held out and estimated on; default: data.seed."""
     strict: bool = field(default=False, metadata=OPEN)  # refuses rows, never changes them
@@ -97,7 +99,7 @@ class TrainOptions:
     allocator: Literal["fast", "lean"] = field(default="fast", metadata=OPEN)  # where memory lies, not what is in it
     """On a CPU. fast: freed memory is kept for the next step; lean: it is returned at once, which saves memory and costs time."""
     seed: int = 1234
-    """Seed for new weights and dropout."""
+    """Seed for new weights (adapters and score layers too) and for dropout."""
     device: str = field(
         default="auto", metadata=ROUNDING
     )  # other kernels; each kind of device has its own random numbers
@@ -278,4 +280,5 @@ class GenerateOptions:
     top_k: int = 0
     """Keep only the k most likely tokens; 0 = all."""
     seed: int = 1234
-    """Each prompt draws from its own random stream, derived from this seed and its number."""
+    """Decides every draw, together with the words of the prompt and the number of the answer to it: other prompts and their
+    order change nothing, and a prompt given twice gets the same answer twice."""

@@ -29,7 +29,7 @@ BATCHING: dict[str, dict[str, dict[str, Any]]] = {  # what `batching:` at the to
         "dpo": {"data.batching": "packed", "data.truncation": "keep_end"},
     },
 }
-PLACES = ("data.root", "data.rm_static")  # where the same data lie: no part of what a run is
+PLACES = ("data.root", "data.rm_static", "model.base")  # where the same things lie: no part of what a run is
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from tunesmith.files.answers import ENDINGS
 from tunesmith.study.figures import BLUE, GREEN, GRID, INK, ORANGE, PURPLE, SKY, VERMILLION, Plate
 from tunesmith.study.read import Point
 from tunesmith.study.tables import Cell, Table
@@ -69,7 +70,7 @@ def _answer(record: Mapping[str, Any] | None) -> str:
     if record is None:
         return "<i>no answer to this prompt</i>"
     reward = record.get("reward")
-    end = "ended by itself" if record["finish_reason"] == "stop" else "cut at the token limit"
+    end = ENDINGS.get(record["finish_reason"], record["finish_reason"])
     facts = f"{end}{f' · reward {reward:.2f}' if isinstance(reward, int | float) else ''}"
     return f"{esc(record['answer'].strip()) or '<i>nothing</i>'}<small>{facts}</small>"
 

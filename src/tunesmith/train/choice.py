@@ -137,7 +137,7 @@ def read_rewards(run: Run) -> dict[int, list[float]]:
     found = {}
     for event in run.metrics("reward"):
         answers = read_answers(run.path / "answers" / f"{step_name(event['step'])}.jsonl")
-        found[int(event["step"])] = rewards(answers, event["samples"])
+        found[int(event["step"])] = list(rewards(answers).values())
     return found
 
 

@@ -7,7 +7,7 @@ so options that somebody has edited there are taken as those that the run began 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,10 +17,12 @@ import yaml
 from tunesmith.data.fingerprint import content_hash
 from tunesmith.data.tokenstore import TokenStore
 from tunesmith.errors import UsageError, UserError
+from tunesmith.files.places import FOLDER, started_here
 from tunesmith.files.run import DRAWS, Run
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.resuming import HISTORY, Marked, checked_history, marked_options
 from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
+from tunesmith.train.moved import names_kept
 from tunesmith.train.optim import schedule_factor
 from tunesmith.train.resolve import Command
 from tunesmith.train.splits import Splits
@@ -59,15 +61,21 @@ class Origin:
     history: accepted changes, oldest first: {"step", "option", "from", "to"}; the new value holds from the step after `step`.
     step: of the checkpoint that it goes on from; 0 at the start.
     notes: what the user should know of it.
+    names: option -> how config.yaml goes on to name a place that was found under another name.
     """
 
     inputs: dict[str, Any]
     history: tuple[dict[str, Any], ...] = ()
     step: int = 0
     notes: tuple[str, ...] = ()
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def config(self, options: dict[str, Any]) -> dict[str, Any]:
         """What config.yaml holds: the options as they are now, and what they were before."""
+        options = {group: dict(values) for group, values in options.items()}
+        for option, name in self.names.items():
+            group, key = option.split(".")
+            options[group][key] = name
         return {**options, HISTORY: list(self.history)} if self.history else options
 
     def events(self) -> list[dict[str, Any]]:
@@ -130,9 +138,14 @@ def settle_origin(config: AnyConfig, path: Path, inputs: dict[str, Any]) -> Orig
     Raises: UserError naming every difference at once, old and new, and the way out.
     """
     if not config.resume:
-        return Origin(inputs)
+        return Origin({**inputs, FOLDER: started_here(path)})
     run = Run(path)
     stored, before = run.config, run.inputs
+    kept = names_kept(config, stored, run)
+    if before and FOLDER in before:
+        inputs = {**inputs, FOLDER: before[FOLDER]}
+    elif not kept:  # of an earlier version, and all it names is found from here
+        inputs = {**inputs, FOLDER: started_here(path)}
     earlier = checked_history(stored.get(HISTORY), str(path / "config.yaml"))
     step = max((at for at, _ in run.checkpoints()), default=0)
     if before and before.get("command") != inputs["command"]:
@@ -145,7 +158,9 @@ def settle_origin(config: AnyConfig, path: Path, inputs: dict[str, Any]) -> Orig
         )
     changed = input_changes(before, inputs) if before else []
     same_content = before is not None and not changed
-    changes, notes = option_changes(config, stored, same_content=same_content, base=bool(inputs["weights"]))
+    changes, notes = option_changes(
+        config, stored, same_content=same_content, base=bool(inputs["weights"]), same_places=kept
+    )
     changes = [*_with_rates(changes, config, stored, step), *changed]
     if before is None:
         notes.append(
@@ -157,7 +172,7 @@ def settle_origin(config: AnyConfig, path: Path, inputs: dict[str, Any]) -> Orig
     refuse(changes, config, path)
     notes += [f"changed from step {step + 1:,} on: {change.words}" for change in changes]
     entries = [{"step": step, "option": c.option, "from": c.before, "to": c.now} for c in changes]
-    return Origin(inputs, history([*earlier, *entries], step), step, tuple(notes))
+    return Origin(inputs, history([*earlier, *entries], step), step, tuple(notes), kept)
 
 
 def refuse(changes: Sequence[Change], config: AnyConfig, path: Path) -> None:
@@ -182,11 +197,12 @@ def refuse(changes: Sequence[Change], config: AnyConfig, path: Path) -> None:
 
 
 def option_changes(
-    config: AnyConfig, stored: Mapping[str, Any], *, same_content: bool, base: bool
+    config: AnyConfig, stored: Mapping[str, Any], *, same_content: bool, base: bool, same_places: Collection[str] = ()
 ) -> tuple[list[Change], list[str]]:
     """Closed options that differ from the stored ones, and notes on differences that change nothing.
 
     same_content: whether all that is compared by content is as it was; base: whether what model.name names is compared.
+    same_places: options that name the same place in other words.
     """
     changes, notes = [], []
     for option in marked_options(config):
@@ -197,7 +213,7 @@ def option_changes(
             option.default is None and group != "data"
         )  # None in data is never decided
         unknown = name not in (stored.get(group) or {}) and decided  # not an option then
-        if before == now or unknown or option.mark == "open":
+        if before == now or unknown or option.mark == "open" or option.name in same_places:
             continue
         change = Change(option.name, before, now, f"{option.name} was {before!r}, now {now!r}", option.mark == "fixed")
         if option.mark == "content" and same_content and (option.name != "model.name" or base):

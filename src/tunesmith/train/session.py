@@ -22,6 +22,7 @@ from tunesmith.device import (
     set_allocator,
 )
 from tunesmith.errors import UsageError
+from tunesmith.files.bases import base_at
 from tunesmith.files.run import Run, RunLog, default_directory, open_log, run_directory
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import (
@@ -31,6 +32,7 @@ from tunesmith.progress import STOP
 from tunesmith.train.choice import Sums
 from tunesmith.train.divergence import batches_to_judge_by
 from tunesmith.train.loop import MicroBatch, Readable, fit
+from tunesmith.train.moved import as_they_lie
 from tunesmith.train.optim import OneByOne, decides_on_device, schedule_factor
 from tunesmith.train.prefetch import made_ahead
 from tunesmith.train.recorded import RecordedStep, recorder
@@ -45,7 +47,7 @@ from tunesmith.train.trainee import AnyConfig, Trainee, make_optimizer
 def begin(config: Config, command: Command) -> Iterator[tuple[Config, Path]]:
     """The configuration (of a resumed run, with what was decided when it began) and the run's directory, now locked for us.
 
-    Sets up the process: allocator and seeds.
+    Sets up the process: allocator and seeds. What a resumed run's options name is looked for where it lies now.
     Raises: UserError if `out` is taken or being written, there is nothing to resume, or the allocator is not available.
     """
     if not set_allocator(config.train.allocator) and config.train.allocator == "lean":
@@ -56,7 +58,8 @@ def begin(config: Config, command: Command) -> Iterator[tuple[Config, Path]]:
     default = default_directory(command, config.model.name, [name for name, _ in parse_sets(config.data.name)])
     with STOP.catching(), run_directory(config.out, default, config.resume) as path:
         seed_everything(config.train.seed)
-        yield as_begun(config, Run(path).config) if config.resume else config, path
+        with base_at(config.model.base if not isinstance(config, PretrainConfig) else None):
+            yield as_begun(as_they_lie(config, Run(path)), Run(path).config) if config.resume else config, path
 
 
 B = TypeVar("B", bound=MicroBatch)

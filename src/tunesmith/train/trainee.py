@@ -15,7 +15,8 @@ from tunesmith.device import resolve_device, return_freed_memory
 from tunesmith.errors import UserError
 from tunesmith.files import adapters
 from tunesmith.files.adapters import load_adapter, read_adapter, save_adapter
-from tunesmith.files.names import OWN_BASE, is_adapted, lasting_name, lasting_path, load_for_training
+from tunesmith.files.bases import OWN_BASE
+from tunesmith.files.names import is_adapted, lasting_name, lasting_path, load_for_training
 from tunesmith.files.reward import load_reward_weights, save_reward_model, set_score
 from tunesmith.files.weights import from_hf_state_dict, save_model, stored_weights, weights_fingerprint
 from tunesmith.models.gpt2 import GPT

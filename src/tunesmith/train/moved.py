@@ -1,0 +1,53 @@
+"""What the options of a resumed run name, where it lies now: the run, its data, its base or its judge may have been moved."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tunesmith.files.places import located, located_sets
+from tunesmith.files.run import Run
+from tunesmith.options.resuming import marked_options
+
+C = TypeVar("C")
+SETS = ("data.name", "dpo.sft_data")  # may be several, with weights
+BY_NAME = ("eval.reward",)  # names a place too, but its content is not compared
+
+
+def as_they_lie(config: C, run: Run) -> C:
+    """The configuration with every place that is named as when the run began (in its config.yaml) replaced by where it is now."""
+    stored = run.config
+    for name, value in _named(config):
+        group, key = name.split(".")
+        if value == (stored.get(group) or {}).get(key) and (now := _located(run, name, value)) != value:
+            options = dataclasses.replace(getattr(config, group), **{key: now})
+            config = dataclasses.replace(config, **{group: options})  # type: ignore[type-var]
+    return config
+
+
+def names_kept(config: Any, stored: Mapping[str, Any], run: Run) -> dict[str, str]:
+    """Option -> its name in config.yaml, of the places that have another name now and are the same place."""
+    kept = {}
+    for name, value in _named(config):
+        group, key = name.split(".")
+        before = (stored.get(group) or {}).get(key)
+        if isinstance(before, str) and before != value and _same(_located(run, name, before), value):
+            kept[name] = before
+    return kept
+
+
+def _named(config: Any) -> Iterator[tuple[str, str]]:
+    """The options that name a place: dotted name and value."""
+    for option in marked_options(config):
+        if isinstance(option.value, str) and (option.mark == "content" or option.name in BY_NAME):
+            yield option.name, option.value
+
+
+def _located(run: Run, name: str, value: str) -> str:
+    return located_sets(run, value) if name in SETS else located(run, value)
+
+
+def _same(a: str, b: str) -> bool:
+    return a == b or Path(a).expanduser().resolve() == Path(b).expanduser().resolve()
