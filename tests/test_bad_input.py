@@ -185,7 +185,7 @@ def test_a_dialogue_of_ten_thousand_tokens_is_cut_and_counted_and_an_error_when_
 def test_a_prompt_of_ten_thousand_tokens_is_an_error(fails, tiny_directory, tmp_path):
     (tmp_path / "prompts.txt").write_text("hello\n" + "word " * 10_000 + "\n")
     argv = ["compare", tiny_directory, tiny_directory, "--prompts", tmp_path / "prompts.txt"]
-    fails(argv, 1, "prompt 2 has 10,", "positions for 256", "its last question alone is longer", "Shorten it")
+    fails(argv, 1, "prompt 2 has 10,", "256 positions", "its last question alone is too long", "Shorten it")
     model, tokenizer = tunesmith.load(str(tiny_directory), device="cpu")
     with pytest.raises(UserError, match=r"prompt 1 has 10,.* 256 positions.*cut_front"):
         tunesmith.generate(model, tokenizer, [[{"role": "user", "content": "word " * 10_000}]])

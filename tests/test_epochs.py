@@ -84,7 +84,7 @@ def test_a_batch_beyond_the_data_is_said_and_the_step_is_an_epoch(tiny_directory
         run = ts.sft(tiny_config(tiny_directory, tmp_path / "r", **few))
     assert len(train_losses(run)) == 1
     few |= {"data__batching": "windows", "train__batch_size": 100, "data__block_size": 32}
-    with pytest.warns(UserWarning, match=r"100 rows of 32 tokens .* every step reads them about [\d.]+ times"):
+    with pytest.warns(UserWarning, match=r"100 rows of 32 tokens, .* every step reads them about [\d.]+ times"):
         ts.sft(tiny_config(tiny_directory, tmp_path / "w", **few))
 
 

@@ -324,7 +324,7 @@ def test_scoring_leaves_out_whole_turns_with_a_note_and_refuses_half_a_question(
     with pytest.warns(Note, match=r"1 of 1 prompts .*: 2 turns at their beginning are left out \(prompt 1\)"):
         (answer,) = generate_answers(model, tok, [talk], GREEDY, 12, too_long="turns")
     assert answer == generate_answers(model, tok, [user("And now?")], GREEDY, 12)[0]
-    with pytest.raises(UserError, match=r"prompt 1 has \d+ tokens.*its last question alone is longer. Shorten it"):
+    with pytest.raises(UserError, match=r"prompt 1 has \d+ tokens.*its last question alone is too long. Shorten it"):
         generate_answers(model, tok, [user("word " * 90)], GREEDY, 12, too_long="turns")
 
 

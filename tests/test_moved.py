@@ -132,14 +132,14 @@ def test_the_right_one_of_several_bases_is_taken(adapter, project, tmp_path, mon
     monkeypatch.chdir(tmp_path)  # where models/base, as it is recorded, holds the right weights
     assert torch.equal(logits(run.path if run.path.is_absolute() else project / run.path), before)
     shutil.rmtree(tmp_path / "models")
-    with pytest.raises(UserError, match=r"other weights.*--model\.base"):
+    with pytest.raises(UserError, match=r"different weights.*--model\.base"):
         logits(project / run.path)
     with base_at("kept/base"):
         assert torch.equal(logits(project / run.path), before)
     other_base(tmp_path / "kept/base")
     with (
         base_at("kept/base"),
-        pytest.raises(UserError, match=r"other weights.*kept/base.*project/models/base.*--model\.base"),
+        pytest.raises(UserError, match=r"different weights.*kept/base.*project/models/base.*--model\.base"),
     ):
         logits(project / run.path)
 

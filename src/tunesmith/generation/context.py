@@ -1,12 +1,12 @@
-"""What of a conversation a model reads where its positions do not hold all of it: one rule for chat, generation and judges.
+"""What a model reads of a conversation that is longer than its positions: one rule for chat, generation and judges.
 
-1. The answer keeps room: `max_new_tokens`, but at most a quarter of the model's positions (`room_for_prompt`).
-2. A longer conversation loses whole exchanges from its beginning, as few as it takes. System turns and the last question
+1. The answer has room reserved: `max_new_tokens`, but at most a quarter of the model's positions (`room_for_prompt`).
+2. A longer conversation loses whole exchanges from its beginning, as few as possible. System turns and the last question
    always stay.
-3. Where these alone are too long, the last question loses its beginning: what is asked mostly stands at the end of a long
-   message. A system prompt that fills more than half of the room leaves none for a question and is refused.
-4. Nothing goes in silence. A chat says it with the answer, a command in a note; who measures a model wants no half question
-   (`turns`), who asked for nothing to be left out (`refuse`) wants none of this: both get an error with the figures.
+3. If these alone are too long, the last question loses its beginning, since a long message mostly asks at its end. A system
+   prompt that fills more than half of the room leaves none for a question and is refused.
+4. Nothing is dropped in silence. A chat says so with the answer, a command in a note. Measuring a model allows no half
+   questions (`turns`), and by default nothing may be left out (`refuse`): both raise an error with the figures.
 5. An answer that reaches the last position ends with the reason `context`.
 """
 
@@ -94,8 +94,8 @@ def fit(messages: Sequence[Message], length: Callable[[Sequence[Message]], int],
     if (before := length(without(whole))) > room // 2:
         what = "the system prompt has" if scene else "the marks of a turn take"
         raise UserError(
-            f"{what} {before:,} tokens, and the model reads at most {room:,} before its answer: shorten it to half of that, "
-            "so that a question fits beside it"
+            f"{what} {before:,} tokens, and the model reads at most {room:,} before its answer: shorten it to half of that "
+            "to leave room for a question"
         )
     cut = bisect_left(range(whole), True, key=lambda n: length(without(n)) <= room)
     return Reading(without(cut), turns, cut)
@@ -122,8 +122,8 @@ def read_prompts(
 ) -> list[list[int]]:
     """Every conversation as the ids that a model of so many positions reads before its answer.
 
-    A note tells what was left out of which.
-    Raises: UserError naming the first prompt that is none, or of which more would have to be left out than `too_long` allows.
+    A note says what was left out of which.
+    Raises: UserError naming the first prompt that is not a conversation, or of which more would have to be left out than `too_long` allows.
     """
     room = room_for_prompt(positions, max_new_tokens)
 
@@ -135,17 +135,17 @@ def read_prompts(
         ids = encode_prompt(tokenizer, conversation)
         if len(ids) > room:
             where = (
-                f"prompt {number} has {len(ids):,} tokens; the model has positions for {positions:,}, of which its answer "
-                f"keeps {positions - room:,}"
+                f"prompt {number} has {len(ids):,} tokens; the model has {positions:,} positions, of which {positions - room:,} "
+                "are reserved for the answer"
             )
             try:
                 reading = fit(turns_of(conversation), length, room)
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
             if too_long == "refuse":
-                raise UserError(f"{where}. Shorten it, or ask to drop its beginning (cut_front)")
+                raise UserError(f"{where}. Shorten it, or drop its beginning with cut_front=True")
             if reading.characters and too_long == "turns":
-                raise UserError(f"{where}, and its last question alone is longer. Shorten it")
+                raise UserError(f"{where}, and its last question alone is too long. Shorten it")
             shortened.append((number, reading))
             ids = encode_prompt(tokenizer, reading.messages)
         found.append(ids)
