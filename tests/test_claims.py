@@ -42,7 +42,7 @@ def test_greater_than_all_others(differences, verdict):
 
 def test_greater_says_the_numbers_and_what_is_missing():
     assert all_greater({"SGD minus Adam": [0.5]}, unit="nats").evidence == (
-        "SGD minus Adam: 0.500 nats (1 seed); one seed tells nothing of the next, the claim needs 2"
+        "SGD minus Adam: 0.500 nats (1 seed); one seed says nothing about the next, and the claim needs 2"
     )
     assert all_greater({"x": [1.0, 1.2, 1.1]}).evidence == "x: 1.100 [0.852, 1.348] (3 seeds)"  # 4.303 * 0.1 / sqrt 3
 
@@ -105,7 +105,7 @@ def test_noise_is_measured_beside_a_trend():
     [
         (rising_from(30), FALLING, (0.6, 0.9), HOLDS, "of 40"),
         (rising_from(30), FALLING, None, HOLDS, "above that at the end"),
-        (rising_from(10), FALLING, (0.6, 0.9), FAILS, "turns at"),
+        (rising_from(10), FALLING, (0.6, 0.9), FAILS, "the turn is at"),
         (FALLING, FALLING, (0.6, 0.9), OPEN, "flat at the end"),
         ([4 - 0.04 * i for i in range(41)], FALLING, None, FAILS, "still falling"),
         (rising_from(30, slope=0.0005, noise=0.02), FALLING, None, OPEN, ""),
@@ -159,7 +159,7 @@ def test_reward_that_falls_after_its_best_checkpoint():
     assert found.evidence.startswith("best at step 1,000 of 2,000; from there to the end it falls by 1.99")
     elsewhere = falls_after_best(checkpoints(up_and_down), between=(0.8, 1.0))
     assert elsewhere.verdict == FAILS
-    assert "turns at 50%" in elsewhere.evidence
+    assert "the turn is at 50%" in elsewhere.evidence
 
 
 def test_reward_that_rises_to_the_end_does_not_fall():
@@ -230,5 +230,5 @@ def test_step_by_step_equality():
     assert same_steps(a, {s: v * (1 + 1e-5) for s, v in a.items()}, 1e-4).verdict == HOLDS
     found = same_steps(a, a | {5: 7.7}, 1e-4)
     assert found.verdict == FAILS
-    assert "1.0e-01 of the loss, at step 5 of 8" in found.evidence
+    assert "difference of the loss 1.0e-01, at step 5 of 8" in found.evidence
     assert same_steps(a, {}, 1e-4).verdict == OPEN

@@ -94,7 +94,7 @@ def test_of_many_labels_each_is_held_against_the_lowest(tmp_path):
     last = {f"r{n}": [2 + n / 10, 2.01 + n / 10] for n in (3, 1, 0, 2, 4, 5, 6, 7)}
     table = own_tables(trial(own_study(tmp_path / "study", last, batches=False)))[1]
     assert [row[0].text for row in table.rows] == [f"r{n} minus r0" for n in (3, 1, 2, 4, 5, 6, 7)]
-    assert "Of 8 labels, each is held against the one with the lowest loss" in table.caption
+    assert "Of 8 labels, each is compared with the one with the lowest loss" in table.caption
 
 
 # ---- the result in a sentence ----------------------------------------------------------------------------------------
@@ -111,14 +111,14 @@ def test_the_best_label_is_named_with_its_interval(tmp_path):
 
 def test_what_cannot_be_told_apart_is_said_so(tmp_path):
     told = said(tmp_path, {"a": [2.0, 2.1, 2.2], "b": [2.1, 2.0, 2.25]})
-    assert told.startswith("No difference between the labels can be told from chance: a is lowest with 2.100")
-    assert "not surely below b (0.017 [-" in told
+    assert told.startswith("No difference between the labels is distinguishable from chance: a is lowest with 2.100")
+    assert "not clearly below b (0.017 [-" in told
 
 
 def test_some_labels_are_apart_and_some_are_not(tmp_path):
     told = said(tmp_path, {"a": [2.0, 2.01, 2.0], "b": [2.5, 2.52, 2.5], "c": [2.0, 2.02, 1.99]})
-    assert "less than b. It cannot be told from" in told
-    assert "that hold together" in told
+    assert "less than b. Not distinguishable from it:" in told
+    assert "jointly" in told
 
 
 def test_intervals_of_many_comparisons_are_wider_than_those_of_one(tmp_path):
@@ -126,19 +126,19 @@ def test_intervals_of_many_comparisons_are_wider_than_those_of_one(tmp_path):
     two = {"a": [2.0, 2.01, 2.0], "b": [2.03, 2.025, 2.03]}
     assert said(tmp_path / "two", two, batches=False).startswith("a has the lowest")
     many = two | {f"x{n}": [3.0, 3.001, 3.0] for n in range(6)}
-    assert "It cannot be told from b" in said(tmp_path / "many", many, batches=False)
+    assert "Not distinguishable from it: b" in said(tmp_path / "many", many, batches=False)
 
 
 def test_one_seed_speaks_of_its_batches_and_says_so(tmp_path):
     told = said(tmp_path, {"a": [2.0], "b": [2.1]})
     assert told.startswith("a has the lowest validation loss, 2.000 nats per target token: 0.1")
-    assert told.endswith("over the validation batches of one seed; other seeds may turn it round.")
+    assert told.endswith("over the validation batches of one seed; other seeds may reverse the order.")
 
 
 def test_one_seed_without_batches_decides_nothing(tmp_path):
     told = said(tmp_path, {"a": [2.0], "b": [2.1]}, batches=False)
-    assert told.startswith("No difference between the labels can be told from chance")
-    assert told.endswith("nothing says how much another seed would change.")
+    assert told.startswith("No difference between the labels is distinguishable from chance")
+    assert told.endswith("the effect of another seed is unknown.")
 
 
 def test_labels_measured_on_different_data_are_not_ranked(tmp_path):
@@ -231,7 +231,7 @@ def test_losses_of_tokens_and_of_pairs_stand_in_figures_of_their_own(tmp_path):
 def test_dpo_losses_of_different_strength_are_not_ranked_but_their_accuracies_are_told(tmp_path):
     root = preference_study(tmp_path / "study", settings={"strong": {"dpo.beta": 0.5}})
     told = conclusion(trial(root))
-    assert told.startswith("The labels' losses cannot be compared, for they differ in dpo.beta.")
+    assert told.startswith("The labels' losses cannot be compared, as they differ in dpo.beta.")
     assert "Pairs with the chosen answer ahead: weak 86.0 % [82.3, 89.1]; strong 86.0 % [82.3, 89.1]." in told
     assert any("not comparable: dpo.beta is 0.1: weak-s1, weak-s2; 0.5: strong-s1, strong-s2" in n
                for plate in draw_all(read_study(root))["trial"] for n in plate.notes)  # fmt: skip
@@ -252,11 +252,11 @@ def test_the_robust_loss_may_be_negative(tmp_path):
 
 def test_the_caption_says_whose_validation_rows_they_are(tmp_path):
     root = own_study(tmp_path / "study", {"a": [2.0, 2.1], "b": [2.1, 2.2]})
-    assert "the validation rows the same in all runs." in draw_all(read_study(root))["trial"][1].caption
+    assert "with the same validation rows in all runs." in draw_all(read_study(root))["trial"][1].caption
     for config in root.glob("runs/*/config.yaml"):  # as studies were before
         config.write_text(config.read_text().replace("split_seed: 1", "split_seed: null"))
     caption = draw_all(read_study(root))["trial"][1].caption
-    assert "other validation rows for each seed." in caption
+    assert "different validation rows for each seed." in caption
     root = own_study(tmp_path / "two", {"a": [2.0], "b": [2.1]}, b={"data.name": "other"})
     assert draw_all(read_study(root))["trial"][1].caption == "Estimates on the same rows at every step. One seed."
 

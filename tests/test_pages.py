@@ -179,7 +179,7 @@ def test_the_best_checkpoint_by_loss_with_its_interval(tmp_path):
     told = result_of_run(write_run(tmp_path / "run"))
     assert re.fullmatch(
         r"Best checkpoint by validation loss: step 2 of 4, 3\.\d{3} \(2\.\d{3} to 3\.\d{3}\) nats per target token; "
-        r"0\.(89|90)\d \(0\.8\d\d to 0\.9\d\d\) below step 0\. It cannot be told from .*|.* below step 0\.",
+        r"0\.(89|90)\d \(0\.8\d\d to 0\.9\d\d\) below step 0\. Not distinguishable from it: .*|.* below step 0\.",
         told,
     ), told
 
@@ -188,19 +188,19 @@ def test_without_the_losses_of_batches_there_is_no_interval_and_that_is_said(tmp
     told = result_of_run(write_run(tmp_path / "run", batches=False))
     assert told == (
         "Best checkpoint by validation loss: step 2 of 4, 3.100 nats per target token; 0.900 below step 0 "
-        "(no interval: the losses of single batches were not kept)."
+        "(no interval: losses per batch were not kept)."
     )
 
 
 def test_a_run_that_learned_nothing_says_so(tmp_path):
     told = result_of_run(write_run(tmp_path / "run", losses=(3.0, 3.1, 3.3)))
-    assert "step 0, the model that it began with, with 3.0" in told
-    assert "no later one of 2 is lower" in told
+    assert "step 0, the untrained starting model, with 3.0" in told
+    assert "none of the 2 later estimates is lower" in told
 
 
 def test_a_fall_that_may_be_chance_is_called_so(tmp_path):
     told = result_of_run(write_run(tmp_path / "run", losses=(3.0, 2.999, 3.001)))
-    assert "That is not surely below step 0: the difference of 0.00" in told
+    assert "That is not clearly below step 0: the difference of 0.00" in told
 
 
 def test_the_choice_of_the_run_is_what_is_told(tmp_path):
@@ -211,12 +211,12 @@ def test_the_choice_of_the_run_is_what_is_told(tmp_path):
     run = write_run(tmp_path / "run", status={"choice": choice}, lines=lines)
     assert result_of_run(run) == (
         "Best checkpoint by reward: step 4, mean reward 0.500 (0.250 to 0.750) on 40 prompts. "
-        "It cannot be told from steps 0 and 2."
+        "Not distinguishable from it: steps 0 and 2."
     )
     assert lead(render_report([run])) == result_of_run(run)
 
 
-@pytest.mark.parametrize(("state", "words"), [("diverged", "The run ended early: diverged at step 4."), ("running", "The run is not over.")])  # fmt: skip  # noqa: E501
+@pytest.mark.parametrize(("state", "words"), [("diverged", "The run ended early: diverged at step 4."), ("running", "The run has not ended.")])  # fmt: skip  # noqa: E501
 def test_a_run_that_did_not_finish_says_that_too(tmp_path, state, words):
     assert result_of_run(write_run(tmp_path / "run", status={"state": state})).endswith(words)
 
@@ -239,7 +239,7 @@ def test_of_several_runs_on_the_same_rows_the_lowest_loss_is_named(tmp_path):
 
 def test_runs_that_cannot_be_told_apart_are_called_so(tmp_path):
     runs = [write_run(tmp_path / name, losses=(4.0, loss)) for name, loss in (("one", 3.001), ("other", 3.0))]
-    assert "It cannot be told from one (0.00" in result_of_runs(runs)
+    assert "Not distinguishable from it: one (0.00" in result_of_runs(runs)
 
 
 def test_runs_on_different_data_are_not_ranked(tmp_path):

@@ -138,7 +138,9 @@ def test_a_real_run_shows_what_it_was_made_with(tiny_directory, tmp_path):
 
 
 def test_a_log_cut_in_mid_line_is_told_on_the_page(frozen_run):
-    assert "metrics.jsonl line 8 is damaged and left out: the file was cut there" in render_report([Run(frozen_run)])
+    assert "metrics.jsonl line 8 is damaged and was left out: the file is cut off there" in render_report(
+        [Run(frozen_run)]
+    )
 
 
 @pytest.mark.parametrize("file", ["metrics.jsonl", "status.json", "config.yaml", "answers/step-00000002.jsonl"])

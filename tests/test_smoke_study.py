@@ -66,7 +66,7 @@ def study(tmp_path_factory):
     before = done(out)
     finished = subprocess.run(command(out, "--jobs", "2"), capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
-    begun = {line.split(":")[0] for line in finished.stdout.splitlines() if line.endswith(("begins", "goes on"))}
+    begun = {line.split(":")[0] for line in finished.stdout.splitlines() if line.endswith(("starts", "continues"))}
     assert begun
     assert not begun & before
     return out

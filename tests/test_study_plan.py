@@ -187,7 +187,7 @@ WRONG = {
     "unknown run to show": ("experiments: {e: {also: {nobody: label}}}", "experiments.e.also", '"nobody"'),
     "unknown run to go on from": ("experiments: {e: {continues: e2}}", "continues", '"e2"'),
     "goes on from another command": (
-        "experiments: {e: {command: dpo, continues: f}, f: {}}", "f-s1 is a sft run", "this is dpo",
+        "experiments: {e: {command: dpo, continues: f}, f: {}}", "f-s1 is a run of sft", "this is a run of dpo",
     ),
     "the same name twice": (
         "experiments: {e: {runs: {a: }}, f: {set: {train.steps: 9}, runs: {a: }}}",
@@ -196,7 +196,7 @@ WRONG = {
     "names that do not tell a matrix apart": (
         "experiments: {e: {runs: {'x{train.seed}': {matrix: {lora.rank: [1, 2]}}}}}", '"x1234-s1"', "put the varied option",
     ),
-    "the same run twice": ("experiments: {e: {runs: {a: , b: }}}", '"b-s1" is the same run as "a-s1"', "also:"),
+    "the same run twice": ("experiments: {e: {runs: {a: , b: }}}", '"b-s1" is identical to "a-s1"', "also:"),
     "circle": (
         "experiments: {e: {runs: {a: {needs: [b]}, b: {set: {train.steps: 5}, needs: [a]}}}}", "circle", "a-s1 -> b-s1 -> a-s1",
     ),

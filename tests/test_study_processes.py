@@ -104,7 +104,7 @@ def test_killed_in_the_middle_and_started_again_only_the_missing_work_is_done(ti
     printed, complaints = third.communicate(timeout=HANGS)
     assert (third.returncode, complaints) == (0, "")
     assert "short-s1" not in printed
-    assert "long-s1: goes on" in printed
+    assert "long-s1: continues" in printed
     assert states(out) == {"short-s1": "finished", "long-s1": "finished"}
     assert {p: p.stat().st_mtime_ns for p in (out / "runs/short-s1").rglob("*")} == short
     named = {k.replace(".", "__"): v for k, v in LONG.items()}

@@ -92,10 +92,14 @@ def test_long_logs_are_thinned_but_never_lose_their_end_or_peak(tmp_path):
         (
             '{"event": "eval", "step": 1, "train_loss": 1.0}\n{"event": "eval", "st',
             1,
-            "line 2 is damaged and left out: the file was cut",
+            "line 2 is damaged and was left out: the file is cut off",
         ),
-        ('{"event": "eval", "step": 1}\nnonsense\n{"event": "eval", "step": 2}\n', 2, "line 2 is damaged and left out"),
-        ('[1]\n{"event": "eval", "step": 2}\n', 1, "line 1 is no object"),
+        (
+            '{"event": "eval", "step": 1}\nnonsense\n{"event": "eval", "step": 2}\n',
+            2,
+            "line 2 is damaged and was left out",
+        ),
+        ('[1]\n{"event": "eval", "step": 2}\n', 1, "line 1 is not an object"),
         ('{"step": 2}\n', 0, "line 1 has no event or no step"),
         ("", 0, None),
     ],
@@ -172,7 +176,7 @@ def test_different_data_in_one_figure_are_told(tmp_path):
     notes = comparable(runs)
     assert len(notes) == 2
     assert "data.name is sample: a, b; hh-static: c" in notes[0]
-    assert "the number of rows of an estimate is 8: a, b; 9: c" in notes[1]
+    assert "the number of rows per estimate is 8: a, b; 9: c" in notes[1]
 
 
 def test_runs_that_start_from_one_run_each_of_another_seed_are_comparable(tmp_path):
@@ -197,7 +201,7 @@ def test_batches_are_compared_on_the_same_rows(tmp_path):
     verdict = {c.id: f.verdict for c, f in judge_all(study)}["e7-batch"]
     assert verdict.verdict == "holds", verdict
     assert "batch 1 minus batch 4 = 4 x 1" in verdict.evidence
-    assert "the number of rows of an estimate is 8" in comparable(list(study.runs.values()))[0]
+    assert "the number of rows per estimate is 8" in comparable(list(study.runs.values()))[0]
 
 
 def test_predicted_memory_is_read_in_gb_and_as_the_runner_counts_it():
@@ -219,10 +223,10 @@ def test_answers_of_both_halves_are_one_training(tmp_path):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda p: p.pop("runs"), "is no plan of a study"),
+        (lambda p: p.pop("runs"), "is not a study's plan"),
         (lambda p: p["runs"].clear(), "names run 'e6-s1', which `runs` lacks"),
         (lambda p: p["experiments"]["e6"]["runs"][0].pop("label"), "KeyError: 'label'"),
-        (lambda p: p.update(experiments=[]), "is no plan of a study"),
+        (lambda p: p.update(experiments=[]), "is not a study's plan"),
     ],
 )
 def test_a_plan_that_is_none_is_told(tmp_path, change, told):
@@ -239,10 +243,10 @@ def test_a_plan_that_is_none_is_told(tmp_path, change, told):
 # ---- the verdicts on whole studies with known truths -----------------------------------------------------------------
 
 TRUTHS = {
-    "e1-overfits": "holds", "e1b-rates": "holds", "e2-falls": "holds", "e2-negative": "cannot be told", "e3-answers": "holds",
+    "e1-overfits": "holds", "e1b-rates": "holds", "e2-falls": "holds", "e2-negative": "undecided", "e3-answers": "holds",
     "e4-adam": "holds", "e4-slowest": "holds", "e4-memory": "holds", "e4-time": "holds", "e5-loss": "holds", "e5-reward": "holds",
-    "e5-less": "holds", "e5-rank": "holds", "e6-overfits": "holds", "e6-reward": "cannot be told", "e7-batch": "holds",
-    "e7-exact": "holds", "e8-fits": "cannot be told", "e8-improves": "holds",
+    "e5-less": "holds", "e5-rank": "holds", "e6-overfits": "holds", "e6-reward": "undecided", "e7-batch": "holds",
+    "e7-exact": "holds", "e8-fits": "undecided", "e8-improves": "holds",
 }  # fmt: skip
 NEED_SEEDS = {"e4-adam", "e4-slowest", "e4-time", "e5-loss", "e5-reward", "e7-batch"}
 
@@ -261,13 +265,13 @@ def test_one_seed_tells_nothing_of_methods(tmp_path):
     findings = judge_all(read_study(write_study(tmp_path / "s", seeds=1)))
     told = {c.id: f.verdict.verdict for c, f in findings}
     assert {i for i in told if told[i] != TRUTHS[i]} == NEED_SEEDS
-    assert {told[i] for i in NEED_SEEDS} == {"cannot be told"}
+    assert {told[i] for i in NEED_SEEDS} == {"undecided"}
 
 
 def test_what_was_not_run_cannot_be_told(tmp_path):
     findings = judge_all(read_study(write_study(tmp_path / "s", seeds=1, steps=10, only=("e6",))))
     assert [f.verdict.evidence for c, f in findings if c.id == "e8-fits"] == ["experiment E8 is not in this study"]
-    assert {f.verdict.verdict for c, f in findings if not c.id.startswith("e6")} == {"cannot be told"}
+    assert {f.verdict.verdict for c, f in findings if not c.id.startswith("e6")} == {"undecided"}
 
 
 def test_an_unfinished_training_is_not_judged(tmp_path):
@@ -280,7 +284,7 @@ def test_an_unfinished_training_is_not_judged(tmp_path):
     assert "stopped at step 80" in found.left_out[0]
 
 
-@pytest.mark.parametrize(("lift", "verdict"), [(0.5, "holds"), (0.0, "cannot be told")])
+@pytest.mark.parametrize(("lift", "verdict"), [(0.5, "holds"), (0.0, "undecided")])
 def test_overfitting_is_judged_on_the_batches_that_the_runs_kept(tmp_path, lift, verdict):
     root = write_study(tmp_path / "s", seeds=2, only=("e6",))
     for run in (root / "runs").iterdir():

@@ -292,12 +292,12 @@ def test_a_log_of_nothing_is_told(small, tmp_path):
     shutil.copytree(small, root)
     (root / "runs/e6-s1/metrics.jsonl").write_text("")
     text = as_text(render_study_report(read_study(root))[0])
-    assert "e6-s1: metrics.jsonl holds no line" in text
+    assert "e6-s1: metrics.jsonl is empty" in text
     assert "Figure 8: Loss of the helpful-only run: not drawn" in text
 
 
 def test_a_study_is_reported_alone(small, capsys):
-    with pytest.raises(UsageError, match="a page of its own"):
+    with pytest.raises(UsageError, match="has its own page"):
         write_report([str(small), str(small / "runs/e6-s1")])
     assert main(["report", str(small), str(small / "runs/e6-s1")]) == 2
     assert "Traceback" not in capsys.readouterr().err

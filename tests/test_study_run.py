@@ -165,7 +165,7 @@ def test_a_damaged_progress_file_loses_the_times_only(go, tmp_path):
 
 
 def test_two_studies_at_once_in_one_directory_are_refused(tmp_path):
-    told = f"another process .number {os.getpid()}. works on this study"
+    told = f"another process .number {os.getpid()}. is working on this study"
     with only_one(tmp_path), pytest.raises(UserError, match=told), only_one(tmp_path):
         pass
     with only_one(tmp_path):
@@ -186,7 +186,7 @@ def test_time_comes_from_finished_runs_alike_then_from_others_then_from_the_prob
     ledger.runs["a-s1"]["seconds"], ledger.runs["b-s1"]["seconds"] = 13.0, 53.0
     found = times(works, ledger)
     assert (found["a-s1"].value, found["a-s1"].source) == (13.0, "measured")
-    assert (found["f-s1"].value, found["f-s1"].source) == (23.0, "from finished runs of its kind")
+    assert (found["f-s1"].value, found["f-s1"].source) == (23.0, "from finished runs of the same kind")
     assert found["d-s1"].value == pytest.approx(3 + 10 * 60 / 150)
     for name in ("a-s1", "b-s1"):
         ledger.runs[name] |= {"state": "waiting", "seconds": 0.0}
@@ -221,7 +221,7 @@ def test_two_processes_never_do_one_run(tmp_path, monkeypatch):
     first = launch(job)
     os.kill(first.pid, signal.SIGSTOP)
     try:
-        with pytest.raises(UserError, match=r"an earlier process of this run still writes .*r\.log"):
+        with pytest.raises(UserError, match=r"an earlier process of this run is still writing .*r\.log"):
             launch(job)
     finally:
         os.kill(first.pid, signal.SIGCONT)

@@ -52,7 +52,7 @@ def _check(node: yaml.Node, name: str, above: list[yaml.Node]) -> None:
             seen: dict[str, int] = {}
             for key, line in given:
                 if key in seen:
-                    raise UsageError(f'{name}: "{key}" stands in line {seen[key]} and again in line {line}; keep one')
+                    raise UsageError(f'{name}: "{key}" appears in line {seen[key]} and again in line {line}; keep one')
                 seen[key] = line
         for _, value in node.value:
             _check(value, name, [*above, node])

@@ -112,7 +112,7 @@ def _load(path: Path) -> dict[str, Any]:
             content = read_yaml(text, str(path))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text ({error.reason})"
-        raise UsageError(f"study {path}: {reason}; give a YAML file as docs/study.md shows") from None
+        raise UsageError(f"study {path}: {reason}; give a YAML file like those in docs/study.md") from None
     except yaml.YAMLError as error:
         raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     return _mapping(content, f"{path}: a study")
@@ -140,7 +140,7 @@ def _study(content: dict[str, Any], file: str, stem: str, scale: str | None) -> 
         raise UsageError(f"{file}: batching: {batching!r}, expected {', '.join(BATCHINGS)}")
     seeds = content.get("seeds", [1234])
     if not isinstance(seeds, list) or not seeds or not all(type(s) is int and s >= 0 for s in seeds):
-        raise UsageError(f"{file}: seeds: {seeds!r}, expected a list of whole numbers, as [1234, 5678]")
+        raise UsageError(f"{file}: seeds: {seeds!r}, expected a list of whole numbers, such as [1234, 5678]")
     if len(set(seeds)) < len(seeds):
         raise UsageError(f"{file}: seeds: {seeds!r} names a seed twice")
     base = {}
@@ -153,7 +153,7 @@ def _study(content: dict[str, Any], file: str, stem: str, scale: str | None) -> 
     wanted = _mapping(content.get("experiments", {}), f"{file}: experiments")
     experiments = [_experiment(str(id), body or {}, f"{file}: experiments.{id}") for id, body in wanted.items()]
     if not helpers and not any(e.entries for e in experiments):
-        raise UsageError(f"{file}: no runs; give `experiments:` with at least one, as docs/study.md shows")
+        raise UsageError(f"{file}: no runs; give `experiments:` with at least one, as in docs/study.md")
     return StudyFile(
         name, scale, str(content.get("title", name)), file, batching, tuple(seeds), base, helpers, experiments,
         _names(content.get("figures", []), f"{file}: figures"), _names(content.get("tables", []), f"{file}: tables"),
@@ -168,7 +168,7 @@ def _experiment(id: str, body: Any, where: str) -> Experiment:
         raise UsageError(f'{where}: {id!r} is used in names; use a-z, 0-9, ".", "_" and "-"')
     search = body.get("lr_search", [])
     if not isinstance(search, list) or not all(isinstance(rate, int | float) and rate > 0 for rate in search):
-        raise UsageError(f"{where}.lr_search: {search!r}, expected a list of learning rates, as [1e-4, 1e-3]")
+        raise UsageError(f"{where}.lr_search: {search!r}, expected a list of learning rates, such as [1e-4, 1e-3]")
     shared = {key: body[key] for key in ENTRY if key in body}
     entries: list[Entry | tuple[str, str]] = []
     for key in body:
@@ -227,7 +227,7 @@ def flatten(settings: Any, command: str, where: str) -> dict[str, Any]:
             flat[str(key)] = value
     for name, value in flat.items():
         if name in NOT_YOURS:
-            raise UsageError(f"{where}: {name} is set by the study itself; take it out")
+            raise UsageError(f"{where}: {name} is set by the study itself; remove it")
         if name not in types:
             raise UsageError(f'{where}: {command} has no option "{name}"{nearest(name, list(types))}')
         if isinstance(value, dict):

@@ -66,7 +66,7 @@ def launch(job: Job) -> subprocess.Popen[bytes]:
         end = time.monotonic() + PATIENCE
         while not _locked(log.fileno()):
             if time.monotonic() > end:
-                raise UserError(f"{job.name}: an earlier process of this run still writes {job.log}; end it first")
+                raise UserError(f"{job.name}: an earlier process of this run is still writing {job.log}; end it first")
             time.sleep(0.1)
         return subprocess.Popen(
             [sys.executable, "-m", "tunesmith", *job.argv],

@@ -133,16 +133,14 @@ def loss_curve(run: Run) -> Plate:
         axes.set_ylabel(f"loss, {loss_unit(run.config, 'sft' if by_token else 'dpo')}")
         thousands(axes)
         legend_above(axes, 4)
-        caption = (
-            f"Estimates are means over always the same rows, every {'token' if by_token else 'pair'} weighing the same."
-        )
+        caption = f"Estimates are means over the same rows each time; every {'token' if by_token else 'pair'} has the same weight."
         return to_plate(figure, f"{run.path.name}-loss", "Loss", caption, favoured([run]))
 
 
 def favoured(runs: Iterable[Run]) -> list[str]:
     """What to say of runs of earlier versions beside their training loss."""
     names = ", ".join(run.path.name for run in runs if run.draws < DRAWS)
-    why = "begun by an earlier version: the training loss is that of the rows that were trained on first, so it is too low"
+    why = "started by an earlier version, which estimated the training loss on the rows that it trained on first, so it is too low"
     return [f"{names}: {why}"] if names else []
 
 

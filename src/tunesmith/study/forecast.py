@@ -131,7 +131,7 @@ def times(
             found[name] = Seconds(ledger.runs[name]["seconds"], "measured")
         elif work and (used := alike or measured):
             rate = sum(w.operations for w, _ in used.values()) / sum(s for _, s in used.values())
-            source = "from finished runs of its kind" if alike else "scaled from finished runs of other kinds"
+            source = "from finished runs of the same kind" if alike else "scaled from finished runs of other kinds"
             found[name] = Seconds(START + work.operations / rate, source)
         elif work and rates and name in rates:
             found[name] = Seconds(START + work.operations / rates[name], "from a probe of this machine")

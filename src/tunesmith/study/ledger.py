@@ -185,7 +185,7 @@ def only_one(out: Path) -> Iterator[None]:
             file.seek(0)
             owner = file.read().strip() or "of another user"
             raise UserError(
-                f"{out}: another process ({owner}) works on this study; wait for it, or give another --out"
+                f"{out}: another process ({owner}) is working on this study; wait for it, or name another --out"
             ) from None
         file.truncate(0)
         file.write(f"number {os.getpid()}")

@@ -122,7 +122,7 @@ def comparable(runs: Sequence[RunRecord], what: str = "losses") -> list[str]:
             for value in dict.fromkeys(values)
         )
         of = "loss" if key.startswith("dpo.") else "data or model"
-        notes.append(f"Not the same {of} in all runs, so their {what} are not comparable: {key} is {told}")
+        notes.append(f"The runs differ in {of}, so their {what} are not comparable: {key} is {told}")
     return notes
 
 
@@ -145,7 +145,7 @@ def measured_on(config: Json, command: str | None, start: str) -> dict[str, Any]
     data, e, t = (config.get(k) or {} for k in ("data", "eval", "train"))
     rows = e["iters"] * t.get("batch_size", 1) if isinstance(e.get("iters"), int) else None
     return {f"data.{k}": v for k, v in data.items() if k not in NO_CONTENT} | {
-        "model.name": start, "the number of rows of an estimate": rows,
+        "model.name": start, "the number of rows per estimate": rows,
         **({"the training": command} if command in PAIRWISE else {}),
         **{f"dpo.{k}": v for k, v in (config.get("dpo") or {}).items() if k in OF_DPO_LOSS},
     }  # fmt: skip
@@ -161,8 +161,8 @@ def rows_in_words(runs: Sequence[RunRecord]) -> str:
     """On which validation rows the estimates of these runs were made, for the caption."""
     seeds = {str(rows_seed(run.config)) for run in runs if run.config}
     if len(seeds) > 1:
-        return "Estimates on the same rows at every step; other validation rows for each seed."
-    shared = "" if differing(runs) else ", the validation rows the same in all runs"
+        return "Estimates on the same rows at every step; different validation rows for each seed."
+    shared = "" if differing(runs) else ", with the same validation rows in all runs"
     return f"Estimates on the same rows at every step{shared}."
 
 
@@ -187,6 +187,6 @@ def seeds_in_words(lines: Sequence[Line]) -> str:
     """How many seeds stand behind a line, for the caption."""
     counts = [n for line in lines if (n := len(line.seeds.keys() - line.partial))]
     n = max(counts, default=0)
-    few = "" if len(set(counts)) < 2 else f" (of {min(counts)} where runs are missing)"
-    bands = {2: " Band: the two seeds."}.get(n, " Band: 95 % interval over seeds; where two are left, those two.")
+    few = "" if len(set(counts)) < 2 else f" ({min(counts)} where runs are missing)"
+    bands = {2: " Band: the two seeds."}.get(n, " Band: 95 % interval over seeds; where only two are left, those two.")
     return f"Mean of {n} seeds{few}.{bands}" if n > 1 else "One seed."

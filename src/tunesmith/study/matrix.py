@@ -86,8 +86,8 @@ class _Maker:
     def add(self, run: PlannedRun, bare: str) -> None:
         if run.name in self.runs:
             raise UsageError(
-                f'{run.where}: a run called "{run.name}" is also made by {self.runs[run.name].where}; '
-                "name one differently, or put the varied option into the name, as in e5-r{lora.rank}"
+                f'{run.where}: a run called "{run.name}" is also defined by {self.runs[run.name].where}; '
+                "rename one, or put the varied option into the name, as in e5-r{lora.rank}"
             )
         self.runs[run.name] = run
         self.bare.setdefault(bare, []).append(run.name)
@@ -257,7 +257,7 @@ def _linked(maker: _Maker, run: PlannedRun) -> PlannedRun:
         exact(name, "needs")
     if continues and maker.runs[continues].command != run.command:
         raise UsageError(
-            f"{run.where}.continues: {continues} is a {maker.runs[continues].command} run, this is {run.command}"
+            f"{run.where}.continues: {continues} is a run of {maker.runs[continues].command}, but this is a run of {run.command}"
         )
     changed = {k: settings[k] for k in run.changed}
     return dataclasses.replace(run, settings=settings, changed=changed, needs=tuple(needs), continues=continues)
@@ -270,7 +270,7 @@ def _in_order(runs: Mapping[str, PlannedRun]) -> dict[str, PlannedRun]:
     def visit(name: str, path: tuple[str, ...]) -> None:
         if name in path:
             circle = " -> ".join([*path[path.index(name) :], name])
-            raise UsageError(f"{runs[name].where}: runs need each other in a circle: {circle}")
+            raise UsageError(f"{runs[name].where}: runs depend on each other in a circle: {circle}")
         if name not in ordered:
             for need in runs[name].needs:
                 visit(need, (*path, name))
@@ -299,7 +299,7 @@ def _hashed(runs: Mapping[str, PlannedRun]) -> dict[str, PlannedRun]:
         mark = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
         if mark in same:
             raise UsageError(
-                f'{run.where}: "{name}" is the same run as "{same[mark]}" in every setting; show one run in two experiments with `also:`'
+                f'{run.where}: "{name}" is identical to "{same[mark]}" in every setting; use `also:` to show one run in two experiments'
             )
         same[mark] = name
         done[name] = dataclasses.replace(run, hash=mark)

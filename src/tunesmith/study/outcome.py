@@ -41,11 +41,11 @@ def accuracy_text(run: Run, accuracy: float) -> str:
 def result_of_run(run: Run) -> str:
     """Which checkpoint is best, by what, with its interval, and which cannot be told from it."""
     estimates, status = read_estimates(run), run.status
-    ended = {"finished": "", "running": " The run is not over."}.get(
+    ended = {"finished": "", "running": " The run has not ended."}.get(
         status["state"], f" The run ended early: {status['state']} at step {status['step']:,}."
     )
     if not estimates:
-        return f"No estimate of the validation loss was finite, so no checkpoint can be called the best.{ended}"
+        return f"No estimate of the validation loss was finite, so there is no best checkpoint.{ended}"
     choice = status.get("choice")
     if not isinstance(choice, dict) or not is_number(choice.get("best_step")):
         found = choose(estimates, {})
@@ -53,7 +53,7 @@ def result_of_run(run: Run) -> str:
     best, by = choice["best_step"], choice.get("by", "validation_loss")
     others = [s for s in choice.get("not_distinguishable") or () if s != best]
     alike = (
-        f" It cannot be told from step{'s' * (len(others) > 1)} {_listed([f'{s:,}' for s in others])}."
+        f" Not distinguishable from it: step{'s' * (len(others) > 1)} {_listed([f'{s:,}' for s in others])}."
         if others
         else ""
     )
@@ -79,19 +79,17 @@ def _by_loss(run: Run, best: int, estimates: Sequence[Estimate]) -> str:
     value = f"{loss_text(one)} {loss_unit(run.config, kind_of(run))}{_accuracy(run, one.step)}"
     if one.step == first.step:
         where = (
-            "step 0, the model that it began with" if first.step == 0 else f"step {first.step:,}, the first estimated"
+            "step 0, the untrained starting model" if first.step == 0 else f"step {first.step:,}, the first estimate"
         )
-        return (
-            f"Best checkpoint by validation loss: {where}, with {value}; no later one of {len(estimates) - 1} is lower."
-        )
+        return f"Best checkpoint by validation loss: {where}, with {value}; none of the {len(estimates) - 1} later estimates is lower."
     told = f"Best checkpoint by validation loss: step {one.step:,} of {last:,}, {value}"
     fall = loss_difference(first.parts, one.parts) if comparable(first, one) else None
     if fall is None:
         gap = first.validation_loss - one.validation_loss
-        return f"{told}; {gap:.3f} below step {first.step:,} (no interval: the losses of single batches were not kept)."
+        return f"{told}; {gap:.3f} below step {first.step:,} (no interval: losses per batch were not kept)."
     if apart(fall):
         return f"{told}; {_interval(fall)} below step {first.step:,}."
-    return f"{told}. That is not surely below step {first.step:,}: the difference of {_interval(fall)} may be chance."
+    return f"{told}. That is not clearly below step {first.step:,}: the difference of {_interval(fall)} may be chance."
 
 
 def loss_text(estimate: Estimate) -> str:
@@ -123,7 +121,7 @@ def result_of_runs(runs: Sequence[Run]) -> str:
     told = [*_best_rewards(runs), *_lowest_losses(runs)]
     return " ".join(told) or (
         "No two of these runs can be compared: they differ in method, data or the rows of an estimate. "
-        "Each run's own result stands at its head."
+        "Each run's own result is at the head of its section."
     )
 
 
@@ -207,7 +205,7 @@ def _ranked(what: str, against: Sequence[Against], side: str) -> str:
     unknown = [name for name, d in against if d is None]
     text = f"{what}{': ' if surely else ''}{_listed(surely) if surely else ''}."
     if alike:
-        text += f" It cannot be told from {_listed(alike)}."
+        text += f" Not distinguishable from it: {_listed(alike)}."
     if unknown:
-        text += f" {_listed(unknown)} did not keep the losses of the same batches, so there is no interval for the difference."
+        text += f" {_listed(unknown)} kept no losses of the same batches, so the difference has no interval."
     return text

@@ -125,7 +125,7 @@ def _by_label(e: Experiment) -> Table:
         rows.append((*cells, of_seeds(list(memory[label].values()), 2), of_seeds(minutes, 2)))
     accuracies = [("accuracy, % of the pairs", False)] if units.keys() - {TOKEN} else []
     head = (("", False), *((f"validation loss, {unit}", True) for unit in units), *accuracies, ("memory, GB", True), ("time, min", True))  # fmt: skip  # noqa: E501
-    caption = "Of the finished runs: loss at the last step that all seeds of a label have, peak memory, time of the training steps."
+    caption = "Finished runs only: loss at the last step that all seeds of a label share, peak memory, time spent in training steps."
     return Table(f"table-{e.id}", e.id, e.title, head, tuple(rows), caption, tuple(left))
 
 
@@ -154,9 +154,9 @@ def _differences(e: Experiment, labels: Sequence[str], unit: str, suffix: str) -
         ("the first is", False),
     )
     caption = (
-        "Last validation loss of the first less that of the second, seed by seed, with Student's 95 % interval over the seeds; "
-        "then with the bootstrap interval over the validation batches that both kept. Each interval is a 95 % one by itself."
-        + ("" if several else f" Of {len(last)} labels, each is held against the one with the lowest loss.")
+        "Last validation loss of the first minus that of the second, seed by seed, with Student's 95 % interval over the seeds; "
+        "then with the bootstrap interval over the validation batches that both kept. Each interval alone covers 95 %."
+        + ("" if several else f" Of {len(last)} labels, each is compared with the one with the lowest loss.")
     )
     notes = tuple(comparable(members_of(e, labels)))
     title = f"{e.title}: differences between the labels"
@@ -178,7 +178,7 @@ def conclusion(e: Experiment) -> str:
     told = [_by_loss(e, labels, unit) for unit, labels in units.items()]
     if len(units) > 1:
         told = [f"Losses in {unit}: {text[:1].lower()}{text[1:]}" for unit, text in zip(units, told, strict=True)]
-    return " ".join(filter(None, (*told, _by_reward(e)))) or "No run of it has begun."
+    return " ".join(filter(None, (*told, _by_reward(e)))) or "None of its runs has started."
 
 
 def _by_reward(e: Experiment) -> str:
@@ -192,7 +192,7 @@ def _by_reward(e: Experiment) -> str:
             scorers |= {str(r.get("scorer")) for run in runs for r in run.lines["reward"]}
     if len(found) < 2 or len(scorers) > 1:
         return ""
-    return f"{ranked_by_reward(scorers.pop(), found)} Intervals of rewards are over the prompts."
+    return f"{ranked_by_reward(scorers.pop(), found)} Reward intervals are over the prompts."
 
 
 def _by_loss(e: Experiment, labels: Sequence[str], unit: str) -> str:
@@ -207,7 +207,7 @@ def _by_loss(e: Experiment, labels: Sequence[str], unit: str) -> str:
         return f"The last validation loss of {best} is {value}; there is no other label to compare it with.{left}"
     if keys := differing(members_of(e, list(last))):
         return (
-            f"The labels' losses cannot be compared, for they differ in {', '.join(keys)}.{_accuracies(e, last)}{left}"
+            f"The labels' losses cannot be compared, as they differ in {', '.join(keys)}.{_accuracies(e, last)}{left}"
         )
     level = 1 - 0.05 / (len(last) - 1)  # the lowest was picked after looking at all of them (Bonferroni)
     found = differences_of(e, [(x, best) for x in last if x != best], level)
@@ -215,9 +215,12 @@ def _by_loss(e: Experiment, labels: Sequence[str], unit: str) -> str:
     more = "; ".join(f"{words(d.decisive)} less than {d.one}" for d in apart)
     told = " and ".join(f"{d.one} ({words(d.decisive)} higher)" for d in alike)
     if not apart:
-        text = f"No difference between the labels can be told from chance: {best} is lowest with {value}, but not surely below {told}."
+        text = (
+            f"No difference between the labels is distinguishable from chance: {best} is lowest with {value}, "
+            f"but not clearly below {told}."
+        )
     elif alike:
-        text = f"{best} has the lowest validation loss, {value}: {more}. It cannot be told from {told}."
+        text = f"{best} has the lowest validation loss, {value}: {more}. Not distinguishable from it: {told}."
     else:
         text = f"{best} has the lowest validation loss, {value}: {more}."
     return f"{text}{_what_it_rests_on(found)}{left}"
@@ -238,9 +241,11 @@ def _accuracies(e: Experiment, labels: Iterable[str]) -> str:
 def _what_it_rests_on(found: Sequence[Difference]) -> str:
     """Seeds, batches, and how many comparisons the intervals are made for."""
     seeds = min((d.by_seed.n for d in found), default=0)
-    together = " that hold together" if len(found) > 1 else ""
+    together = " jointly" if len(found) > 1 else ""
     if seeds > 1:
         return f" Intervals: 95 %{together}, paired over {seeds} seeds."
     if any(d.by_batch for d in found):
-        return f" Intervals: 95 %{together}, over the validation batches of one seed; other seeds may turn it round."
-    return " One seed and no losses by batch: nothing says how much another seed would change."
+        return (
+            f" Intervals: 95 %{together}, over the validation batches of one seed; other seeds may reverse the order."
+        )
+    return " With one seed and no losses per batch, the effect of another seed is unknown."

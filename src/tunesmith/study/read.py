@@ -254,7 +254,7 @@ def _plan(path: Path) -> Json:
                         f"{path}: experiment {key} names run {member['run']!r}, which `runs` lacks; {again}"
                     )
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no plan of a study ({type(error).__name__}: {error}); {again}") from None
+        raise UserError(f"{path} is not a study's plan ({type(error).__name__}: {error}); {again}") from None
     return plan
 
 
@@ -288,7 +288,7 @@ def _read_run(root: Path, name: str, entry: Json, progress: Json) -> RunRecord:
     lines, peak, minutes, more = read_metrics(where / "metrics.jsonl", name)
     damage += more
     if status and not any(lines.values()):
-        damage.append("metrics.jsonl holds no line")
+        damage.append("metrics.jsonl is empty")
     answers, more = read_answers(where / "answers")
     state, reason = _state(where, status, progress)
     return RunRecord(
@@ -345,13 +345,13 @@ def _records(path: Path, damage: list[str]) -> Iterator[tuple[int, Json]]:
             try:
                 record = parse_json(line)
             except ValueError:
-                cut = "" if line.endswith("\n") else ": the file was cut there"
-                damage.append(f"{path.name} line {number} is damaged and left out{cut}")
+                cut = "" if line.endswith("\n") else ": the file is cut off there"
+                damage.append(f"{path.name} line {number} is damaged and was left out{cut}")
                 continue
             if isinstance(record, dict):
                 yield number, record
             else:
-                damage.append(f"{path.name} line {number} is no object and left out")
+                damage.append(f"{path.name} line {number} is not an object and was left out")
 
 
 def read_answers(folder: Path) -> tuple[dict[int, list[Json]], list[str]]:

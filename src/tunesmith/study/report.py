@@ -37,7 +37,7 @@ def write_report(directories: Sequence[str], out: str | None = None) -> Path:
     """
     studies = [d for d in directories if is_study(d)]
     if studies and len(directories) > 1:
-        raise UsageError(f"{studies[0]} is a study and has a page of its own; report it alone, or name its runs/...")
+        raise UsageError(f"{studies[0]} is a study and has its own page; report it alone, or name its runs/...")
     if studies:
         study = read_study(studies[0])
         text, plates, tables = render_study_report(study)

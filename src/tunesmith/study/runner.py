@@ -90,7 +90,7 @@ def copy_to_continue(source: Path, directory: Path) -> None:
     for part in parts:
         if (source / part).is_dir():
             shutil.copytree(source / part, aside / part, copy_function=_link, ignore=shutil.ignore_patterns(".*"))
-    status = {**Run(source).status, "state": "stopped", "reason": f"copy of {source.name}, to go on from"}
+    status = {**Run(source).status, "state": "stopped", "reason": f"copy of {source.name}, to continue from"}
     write_atomically(aside / "status.json", json.dumps(status, indent=2) + "\n")
     aside.rename(directory)
 
@@ -113,7 +113,7 @@ def outcome(out: Path, ended: Ended, began_at: int, stopping: bool) -> tuple[str
     if ended.code == 0 and state == "stopped":
         return state, f"at step {status['step']:,}, saved"
     if stopping and ended.code in (-signal.SIGTERM, -signal.SIGINT, -signal.SIGKILL, 128 + signal.SIGTERM):
-        return "stopped", "before its first checkpoint" if not status else "at once; goes on from its last checkpoint"
+        return "stopped", "before its first checkpoint" if not status else "at once; continues from its last checkpoint"
     log = out / "logs" / f"{ended.name}.log"
     if ended.trouble:
         return "failed", ended.trouble
@@ -160,7 +160,7 @@ def conduct(
                 for ended in executor.ended():
                     if ended.again and not signalled:
                         ledger.ended(ended.name, "waiting", ended.trouble)
-                        view.say(f"{ended.name}: {ended.trouble}; it will go on elsewhere")
+                        view.say(f"{ended.name}: {ended.trouble}; it will continue elsewhere")
                         continue
                     ledger.ended(ended.name, *outcome(out, ended, sizes.get(ended.name, 0), bool(signalled)))
                     view.ended(ended.name)
@@ -173,7 +173,7 @@ def conduct(
             executor.close()
             for name in wanted:
                 if ledger.state(name) == "running":  # an error in this process
-                    ledger.ended(name, "stopped", "the study was cut off; goes on from its last checkpoint")
+                    ledger.ended(name, "stopped", "the study was interrupted; continues from its last checkpoint")
             ledger.blocked()
             ledger.save()
     return bool(signalled)

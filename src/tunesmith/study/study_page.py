@@ -21,27 +21,27 @@ from tunesmith.study.verdicts import FAILS, HOLDS, OPEN
 
 BADGES = {HOLDS: ("holds", "✓"), FAILS: ("fails", "✗"), OPEN: ("open", "?")}
 WHAT = {
-    "e1": "All weights trained on dialogues, then on from the checkpoint.",
-    "e1b": "Rates at which the paper's training did not converge.",
-    "e2": "The checkpoints' answers scored by a reward model; step 0 is the untouched base.",
-    "e4": "The same batches in the same order to five optimizers.",
-    "e5": "Low-rank adapters of four sizes beside training all weights.",
+    "e1": "All weights trained on dialogues, then continued from the checkpoint.",
+    "e1b": "Learning rates at which the paper's training did not converge.",
+    "e2": "The checkpoints' answers scored by a reward model; step 0 is the untrained base.",
+    "e4": "Five optimizers on the same batches in the same order.",
+    "e5": "Low-rank adapters of four sizes compared with training all weights.",
     "e6": "Helpful dialogues only.",
     "e7": "Does a larger batch help, and is accumulating it the same as having it?",
     "e8": "Direct preference optimisation, which the paper could not run.",
 }
 SHOWN = 6  # prompts whose answers stand open
 METHOD = """
-<p>A figure over seeds is a mean with Student's 95 % interval; one over prompts is a paired bootstrap over the same prompts; a
-share of pairs has Wilson's interval. A claim <em>holds</em> or <em>does not hold</em> only where such an interval lies wholly on
-one side; otherwise it <em>cannot be told</em>. What is said of a method (an optimizer, a rank, a batch size) needs two seeds at
-least: one training is one draw. Two curves are alike if the whole interval of their difference lies within 5 % of what the
-loss falls in all. A curve turns only where it rises by 3.5 standard errors of its own noise. The best
+<p>A figure over seeds is a mean with Student's 95 % interval; one over prompts comes from a paired bootstrap over the same
+prompts; a share of pairs has Wilson's interval. A claim <em>holds</em> or <em>does not hold</em> only if such an interval lies
+entirely on one side; otherwise it is <em>undecided</em>. Claims about a method (an optimizer, a rank, a batch size) need at least
+two seeds: a single training run is a single draw. Two curves are alike if the whole interval of their difference lies within
+5 % of the total fall in loss. A curve counts as turning only if it rises by 3.5 standard errors of its own noise. The best
 checkpoint is picked on one half of the prompts and judged on the other.</p>
-<p>Memory is in GB of 10<sup>9</sup> bytes: allocated tensors on a GPU (read to 0.5 %), the whole process on a CPU (2 %); time is
-that of the training steps. Loss is in nats per target token, that of DPO and of reward models in nats a pair. An interval of what
-cannot be negative ends at 0. The paper trained gpt2-medium on a P100 of 16 GB; compare its
-numbers with those of the same scale only.</p>"""
+<p>Memory is in GB of 10<sup>9</sup> bytes: allocated tensors on a GPU (accurate to 0.5 %), the whole process on a CPU (2 %);
+time is that of the training steps. Loss is in nats per target token, or in nats per pair for DPO and reward models. The interval
+of a quantity that cannot be negative ends at 0. The paper trained gpt2-medium on a P100 of 16 GB; compare its
+numbers only with those of the same scale.</p>"""
 
 
 def render_study(
@@ -55,7 +55,7 @@ def render_study(
     sections: list[tuple[str, str, str]] = []
     sections.append(("summary", "Summary", _summary(study, findings, links)))
     for key in [*study.experiments, *(k for k in figures if k not in study.experiments)]:
-        title = study.experiments[key].title if key in study.experiments else "Reward over the training"
+        title = study.experiments[key].title if key in study.experiments else "Reward during training"
         heading = f"{named(key)} · {title}" if key in PAPER_EXPERIMENTS and title.lower() != key else title
         result = "" if key in PAPER_EXPERIMENTS or key not in study.experiments else conclusion(study.experiments[key])
         sections.append((key, heading, _experiment(key, result, figures.get(key, []), tables.get(key, []), links)))
@@ -96,19 +96,19 @@ def _summary(study: Study, findings: Sequence[tuple[Claim, Finding]], links: Lin
     of_paper = [(c, f) for c, f in findings if study.experiment(c.experiment).members]
     own = _own_results(study)
     if not of_paper:
-        none = "This study has none of the paper's experiments, so there is no claim of the paper to judge."
+        none = "This study has none of the paper's experiments, so there are no claims of the paper to judge."
         return f'{own}<p class="dim">{none}</p>{notes(trouble)}'
     counts = {kind: sum(f.verdict.verdict == kind for _, f in of_paper) for kind in BADGES}
     lead = (
         f"Of {len(of_paper)} claims, {counts[HOLDS]} {_verb(counts[HOLDS], 'holds', 'hold')}, "
-        f"{counts[FAILS]} {_verb(counts[FAILS], 'does', 'do')} not hold, and {counts[OPEN]} cannot be told from these runs."
+        f"{counts[FAILS]} {_verb(counts[FAILS], 'does', 'do')} not hold, and {counts[OPEN]} cannot be decided from these runs."
     )
     tiles = "".join(
         f"<div><b>{counts[kind]}</b>{_verb(counts[kind], *words)}</div>"
         for kind, words in {
             HOLDS: ("holds", "hold"),
             FAILS: ("does not hold", "do not hold"),
-            OPEN: ("cannot be told",) * 2,
+            OPEN: ("undecided",) * 2,
         }.items()
     )
     items = "".join(_claim(claim, finding, links) for claim, finding in of_paper)
@@ -157,7 +157,7 @@ def _experiment(key: str, result: str, drawn: Sequence[Drawn], tables: Sequence[
         else:
             parts.append(figure(item, numbered(item.name)))
     parts += [table(t, links, numbered(t.name)) for t in tables]
-    return "".join(parts) or notes(["Nothing of this experiment has been logged yet."])
+    return "".join(parts) or notes(["Nothing has been logged for this experiment yet."])
 
 
 def named(key: str) -> str:
@@ -214,7 +214,7 @@ def _answers(study: Study) -> str:
         f'{esc(name)}: <a href="#{anchor(run.name)}">{esc(run.name)}</a>, step {step:,}' for name, run, step in columns
     )
     return (
-        f'<p class="dim">The same prompts to each, one answer: {who}.</p>'
+        f'<p class="dim">The same prompts, one answer from each: {who}.</p>'
         + "".join(blocks[:SHOWN])
         + (details(f"{len(rest)} more prompts", "".join(rest), "more") if rest else "")
     )

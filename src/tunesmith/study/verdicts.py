@@ -13,7 +13,7 @@ from statistics import fmean
 
 from tunesmith.stats import Interval, paired_difference, share_interval, t_interval
 
-HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told"
+HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 SEEDS = 2  # below, nothing is known of how much another seed would change
 FEWEST = 8  # validations, below which a curve's own noise cannot be seen
 WINDOW = 3  # validations whose mean stands for the end of a curve, or for its lowest place
@@ -68,7 +68,7 @@ def all_greater(
         return Verdict(FAILS, told)
     if all(x.low > 0 for x in found.values()):
         return Verdict(HOLDS, told)
-    return Verdict(OPEN, told + "; not all of one sign beyond doubt")
+    return Verdict(OPEN, told + "; not all differences are clearly of one sign")
 
 
 def alike(
@@ -91,7 +91,7 @@ def alike(
         return Verdict(FAILS, told)
     if all(-margin <= x.low and x.high <= margin for x in found.values()):
         return Verdict(HOLDS, told)
-    return Verdict(OPEN, told + "; an interval crosses that border")
+    return Verdict(OPEN, told + "; an interval crosses that limit")
 
 
 def _seeds(found: Collection[Interval]) -> str:
@@ -101,7 +101,7 @@ def _seeds(found: Collection[Interval]) -> str:
 
 def _too_few(found: Collection[Interval]) -> str:
     missing = any(math.isnan(x.low) for x in found)
-    return f"; one seed tells nothing of the next, the claim needs {SEEDS}" if missing else ""
+    return f"; one seed says nothing about the next, and the claim needs {SEEDS}" if missing else ""
 
 
 # ---- curves ----------------------------------------------------------------------------------------------------------
@@ -155,11 +155,11 @@ def overfits(
         before = fmean(validation[-2 * WINDOW : -WINDOW]) - fmean(validation[-WINDOW:])
         if before > margin:
             return Verdict(FAILS, f"still falling at the end, by {before:.3f} over the last {WINDOW} validations")
-        return Verdict(OPEN, f"{told}: flat at the end, the training is too short to tell")
+        return Verdict(OPEN, f"{told}: flat at the end, training was too short to tell")
     if end.low <= 0:
-        return Verdict(OPEN, f"{told}: no rise that could not be chance")
+        return Verdict(OPEN, f"{told}: the rise may be chance")
     if fmean(train[-WINDOW:]) >= train[low]:
-        return Verdict(FAILS, f"{told}, but the training loss rose as well: unstable, not overfitting")
+        return Verdict(FAILS, f"{told}, but the training loss rose too: unstable, not overfitting")
     close = [i for i in range(n) if i == low or apart(i).low <= 0]
     return _placed(between, close[0] / (n - 1), close[-1] / (n - 1), told)
 
@@ -170,7 +170,7 @@ def _placed(between: Place | None, first: float, last: float, told: str) -> Verd
         return Verdict(HOLDS, told)
     span = f"{first:.0%} to {last:.0%}" if last > first else f"{first:.0%}"
     said = f"{max(0.0, between[0]):.0%} to {between[1]:.0%}"
-    return Verdict(FAILS, f"{told}; it turns at {span} of the training, not within {said}")
+    return Verdict(FAILS, f"{told}; the turn is at {span} of training, not within {said}")
 
 
 def falls_after_best(rewards: Mapping[int, Sequence[float]], *, between: Place | None = None) -> Verdict:
@@ -182,7 +182,9 @@ def falls_after_best(rewards: Mapping[int, Sequence[float]], *, between: Place |
     steps = sorted(rewards)
     n = min((len(r) for r in rewards.values()), default=0)
     if len(steps) < 3 or n < 4:
-        return Verdict(OPEN, f"{len(steps)} checkpoints with {n} prompts each; 3 with 4 are needed")
+        return Verdict(
+            OPEN, f"{len(steps)} checkpoints with {n} prompts each; at least 3 checkpoints with 4 prompts are needed"
+        )
     last, falls, best = steps[-1], [], []
     for half in (0, 1):
         chosen = max(steps, key=lambda s: fmean(rewards[s][half:n:2]))
@@ -257,20 +259,20 @@ def alike_paired(a: Sequence[float], b: Sequence[float], name: str) -> Verdict:
     mean = fmean(b)
     margin = math.sqrt(fmean((x - mean) ** 2 for x in b)) / 2
     interval = paired_difference(a, b)
-    told = f"{name} {words(interval)} ({len(a)} prompts, paired); as good means within ±{margin:.3f}"
+    told = f"{name} {words(interval)} ({len(a)} prompts, paired); equally good means within ±{margin:.3f}"
     if -margin <= interval.low and interval.high <= margin:
         return Verdict(HOLDS, told)
     if interval.low > margin or interval.high < -margin:
         return Verdict(FAILS, told)
-    return Verdict(OPEN, told + "; the interval crosses that border")
+    return Verdict(OPEN, told + "; the interval crosses that limit")
 
 
 def same_steps(a: Mapping[int, float], b: Mapping[int, float], tolerance: float) -> Verdict:
     """Are two runs' losses the same step by step, up to `tolerance` as a share of the loss?"""
     shared = sorted(a.keys() & b.keys())
     if not shared:
-        return Verdict(OPEN, "no step that both have logged")
+        return Verdict(OPEN, "no step was logged by both")
     worst = max(shared, key=lambda s: abs(a[s] - b[s]) / max(abs(a[s]), 1e-12))
     gap = abs(a[worst] - b[worst]) / max(abs(a[worst]), 1e-12)
-    told = f"largest difference {gap:.1e} of the loss, at step {worst:,} of {len(shared):,} compared"
+    told = f"largest relative difference of the loss {gap:.1e}, at step {worst:,} of {len(shared):,} compared"
     return Verdict(HOLDS if gap <= tolerance else FAILS, f"{told}; the same means at most {tolerance:.0e}")

@@ -58,7 +58,7 @@ class View:
         """A run has begun."""
         self.where[name] = where
         if not self.live:
-            self.say(f"{name}: {'goes on' if resumed else 'begins'}{f' on {where}' if where else ''}")
+            self.say(f"{name}: {'continues' if resumed else 'starts'}{f' on {where}' if where else ''}")
 
     def ended(self, name: str) -> None:
         """A run has ended."""
@@ -102,9 +102,7 @@ class View:
         for name in self.running():
             step, steps, loss = position(Path(self.ledger.out) / directory_of(name))
             spent = span(time.time() - self.ledger.runs[name]["started"])
-            note = (
-                f"step {step:,}/{steps:,}" + ("" if loss is None else f"  loss {loss:.3f}") if steps else "gets ready"
-            )
+            note = f"step {step:,}/{steps:,}" + ("" if loss is None else f"  loss {loss:.3f}") if steps else "preparing"
             bar = ProgressBar(total=max(1, steps), completed=step, width=24)
             table.add_row(
                 Text(name), bar, Text(note), Text(spent, style="dim"), Text(self.where.get(name, ""), style="dim")

@@ -178,7 +178,7 @@ def _mean_negative(study: Study) -> Finding:
     interval = f"{chosen['mean']:.3f} [{chosen['low']:.3f}, {chosen['high']:.3f}]"
     told = f"mean {interval} at step {one.best:,}, scored by {scorer_words(study, scorer)}"
     if scorer != PAPER_SCORER:
-        return Finding(Verdict(OPEN, f"{told}: another scorer has another zero"), marks)
+        return Finding(Verdict(OPEN, f"{told}: scorers differ in their zero point"), marks)
     return Finding(Verdict(HOLDS if chosen["high"] < 0 else FAILS if chosen["low"] > 0 else OPEN, told), marks)
 
 
@@ -357,29 +357,30 @@ def _dpo_fits(study: Study) -> Finding:
     told = f"peak {top.value:.2f} GB, policy and reference together"
     if study.scale != FULL:
         return Finding(
-            Verdict(OPEN, f"{told}, but of the {study.scale or 'unnamed'} scale's model, not of gpt2-medium"), (top,)
+            Verdict(OPEN, f"{told}, but for the {study.scale or 'unnamed'} scale's model, not for gpt2-medium"), (top,)
         )
     return Finding(Verdict(HOLDS if top.value <= CARD_GB else FAILS, f"{told}; one card has {CARD_GB:.0f} GB"), (top,))
 
 
 CLAIMS = (
     Claim("e1-overfits", "e1", "Full fine-tuning overfits after validation 30 of 40", "figure 1", _overfits("e1", near(30 / 40))),
-    Claim("e1b-rates", "e1b", "Too high learning rates do not converge", "1e-2 and 1e-3: none within the first steps", _no_convergence),
+    Claim("e1b-rates", "e1b", "Learning rates that are too high do not converge", "no convergence at 1e-2 and 1e-3, from the "
+    "first steps on", _no_convergence),
     Claim("e2-falls", "e2", "The reward falls after validation 20 of 40", "figure 2; checkpoint 20 chosen", _reward_falls),
     Claim("e2-negative", "e2", "The mean reward is negative", "best prompt 2.29, worst -3.56", _mean_negative),
     Claim("e3-answers", "e2", "The tuned model answers where the base rambles", "shown by examples", _tuned_answers),
-    Claim("e4-adam", "e4", "AdamW and Adam run alike", "figures 3 and 4: the curves coincide", _adam_alike),
-    Claim("e4-slowest", "e4", "Plain SGD is the slowest to learn", "figures 3 and 4", _sgd_learns_slowest),
+    Claim("e4-adam", "e4", "AdamW and Adam behave alike", "figures 3 and 4: the curves coincide", _adam_alike),
+    Claim("e4-slowest", "e4", "Plain SGD learns the slowest", "figures 3 and 4", _sgd_learns_slowest),
     Claim("e4-memory", "e4", "Plain SGD needs the least memory", "8.41 GB; momentum 11.23, Adam 13.52", _sgd_least_memory),
     Claim("e4-time", "e4", "Plain SGD needs the least time", "170.9 min; AdamW 200.0", _sgd_least_time),
     Claim("e5-loss", "e5", "LoRA has a worse loss than full tuning", "figures 5 and 6", _lora("eval", "validation_loss", "nats")),
     Claim("e5-reward", "e5", "LoRA has a better reward than full tuning", "figure 7", _lora("reward", "mean", "")),
     Claim("e5-less", "e5", "LoRA needs less memory than full tuning", "8.02 GB (rank 1) against 11.77", _lora_less_memory),
-    Claim("e5-rank", "e5", "The rank hardly changes the memory", "8.02 GB at rank 1, 8.16 at rank 16 (+1.6 %)", _rank_memory),
-    Claim("e6-overfits", "e6", "Helpful-only training overfits soon: in the first half", "figure 8", _overfits("e6", (0.0, 0.5))),
+    Claim("e5-rank", "e5", "The rank hardly affects memory", "8.02 GB at rank 1, 8.16 at rank 16 (+1.6 %)", _rank_memory),
+    Claim("e6-overfits", "e6", "Helpful-only training overfits early: in the first half", "figure 8", _overfits("e6", (0.0, 0.5))),
     Claim("e6-reward", "e6", "Helpful-only answers are about as good", "figure 9", _as_good),
-    Claim("e7-batch", "e7", "Batch 4 against batch 1: no visible difference", "the curves coincide", _batches_alike),
-    Claim("e7-exact", "e7", "Batch 4 by accumulation is the same as batch 4", "not tested", _accumulation),
+    Claim("e7-batch", "e7", "Batch 4 versus batch 1: no visible difference", "the curves coincide", _batches_alike),
+    Claim("e7-exact", "e7", "Batch 4 by accumulation equals batch 4", "not tested", _accumulation),
     Claim("e8-fits", "e8", "DPO fits into 16 GB", "failed: two 16 GB cards were not enough", _dpo_fits),
     Claim("e8-improves", "e8", "DPO puts the chosen answer ahead: accuracy and margin", "never ran", _dpo_improves),
 )  # fmt: skip

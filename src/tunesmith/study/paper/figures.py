@@ -87,7 +87,7 @@ def by_label(key: str, wanted: Callable[[Experiment], Sequence[str]]) -> Callabl
         e = study.experiment(spec.experiment)
         lines = [e.line(label, "eval", key) for label in wanted(e)]
         if not any(line.seeds for line in lines):
-            return spec.missing("; ".join(missing_notes(lines)) or "no run has the wanted label")
+            return spec.missing("; ".join(missing_notes(lines)) or "no run has the required label")
         figure, axes = look.new_figure()
         runs = members_of(e, [line.label for line in lines])
         curves(axes, lines, f"loss, {unit_of(runs[0])}")
@@ -116,7 +116,7 @@ def learning_rates(study: Study, spec: Spec) -> Drawn:
     finish(axes, f"{LOSS} (logarithmic)" if wide else LOSS)
     notes = missing_notes(lines) + comparable(members_of(e, e.labels))
     return look.to_plate(
-        figure, spec.name, spec.title, "Training loss of every step; a cross marks where a run ended early.", notes
+        figure, spec.name, spec.title, "Training loss of every step; a cross marks a run that ended early.", notes
     )
 
 
@@ -124,7 +124,7 @@ def learning_rates(study: Study, spec: Spec) -> Drawn:
 
 
 def rewards(wanted: Callable[[Experiment], Sequence[str]] | None) -> Callable[[Study, Spec], Drawn]:
-    """Reward over the training: one line a label, or (None) the run whose checkpoints are judged, with its choice."""
+    """Reward during training: one line a label, or (None) the run whose checkpoints are judged, with its choice."""
 
     def draw(study: Study, spec: Spec) -> Drawn:
         e = study.experiment(spec.experiment)
@@ -147,7 +147,7 @@ def rewards(wanted: Callable[[Experiment], Sequence[str]] | None) -> Callable[[S
         if len(scorers) > 1:
             notes.append(f"Scored by different models, so the rewards are not comparable: {', '.join(scorers)}")
         caption = (
-            f"Mean reward of one answer a prompt, scored by {' and '.join(scorers)}. "
+            f"Mean reward of one answer per prompt, scored by {' and '.join(scorers)}. "
             f"{seeds_in_words(lines)} With one seed, bands are the 95 % interval over the prompts."
         )
         return look.to_plate(figure, spec.name, spec.title, caption, notes)
@@ -222,7 +222,7 @@ def preferences(study: Study, spec: Spec) -> Drawn:
     notes = missing_notes(lines) + comparable([r for x in labels for r in e.runs(x).values()])
     caption = (
         f"On the validation pairs{'; drift is the log-ratio of policy to reference' if drifts else ''}. "
-        "The accuracy's band is the 95 % interval over the pairs where there is one seed. "
+        "With one seed, the accuracy's band is the 95 % interval over the pairs. "
         f"{seeds_in_words(lines)}"
     )
     return look.to_plate(figure, spec.name, spec.title, caption, notes)
@@ -263,8 +263,8 @@ def memory(study: Study, spec: Spec) -> Drawn:
     axes.set_xlabel("memory, GB of 10⁹ bytes")
     axes.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=3)
     caption = (
-        "Bars: counted before the run. Mark: largest memory during it, whiskers from the smallest to the largest seed; on a GPU "
-        "allocated tensors, on a CPU the whole process with the libraries it has loaded."
+        "Bars: predicted before the run. Mark: peak memory during it, with whiskers from the smallest to the "
+        "largest seed; on a GPU allocated tensors, on a CPU the whole process including its libraries."
     )
     without = [f"{label}: no prediction" for label, parts, _ in rows if not parts]
     without += [f"{label}: not measured" for label, _, peaks in rows if not peaks]
@@ -291,8 +291,8 @@ def _these(labels: Sequence[str]) -> Callable[[Experiment], Sequence[str]]:
 
 
 FIGURES = (
-    Spec("figure-1", "e1", "Loss over the training", both_losses),
-    Spec("figure-2", "e2", "Reward over the training", rewards(None)),
+    Spec("figure-1", "e1", "Loss during training", both_losses),
+    Spec("figure-2", "e2", "Reward during training", rewards(None)),
     Spec("figure-3", "e4", "Training loss by optimizer", by_label("train_loss", _optimizers)),
     Spec("figure-4", "e4", "Validation loss by optimizer", by_label("validation_loss", _optimizers)),
     Spec("figure-5", "e5", "Training loss by LoRA rank", by_label("train_loss", _ranks_and_full)),

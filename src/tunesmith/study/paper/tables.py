@@ -38,7 +38,7 @@ def optimizers(study: Study) -> Table:
         ))  # fmt: skip
     head = (("optimizer", False), ("memory, GB", True), ("paper, GB", False), ("time, min", True), ("paper, min", False),
             ("validation loss", True))  # fmt: skip
-    caption = "Peak memory; time spent in training steps, estimates not counted; last validation loss. The paper's: gpt2-medium on a P100."
+    caption = "Peak memory; time spent in training steps, without estimates; last validation loss. The paper's: gpt2-medium on a P100."
     return Table("table-1", "e4", "Memory and time by optimizer", head, tuple(rows), caption, tuple(left))
 
 
@@ -63,9 +63,7 @@ def lora_ranks(study: Study) -> Table:
         ))  # fmt: skip
     head = (("weights trained", False), ("trained parameters", False), ("memory, GB", True), ("% of full", False),
             ("paper, GB", False), ("paper, % of full", False), ("validation loss", True), ("reward", True))  # fmt: skip
-    caption = (
-        "Peak memory; loss and reward at the last step that all have. The paper's: gpt2-medium on a P100 of 16 GB."
-    )
+    caption = "Peak memory; loss and reward at the last step that all runs share. The paper's: gpt2-medium on a P100 of 16 GB."
     return Table("table-2", "e5", "Memory by LoRA rank", head, tuple(rows), caption, tuple(left))
 
 
@@ -94,7 +92,7 @@ def accumulation(study: Study) -> Table:
     return Table(
         "table-accumulation",
         "e7",
-        "Batch 4 by accumulation against batch 4 at once: training loss",
+        "Batch 4 by accumulation versus batch 4 at once: training loss",
         head,
         tuple(rows),
         notes=notes,
@@ -117,7 +115,10 @@ def preference(study: Study) -> Table:
             rows.append((Cell(name), *(_share_or_seeds([s[i] for s in series], runs, key) for i in (0, -1))))
     head = (("on the validation pairs", False), ("before", True), ("after", True))
     left = tuple(f"{r.name}: {r.trouble}" for r in dpo_runs(study).values() if r.trouble)
-    caption = "The accuracy's interval is over the pairs. With policy and reference equal, loss is ln 2 = 0.693 and the rest 0."
+    caption = (
+        "The accuracy's interval is over the pairs. While policy and reference are equal, the loss is ln 2 = 0.693 "
+        "and all else is 0."
+    )
     return Table("table-dpo", "e8", "DPO before and after", head, tuple(rows), caption, left)
 
 
@@ -170,7 +171,7 @@ def choices(study: Study) -> Table | None:
         ))  # fmt: skip
     head = tuple((h, False) for h in ("run", "chosen step", "by", "steps not distinguishable from it", "overfitting"))
     return (
-        Table("table-choices", "e2", "The checkpoint that each run chose", head, tuple(rows), folded=len(rows) > 6)
+        Table("table-choices", "e2", "The checkpoint chosen in each run", head, tuple(rows), folded=len(rows) > 6)
         if rows
         else None
     )
@@ -187,7 +188,7 @@ def memory_parts(study: Study) -> Table | None:
         cell = of_seeds(measured, 3)
         error = 100 * (total / cell.value.mean - 1) if total and cell.value and cell.value.mean else None
         rows.append((Cell(label), *(plain(parts.get(p), 3) for p in PARTS), plain(total, 3), cell, plain(error, 1)))
-    caption = "Error: predicted over measured, minus 1; on a CPU, Python and its libraries are measured too."
+    caption = "Error: predicted over measured, minus 1; on a CPU, the measurement includes Python and its libraries."
     head = (("", False), *((p.replace("_", " "), False) for p in PARTS), ("predicted, GB", False), ("measured, GB", True),
             ("error, %", False))  # fmt: skip
     return Table("table-memory", "e4", "Memory by part, in GB of 10⁹ bytes", head, tuple(rows), caption)
