@@ -21,7 +21,7 @@ LEVELS = (0.1, 0.5, 1.5)  # nats; from each of these on a change has a stronger 
 def legend() -> list[tuple[int, str]]:
     """Every level from -3 to 3 and the changes that it stands for."""
     weak, middle, strong = LEVELS
-    words = [f"{strong} and more", f"{middle} to {strong}", f"{weak} to {middle}"]
+    words = [f"{strong} or more", f"{middle} to {strong}", f"{weak} to {middle}"]
     more = list(zip((3, 2, 1), words, strict=True))
     return (
         [(-n, f"-({text})") for n, text in more]
