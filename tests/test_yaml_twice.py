@@ -22,7 +22,7 @@ def test_a_configuration_that_gives_something_twice_is_refused_with_both_lines(t
     file = tmp_path / "my.yaml"
     file.write_text(text)
     assert main([command, "--config", str(file), "--print_config"]) == 2
-    told = f'tunesmith: {file}: "{key}" stands in line {first} and again in line {second}; keep one\n'
+    told = f'tunesmith: {file}: "{key}" appears in line {first} and again in line {second}; keep one\n'
     assert capsys.readouterr().err == told
 
 
@@ -39,10 +39,10 @@ experiments:
 @pytest.mark.parametrize(
     ("first", "more", "told"),
     [
-        ("train.steps: 3, train: {steps: 4}", "", '"experiments.one.set.train.steps" stands in line 4 and again in line 4'),
-        ("train.seed: 3", "      a: {}", '"a" stands in line 6 and again in line 7'),
-        ("train.seed: 3", "  one: {}", '"one" stands in line 3 and again in line 7'),
-        ("train.seed: 3", "scales:\n  s:\n    experiments: {}\n    experiments: {}", '"experiments" stands in line 9 and again in line 10'),
+        ("train.steps: 3, train: {steps: 4}", "", '"experiments.one.set.train.steps" appears in line 4 and again in line 4'),
+        ("train.seed: 3", "      a: {}", '"a" appears in line 6 and again in line 7'),
+        ("train.seed: 3", "  one: {}", '"one" appears in line 3 and again in line 7'),
+        ("train.seed: 3", "scales:\n  s:\n    experiments: {}\n    experiments: {}", '"experiments" appears in line 9 and again in line 10'),
     ],
 )  # fmt: skip
 def test_so_is_a_study(tmp_path, capsys, first, more, told):

@@ -79,7 +79,7 @@ def _pretrain(config: PretrainConfig, shape: GPTConfig, path: Path) -> Run:
         describe_rows=lambda batches: ", ".join(splits.train.place(r) for b in batches for r in b.sources[:3]) or "random windows",
         counted="target_tokens",
         about=f"vocabulary of {tokenizer.vocab_size:,}, {len(splits.train_rows):,} texts of {tokens:,} tokens, "
-        f"{train.rows_per_epoch:,} batch rows an epoch",
+        f"{train.rows_per_epoch:,} batch rows per epoch",
         memory=memory_lines(config, trainee.gpt.config),
         notes=[*splits.notes, *cut],
         reward_at=rewards_at_steps(config.eval, trainee, path, device),

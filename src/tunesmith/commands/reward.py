@@ -77,7 +77,7 @@ def _train_reward_model(config: RewardConfig, path: Path) -> Run:
         counted="pairs",
         observed=OBSERVED,
         opening=[("pairs", describe_pairs(train, validation, iters_of(config)))],
-        about=f"{len(train):,} pairs, {train.rows_per_epoch:,} batch rows an epoch",
+        about=f"{len(train):,} pairs, {train.rows_per_epoch:,} batch rows per epoch",
         memory=memory_lines(config, trainee.gpt.config),
         notes=[*splits.notes, *cut],
     )  # fmt: skip

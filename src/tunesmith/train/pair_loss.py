@@ -97,8 +97,8 @@ def estimate_dpo(
 ) -> tuple[dict[str, float], Sums]:
     """Means over pairs on fixed batches, and the loss pair by pair. The means: `loss`, OBSERVED, and
 
-    drift_chosen, drift_rejected: log-ratio of policy to reference, nats an answer; how far the policy has moved.
-    sft_loss: the policy's loss on the chosen answers, nats a token.
+    drift_chosen, drift_rejected: log-ratio of policy to reference, nats per answer; how far the policy has moved.
+    sft_loss: the policy's loss on the chosen answers, nats per token.
     A batch that does not fit into memory is computed in pieces.
     """
     device = model.wte.weight.device
