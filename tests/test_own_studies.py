@@ -200,14 +200,14 @@ def test_the_loss_of_pairs_is_in_nats_a_pair(tmp_path, command):
     page, plates, tables = render_study_report(read_study(root))
     by_name = {plate.name: plate for plate in plates}
     for name in ("figure-trial-train", "figure-trial-validation"):
-        assert "loss, nats a pair" in by_name[name].svg
+        assert "loss, nats per pair" in by_name[name].svg
         assert "per target token" not in by_name[name].svg
     assert "pairs with" not in by_name["figure-trial-preferences"].svg
     assert "share with the chosen ahead" in by_name["figure-trial-preferences"].svg
     heads = [h for t in tables if t.name.startswith("table-trial") for h, _ in t.head]
-    assert "validation loss, nats a pair" in heads
+    assert "validation loss, nats per pair" in heads
     assert "accuracy, % of the pairs" in heads
-    assert "nats a pair" in re.search(r'class="lead">(.*?)</p>', page)[1]
+    assert "nats per pair" in re.search(r'class="lead">(.*?)</p>', page)[1]
 
 
 def test_losses_of_tokens_and_of_pairs_stand_in_figures_of_their_own(tmp_path):
@@ -220,12 +220,12 @@ def test_losses_of_tokens_and_of_pairs_stand_in_figures_of_their_own(tmp_path):
     drawn = {plate.name: plate.svg for plate in draw_all(study)["trial"]}
     assert "nats per target token" in drawn["figure-trial-validation"]
     assert "aligned" not in drawn["figure-trial-validation"]
-    assert "nats a pair" in drawn["figure-trial-validation-pairs"]
+    assert "nats per pair" in drawn["figure-trial-validation-pairs"]
     assert "tuned" not in drawn["figure-trial-validation-pairs"]
     told = conclusion(study.experiment("trial"))
     assert "Losses in nats per target token: the last validation loss of tuned" in told
-    assert "Losses in nats a pair: the last validation loss of aligned" in told
-    assert [row[-1].text for row in overview(study).rows] == ["nats per target token", "nats a pair"]
+    assert "Losses in nats per pair: the last validation loss of aligned" in told
+    assert [row[-1].text for row in overview(study).rows] == ["nats per target token", "nats per pair"]
 
 
 def test_dpo_losses_of_different_strength_are_not_ranked_but_their_accuracies_are_told(tmp_path):
@@ -242,7 +242,7 @@ def test_losses_that_are_not_in_nats_are_not_called_so(tmp_path):
     drawn = {plate.name: plate.svg for plate in draw_all(read_study(root))["trial"]}
     assert "loss, a pair (ipo)" in drawn["figure-trial-validation-ipo"]
     assert "nats" not in drawn["figure-trial-validation-ipo"]
-    assert "loss, nats a pair" in drawn["figure-trial-validation-pairs"]
+    assert "loss, nats per pair" in drawn["figure-trial-validation-pairs"]
 
 
 def test_the_robust_loss_may_be_negative(tmp_path):

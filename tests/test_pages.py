@@ -224,7 +224,7 @@ def test_a_run_that_did_not_finish_says_that_too(tmp_path, state, words):
 def test_preference_runs_tell_their_accuracy_in_their_unit(tmp_path):
     root = preference_study(tmp_path / "study", seeds=1)
     told = result_of_run(Run(root / "runs/weak-s1"))
-    assert "nats a pair, accuracy 86.0 % (82.3 to 89.1)" in told
+    assert "nats per pair, accuracy 86.0 % (82.3 to 89.1)" in told
 
 
 def test_of_several_runs_on_the_same_rows_the_lowest_loss_is_named(tmp_path):

@@ -33,7 +33,7 @@ from tunesmith.study.report import render_report
 from tunesmith.train.scratch import resolve_shape, training_texts
 from tunesmith.train.splits import load_splits
 
-MARGIN = 0.4  # nats a token by which the model must beat the best that knows no context
+MARGIN = 0.4  # nats per token by which the model must beat the best that knows no context
 HELD_OUT = 0.2
 SHAPE = {
     "model__name": "gpt2", "model__n_layer": 2, "model__n_head": 4, "model__n_embd": 64, "model__block_size": 128,

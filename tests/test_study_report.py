@@ -110,7 +110,7 @@ SHOWN = {
     "figure-9": (SCORE, "helpful only", "validation"),
     "figure-learning-rates": (NATS, "lr 0.01 (not finished)", "lr 0.001"),
     "figure-batches": ("batch 1", "batch 4", "batch 4 = 4 x 1"),
-    "figure-dpo": ("loss, nats a pair", "share with the chosen ahead", "chance", "reward margin", "drift, nats an answer"),
+    "figure-dpo": ("loss, nats per pair", "share with the chosen ahead", "chance", "reward margin", "drift, nats per answer"),
     "figure-memory": ("memory, GB of 10⁹ bytes", "optimizer state", "measured peak", "SGD", "LoRA rank 16", "all weights (E5)", "DPO"),
 }  # fmt: skip
 

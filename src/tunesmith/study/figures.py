@@ -40,7 +40,7 @@ STYLE: Any = {
 }  # fmt: skip
 
 
-TOKEN, PAIR = "nats per target token", "nats a pair"
+TOKEN, PAIR = "nats per target token", "nats per pair"
 PAIRWISE = ("dpo", "reward")  # commands whose loss is one of preference pairs
 OTHER_LOSSES = ("ipo", "hinge")  # of DPO: a square, and a distance; neither is in nats
 

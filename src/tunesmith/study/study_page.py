@@ -27,7 +27,7 @@ WHAT = {
     "e4": "Five optimizers on the same batches in the same order.",
     "e5": "Low-rank adapters of four sizes compared with training all weights.",
     "e6": "Helpful dialogues only.",
-    "e7": "Does a larger batch help, and is accumulating it the same as having it?",
+    "e7": "Does a larger batch help, and does accumulation give the same result?",
     "e8": "Direct preference optimisation, which the paper could not run.",
 }
 SHOWN = 6  # prompts whose answers stand open

@@ -364,8 +364,8 @@ def _dpo_fits(study: Study) -> Finding:
 
 CLAIMS = (
     Claim("e1-overfits", "e1", "Full fine-tuning overfits after validation 30 of 40", "figure 1", _overfits("e1", near(30 / 40))),
-    Claim("e1b-rates", "e1b", "Learning rates that are too high do not converge", "no convergence at 1e-2 and 1e-3, from the "
-    "first steps on", _no_convergence),
+    Claim("e1b-rates", "e1b", "Learning rates that are too high do not converge", "no convergence within the first "
+    "steps at 1e-2 and 1e-3", _no_convergence),
     Claim("e2-falls", "e2", "The reward falls after validation 20 of 40", "figure 2; checkpoint 20 chosen", _reward_falls),
     Claim("e2-negative", "e2", "The mean reward is negative", "best prompt 2.29, worst -3.56", _mean_negative),
     Claim("e3-answers", "e2", "The tuned model answers where the base rambles", "shown by examples", _tuned_answers),
@@ -373,8 +373,8 @@ CLAIMS = (
     Claim("e4-slowest", "e4", "Plain SGD learns the slowest", "figures 3 and 4", _sgd_learns_slowest),
     Claim("e4-memory", "e4", "Plain SGD needs the least memory", "8.41 GB; momentum 11.23, Adam 13.52", _sgd_least_memory),
     Claim("e4-time", "e4", "Plain SGD needs the least time", "170.9 min; AdamW 200.0", _sgd_least_time),
-    Claim("e5-loss", "e5", "LoRA has a worse loss than full tuning", "figures 5 and 6", _lora("eval", "validation_loss", "nats")),
-    Claim("e5-reward", "e5", "LoRA has a better reward than full tuning", "figure 7", _lora("reward", "mean", "")),
+    Claim("e5-loss", "e5", "LoRA has a higher loss than full tuning", "figures 5 and 6", _lora("eval", "validation_loss", "nats")),
+    Claim("e5-reward", "e5", "LoRA has a higher reward than full tuning", "figure 7", _lora("reward", "mean", "")),
     Claim("e5-less", "e5", "LoRA needs less memory than full tuning", "8.02 GB (rank 1) against 11.77", _lora_less_memory),
     Claim("e5-rank", "e5", "The rank hardly affects memory", "8.02 GB at rank 1, 8.16 at rank 16 (+1.6 %)", _rank_memory),
     Claim("e6-overfits", "e6", "Helpful-only training overfits early: in the first half", "figure 8", _overfits("e6", (0.0, 0.5))),

@@ -183,8 +183,8 @@ def _mark_choice(axes: Any, training: Judged, lines: Sequence[Line]) -> None:
 # ---- DPO, memory -----------------------------------------------------------------------------------------------------
 
 DPO_PANELS = (
-    ("validation_loss", "loss, nats a pair"), ("validation_accuracy", "share with the chosen ahead"),
-    ("validation_margin", "reward margin"), ("drift", "drift, nats an answer"),
+    ("validation_loss", "loss, nats per pair"), ("validation_accuracy", "share with the chosen ahead"),
+    ("validation_margin", "reward margin"), ("drift", "drift, nats per answer"),
 )  # fmt: skip
 
 

@@ -99,10 +99,10 @@ def accumulation(study: Study) -> Table:
     )
 
 
-DPO_ROWS = (("loss, nats a pair", "validation_loss"), ("accuracy", "validation_accuracy"), ("reward margin", "validation_margin"),
+DPO_ROWS = (("loss, nats per pair", "validation_loss"), ("accuracy", "validation_accuracy"), ("reward margin", "validation_margin"),
             ("reward of the chosen", "validation_chosen_reward"), ("reward of the rejected", "validation_rejected_reward"),
             ("drift on the chosen, nats", "validation_drift_chosen"), ("drift on the rejected, nats", "validation_drift_rejected"),
-            ("loss on the chosen, nats a token", "validation_sft_loss"))  # fmt: skip
+            ("loss on the chosen, nats per token", "validation_sft_loss"))  # fmt: skip
 
 
 def preference(study: Study) -> Table:
