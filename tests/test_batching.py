@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tunesmith.data.datasets import open_dataset
 from tunesmith.data.dialogue import Message, segments
 from tunesmith.data.packing import pack
-from tunesmith.data.texts import Batches
+from tunesmith.data.texts import Batches, Stream
 from tunesmith.data.tokenstore import IGNORE_INDEX, tokenise
 from tunesmith.errors import UserError
 from tunesmith.options.training import DataOptions
@@ -268,6 +268,18 @@ def test_windows_are_slices_of_the_stream_with_ends_shifted_by_one(rows, tokeniz
             assert at >= 0, "a slice of the stream"
             starts.add(at)
     assert len(starts) > 100, "random places"
+
+
+def test_windows_keep_rows_whose_last_answer_is_empty(tokenizer, tmp_path_factory):
+    rows = [
+        {"messages": [{"role": "user", "content": f"{name} {i}"}, {"role": "assistant", "content": answer}]}
+        for i, (name, answer) in enumerate([("full", "yes"), ("bare", ""), ("blank", " \n"), ("full", "no")])
+    ]
+    texts = store_of(rows, tokenizer, tmp_path_factory, "texts")
+    read = tokenizer.decode(Stream(texts, np.arange(len(texts))).part(0, len(texts.tokens) + len(texts)).tolist())
+    assert all(f"Human: {name}" in read for name in ("full 0", "bare 1", "blank 2", "full 3"))
+    assert (texts.report.used, texts.report.bad) == (4, {})
+    assert store_of(rows, tokenizer, tmp_path_factory).report.bad == {"empty answer": 2}
 
 
 def test_windows_reach_both_ends_of_the_stream(tokenizer, tmp_path_factory):

@@ -114,16 +114,19 @@ class Source:
         echoes = repeats_prompts((located.value for located in head), self.columns)
         return Reader(self.columns, honoured, echoes), chain(head, rows)
 
-    def rows(self, split: str, report: Report, *, pairs: bool = False) -> Iterator[Located]:
-        """Located Dialogues, Texts and Preferences (`pairs`: only good Preferences) in order; bad rows go to `report`."""
+    def rows(self, split: str, report: Report, *, pairs: bool = False, as_text: bool = False) -> Iterator[Located]:
+        """Located Dialogues, Texts and Preferences in order; bad rows go to `report`.
+
+        pairs: only good Preferences. as_text: rows of which every token is learned (`forms.checked`).
+        """
         if self.parts:
-            yield from islice(_mixed_rows(self, split, report, pairs=pairs), self.max_rows)
+            yield from islice(_mixed_rows(self, split, report, pairs=pairs, as_text=as_text), self.max_rows)
             return
         reader, rows = self.opened(split, report)
         for located in rows:
             report.rows += 1
             try:
-                row = reader.read_pair(located.value) if pairs else checked(reader.read(located.value))
+                row = reader.read_pair(located.value) if pairs else checked(reader.read(located.value), as_text=as_text)
                 report.used += 1
                 yield Located(row, located.file, located.line)
             except BadRow as reason:
@@ -148,15 +151,16 @@ class Source:
         return f"{label(self.files[split], file)}:{line}"
 
 
-def _mixed_rows(source: Source, split: str, report: Report, *, pairs: bool) -> Iterator[Located]:
+def _mixed_rows(source: Source, split: str, report: Report, *, pairs: bool, as_text: bool) -> Iterator[Located]:
     """The rows of a mixture. The parts are read twice: to count their usable rows, and to give those that are drawn."""
     reports = [Report() for _ in source.parts]
     counts = [
-        sum(1 for _ in part.rows(split, its, pairs=pairs)) for part, its in zip(source.parts, reports, strict=True)
+        sum(1 for _ in part.rows(split, its, pairs=pairs, as_text=as_text))
+        for part, its in zip(source.parts, reports, strict=True)
     ]
     wanted = shares(counts, source.weights)
     first = [sum(len(p.files[split]) for p in source.parts[:i]) for i in range(len(source.parts))]
-    rows = [enumerate(part.rows(split, Report(), pairs=pairs)) for part in source.parts]
+    rows = [enumerate(part.rows(split, Report(), pairs=pairs, as_text=as_text)) for part in source.parts]
     for part, its in zip(source.parts, reports, strict=True):  # before the first row: max_rows may end it at any
         for reason, n in its.bad.items():
             report.bad[reason] = report.bad.get(reason, 0) + n

@@ -78,12 +78,15 @@ class Dialogue:
 
     messages: tuple[Message, ...]
 
-    def check(self) -> Dialogue:
-        """Itself, if there is something to learn from. Raises: BadRow with the reason otherwise."""
+    def check(self, *, as_text: bool = False) -> Dialogue:
+        """Itself, if there is something to learn from. Raises: BadRow with the reason otherwise.
+
+        as_text: every token is learned, so that the last answer may be empty.
+        """
         answers = [m for m in self.messages if m.role == "assistant"]
         if not answers:
             raise BadRow("no assistant turn")
-        if not answers[-1].content.strip():
+        if not as_text and not answers[-1].content.strip():
             raise BadRow("empty answer")
         if not any(m.weight for m in answers):
             raise BadRow("every answer has weight 0: nothing to learn")

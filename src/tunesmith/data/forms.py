@@ -345,9 +345,16 @@ def parse_pair(row: Any) -> Preference:
     return Reader(echoes=repeats_prompts([row])).read_pair(row)
 
 
-def checked(row: Row) -> Row:
-    """Itself, if there is something to learn from; of a preference in the chosen dialogue. Raises: BadRow."""
-    (row.chosen if isinstance(row, Preference) else row).check()
+def checked(row: Row, *, as_text: bool = False) -> Row:
+    """Itself, if there is something to learn from; of a preference in the chosen dialogue. Raises: BadRow.
+
+    as_text: where every token is learned, as with windows; an empty last answer is then no reason to leave the row out.
+    """
+    read = row.chosen if isinstance(row, Preference) else row
+    if isinstance(read, Text):
+        read.check()
+    else:
+        read.check(as_text=as_text)
     return row
 
 

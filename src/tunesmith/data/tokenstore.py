@@ -28,7 +28,7 @@ from tunesmith.data.words import Words
 from tunesmith.errors import UserError
 
 IGNORE_INDEX = -100  # the target of a token that carries no loss, as torch and transformers have it
-VERSION = 5  # raise it when the meaning of a stored byte changes
+VERSION = 6  # raise it when the meaning of a stored byte changes
 CHARACTERS_AT_A_TIME = 1 << 20  # what is encoded takes some fifty times its size for a moment
 COLUMNS = ("tokens", "flags", "offsets", "taught", "plain", "places")
 
@@ -119,7 +119,7 @@ def tokenise(source: Source, split: str, tokenizer: Tokenizer, *, form: Form = "
 
     def write(aside: Path) -> None:
         report = Report()
-        _encode(source.rows(split, report, pairs=form == "pairs"), tokenizer, form, aside)
+        _encode(source.rows(split, report, pairs=form == "pairs", as_text=form == "texts"), tokenizer, form, aside)
         with _writing():
             (aside / "report.json").write_text(json.dumps(dataclasses.asdict(report)), encoding="utf-8")
 

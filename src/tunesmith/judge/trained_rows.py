@@ -80,7 +80,7 @@ def _texts_of(run: Run, wanted: Collection[bytes]) -> tuple[set[bytes], bool]:
     pairs = inputs.get("command", "dpo" if "dpo" in config else "") in ("dpo", "reward")
     source, among = open_dataset(options), frozenset(wanted)
     hits, count = [], 0
-    for row in source.rows("train", Report(), pairs=pairs):
+    for row in source.rows("train", Report(), pairs=pairs, as_text=options.batching == "windows"):
         texts = fingerprint(row.value).texts
         if isinstance(row.value, Preference) and not pairs:
             texts = texts[:1]  # only the chosen answer was learned

@@ -262,7 +262,9 @@ def input_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Cha
     changes = []
     for key, (name, what) in ROWS.items():
         old, new = before.get(key), now.get(key)
-        if (old and old["sha256"]) != (new and new["sha256"]):
+        if (old and (old["sha256"], old["rows"])) != (
+            new and (new["sha256"], new["rows"])
+        ):  # other versions skip other rows
             words = f"{what} have changed ({_difference(old, new)})"
             changes.append(Change(name, _in_short(old), _in_short(new), words))
     if before.get("weights") != now["weights"] and before.get("weights"):
