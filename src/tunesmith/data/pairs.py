@@ -162,7 +162,7 @@ class PairBatches:
         """Pairs in an epoch."""
         return len(self.pairs)
 
-    @lru_cache(maxsize=3)  # noqa: B019 (one PairBatches lives as long as its run): two epochs at a border, and SAMPLE
+    @lru_cache(maxsize=8)  # noqa: B019 (they live as long as their run): of train two epochs and SAMPLE, of validation one
     def _plan(self, epoch: int) -> Groups:
         """Groups of pair numbers, in the epoch's order."""
         rng = order_of(self.seed, epoch)

@@ -221,7 +221,7 @@ class Batches:
             )
         self.rows_per_epoch = len(self._plan(0))
 
-    @lru_cache(maxsize=3)  # noqa: B019 (one Batches lives as long as its run): two epochs at a border, and SAMPLE
+    @lru_cache(maxsize=8)  # noqa: B019 (they live as long as their run): of train two epochs and SAMPLE, of validation one
     def _plan(self, epoch: int) -> Groups:
         """The rows of an epoch in order, each a group of numbers of pieces."""
         rng = order_of(self.seed, epoch)
