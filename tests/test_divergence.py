@@ -122,6 +122,27 @@ def test_a_short_run_that_ends_far_above_its_start_has_diverged(tiny_directory, 
     assert comparable(run) == before
 
 
+def test_a_lengthened_run_is_judged_on_the_rows_it_began_with(tiny_directory, tmp_path):
+    options = {
+        "eval__at_start": False,
+        "eval__iters": 1,
+        "data__block_size": 64,
+        "optimizer__lr": 0.0,
+        "train__batch_size": 1,
+    }
+    run = ts.sft(tiny_config(tiny_directory, tmp_path / "r", **options, train__steps=4))
+
+    def judged():
+        stored = json.loads((run.checkpoints()[-1][1] / "training_state" / "state.json").read_text())["progress"]
+        return stored["judged_on"], stored["loss_before"]
+
+    before = judged()
+    assert before[0] == 4
+    longer = tiny_config(tiny_directory, run.path, **options, train__steps=40, resume=True)
+    assert ts.sft(longer).status["state"] == "finished"
+    assert judged() == before
+
+
 def test_what_is_looked_at_costs_no_more_than_a_sixth_of_a_training():
     for micro_batches in (16, 50, 100, 40_000):
         assert 2 * batches_to_judge_by(micro_batches) / 3 <= micro_batches / 6

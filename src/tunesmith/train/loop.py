@@ -21,7 +21,7 @@ from tunesmith.progress import STOP, Progress
 from tunesmith.train.checkpoint import load_state, prune, save_checkpoint
 from tunesmith.train.choice import Sums, choice_lines, choose_checkpoint, read_estimates
 from tunesmith.train.clock import Mark, mark, seconds_between
-from tunesmith.train.divergence import Watch, broken
+from tunesmith.train.divergence import Watch, batches_to_judge_by, broken
 from tunesmith.train.optim import OneByOne, set_learning_rate
 from tunesmith.train.outlook import Outlook
 from tunesmith.train.splitting import Split, Splittable, Splitting, step_in_memory
@@ -73,7 +73,8 @@ class TrainingState:
     step: int = 0
     tokens: int = 0  # through the model, padding not counted
     examples: int = 0  # what the loss is a mean over: target tokens, or pairs
-    loss_before: float | None = None  # by which a divergence is judged (`divergence.Watch`), as the next two
+    judged_on: int = 0  # micro-batches whose loss a divergence is judged by (`divergence.Watch`), as the next three
+    loss_before: float | None = None
     look_at: int | None = None
     recent: list[float] = field(default_factory=list)
     best_loss: float | None = None
@@ -99,7 +100,7 @@ def fit(
     splitting: Splitting,
     learning_rate: Callable[[int], float],
     evaluate: Callable[[], tuple[dict[str, float], Sums]],
-    train_loss: Callable[[], float],
+    train_loss: Callable[[int], float],
     describe_rows: Callable[[Sequence[B]], str],
     counted: str,
     observed: Sequence[str] = (),
@@ -127,7 +128,7 @@ def fit(
             saved and decided is the same; `take_step` must leave the weights alone after a step that was not finite.
         splitting: what to do with a micro-batch that does not fit into memory; a resumed run goes on with the limit that it found.
         evaluate: -> metrics, `validation_loss` among them, and that loss batch by batch.
-        train_loss: -> the loss on the training rows that a divergence is judged by.
+        train_loss: number of micro-batches -> the loss on so many, drawn from all the training rows and always the same.
         describe_rows: says where the rows of the given batches come from, for the message about a divergence.
         write_weights, read_weights: put the model into a checkpoint's directory, and back.
         counted: what the log calls the number of examples that the loss is a mean over.
@@ -231,7 +232,7 @@ def fit(
             bar.say(line)
         if watch.look_at is not None and watch.look_at <= state.step < steps:
             with contextlib.suppress(Interrupted):  # a resumed run looks after its first step
-                found = watch.found(train_loss())
+                found = watch.found(train_loss(state.judged_on))
                 state.recent, state.look_at = list(watch.losses), watch.look_at
                 if found:
                     diverged(found, done, loss=stats.loss, grad_norm=stats.grad_norm)
@@ -294,7 +295,8 @@ def fit(
     log.status("running", state.step, steps=steps, best_step=state.best_step)
     with Progress(steps, state.step) as bar, STOP.catching(STOPPING, last_words=log.ended_at_once):
         if diverge_after and watch.before is None:
-            watch.before = state.loss_before = train_loss()
+            state.judged_on = batches_to_judge_by(numbers(steps)[-1] + 1)
+            watch.before = state.loss_before = train_loss(state.judged_on)
         if (state.owes_estimate or (not saved and eval_at_start)) and pause(due=True):
             return
         while state.step < steps and not trouble and not enough():
@@ -310,7 +312,7 @@ def fit(
                 return
         if diverge_after and not trouble:
             try:
-                loss = train_loss()
+                loss = train_loss(state.judged_on)
             except Interrupted:
                 end("stopped", f"{STOP.reason}; continue it with: {log.run.resume_command}")
                 return

@@ -30,7 +30,6 @@ from tunesmith.options.training import (
 )
 from tunesmith.progress import STOP
 from tunesmith.train.choice import Sums
-from tunesmith.train.divergence import batches_to_judge_by
 from tunesmith.train.loop import MicroBatch, Readable, fit
 from tunesmith.train.moved import as_they_lie
 from tunesmith.train.optim import OneByOne, decides_on_device, schedule_factor
@@ -88,15 +87,13 @@ def run_training(
 ) -> Run:
     """Print what will be done and do it; the run's status says how it ended. Arguments as in `fit`.
 
-    origin: what the run is made from. train_loss: micro-batches -> the loss on so many drawn from all rows. per_epoch:
-    micro-batches in an epoch, None where it has no end. about: the data in words. notes: what the user should know before
-    the first step. memory: what to say of the memory that it will take.
+    origin: what the run is made from. per_epoch: micro-batches in an epoch, None where it has no end. about: the data in words.
+    notes: what the user should know before the first step. memory: what to say of the memory that it will take.
     """
     o, t, precision = config.optimizer, config.train, precision_of(config)
     steps, every, save_every, peak, warmup = t.steps, config.eval.every, config.checkpoint.every, o.lr, o.warmup_steps
     assert steps is not None and every is not None and save_every is not None  # noqa: PT018
     assert peak is not None and warmup is not None  # noqa: PT018
-    judged_by = batches_to_judge_by(steps * t.accumulate)
     numbers = partial(batches_of_step, accumulate=t.accumulate, per_epoch=per_epoch)
     optimizer = make_optimizer(trainee.model, config)
     scaler = GradScaler(device.type) if precision == "fp16" else None
@@ -125,7 +122,7 @@ def run_training(
                 log=log, device=device, write_weights=trainee.write, read_weights=trainee.read, optimizer=optimizer, scaler=scaler,
                 micro_batch=batch_number, take_step=take_step, ahead=ahead, splitting=splitting_of(config, device),
                 learning_rate=lambda step: peak * schedule_factor(o.schedule, step, steps=steps, warmup_steps=warmup),
-                evaluate=evaluate, train_loss=partial(train_loss, judged_by), describe_rows=describe_rows, counted=counted,
+                evaluate=evaluate, train_loss=train_loss, describe_rows=describe_rows, counted=counted,
                 observed=observed, opening=opening,
                 settle=partial(write_origin, log, origin, config), reward_at=reward_at, steps=steps, numbers=numbers,
                 eval_every=every, eval_at_start=config.eval.at_start,
