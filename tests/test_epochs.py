@@ -152,3 +152,12 @@ def test_so_do_a_studys_settings(tmp_path):
     found = make_plan(read_study(file)).runs.values()
     lengths = [(run.settings.get("train.steps"), run.settings.get("train.epochs")) for run in found]
     assert lengths == [(None, 1.0), (7, None), (None, 3.0)]
+
+
+def test_a_default_of_no_warm_up_is_the_run_that_0_was(tmp_path):
+    """So that the finished runs of a study stay finished."""
+    file = tmp_path / "mine.yaml"
+    runs = "{a: {}, b: {set: {optimizer.warmup_steps: 0}}}"
+    file.write_text(f"experiments: {{one: {{set: {{model.name: sample, train.steps: 3}}, runs: {runs}}}}}\n")
+    with pytest.raises(UserError, match='"b-s1234" is the same run as "a-s1234"'):
+        make_plan(read_study(file))

@@ -287,7 +287,8 @@ def _hashed(runs: Mapping[str, PlannedRun]) -> dict[str, PlannedRun]:
     same: dict[str, str] = {}
     for name, run in runs.items():
         settings = {k: v for k, v in run.settings.items() if v is not None and k not in PLACES}
-        if settings.get("data.block_size") == "auto":  # as when 1,024 was the default: finished runs stay finished
+        settings.setdefault("optimizer.warmup_steps", 0)  # as when 0 was the default: finished runs stay finished
+        if settings.get("data.block_size") == "auto":  # so did 1,024
             settings["data.block_size"] = 1024
         for option, value in settings.items():
             if target := reference(value):
