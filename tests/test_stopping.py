@@ -289,6 +289,29 @@ def test_a_second_signal_ends_the_process_in_its_estimate_and_the_run_goes_on_as
     assert last_digest(run) == last_digest(whole)
 
 
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [("tunesmith.commands.dpo.answer_logps", "SIGINT"), ("tunesmith.judge.rewards.scored", "SIGTERM")],
+)
+def test_a_real_process_is_broken_off_in_a_reference_pass_and_in_scoring(tiny_directory, tmp_path, place, name):
+    module, _, call = place.rpartition(".")
+    code = (
+        f"import os, sys, {module} as module; from tunesmith.__main__ import main\n"
+        f"plain = module.{call}\n"
+        f"def kills(*args): os.kill(os.getpid(), {int(getattr(signal, name))}); return plain(*args)\n"
+        f"module.{call} = kills; sys.exit(main(sys.argv[1:]))"
+    )
+    argv = as_argv(tiny_config(tiny_directory, tmp_path / "r", DPOConfig, data__max_rows=20))
+    if call == "scored":
+        judge = ts.train_reward_model(tiny_config(tiny_directory, tmp_path / "judge", RewardConfig, train__steps=1))
+        argv = ["score", str(tiny_directory), "--reward", str(judge.path), "--limit", "2", "--device", "cpu"]
+    cache = {**os.environ, "TUNESMITH_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False, env=cache)
+    assert done.returncode == 128 + getattr(signal, name)
+    assert done.stderr == f"tunesmith: interrupted{'' if name == 'SIGINT' else f' ({name})'}\n"
+    assert not (tmp_path / "r").exists()
+
+
 def test_a_terminal_that_closes_stops_the_training_with_a_checkpoint(tiny_directory, tmp_path):
     run = ts.Run(tmp_path / "r")
     ours, theirs = pty.openpty()

@@ -63,6 +63,8 @@ class LogpStore:
     def save(self) -> None:
         """Write everything known, including what other processes have added meanwhile."""
         self._read()
+        if not self.known:  # broken off before the first
+            return
         records = np.zeros(len(self.known), RECORD)
         records["key"] = np.frombuffer(b"".join(self.known), "V32")
         records["logps"] = list(self.known.values())
