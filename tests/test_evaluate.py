@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,6 +159,22 @@ def test_a_reward_model_is_measured_by_its_scores_beside_the_rule_that_longer_is
     like = [x for x, (c, r) in zip(right, lengths, strict=True) if min(c, r) >= 0.8 * max(c, r)]
     assert found["preference"]["accuracy_at_like_length"]["n"] == len(like)
     assert 'the rule "longer is better"' in " ".join(capsys.readouterr().out.split())
+
+
+def test_rows_and_pairs_that_stand_there_often_are_one_unit(tiny_directory, pairs, talk, tmp_path, capsys):
+    """Ten copies of a file are no ten times as much evidence: loss and accuracy are the same, and so are their intervals."""
+    for name, kind in (("talk", talk), ("pairs", pairs)):
+        often = tmp_path / f"often-{name}.jsonl"
+        often.write_text(Path(kind).read_text() * 10)
+        once, ten = (figures([str(tiny_directory), str(file)], tmp_path) for file in (kind, often))
+        for part in ("response", "all"):
+            assert [ten[part][k] for k in ("loss", "low", "high")] == pytest.approx(
+                [once[part][k] for k in ("loss", "low", "high")], rel=1e-5
+            )
+            assert ten[part]["answers"] == 10 * once[part]["answers"]
+    for key in ("accuracy", "longer_chosen", "margin"):
+        assert ten["preference"][key] == pytest.approx(once["preference"][key], rel=1e-4, abs=1e-6)
+    assert "36 of the 40 pairs repeat another one" in " ".join(capsys.readouterr().out.split())
 
 
 def test_any_classifier_is_measured(deberta, pairs, tmp_path):

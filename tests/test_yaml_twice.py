@@ -42,7 +42,10 @@ experiments:
         ("train.steps: 3, train: {steps: 4}", "", '"experiments.one.set.train.steps" appears in line 4 and again in line 4'),
         ("train.seed: 3", "      a: {}", '"a" appears in line 6 and again in line 7'),
         ("train.seed: 3", "  one: {}", '"one" appears in line 3 and again in line 7'),
-        ("train.seed: 3", "scales:\n  s:\n    experiments: {}\n    experiments: {}", '"experiments" appears in line 9 and again in line 10'),
+        (
+            "train.seed: 3", "scales:\n  s:\n    experiments: {}\n    experiments: {}",
+            '"experiments" appears in line 9 and again in line 10',
+        ),
     ],
 )  # fmt: skip
 def test_so_is_a_study(tmp_path, capsys, first, more, told):

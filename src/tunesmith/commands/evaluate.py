@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +29,7 @@ from tunesmith.data.pairstore import PairStore
 from tunesmith.data.readers import Report
 from tunesmith.data.texts import Batches
 from tunesmith.data.tokenizer import Tokenizer, bits_per_byte, text_bytes
-from tunesmith.data.tokenstore import tokenise
+from tunesmith.data.tokenstore import TokenStore, tokenise
 from tunesmith.device import Precision, keep_freed_memory, resolve_precision
 from tunesmith.errors import UserError
 from tunesmith.files.bases import base_at
@@ -189,13 +189,14 @@ def text_losses(model: GPT, tokenizer: Tokenizer, held: Held) -> tuple[dict[str,
     answers = answer_losses(model, of_answers, precision)
     of_all = held.dialogues(tokenizer, "all", model.config.block_size)
     everything = answer_losses(model, of_all, precision)
-    report = of_answers.store.report
+    report, rows = of_answers.store.report, held.rows.of(len(of_answers.store))
+    alone = dict(zip(rows.tolist(), firsts(of_answers.store, rows), strict=True))
     found = {
-        "rows": len(held.rows.of(len(of_answers.store))),
-        "response": loss_record(answers),
-        "all": loss_record(everything) | bits_of(of_all, tokenizer, sum(a.nats for a in everything)),
-        "by_turn": by_bucket(answers, TURNS, lambda a: a.turn),
-        "by_length": by_bucket(answers, LENGTHS, lambda a: a.tokens),
+        "rows": len(rows),
+        "response": loss_record(answers, alone),
+        "all": loss_record(everything, alone) | bits_of(of_all, tokenizer, sum(a.nats for a in everything)),
+        "by_turn": by_bucket(answers, TURNS, lambda a: a.turn, alone),
+        "by_length": by_bucket(answers, LENGTHS, lambda a: a.tokens, alone),
     }
     cut = [line for t in of_answers.truncations for line in t.lines(of_answers.block_size)]
     return found, [*report.notes, *report.lines(), *cut]
@@ -210,12 +211,26 @@ def bits_of(batches: Batches, tokenizer: Tokenizer, nats: float) -> dict[str, fl
     return {"bits_per_byte": bits_per_byte(nats, size)} if size else {}
 
 
-def loss_record(answers: Sequence[AnswerLoss]) -> dict[str, Any]:
-    """`{"loss", "low", "high", "perplexity", "tokens", "answers"}`; the interval is over rows, which are independent."""
+def firsts(store: TokenStore, rows: Array, each: int = 1) -> list[int]:
+    """For every one of some rows the first of them with the same tokens; each: stretches of the store that are a row."""
+    seen: dict[tuple[bytes, bytes], int] = {}
+    found = []
+    for row in rows.tolist():
+        cuts = store.offsets[row * each : (row + 1) * each + 1]
+        key = store.tokens[int(cuts[0]) : int(cuts[-1])].tobytes(), np.diff(cuts).tobytes()
+        found.append(seen.setdefault(key, row))
+    return found
+
+
+def loss_record(answers: Sequence[AnswerLoss], alone: Mapping[int, int]) -> dict[str, Any]:
+    """`{"loss", "low", "high", "perplexity", "tokens", "answers"}`; the interval is over different rows, which are independent.
+
+    alone: row -> the first row that is the same, with which it is one unit.
+    """
     rows: dict[int, tuple[float, int]] = {}
     for a in answers:
-        nats, tokens = rows.get(a.row, (0.0, 0))
-        rows[a.row] = (nats + a.nats, tokens + a.tokens)
+        nats, tokens = rows.get(alone[a.row], (0.0, 0))
+        rows[alone[a.row]] = (nats + a.nats, tokens + a.tokens)
     found = interval_record(ratio_interval([nats for nats, _ in rows.values()], [n for _, n in rows.values()]))
     loss = found.pop("mean")
     perplexity = math.exp(loss) if loss < 700 else math.inf
@@ -226,7 +241,10 @@ def loss_record(answers: Sequence[AnswerLoss]) -> dict[str, Any]:
 
 
 def by_bucket(
-    answers: Sequence[AnswerLoss], buckets: Sequence[tuple[int, int | None]], value: Callable[[AnswerLoss], int]
+    answers: Sequence[AnswerLoss],
+    buckets: Sequence[tuple[int, int | None]],
+    value: Callable[[AnswerLoss], int],
+    alone: Mapping[int, int],
 ) -> dict[str, Any]:
     """`loss_record` of the answers in each bucket that has any; the keys are `1`, `17-64`, `257 or more`."""
     found = {}
@@ -234,7 +252,7 @@ def by_bucket(
         inside = [a for a in answers if low <= value(a) and (high is None or value(a) <= high)]
         name = f"{low} or more" if high is None else str(low) if low == high else f"{low}-{high}"
         if inside:
-            found[name] = loss_record(inside)
+            found[name] = loss_record(inside, alone)
     return found
 
 
@@ -277,7 +295,8 @@ def policy_preference(name: str, model: GPT, tokenizer: Tokenizer, held: Held) -
             )
         values = values - all_logps(other, batches, precision)
         by = f"log-ratio to {reference}"
-    return preference_record(values, ordered_lengths(batches), by), problems_of(batches)
+    record, repeats = preference_record(values, batches.store, numbers_of(batches), by)
+    return record, [*problems_of(batches), *repeats]
 
 
 def problems_of(batches: PairBatches) -> list[str]:
@@ -285,9 +304,9 @@ def problems_of(batches: PairBatches) -> list[str]:
     return [*batches.store.store.report.lines(), *batches.cuts.lines()]
 
 
-def ordered_lengths(batches: PairBatches) -> Array:
-    """(pairs, 3) tokens of prompt, chosen and rejected answer, in the order of the batches."""
-    return batches.store.lengths[[source for batch in batches.fixed() for source in batch.sources]]
+def numbers_of(batches: PairBatches) -> Array:
+    """(pairs,) the numbers of the pairs in their store, in the order of the batches."""
+    return np.array([source for batch in batches.fixed() for source in batch.sources])
 
 
 def all_logps(model: GPT, batches: PairBatches, precision: Precision) -> Array:
@@ -316,8 +335,9 @@ def reward_preference(name: str, held: Held) -> tuple[dict[str, Any], list[str]]
         batches = held.pairs(scorer.tokenizer, shape.block_size)
         precision = held.precision(scorer.model.score.weight.device, shape.n_embd)
         scores = all_pair_scores(scorer.model, batches.fixed(), precision)
-        record = preference_record(scores.double().cpu().numpy(), ordered_lengths(batches), "score")
-        return record, problems_of(batches)
+        values, numbers = scores.double().cpu().numpy(), numbers_of(batches)
+        record, repeats = preference_record(values, batches.store, numbers, "score")
+        return record, [*problems_of(batches), *repeats]
     report = Report()
     every = [located.value for located in held.source.rows(held.split, report, pairs=True)]
     chosen_rows = held.pair_rows.of(len(every))
@@ -325,12 +345,20 @@ def reward_preference(name: str, held: Held) -> tuple[dict[str, Any], list[str]]
     prompts = [pair.chosen.messages[:-1] for pair in pairs]
     chosen = scorer.score(prompts, [pair.chosen.messages[-1].content for pair in pairs])
     rejected = scorer.score(prompts, [pair.rejected.messages[-1].content for pair in pairs])
-    lengths = PairStore(tokenise(held.source, held.split, Tokenizer.gpt2(), form="pairs")).lengths[chosen_rows]
-    return preference_record(np.array([chosen, rejected]).T, lengths, "score"), report.lines()
+    store = PairStore(tokenise(held.source, held.split, Tokenizer.gpt2(), form="pairs"))
+    record, repeats = preference_record(np.array([chosen, rejected]).T, store, chosen_rows, "score")
+    return record, [*report.lines(), *repeats]
 
 
-def preference_record(values: Array, lengths: Array, by: str) -> dict[str, Any]:
-    """Accuracy and margin of (pairs, 2) values, beside what length alone would reach; lengths: (pairs, 3) tokens."""
+def preference_record(values: Array, store: PairStore, numbers: Array, by: str) -> tuple[dict[str, Any], list[str]]:
+    """Accuracy and margin of (pairs, 2) values, beside what length alone would reach; and what of the pairs repeats others.
+
+    numbers: (pairs,) of the pairs in their store. One that stands there twice counts once.
+    """
+    once = np.array(firsts(store.store, numbers, 3)) == numbers
+    repeats = len(numbers) - int(once.sum())
+    told = [f"{repeats:,} of the {len(numbers):,} pairs repeat another one; each counts once"] * bool(repeats)
+    values, lengths = values[once], store.lengths[numbers[once]]
     better = values[:, 0] > values[:, 1]
     chosen, rejected = lengths[:, 1], lengths[:, 2]
     like = np.array([alike(a, b) for a, b in zip(chosen, rejected, strict=True)])
@@ -341,7 +369,7 @@ def preference_record(values: Array, lengths: Array, by: str) -> dict[str, Any]:
         "longer_chosen": interval_record(share_interval(longer, len(better))),
     }  # fmt: skip
     alike_only = share_interval(int(better[like].sum()), int(like.sum())) if like.any() else None
-    return record | {"accuracy_at_like_length": alike_only and interval_record(alike_only)}
+    return record | {"accuracy_at_like_length": alike_only and interval_record(alike_only)}, told
 
 
 def print_preference(console: Console, title: str, found: dict[str, Any]) -> None:
