@@ -46,7 +46,7 @@ def gigabytes(text):
 def test_a_training_that_fits_has_one_line(monkeypatch):
     line = told(monkeypatch, medium(), 100 * GB)
     predicted, there = gigabytes(line)
-    assert line == f"memory: about {predicted} GB predicted, {there} GB there"
+    assert line == f"memory: about {predicted} GB predicted, {there} GB available"
     assert there == pytest.approx(100, abs=0.2)
     assert 5 < predicted < 8  # 355 million parameters, their gradients and AdamW's state are 5.7
 
@@ -73,7 +73,7 @@ def test_where_nothing_fits_that_is_said(monkeypatch):
 
 def test_what_cannot_be_predicted_is_not(monkeypatch):
     line = told(monkeypatch, medium("--lora.rank", "2", "--lora.targets", "h.0.*"), 100 * GB)
-    assert line.startswith("memory: not predicted, as it is not counted for --lora.targets h.0.*")
+    assert line.startswith("memory: no prediction, because it is not counted for --lora.targets h.0.*")
     monkeypatch.setattr(room, "available_memory", lambda: None)
     assert memory_lines(medium(), known_shape("gpt2-medium")) == []
 
@@ -131,13 +131,13 @@ def test_time_is_told_once_from_the_second_and_third_step_and_the_estimates_made
     outlook = Outlook(0, steps=1000, eval_every=100, eval_at_start=True, forwards=9.0)
     outlook.estimate_seconds.append(60.0)
     said = [outlook.after_step(seconds) for seconds in (30.0, 2.0, 4.0, 3.0, 3.0)]
-    assert said == ["", "", "about 61 minutes in all, 11 minutes of them estimates", "", ""]  # 30 + 999 x 3 + 11 x 60 s
+    assert said == ["", "", "about 61 minutes in all, 11 minutes of it for estimates", "", ""]  # 30 + 999 x 3 + 11 x 60 s
 
 
 def test_a_resumed_run_counts_what_is_left_and_knows_an_estimate_by_its_work():
     outlook = Outlook(450, steps=1000, eval_every=100, eval_at_start=True, forwards=10.0)
     said = [outlook.after_step(2.0) for _ in range(3)]
-    assert said[-1] == "about 20 minutes for what is left, 2 minutes of them estimates"  # 550 x 2 + 6 x 20 s
+    assert said[-1] == "about 20 minutes left, 2 minutes of it for estimates"  # 550 x 2 + 6 x 20 s
     assert outlook.estimates() == 6  # 500, 600, ..., 1000
 
 
@@ -194,7 +194,7 @@ def test_a_run_says_and_keeps_what_was_chosen_and_a_resumed_one_goes_on_with_it(
         f"12 steps, estimates every 6 on {chosen} batches of a split"
     )
     (memory,) = [i for i, line in enumerate(out) if line.startswith("memory: about ")]
-    (time,) = [i for i, line in enumerate(out) if re.match(r"about .* in all, .* of them estimates$", line)]
+    (time,) = [i for i, line in enumerate(out) if re.match(r"about .* in all, .* of it for estimates$", line)]
     assert memory < out.index(next(line for line in out if line.startswith("step 0:"))) < time
 
     ts.sft(tiny_config(tiny_directory, tmp_path / "parts", **{**options, "train__steps": 6}))
@@ -202,7 +202,7 @@ def test_a_run_says_and_keeps_what_was_chosen_and_a_resumed_one_goes_on_with_it(
     assert yaml.safe_load(file.read_text())["eval"]["iters"] == chosen
     capfd.readouterr()
     parts = ts.sft(tiny_config(tiny_directory, tmp_path / "parts", **options, resume=True))
-    assert re.search(r"^about .* for what is left", capfd.readouterr().out, re.M)
+    assert re.search(r"^about .* left", capfd.readouterr().out, re.M)
     assert comparable(parts) == comparable(whole)
 
 

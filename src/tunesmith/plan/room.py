@@ -1,4 +1,4 @@
-"""Before the first step: the memory that this training will take against what is there, and what fits where it does not."""
+"""Before the first step: the memory that this training will need and what is available, with settings that fit if it does not."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEXTS = Rows(PlanOptions.text_tokens, PlanOptions.supervised)  # as `tunesmith p
 
 
 def memory_lines(config: AnyConfig, shape: GPTConfig) -> list[str]:
-    """What to say of memory before a training begins; nothing where the device does not tell what is there.
+    """What to say about memory before a training starts; nothing if the device does not report what is available.
 
     config: resolved. Called when the weights are on the device and the data are read: what the process has already
     counts as its own, whatever it is for.
@@ -33,26 +33,26 @@ def memory_lines(config: AnyConfig, shape: GPTConfig) -> list[str]:
     try:
         asked = make_setting(config, shape, TEXTS, place, {})
     except UsageError as error:
-        return [f"memory: not predicted, as it is not counted for {error}"]
+        return [f"memory: no prediction, because it is not counted for {error}"]
     if place.cpu:  # the weights are in memory already, and are counted
         place = dataclasses.replace(place, base=max(0.0, place.base - asked.memory.parameters))
         asked = dataclasses.replace(asked, place=place)
-    told = f"memory: about {_gb(asked.total)} predicted, {_gb(place.memory)} there"
+    told = f"memory: about {_gb(asked.total)} predicted, {_gb(place.memory)} available"
     if asked.total <= place.memory:
         return [told]
     every = candidates(asked, inexact=True)
     if found := choose(every, place.memory):
         return [
-            f"warning: {told}, so it may not fit. With {as_options(found.changes)} it does ({_gb(found.total)}"
-            f"{'' if is_exact(found.changes) else ', with a slightly other result'}); tunesmith plan --fit says what that costs"
+            f"warning: {told}, so it may not fit. It does with {as_options(found.changes)} ({_gb(found.total)}"
+            f"{'' if is_exact(found.changes) else ', with a slightly different result'}); tunesmith plan --fit shows what that costs"
         ]
     least = min(every, key=lambda s: s.total)
     return [
         f"warning: {told}, so it may not fit, and neither does the leanest setting ({as_options(least.changes)}, {_gb(least.total)}): "
         + (
-            "lower --model.block_size, or take a smaller shape"
+            "lower --model.block_size, or choose a smaller shape"
             if isinstance(config, PretrainConfig)
-            else "lower --data.block_size, train adapters (--lora.rank), or take a smaller model"
+            else "lower --data.block_size, train adapters (--lora.rank), or choose a smaller model"
         )
     ]
 

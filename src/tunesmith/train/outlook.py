@@ -1,4 +1,4 @@
-"""How long a training will take, told once it has taken three steps."""
+"""How long a training will take, reported after its third step."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Outlook:
         made = self.estimate_seconds
         estimates = self.estimates() * (sum(made) / len(made) if made else step * self.forwards)
         whole = sum(self.step_seconds[:FIRST]) + (self.steps - self.begun_at - FIRST) * step + estimates
-        what = "for what is left" if self.begun_at else "in all"
-        share = f", {span(estimates)} of them estimates" if estimates else ""
+        what = "left" if self.begun_at else "in all"
+        share = f", {span(estimates)} of it for estimates" if estimates else ""
         return f"about {span(whole)} {what}{share}"
 
     def estimates(self) -> int:
