@@ -58,7 +58,7 @@ def test_one_that_does_not_fit_is_warned_of_with_settings_that_do(monkeypatch, k
     assert line.startswith("warning: memory: about ")
     predicted, there, with_these = gigabytes(line)
     assert predicted > there > with_these
-    changes = shlex.split(re.search(r"With (.*) it does", line)[1])
+    changes = shlex.split(re.search(r"It does with (.*) \(", line)[1])
     asked = [*argv, *changes] if "--train.batch_size" not in changes else changes
     again = told(monkeypatch, medium(*asked, kind=kind), 20 * GB)
     assert again.startswith(f"memory: about {with_these} GB predicted")
