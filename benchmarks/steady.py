@@ -25,7 +25,18 @@ from contest import write_result
 PERIOD = 0.2  # seconds between two looks
 SHOWN = 40  # points of a curve that are kept
 TRAININGS = {"sft": [], "sft-lora": ["--lora.rank", "8"], "reward": [], "dpo": [], "pretrain": []}
-SHAPE = ["--model.n_layer", "4", "--model.n_head", "4", "--model.n_embd", "256", "--model.block_size", "512"]
+SHAPE = [
+    "--model.n_layer",
+    "4",
+    "--model.n_head",
+    "4",
+    "--model.n_embd",
+    "256",
+    "--model.block_size",
+    "512",
+    "--tokenizer.vocab_size",
+    "2048",
+]
 
 
 def jobs(args: argparse.Namespace, work: Path) -> dict[str, tuple[list[str], str]]:

@@ -61,7 +61,10 @@ def test_a_project_that_was_moved_goes_on_from_another_directory(project, tmp_pa
     assert last_digest(run) == digest
     assert {group: run.config[group] for group in ("model", "data")} | {"reward": run.config["eval"]["reward"]} == names
     assert "history" not in run.config
-    assert run.inputs["folder"]["run"] == "runs/x"
+    assert run.inputs["places"] == {
+        "models/base": "../../models/base", "d.jsonl": "../../d.jsonl", "more.jsonl": "../../more.jsonl",
+        "runs/judge": "../judge", "p.txt": "../../p.txt",
+    }  # fmt: skip
 
 
 def test_a_moved_dpo_run_still_knows_its_reference_and_what_it_was_trained_on(project, tmp_path, monkeypatch, capfd):
@@ -78,14 +81,15 @@ def test_a_moved_dpo_run_still_knows_its_reference_and_what_it_was_trained_on(pr
 
 
 def test_names_are_read_from_where_the_run_was_started(project, tmp_path, monkeypatch):
-    run = ts.sft(tiny_config(project / "models/base", "runs/x", **SHORT, data__name="d.jsonl"))
+    judge = {"eval__reward": "runs/judge@2", "eval__max_new_tokens": 2}
+    run = ts.sft(tiny_config(project / "models/base", "runs/x", **SHORT, **judge, data__name="d.jsonl"))
     copy = tmp_path / "b" / "project"
     shutil.copytree(project, copy)
     there = Run(copy / "runs/x")
     assert located(run, "d.jsonl") == "d.jsonl", "it leads there"
     assert located(there, "d.jsonl") == str(copy.resolve() / "d.jsonl"), "the copy has its own"
     assert located(there, str(project / "models/base")) == str(copy.resolve() / "models/base"), "an absolute path too"
-    assert located(there, "runs/x@2") == f"{copy.resolve()}/runs/x@2"
+    assert located(there, "runs/judge@2") == f"{copy.resolve()}/runs/judge@2"
     assert (
         located_sets(there, "d.jsonl*2,hh:helpful-base*1,sample*1")
         == f"{copy.resolve()}/d.jsonl*2,hh:helpful-base*1,sample*1"
@@ -94,7 +98,7 @@ def test_names_are_read_from_where_the_run_was_started(project, tmp_path, monkey
         assert located(there, name) == name
     (project / "deep").mkdir()
     beside = Run((project / "runs").rename(project / "deep" / "all") / "x")
-    assert located(beside, "runs/judge") == "deep/all/judge", "what moved with the run inside the project"
+    assert located(beside, "runs/judge@2") == "deep/all/judge@2", "what moved with the run inside the project"
     assert located(beside, "d.jsonl") == "d.jsonl"
     alone = Run(shutil.copytree(beside.path, tmp_path / "alone"))
     assert located(alone, str(project / "models/base")) == str(project / "models/base"), "only the run was copied"

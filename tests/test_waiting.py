@@ -131,7 +131,13 @@ def test_time_is_told_once_from_the_second_and_third_step_and_the_estimates_made
     outlook = Outlook(0, steps=1000, eval_every=100, eval_at_start=True, forwards=9.0)
     outlook.estimate_seconds.append(60.0)
     said = [outlook.after_step(seconds) for seconds in (30.0, 2.0, 4.0, 3.0, 3.0)]
-    assert said == ["", "", "about 61 minutes in all, 11 minutes of it for estimates", "", ""]  # 30 + 999 x 3 + 11 x 60 s
+    assert said == [
+        "",
+        "",
+        "about 61 minutes in all, 11 minutes of it for estimates",
+        "",
+        "",
+    ]  # 30 + 999 x 3 + 11 x 60 s
 
 
 def test_a_resumed_run_counts_what_is_left_and_knows_an_estimate_by_its_work():

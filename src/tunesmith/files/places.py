@@ -1,27 +1,35 @@
 """Where the things lie that a run or an adapter names, now that it may have been moved, copied or is used from elsewhere.
 
-inputs.json says in which folder a run was started, and where the run lay in it (`started_here`). So what a run names is found
-by its path from the run: what was moved together, a project or a study in it, stays together. Names stay in the files as they
-were given.
+inputs.json says of every name in a run's options where that lay from the run. So what was moved together, a project or a study
+in it, stays together, and the names stay in config.yaml as they were given.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tunesmith.data.datasets import is_named
 from tunesmith.data.mixture import parse_sets
+from tunesmith.errors import UserError
 from tunesmith.files.run import Run
 
-FOLDER = "folder"  # key in inputs.json
+PLACES = "places"  # key in inputs.json
 
 
-def started_here(run: Path) -> dict[str, str]:
-    """For inputs.json: the current directory, from which a run's names are read, and the run's path from it."""
-    here = Path.cwd()
-    return {"path": str(here), "run": os.path.relpath(run.resolve(), here)}
+def places_of(run: Path, names: Iterable[str]) -> dict[str, str]:
+    """Name -> its path from the run's directory, of those names that are files or directories here."""
+    plain = {name: Path(_stem(name)[0]).expanduser() for name in names}
+    home = run.resolve()
+    return {name: os.path.relpath(path.resolve(), home) for name, path in plain.items() if _exists(path)}
+
+
+def _stem(name: str) -> tuple[str, str]:
+    """RUN@STEP as RUN and @STEP; any other name with nothing behind it."""
+    stem, at, step = name.rpartition("@")
+    return (stem, f"{at}{step}") if at and step.isdigit() else (name, "")
 
 
 def located(run: Run, name: str) -> str:
@@ -32,16 +40,14 @@ def located(run: Run, name: str) -> str:
     """
     if name == "sample":
         return name
-    stem, at, step = name.rpartition("@")
-    if not at or not step.isdigit():
-        stem, at, step = name, "", ""
+    stem, step = _stem(name)
     plain = Path(stem).expanduser()
-    for place in _places(run, plain):
+    for place in _candidates(run, name, plain):
         if _exists(place):
             if _exists(plain) and place.resolve() == plain.resolve():
                 return name
             now, here = Path(os.path.normpath(place)), Path.cwd()
-            return f"{now.relative_to(here) if now.is_relative_to(here) else now}{at}{step}"
+            return f"{now.relative_to(here) if now.is_relative_to(here) else now}{step}"
     return name
 
 
@@ -53,14 +59,15 @@ def located_sets(run: Run, names: str) -> str:
     return ",".join(name if weight is None else f"{name}*{weight:g}" for name, weight in sets)
 
 
-def _places(run: Run, name: Path) -> Iterator[Path]:
-    folder, home = (run.inputs or {}).get(FOLDER), run.path.resolve()
-    if isinstance(folder, dict) and {"path", "run"} <= folder.keys():
-        start = Path(folder["path"])
-        yield home / os.path.relpath(start / name, start / folder["run"])
-    yield name
-    if not name.is_absolute():
-        yield from (above / name for above in home.parents)
+def _candidates(run: Run, name: str, plain: Path) -> Iterator[Path]:
+    home, known = run.path.resolve(), None
+    with contextlib.suppress(UserError):  # damaged: who resumes the run is told so
+        known = (run.inputs or {}).get(PLACES)
+    if isinstance(known, dict) and isinstance(place := known.get(name), str):
+        yield home / place
+    yield plain
+    if not plain.is_absolute():
+        yield from (above / plain for above in home.parents)
 
 
 def _exists(path: Path) -> bool:

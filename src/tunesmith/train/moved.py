@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tunesmith.files.places import located, located_sets
+from tunesmith.data.mixture import parse_sets
+from tunesmith.files.places import located, located_sets, places_of
 from tunesmith.files.run import Run
 from tunesmith.options.resuming import marked_options
 
@@ -36,6 +38,13 @@ def names_kept(config: Any, stored: Mapping[str, Any], run: Run) -> dict[str, st
         if isinstance(before, str) and before != value and _same(_located(run, name, before), value):
             kept[name] = before
     return kept
+
+
+def places_named(config: Any, path: Path, without: Collection[str] = ()) -> dict[str, str]:
+    """Where everything that the options name lies from the run at `path` (`places_of`); without: options to pass over."""
+    named = [(name, value) for name, value in _named(config) if name not in without]
+    each = [[part for part, _ in parse_sets(value)] if name in SETS else [value] for name, value in named]
+    return places_of(path, chain.from_iterable(each))
 
 
 def _named(config: Any) -> Iterator[tuple[str, str]]:

@@ -17,12 +17,12 @@ import yaml
 from tunesmith.data.fingerprint import content_hash
 from tunesmith.data.tokenstore import TokenStore
 from tunesmith.errors import UsageError, UserError
-from tunesmith.files.places import FOLDER, started_here
+from tunesmith.files.places import PLACES
 from tunesmith.files.run import DRAWS, Run
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.resuming import HISTORY, Marked, checked_history, marked_options
 from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
-from tunesmith.train.moved import names_kept
+from tunesmith.train.moved import names_kept, places_named
 from tunesmith.train.optim import schedule_factor
 from tunesmith.train.resolve import Command
 from tunesmith.train.splits import Splits
@@ -138,14 +138,11 @@ def settle_origin(config: AnyConfig, path: Path, inputs: dict[str, Any]) -> Orig
     Raises: UserError naming every difference at once, old and new, and the way out.
     """
     if not config.resume:
-        return Origin({**inputs, FOLDER: started_here(path)})
+        return Origin({**inputs, PLACES: places_named(config, path)})
     run = Run(path)
     stored, before = run.config, run.inputs
     kept = names_kept(config, stored, run)
-    if before and FOLDER in before:
-        inputs = {**inputs, FOLDER: before[FOLDER]}
-    elif not kept:  # of an earlier version, and all it names is found from here
-        inputs = {**inputs, FOLDER: started_here(path)}
+    inputs = {**inputs, PLACES: {**(before or {}).get(PLACES, {}), **places_named(config, path, without=kept)}}
     earlier = checked_history(stored.get(HISTORY), str(path / "config.yaml"))
     step = max((at for at, _ in run.checkpoints()), default=0)
     if before and before.get("command") != inputs["command"]:
