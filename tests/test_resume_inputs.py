@@ -150,6 +150,17 @@ def test_a_run_of_an_earlier_version_goes_on_and_says_what_it_cannot_know(tiny_d
         ts.sft(again)
 
 
+def test_a_version_that_skips_other_rows_of_the_same_files_says_so(tiny_directory, tmp_path, rows):
+    run = ts.sft(tiny_config(tiny_directory, tmp_path / "r", **SHORT, data__name=str(rows)))
+    stored = json.loads((run.path / "inputs.json").read_text())
+    used = stored["train"]["rows"]
+    stored["train"]["rows"] += 3
+    (run.path / "inputs.json").write_text(json.dumps(stored))
+    told = rf"the training rows are chosen otherwise by this version \({used + 3} before, {used} now\).*--resume_changes accept"
+    with pytest.raises(UserError, match=told):
+        ts.sft(tiny_config(tiny_directory, run.path, **LONGER, data__name=str(rows), resume=True))
+
+
 def test_another_command_cannot_go_on_with_a_run(tiny_directory, tmp_path):
     run = ts.sft(tiny_config(tiny_directory, tmp_path / "r", **SHORT))
     with pytest.raises(UserError, match="was made by tunesmith sft, and tunesmith dpo cannot continue it"):

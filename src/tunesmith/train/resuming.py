@@ -158,6 +158,8 @@ def settle_origin(config: AnyConfig, path: Path, inputs: dict[str, Any]) -> Orig
     changes, notes = option_changes(
         config, stored, same_content=same_content, base=bool(inputs["weights"]), same_places=kept
     )
+    if before and not any(change.option.startswith("data.") for change in changes):
+        changed += count_changes(before, inputs)
     changes = [*_with_rates(changes, config, stored, step), *changed]
     if before is None:
         notes.append(
@@ -259,9 +261,7 @@ def input_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Cha
     changes = []
     for key, (name, what) in ROWS.items():
         old, new = before.get(key), now.get(key)
-        if (old and (old["sha256"], old["rows"])) != (
-            new and (new["sha256"], new["rows"])
-        ):  # other versions skip other rows
+        if (old and old["sha256"]) != (new and new["sha256"]):
             words = f"{what} have changed ({_difference(old, new)})"
             changes.append(Change(name, _in_short(old), _in_short(new), words))
     if before.get("weights") != now["weights"] and before.get("weights"):
@@ -271,6 +271,17 @@ def input_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Cha
         words = "the model's tokenizer is not the one that this run began with"
         changes.append(Change("tokenizer", before.get("tokenizer"), now["tokenizer"], words))
     return changes
+
+
+def count_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """The same files and options, of which another version skips other rows."""
+    found = []
+    for key, (name, what) in ROWS.items():
+        old, new = before.get(key), now.get(key)
+        if old and new and old["sha256"] == new["sha256"] and old["rows"] != new["rows"]:
+            words = f"{what} are chosen otherwise by this version ({old['rows']:,} before, {new['rows']:,} now)"
+            found.append(Change(name, _in_short(old), _in_short(new), words))
+    return found
 
 
 def _in_short(rows: Mapping[str, Any] | None) -> str:
