@@ -229,7 +229,12 @@ def test_the_command_line_tells_it_in_one_line_with_exit_code_2(tmp_path, capfd)
     (tmp_path / "bad.yaml").write_text("experiments: {e: {matrix: {lora.rnk: [1]}}}")
     (tmp_path / "good.yaml").write_text(yaml.safe_dump({"base": BASE, "experiments": {"one": {}}}))
     (tmp_path / "values.yaml").write_text(
-        yaml.safe_dump({"base": BASE, "experiments": {"one": {"set": {"train.batch_size": 0, "train.epochs": 1}}}})
+        yaml.safe_dump(
+            {
+                "base": BASE,
+                "experiments": {"one": {"set": {"train.batch_size": 0, "train.epochs": 1, "train.steps": 1}}},
+            }
+        )
     )
     for argv, *told in (
         (["studdy"], "no such file", "paper"),
