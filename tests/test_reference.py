@@ -52,7 +52,8 @@ def cache(tmp_path, monkeypatch):
 def run(model, out, **options):
     """Four steps on forty pairs, at a rate at which the policy moves."""
     small = {
-        "data__max_rows": 40, "data__block_size": 192, "train__steps": 4, "train__batch_size": 3, "optimizer__lr": 1e-2, "train__diverge_after": 0,
+        "data__max_rows": 40, "data__block_size": 192, "train__steps": 4, "train__batch_size": 3, "optimizer__lr": 1e-2,
+        "train__diverge_after": 0,
         "eval__every": 4, "checkpoint__every": 4,
     }  # fmt: skip
     return ts.dpo(tiny_config(model, out, DPOConfig, **(small | options)))
