@@ -276,7 +276,7 @@ def test_a_judge_is_asked_and_told(compare, models):
         assert "100.0 %" in place
         assert "sk-test" not in place
     assert "judge: m" not in page
-    assert "The judge's words" in page
+    assert "Replies of the judge" in page
 
 
 def test_a_judge_with_a_taste_for_the_first_finds_only_ties(compare, models):

@@ -111,7 +111,7 @@ def test_extreme_margins_stay_finite_forward_and_backward(loss, smoothing, margi
     [
         ({"beta": 0.0}, "beta is 0.0"), ({"beta": -1.0}, "beta is -1"), ({"beta": math.nan}, "beta is nan"),
         ({"beta": math.inf}, "beta is inf"),
-        ({"loss": "sigmoidal"}, "unknown loss 'sigmoidal'; there are sigmoid, ipo"),
+        ({"loss": "sigmoidal"}, "unknown loss 'sigmoidal'; expected one of sigmoid, ipo"),
         ({"label_smoothing": 0.5}, "label_smoothing is 0.5"), ({"label_smoothing": -0.1}, "label_smoothing is -0.1"),
         ({"loss": "hinge", "label_smoothing": 0.1}, "0 for this loss"), ({"loss": "ipo", "label_smoothing": 0.1}, "0 for this loss"),
     ],

@@ -179,5 +179,5 @@ def test_a_weight_of_another_shape_is_named(tmp_path):
     state = load_file(tmp_path / "adapter" / WEIGHTS)
     state["base_model.model.transformer.ln_f.weight"] = torch.ones(31)
     save_file(state, tmp_path / "adapter" / WEIGHTS, {"format": "pt"})
-    with pytest.raises(UserError, match=r"\(31,\) for transformer\.ln_f\.weight, the model has \(32,\)"):
+    with pytest.raises(UserError, match=r"\(31,\) for transformer\.ln_f\.weight, but the model has \(32,\)"):
         ts.load(str(tmp_path / "adapter"), device="cpu")

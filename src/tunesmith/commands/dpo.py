@@ -27,7 +27,7 @@ from tunesmith.models.evaluation import evaluation_mode
 from tunesmith.options.training import DPOConfig
 from tunesmith.plan.room import memory_lines
 from tunesmith.train.choice import Sums
-from tunesmith.train.divergence import MOST_BATCHES, batches_to_judge_by
+from tunesmith.train.divergence import batches_judged_by
 from tunesmith.train.losses import SMOOTHED
 from tunesmith.train.pair_loss import OBSERVED, PreferenceLoss, Reference, answer_logps, dpo_loss_sum, estimate_dpo
 from tunesmith.train.reference import LogpStore, adapter_off, cached, second_model, store_path
@@ -145,8 +145,7 @@ def _dpo(config: DPOConfig, path: Path) -> Run:
     settings = PreferenceLoss(d.beta, d.loss, d.label_smoothing or 0.0)
     iters, steps = iters_of(config), config.train.steps or 0
     micro_batches = steps * config.train.accumulate
-    judged_on = MOST_BATCHES if config.resume else batches_to_judge_by(micro_batches)  # it may have been longer
-    sampled = train.sampled(max(iters, judged_on))
+    sampled = train.sampled(max(iters, batches_judged_by(path, config.resume, micro_batches)))
     needed = sorted({*train.used(micro_batches), *sampled})
     sets = [(train, needed), (validation, validation.used(iters))]
     (on_train, on_validation), told = make_references(trainee, config, sets)

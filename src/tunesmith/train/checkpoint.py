@@ -66,6 +66,12 @@ def save_checkpoint(
     return final
 
 
+def stored_state(directory: Path) -> dict[str, Any]:
+    """What a checkpoint says of its training beside the tensors. Raises: OSError, json.JSONDecodeError."""
+    state: dict[str, Any] = parse_json((directory / STATE / "state.json").read_text(encoding="utf-8"))
+    return state
+
+
 def load_state(
     directory: Path, read_weights: Callable[[Path], None], optimizer: Optimizer | OneByOne, scaler: GradScaler | None
 ) -> dict[str, Any]:
@@ -74,7 +80,7 @@ def load_state(
     Raises: UserError naming the file that is missing or broken.
     """
     try:
-        state: dict[str, Any] = parse_json((directory / STATE / "state.json").read_text(encoding="utf-8"))
+        state = stored_state(directory)
         tensors = load_file(directory / STATE / "optimizer.safetensors")
     except (OSError, json.JSONDecodeError, SafetensorError) as error:
         raise UserError(

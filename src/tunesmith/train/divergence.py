@@ -5,13 +5,17 @@ The losses of single steps are too noisy to judge by: rows differ, and dropout l
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch.amp import GradScaler
 
+from tunesmith.files.run import Run
+from tunesmith.train.checkpoint import stored_state
 from tunesmith.train.step import StepStats
 
 SMALLEST_SCALE = 2.0**-20  # fp16 gradients may overflow and are then scaled anew; below this they are simply infinite
@@ -23,6 +27,15 @@ MOST_BATCHES = 32  # micro-batches that are looked at
 def batches_to_judge_by(micro_batches: int) -> int:
     """Micro-batches over which a training of so many is judged: a forward pass is a third of a step, so that is little beside it."""
     return min(MOST_BATCHES, max(4, micro_batches // 4))
+
+
+def batches_judged_by(path: Path, resume: bool, micro_batches: int) -> int:
+    """As `batches_to_judge_by`; of a run that is resumed the number that it began with, when it may have been shorter."""
+    found = None
+    if resume and (saved := Run(path).checkpoints()):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # `load_state` tells what is wrong with it
+            found = stored_state(saved[-1][1])["progress"].get("judged_on")
+    return found or batches_to_judge_by(micro_batches)
 
 
 def above(loss: float, before: float, by: float) -> bool:
