@@ -203,7 +203,9 @@ MODES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", [*MODES, pytest.param("8 bits", marks=needs_torchao)])
+@pytest.mark.parametrize(
+    "mode", [*MODES, pytest.param("8 bits", marks=[needs_torchao, pytest.mark.long])]
+)  # it compiles
 def test_a_run_in_this_mode_learns_and_resumes_bit_for_bit(mode, tiny_directory, tmp_path):
     options = MODES.get(mode) or {"optimizer__name": "adamw8bit"}
     reference = ts.sft(tiny_config(tiny_directory, tmp_path / "whole", **options))

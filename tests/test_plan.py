@@ -303,6 +303,7 @@ def test_a_place_that_is_not_here_is_told():
         find_place("tpu")
 
 
+@pytest.mark.long
 def test_measured_memory_is_near_the_plan(tmp_path):
     """A real run's own peak against the plan's, at the embedded sample, without a heap's holes: within 7 % of the whole process.
 

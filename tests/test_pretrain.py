@@ -77,6 +77,7 @@ def held_out(trained, topics):
 # ---- it learns -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_beats_every_model_that_knows_no_context(trained, held_out):
     """The entropy of the held-out tokens' own frequencies is the least that any unigram model can reach on them."""
     texts, tokenizer = held_out
