@@ -89,6 +89,7 @@ def test_beats_every_model_that_knows_no_context(trained, held_out):
     assert estimates[-1]["validation_loss"] < entropy - MARGIN
 
 
+@pytest.mark.long
 def test_bits_per_byte_are_those_of_the_held_out_text(trained, held_out):
     """Loss and bytes counted by hand: every text in full but for its first token."""
     texts, tokenizer = held_out
@@ -152,6 +153,7 @@ def test_a_changed_shape_is_no_resume(topics, tmp_path, capsys):
 # ---- what comes out is an ordinary run -------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_run_can_be_tuned_evaluated_and_reported(trained, tmp_path, capsys):
     tuned = ts.sft(tiny_config(trained.path, tmp_path / "sft", train__steps=2, eval__every=2))
     assert tuned.status["state"] == "finished"
@@ -165,6 +167,7 @@ def test_the_run_can_be_tuned_evaluated_and_reported(trained, tmp_path, capsys):
     assert isinstance(ts.generate(model, tokenizer, [[{"role": "user", "content": "for"}]], max_new_tokens=4)[0], str)
 
 
+@pytest.mark.long
 def test_transformers_computes_the_same_from_what_was_saved(trained):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -187,6 +190,7 @@ def test_gpt2s_vocabulary_is_the_other_choice(topics, tmp_path, tokenizer):
     assert run.config["tokenizer"] == {"name": "gpt2", "vocab_size": None}
 
 
+@pytest.mark.long
 def test_the_tokenizer_and_the_shape_of_a_model_can_be_taken(trained, topics, tmp_path):
     taken = {"model__n_layer": None, "model__n_head": None, "model__n_embd": None, "model__block_size": None}
     base = {"model__name": str(trained.path), "tokenizer__name": str(trained.path), "tokenizer__vocab_size": None}
