@@ -188,3 +188,20 @@ def test_peft_opens_a_moved_adapter_where_its_base_is_where_it_says(adapter, pro
     with torch.no_grad():
         torch.testing.assert_close(theirs(torch.arange(8)[None]).logits, before, rtol=1e-4, atol=1e-4)
     assert torch.equal(logits("other"), before)
+
+
+@pytest.mark.parametrize("again", ["models/base", None])
+def test_a_run_of_all_weights_goes_on_without_the_base_that_it_began_with(project, tmp_path, monkeypatch, again):
+    """Its checkpoint holds everything; named as it was or not named, the base is not needed any more."""
+    straight = ts.sft(
+        tiny_config("models/base", "runs/straight", **SHORT | {"train__steps": 4, "data__name": "d.jsonl"})
+    )
+    run = ts.sft(tiny_config("models/base", "runs/x", **SHORT, data__name="d.jsonl"))
+    shutil.rmtree(project / "models/base")
+    argv = ["sft", "--resume", "--out", "runs/x", "--train.steps", "4", *(["--model.name", again] if again else [])]
+    assert main(argv) == 0
+    assert train_losses(run) == train_losses(straight)
+    assert last_digest(run) == last_digest(straight)
+    assert run.config["model"]["name"] == "models/base"
+    assert "history" not in run.config
+    assert main(["dpo", "--model.name", "models/base", "--data.name", "d.jsonl", "--out", "runs/y"]) == 1

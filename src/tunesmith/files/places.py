@@ -23,7 +23,7 @@ def places_of(run: Path, names: Iterable[str]) -> dict[str, str]:
     """Name -> its path from the run's directory, of those names that are files or directories here."""
     plain = {name: Path(_stem(name)[0]).expanduser() for name in names}
     home = run.resolve()
-    return {name: os.path.relpath(path.resolve(), home) for name, path in plain.items() if _exists(path)}
+    return {name: os.path.relpath(path.resolve(), home) for name, path in plain.items() if exists(path)}
 
 
 def _stem(name: str) -> tuple[str, str]:
@@ -43,8 +43,8 @@ def located(run: Run, name: str) -> str:
     stem, step = _stem(name)
     plain = Path(stem).expanduser()
     for place in _candidates(run, name, plain):
-        if _exists(place):
-            if _exists(plain) and place.resolve() == plain.resolve():
+        if exists(place):
+            if exists(plain) and place.resolve() == plain.resolve():
                 return name
             now, here = Path(os.path.normpath(place)), Path.cwd()
             return f"{now.relative_to(here) if now.is_relative_to(here) else now}{step}"
@@ -70,7 +70,8 @@ def _candidates(run: Run, name: str, plain: Path) -> Iterator[Path]:
         yield from (above / plain for above in home.parents)
 
 
-def _exists(path: Path) -> bool:
+def exists(path: Path) -> bool:
+    """Whether something lies there; False for what no file system can hold."""
     try:
         return path.exists()
     except (OSError, ValueError):  # a name of the hub, or a list, that no file system takes

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tunesmith.data.mixture import parse_sets
-from tunesmith.files.places import located, located_sets, places_of
+from tunesmith.files.places import PLACES, exists, located, located_sets, places_of
 from tunesmith.files.run import Run
 from tunesmith.options.resuming import marked_options
 
@@ -55,7 +55,20 @@ def _named(config: Any) -> Iterator[tuple[str, str]]:
 
 
 def _located(run: Run, name: str, value: str) -> str:
-    return located_sets(run, value) if name in SETS else located(run, value)
+    if name in SETS:
+        return located_sets(run, value)
+    place = located(run, value)
+    if name == "model.name" and place in (run.inputs or {}).get(PLACES, {}) and not exists(Path(place).expanduser()):
+        return _whole_checkpoint(run) or place
+    return place
+
+
+def _whole_checkpoint(run: Run) -> str:
+    """Of a run that trains all weights of a language model: its last checkpoint, which is all that it needs of its base. Else ""."""
+    if (run.inputs or {}).get("command") != "sft" or (run.config.get("lora") or {}).get("rank"):
+        return ""
+    saved = run.checkpoints()
+    return str(saved[-1][1]) if saved else ""
 
 
 def _same(a: str, b: str) -> bool:
