@@ -91,6 +91,14 @@ def test_commands_for_the_hub_are_valid(page, folder):
             assert done.returncode == 0, f"{command}: {done.stderr}"
 
 
+def test_the_readme_shows_the_lines_that_its_plan_prints(folder):
+    (command,) = [c for c in commands("README.md") if c.startswith("tunesmith plan ")]
+    printed = run(command, folder).stdout.splitlines()
+    (shown,) = [body for body in blocks("README.md", "text") if body.startswith("fits in ")]
+    for line in shown.splitlines()[:2]:
+        assert line in printed
+
+
 def test_make_targets_exist():
     for page in ("README.md",):
         for command in commands(page):
