@@ -241,6 +241,17 @@ def test_columns_are_mapped_by_hand(tmp_path):
         rows_of(file, columns="prompt=nothing,completion=reply")
 
 
+def test_a_column_that_no_row_has_is_named_with_a_near_one(tmp_path):
+    file = written(tmp_path / "a.jsonl", [{"ask": Q, "reply": A, "sytem": "Be brief."}])
+    told = r"found ask, reply, sytem; --data\.columns completion=repli names none of them\. Did you mean reply\?"
+    with pytest.raises(UserError, match=told):
+        rows_of(file, columns="prompt=ask,completion=repli")
+    found, report = rows_of(file, columns="prompt=ask,completion=reply,system=system")
+    assert found == [DIALOGUE]
+    assert "--data.columns system=system: no row has such a column. Did you mean sytem?" in report.notes
+    assert not any("--data.columns" in n for n in rows_of(file, columns="prompt=ask,completion=reply,label=")[1].notes)
+
+
 def test_a_changed_mapping_is_another_key_in_the_cache(tmp_path):
     file = written(tmp_path / "a.jsonl", [{"ask": Q, "prompt": "no", "completion": A}])
     keys = {open_dataset(DataOptions(name=str(file), columns=c)).fingerprint("train") for c in (None, "prompt=ask")}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tunesmith.errors import UsageError
+from tunesmith.errors import UsageError, did_you_mean
 
 FORMATS = (
     "text | messages | prompt + completion | instruction + output | prompt + chosen + rejected | chosen + rejected; "
@@ -69,6 +69,11 @@ def parse_columns(option: str | None) -> Columns:
             )
         pairs.append((what, column))
     return tuple(pairs)
+
+
+def absent(mapped: Columns, columns: Collection[str]) -> list[tuple[str, str]]:
+    """What `--data.columns` names and is not among these columns: `system=sytem`, and `. Did you mean system?` or ""."""
+    return [(f"{what}={c}", did_you_mean(c, columns)) for what, c in mapped if c and c not in columns]
 
 
 @lru_cache(maxsize=4096)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunesmith.data.columns import BARE, FORMATS, Columns, Form, recognise
+from tunesmith.data.columns import BARE, FORMATS, Columns, Form, absent, recognise
 from tunesmith.data.dialogue import (
     BadRow,
     Dialogue,
@@ -76,9 +76,11 @@ class Reader:
         columns = tuple([key for key, value in row.items() if value is not None])
         form = self.forms.get(columns) or recognise(frozenset(columns), self.mapped)
         if form is None:
-            raise BadRow(
-                f"no known columns (found {', '.join(sorted(map(str, columns))) or 'none'}; expected {FORMATS})"
-            )
+            found = ", ".join(sorted(map(str, columns))) or "none"
+            if missing := absent(self.mapped, columns):
+                asked, near = missing[0]
+                raise BadRow(f"no known columns (found {found}; --data.columns {asked} names none of them{near})")
+            raise BadRow(f"no known columns (found {found}; expected {FORMATS})")
         self.forms[columns] = form
         self.rows[columns] += 1
         return form
@@ -250,6 +252,10 @@ class Reader:
         """What a user should know: columns not used, texts that stood in two columns, answers not learned."""
         unused = {column for form in self.forms.values() for column in form.unused}
         lines = [f"not used: {', '.join(sorted(unused - set(self.honoured)))}"] if unused - set(self.honoured) else []
+        lines += [
+            f"--data.columns {asked}: no row has such a column{near}"
+            for asked, near in absent(self.mapped, {column for columns in self.forms for column in columns})
+        ]
         if self.seen.unused:
             lines.append(f"not used in turns: {', '.join(self.seen.unused)}")
         if n := self.facts["repeated"]:
