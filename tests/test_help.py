@@ -40,7 +40,8 @@ def test_help_is_one_screen_with_an_example_and_says_where_the_rest_is(command, 
     assert len(lines) <= 40
     assert max(map(len, lines)) <= 80
     assert f"tunesmith {command} " in text.partition("example:")[2] or command == "demo"
-    assert "--help all" in text
+    assert ("--help all" in text) == (any(len(option_types(o)) > len(PAGES[command].first) for o in OPTIONS[command]))
+    assert ("paper/e1" in text) == (command in ("pretrain", "sft", "reward", "dpo", "plan"))
     assert set(re.findall(r"^  --([\w.]+)", text, re.M)) == set(PAGES[command].first)
 
 

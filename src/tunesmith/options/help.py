@@ -172,15 +172,17 @@ def help_text(options: type[Any], prog: str, positionals: Sequence[Positional], 
         for name in page.first:
             head, text = _described(by_name[name])
             lines += _entry(head, _first_sentence(text), width)
+    every = every or len(page.first) == len(known)
     return "\n".join([*lines, "", *_closing(prog, {option.name for option in known}, width, every=every)])
 
 
 def _closing(prog: str, known: set[str], width: int, *, every: bool) -> list[str]:
-    """Where the rest is."""
+    """Where the rest is. every: nothing is left."""
     more = f"`{prog} --help all` lists all {len(known)} options. " * (not every)
     short = " ".join(f"--{g} X is short for --{g}.name X." for g in ("model", "data") if f"{g}.name" in known)
     short += " " * bool(short)
-    files = "--config FILE.yaml (or a preset: paper/e1, ...; repeatable, later wins) sets options; --print_config prints them all."
+    preset = "or a preset: paper/e1, ...; " * ("model.name" in known and "train.steps" in known)
+    files = f"--config FILE.yaml ({preset}repeatable, later wins) sets options; --print_config prints them all."
     return textwrap.wrap(f"{more}{short}{files}", width)
 
 
