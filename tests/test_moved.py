@@ -67,6 +67,17 @@ def test_a_project_that_was_moved_goes_on_from_another_directory(project, tmp_pa
     }  # fmt: skip
 
 
+def test_a_run_that_was_moved_alone_says_to_name_its_data_again(project, tmp_path, monkeypatch, capfd):
+    ts.sft(tiny_config(project / "models/base", "runs/x", **SHORT, data__name="d.jsonl"))
+    (project / "runs/x").rename(tmp_path / "x")
+    monkeypatch.chdir(tmp_path)
+    more = ["sft", "--resume", "--out", "x", "--train.steps", "4"]
+    assert main(more) == 1
+    assert "d.jsonl, which the run began with, is not there." in (err := capfd.readouterr().err)
+    assert "name it again: --data.name PATH" in err
+    assert main([*more, "--data.name", "a/project/d.jsonl"]) == 0
+
+
 def test_a_moved_dpo_run_still_knows_its_reference_and_what_it_was_trained_on(project, tmp_path, monkeypatch, capfd):
     ts.sft(tiny_config("models/base", "runs/first", **SHORT, data__name="d.jsonl"))
     ts.dpo(tiny_config("runs/first", "runs/x", DPOConfig, **SHORT, data__name="d.jsonl"))

@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from tunesmith.data.datasets import is_named
 from tunesmith.data.mixture import parse_sets
@@ -59,11 +60,25 @@ def located_sets(run: Run, names: str) -> str:
     return ",".join(name if weight is None else f"{name}*{weight:g}" for name, weight in sets)
 
 
-def _candidates(run: Run, name: str, plain: Path) -> Iterator[Path]:
-    home, known = run.path.resolve(), None
+def gone(run: Run, names: str) -> str | None:
+    """Of the files and directories in `data.name` the first that lies nowhere any more, as the place where it lay."""
+    places = _places(run)
+    for name, _ in parse_sets(names):
+        if isinstance(place := places.get(name), str) and not exists(Path(located(run, name)).expanduser()):
+            return os.path.normpath(run.path / place)
+    return None
+
+
+def _places(run: Run) -> dict[str, Any]:
+    known = None
     with contextlib.suppress(UserError):  # damaged: who resumes the run is told so
         known = (run.inputs or {}).get(PLACES)
-    if isinstance(known, dict) and isinstance(place := known.get(name), str):
+    return known if isinstance(known, dict) else {}
+
+
+def _candidates(run: Run, name: str, plain: Path) -> Iterator[Path]:
+    home = run.path.resolve()
+    if isinstance(place := _places(run).get(name), str):
         yield home / place
     yield plain
     if not plain.is_absolute():

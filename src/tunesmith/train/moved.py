@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tunesmith.data.mixture import parse_sets
-from tunesmith.files.places import PLACES, exists, located, located_sets, places_of
+from tunesmith.errors import UserError
+from tunesmith.files.places import PLACES, exists, gone, located, located_sets, places_of
 from tunesmith.files.run import Run
 from tunesmith.options.resuming import marked_options
 
@@ -19,11 +20,21 @@ BY_NAME = ("eval.reward",)  # names a place too, but its content is not compared
 
 
 def as_they_lie(config: C, run: Run) -> C:
-    """The configuration with every place that is named as when the run began (in its config.yaml) replaced by where it is now."""
+    """The configuration with every place that is named as when the run began (in its config.yaml) replaced by where it is now.
+
+    Raises: UserError for data that lie nowhere any more.
+    """
     stored = run.config
     for name, value in _named(config):
         group, key = name.split(".")
-        if value == (stored.get(group) or {}).get(key) and (now := _located(run, name, value)) != value:
+        if value != (stored.get(group) or {}).get(key):
+            continue
+        if name in SETS and (place := gone(run, value)):
+            raise UserError(
+                f"--resume: --{name} {value}: {place}, which the run began with, is not there. If it was moved (or the run), "
+                f"name it again: --{name} PATH"
+            )
+        if (now := _located(run, name, value)) != value:
             options = dataclasses.replace(getattr(config, group), **{key: now})
             config = dataclasses.replace(config, **{group: options})  # type: ignore[type-var]
     return config
