@@ -246,8 +246,20 @@ def test_damaged_models_fail_by_file_and_reason(fails, tiny_directory, tmp_path,
 
 @pytest.mark.parametrize("name", ["someone/model", "nothing"])
 def test_a_hub_name_while_offline_says_what_to_give_instead(fails, name):
-    fails(["evaluate", name, "sample"], 1, f"model '{name}' cannot be downloaded", "HF_HUB_OFFLINE", "local directory")
-    fails(["data", "someone/rows"], 1, "dataset 'someone/rows' cannot be downloaded", "HF_HUB_OFFLINE", "DIR")
+    fails(
+        ["evaluate", name, "sample"],
+        1,
+        f"model '{name}' is no directory here and cannot be downloaded",
+        "HF_HUB_OFFLINE",
+        "local directory",
+    )
+    fails(
+        ["data", "someone/rows"],
+        1,
+        "dataset 'someone/rows' is no directory here and cannot be downloaded",
+        "HF_HUB_OFFLINE",
+        "DIR",
+    )
 
 
 def test_a_model_path_that_is_not_there(fails):

@@ -190,7 +190,10 @@ FAILING = {
     "no name": ("data someone/no--such", ["'someone/no--such'", "owner/name"]),
     "no weights": ("evaluate someone/bare sample", ["no weights", "model.safetensors"]),
     "no rows": ("data someone/pictures", ["no train.* file", "train{.jsonl"]),
-    "broken off": ("evaluate someone/broken sample", ["model 'someone/broken' cannot be downloaded", "directory"]),
+    "broken off": (
+        "evaluate someone/broken sample",
+        ["model 'someone/broken' is no directory here and cannot be downloaded", "directory"],
+    ),
 }
 LOADED = ["someone/tiny", "someone/old"]
 COUNTED = {"someone/dialogues": ["6", "2"], "someone/dialogues-2.5": ["6", "3"]}
