@@ -330,7 +330,7 @@ def test_a_judge_that_fails_costs_no_answers_and_goes_on_where_it_stopped(compar
         (["--judge", "http://x/v1", "--judge_model", "m", "--judge_timeout", "0"], 2, ["--judge_timeout is 0", "more than 0"]),
         (["--judge", "http://x/v1", "--judge_model", "m", "--judge_parallel", "0"], 2, ["--judge_parallel is 0", "more than 0"]),
         (["--judge", "http://127.0.0.1:9/v1", "--judge_model", "m"], 1, ["127.0.0.1:9", "cannot be reached", "start the server"]),
-        (["--reward", "sample"], 1, ["is a language model, not a reward model", "tunesmith reward"]),
+        (["--reward", "sample"], 1, ["tunesmith: sample is a language model, not a reward model", "tunesmith reward"]),
         (["--rewrad", "x"], 2, ["unknown option --rewrad", "Did you mean --reward?"]),
         (["--html", "/dev/null/x.html"], 1, ["/dev/null: File exists"]),
     ],

@@ -189,20 +189,20 @@ def load_reward(name: str, *, device: str = "auto") -> tuple[RewardModel, Tokeni
     name: as in `load`. Raises: UserError if it is not a reward model; otherwise as `load`.
     """
     where = resolve_device(device)
-    model, tokenizer = read_model(name, lambda directory: (_reward_model(directory), load_tokenizer(directory)))
+    model, tokenizer = read_model(name, lambda directory: (_reward_model(directory, name), load_tokenizer(directory)))
     return model.eval().to(where), tokenizer
 
 
-def _reward_model(directory: Path) -> RewardModel:
+def _reward_model(directory: Path, name: str) -> RewardModel:
     if is_adapter(directory):
         files = read_adapter(directory)
         if not files.extra:
-            raise UserError(f"{directory} is an adapter for a language model, which gives no scores")
+            raise UserError(f"{name} is an adapter for a language model, which gives no scores")
         model = RewardModel(_merged(directory, files))
         set_score(model, files.extra[adapters.SCORE], directory)
         return model
     if not is_reward_model(directory):
-        raise UserError(f"{directory} is a language model, not a reward model; train one with tunesmith reward")
+        raise UserError(f"{name} is a language model, not a reward model; train one with tunesmith reward")
     return load_reward_model(directory)
 
 
