@@ -245,4 +245,5 @@ def describe(device: torch.device) -> str:
     """The device in words, for logs and benchmark results."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    n = torch.get_num_threads()
+    return f"CPU, {n} {'thread' if n == 1 else 'threads'}, {torch.backends.cpu.get_cpu_capability()}"

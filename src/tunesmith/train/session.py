@@ -112,9 +112,10 @@ def run_training(
             *(["--lora.rank is 0: all weights are trained, and the other lora options have no effect"] * without_rank),
         ]:
             print(f"note: {line}")
+        iters = iters_of(config)
         begins = (
             f"{path}: {config.model.name}, {size}, {precision} on {describe(device)}; {about}, {steps:,} steps, "
-            f"estimates every {every:,} on {iters_of(config):,} batches of a split"
+            f"estimates every {every:,} on {iters:,} {'batch' if iters == 1 else 'batches'} of a split"
         )
         print("\n".join([begins, *memory]), flush=True)
         try:
