@@ -15,7 +15,7 @@ from tiny_runs import tiny_config
 from tunesmith.__main__ import main
 from tunesmith.errors import UserError
 from tunesmith.files.run import Run
-from tunesmith.study.report import render_report, write_report
+from tunesmith.study.report import facts_of, render_report, write_report
 
 
 @pytest.fixture
@@ -53,12 +53,21 @@ def test_same_run_gives_the_same_bytes(frozen_run):
     assert write_report([str(frozen_run)]).read_bytes() == first
 
 
+def test_the_time_of_a_run_is_that_of_its_steps_without_the_pause_before_it_was_resumed(frozen_run):
+    log = frozen_run / "metrics.jsonl"
+    log.write_text(log.read_text().replace('"step": 4, "time": 340.0', '"step": 4, "time": 90340.0'))
+    assert "90340" in log.read_text()
+    assert facts_of(Run(frozen_run))["time"] == "6.7 min"
+    log.write_text(log.read_text().replace('"tokens_per_s": 10.0', '"tokens_per_s": 1000.0'))
+    assert facts_of(Run(frozen_run))["time"] == "4 s"
+
+
 def test_page_says_what_the_run_says(frozen_run):
     page = render_report([Run(frozen_run)])
     assert "finished at step 4" in page
     assert "4.000 → 3.100" in page
     assert "54.6 → 22.2" in page  # exp of the two
-    assert "3.0 min" in page
+    assert "6.7 min" in page  # 4,000 tokens at 10 a second
     assert "1.25 GB" in page
     assert re.search(r"2 ★.*?3\.1000", page)
     assert "step 0: 0 of 1 · step 2: 1 of 1" in page

@@ -26,6 +26,7 @@ from tunesmith.study.parts import details, figure, notes, side_by_side
 from tunesmith.study.read import Study, is_study, read_answers, read_metrics, read_study
 from tunesmith.study.study_page import render_study
 from tunesmith.study.tables import Cell, Table, as_csv, as_latex
+from tunesmith.study.view import span
 
 SHOWN_STEPS = 4  # of the answers of one run beside each other
 
@@ -184,9 +185,11 @@ def facts_of(run: Run) -> dict[str, str]:
         if "validation_accuracy" in best:
             facts["validation accuracy at the best step"] = accuracy_text(run, best["validation_accuracy"])
     if train:
-        seconds = train[-1]["time"] - train[0]["time"]
         facts["tokens trained on"] = f"{train[-1]['tokens']:,}"
-        facts["time"] = f"{seconds / 60:.1f} min"
+        # Not from the clock: a run may have lain stopped for a night before it went on.
+        spent = read_metrics(run.path / "metrics.jsonl", run.path.name)[2]
+        if spent:
+            facts["time"] = span(60 * spent.value)
         facts["peak memory"] = f"{train[-1]['peak_memory_gb']:.2f} GB"
     return facts
 
