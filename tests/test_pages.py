@@ -192,6 +192,13 @@ def test_without_the_losses_of_batches_there_is_no_interval_and_that_is_said(tmp
     )
 
 
+def test_of_a_single_batch_there_is_no_interval_and_that_is_said(tmp_path):
+    run = write_run(tmp_path / "run")
+    for file in (run.path / "losses").iterdir():
+        file.write_text(json.dumps(json.loads(file.read_text())[:1]))
+    assert result_of_run(Run(run.path)).endswith(" below step 0 (no interval: an estimate was one batch).")
+
+
 def test_a_run_that_learned_nothing_says_so(tmp_path):
     told = result_of_run(write_run(tmp_path / "run", losses=(3.0, 3.1, 3.3)))
     assert "step 0, the untrained starting model, with 3.0" in told

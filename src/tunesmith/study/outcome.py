@@ -86,7 +86,8 @@ def _by_loss(run: Run, best: int, estimates: Sequence[Estimate]) -> str:
     fall = loss_difference(first.parts, one.parts) if comparable(first, one) else None
     if fall is None:
         gap = first.validation_loss - one.validation_loss
-        return f"{told}; {gap:.3f} below step {first.step:,} (no interval: losses per batch were not kept)."
+        why = "an estimate was one batch" if len(one.parts) == 1 else "losses per batch were not kept"
+        return f"{told}; {gap:.3f} below step {first.step:,} (no interval: {why})."
     if apart(fall):
         return f"{told}; {_interval(fall)} below step {first.step:,}."
     return f"{told}. That is not clearly below step {first.step:,}: the difference of {_interval(fall)} may be chance."
