@@ -19,3 +19,4 @@ def test_a_demo_that_is_stopped_ends_and_says_how_far_it_came(tmp_path):
     assert "2 of 6" not in rest
     assert "the demo stops here" in error
     assert "SIGTERM received" in error
+    assert "Run it again: it starts from the beginning" in error

@@ -172,7 +172,8 @@ def finished(run: Run) -> Run:
     """The run, if it came to its end. Raises: UserError if it was stopped or has diverged; the rest would be built on sand."""
     if run.status["state"] != "finished":
         raise UserError(
-            f"the demo stops here: {run.path} is {run.status['state']} ({run.status['reason']}); run it again"
+            f"the demo stops here: {run.path} is {run.status['state']} ({run.status['reason']}). "
+            "Run it again: it starts from the beginning, in another directory"
         )
     return run
 
