@@ -49,7 +49,7 @@ def test_a_study_runs_on_both_nodes_and_equals_the_local_one(cluster, tiny_direc
     assert len(machines) == 2
     assert not ray.is_initialized()
     assert main(argv) == 1  # the same file on this machine: only the failed one is tried again
-    assert [line.split(":")[0] for line in capfd.readouterr().out.splitlines() if line.endswith("begins")] == ["bad-s1"]
+    assert [line.split(":")[0] for line in capfd.readouterr().out.splitlines() if line.endswith("starts")] == ["bad-s1"]
 
 
 def test_interrupted_on_the_cluster_the_runs_save_and_stop(cluster, tiny_directory, tmp_path):

@@ -230,7 +230,7 @@ USAGE = """usage: tunesmith COMMAND [ARGUMENTS] [--option value ...]
 
 Turns a GPT-2-class base model into a dialogue model and measures the result.
 
-first steps (offline, a few minutes on a laptop):
+first steps (offline, a few minutes on two CPU cores):
   tunesmith data sample --show 2
   tunesmith sft --model sample --data sample --train.steps 60 --out runs/first
   tunesmith compare sample runs/first --limit 5
