@@ -404,3 +404,19 @@ def test_the_public_name_stays_a_function_whatever_was_imported_before():
 def test_messages_and_dictionaries_are_the_same_prompt(tok):
     as_messages = [Message("user", "Hello"), Message("assistant", "Hi!"), Message("user", "Bye")]
     assert encode_prompt(tok, as_messages) == encode_prompt(tok, PROMPTS[-1])
+
+
+def test_a_limit_beyond_the_positions_costs_no_memory(model, tok):
+    """Random numbers were drawn for every token that was allowed: with a limit that means none, for more than memory holds."""
+    assert generate_answers(model, tok, [user("Hi")], GREEDY, 10**18) == generate_answers(
+        model, tok, [user("Hi")], GREEDY, 96
+    )
+
+
+def test_a_question_is_cut_where_the_marks_of_a_turn_take_half_of_a_small_model(tok):
+    marks = len(encode_prompt(tok, user("")))
+    positions = 2 * marks + 4
+    (ids,) = read_prompts(tok, [user("word " * 90)], positions=positions, max_new_tokens=4, too_long="cut")
+    assert marks < len(ids) <= positions - 4
+    with pytest.raises(UserError, match=r"the marks of a turn take .* use a model with more positions"):
+        read_prompts(tok, [user("word " * 90)], positions=marks, max_new_tokens=1, too_long="cut")

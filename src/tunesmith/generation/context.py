@@ -91,11 +91,16 @@ def fit(messages: Sequence[Message], length: Callable[[Sequence[Message]], int],
         return [*scene, dataclasses.replace(question, content=question.content[characters:])]
 
     whole = len(question.content)
-    if (before := length(without(whole))) > room // 2:
-        what = "the system prompt has" if scene else "the marks of a turn take"
+    before = length(without(whole))
+    if scene and before > room // 2:
         raise UserError(
-            f"{what} {before:,} tokens, and the model reads at most {room:,} before its answer: shorten it to half of that "
-            "to leave room for a question"
+            f"the system prompt has {before:,} tokens, and the model reads at most {room:,} before its answer: shorten it to "
+            "half of that to leave room for a question"
+        )
+    if before >= room:
+        raise UserError(
+            f"the marks of a turn take {before:,} tokens, and the model reads at most {room:,} before its answer: use a model "
+            "with more positions"
         )
     cut = bisect_left(range(whole), True, key=lambda n: length(without(n)) <= room)
     return Reading(without(cut), turns, cut)

@@ -196,9 +196,9 @@ def decode(
     sampling.check()
     device, limit = model.wte.weight.device, model.config.block_size
     numbers = samples or [0] * len(prompts)
-    streams = [stream_of(sampling, n, p, max_new_tokens) for p, n in zip(prompts, numbers, strict=True)]
-    draws = torch.tensor(np.stack(streams), device=device)  # (B, steps): a copy a step would wait for a GPU
     room = [min(max_new_tokens, limit - len(p)) for p in prompts]
+    streams = [stream_of(sampling, n, p, max(room)) for p, n in zip(prompts, numbers, strict=True)]
+    draws = torch.tensor(np.stack(streams), device=device)  # (B, steps): a copy a step would wait for a GPU
     read = [(prompt, len(list(same))) for prompt, same in groupby(prompts)]
     record = recorded.recorder(device, max(room))
     with evaluation_mode(model):  # not around the yields: the caller's modes are the caller's
