@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -120,3 +121,31 @@ def test_a_word_that_is_nearly_one_of_the_choices_is_suggested(tmp_path):
 def test_settings_with_which_nothing_would_be_learned_are_refused_with_the_reason(tmp_path, options, told):
     with pytest.raises(UsageError, match=told):
         ts.dpo(tiny_config("sample", tmp_path / "r", DPOConfig, **options))
+
+
+@pytest.mark.parametrize("kind", TRAIN)
+def test_numbers_of_numpy_and_paths_are_options_like_any_other(tmp_path, tiny_directory, kind):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "Which?", "chosen": "This one.", "rejected": "That."}\n' * 3)
+    numbers = {
+        "data__max_rows": np.int64(3), "data__seed": np.uint8(5), "train__steps": np.int64(2), "train__seed": np.int64(3),
+        "optimizer__lr": np.float32(1e-3), "optimizer__weight_decay": np.float64(0), "checkpoint__keep": np.int64(0),
+    }  # fmt: skip
+    model, more = tiny_directory, {}
+    if kind is PretrainConfig:
+        model, more, shape = (
+            "gpt2",
+            {"tokenizer__name": "sample"},
+            {"model__n_layer": np.int64(1), "model__n_head": 1, "model__n_embd": 16},
+        )
+        numbers |= {**shape, "model__block_size": np.int64(4), "data__block_size": np.int64(4)}
+    run = TRAIN[kind](tiny_config(model, tmp_path / "r", kind, data__name=rows, **more, **numbers))
+    for name, value in numbers.items():
+        group, key = name.split("__")
+        assert run.config[group][key] == value
+    assert run.config["data"]["name"] == str(rows)
+
+
+def test_a_seed_that_torch_does_not_take_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"--train.seed is \d+, expected less than 2\*\*64"):
+        ts.sft(tiny_config("sample", tmp_path / "r", train__seed=2**64))

@@ -121,7 +121,7 @@ def dpo(config: DPOConfig) -> Run:
 
     Raises: UserError before the first step, for anything in the configuration, data or model that cannot work.
     """
-    check_types(config)
+    config = check_types(config)
     check_options(config, check(config))
     with begin(config, "dpo") as (config, path):
         return _dpo(config, path)

@@ -38,7 +38,7 @@ def pretrain(config: PretrainConfig) -> Run:
 
     Raises: UserError before the first step, for anything in the configuration or data that cannot work.
     """
-    check_types(config)
+    config = check_types(config)
     config, shape = resolve_shape(config)
     check_options(config, problems_of(config))
     with begin(config, "pretrain") as (config, path):

@@ -41,7 +41,7 @@ def train_reward_model(config: RewardConfig) -> Run:
         problems.append("--data.loss_on has no effect on a reward model, which scores the last token")
     if config.eval.reward is not None:
         problems.append("--eval.reward has no effect on a reward model, which writes no answers")
-    check_options(config, problems)
+    config = check_options(config, problems)
     with begin(config, "reward") as (config, path):
         return _train_reward_model(config, path)
 

@@ -30,7 +30,7 @@ def sft(config: SFTConfig) -> Run:
 
     Raises: UserError before the first step, for anything in the configuration, data or model that cannot work.
     """
-    check_options(config)
+    config = check_options(config)
     with begin(config, "sft") as (config, path):
         return _sft(config, path)
 

@@ -8,7 +8,7 @@ import math
 import typing
 from collections.abc import Sequence
 from numbers import Integral, Real
-from os import PathLike
+from os import PathLike, fspath
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -23,15 +23,19 @@ from tunesmith.train.optim import DEFAULT_WEIGHT_DECAY
 from tunesmith.train.trainee import AnyConfig, alpha_of
 
 Config = TypeVar("Config", SFTConfig, DPOConfig, RewardConfig, PretrainConfig)
+Checked = TypeVar("Checked", bound=AnyConfig)
 Command = Literal["pretrain", "sft", "dpo", "reward"]
 LEARNING_RATE: dict[Command, float] = {"pretrain": 6e-4, "sft": 1e-4, "reward": 1e-5, "dpo": 1e-6}
 WARMUP = 100  # steps, of a pretraining where nothing else is said
 LORA_FACTOR = 10  # adapters want a larger rate than all weights do
 
 
-def check_options(config: AnyConfig, more: Sequence[str] = ()) -> None:
-    """Raises: UsageError with every problem at once; `more` are those that the command found in its own options."""
-    check_types(config)
+def check_options(config: Checked, more: Sequence[str] = ()) -> Checked:
+    """The configuration as `check_types` gives it.
+
+    Raises: UsageError with every problem at once; `more` are those that the command found in its own options.
+    """
+    config = check_types(config)
     t, o, e, d = config.train, config.optimizer, config.eval, config.data
     at_least = {
         "--data.block_size": (None if d.block_size == "auto" else d.block_size, 2),
@@ -52,6 +56,8 @@ def check_options(config: AnyConfig, more: Sequence[str] = ()) -> None:
     ]
     if t.steps is not None and t.epochs is not None:
         problems.append("give --train.steps or --train.epochs, not both")
+    if t.seed >= 2**64:
+        problems.append(f"--train.seed is {t.seed}, expected less than 2**64")
     if t.epochs is not None and t.epochs <= 0:
         problems.append(f"--train.epochs is {t.epochs}, expected more than 0")
     shares = {
@@ -82,12 +88,14 @@ def check_options(config: AnyConfig, more: Sequence[str] = ()) -> None:
         )
     if problems := [*problems, *more]:
         raise UsageError("; ".join(problems))
+    return config
 
 
-def check_types(config: AnyConfig) -> None:
-    """Raises: UsageError naming every option whose value is of another type than the option, or a float that is not finite.
+def check_types(config: Checked) -> Checked:
+    """The configuration with Python's own numbers and texts for those of numpy and paths, as its files hold them.
 
     The command line and files are checked where they are read; Python passes anything.
+    Raises: UsageError naming every option whose value is of another type than the option, or a float that is not finite.
     """
     problems = []
     for name, kind in option_types(type(config)).items():
@@ -96,6 +104,19 @@ def check_types(config: AnyConfig) -> None:
             problems.append(f"--{name} is {value!r}, expected {describe_type(kind)}{nearest_choice(kind, value)}")
     if problems:
         raise UsageError("; ".join(problems))
+    plain: Checked = _plain(config)
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    """A value of an option, or options, in the types that YAML and JSON know."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(value, **{f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)})
+    if isinstance(value, PathLike):
+        return fspath(value)
+    if isinstance(value, bool | int) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _is_of(value: Any, kind: Any) -> bool:
