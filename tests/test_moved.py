@@ -216,3 +216,18 @@ def test_a_run_of_all_weights_goes_on_without_the_base_that_it_began_with(projec
     assert run.config["model"]["name"] == "models/base"
     assert "history" not in run.config
     assert main(["dpo", "--model.name", "models/base", "--data.name", "d.jsonl", "--out", "runs/y"]) == 1
+
+
+@pytest.mark.parametrize("rank", [0, 2], ids=["full", "lora"])
+def test_a_run_that_still_needs_its_base_says_where_that_lay(project, rank):
+    """A reference or an adapter's base cannot be taken from a checkpoint; the hub is not asked for a lost directory."""
+    options = {**SHORT, "data__name": "d.jsonl", "lora__rank": rank}
+    run = ts.dpo(tiny_config("models/base", "runs/x", DPOConfig, **options))
+    (project / "models/base").rename(project / "elsewhere")
+    again = {**options, "train__steps": 4, "resume": True}
+    with pytest.raises(
+        UserError, match=r"--model.name models/base: \S*models/base, which the run began with.*--model.name PATH"
+    ):
+        ts.dpo(tiny_config("models/base", "runs/x", DPOConfig, **again))
+    ts.dpo(tiny_config("elsewhere", "runs/x", DPOConfig, **again))
+    assert run.status["step"] == 4

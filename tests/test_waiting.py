@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import re
 import shlex
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from tunesmith.train.outlook import Outlook, span
 from tunesmith.train.resolve import MOST_ITERS, default_iters, resolve_machine
 
 GB = 10**9
+MANY = SimpleNamespace(per_epoch=99, rows_per_epoch=99)
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
@@ -32,10 +34,10 @@ def medium(*argv, kind=SFTConfig):
     return resolve_machine(dataclasses.replace(config), 1024, "sft")
 
 
-def told(monkeypatch, config, there):
+def told(monkeypatch, config, there, rows=MANY):
     """The line, where there is this much in all."""
     monkeypatch.setattr(room, "available_memory", lambda: there - resident_memory())
-    (line,) = memory_lines(config, known_shape("gpt2-medium"))
+    (line,) = memory_lines(config, known_shape("gpt2-medium"), rows)
     return line
 
 
@@ -64,6 +66,15 @@ def test_one_that_does_not_fit_is_warned_of_with_settings_that_do(monkeypatch, k
     assert again.startswith(f"memory: about {with_these} GB predicted")
 
 
+def test_a_step_takes_no_more_rows_than_there_are(monkeypatch):
+    """However many are asked for; windows are drawn as many as asked for."""
+    few = SimpleNamespace(per_epoch=1, rows_per_epoch=3)
+    three = told(monkeypatch, medium("--train.batch_size", "3"), 100 * GB)
+    assert told(monkeypatch, medium("--train.batch_size", str(10**23)), 100 * GB, few) == three
+    windows = SimpleNamespace(per_epoch=None, rows_per_epoch=3)
+    assert "may not fit" in told(monkeypatch, medium("--train.batch_size", str(10**23)), 100 * GB, windows)
+
+
 def test_where_nothing_fits_that_is_said(monkeypatch):
     line = told(monkeypatch, medium(), 2 * GB)
     assert "neither does the leanest setting" in line
@@ -75,7 +86,7 @@ def test_what_cannot_be_predicted_is_not(monkeypatch):
     line = told(monkeypatch, medium("--lora.rank", "2", "--lora.targets", "h.0.*"), 100 * GB)
     assert line.startswith("memory: no prediction, because it is not counted for --lora.targets h.0.*")
     monkeypatch.setattr(room, "available_memory", lambda: None)
-    assert memory_lines(medium(), known_shape("gpt2-medium")) == []
+    assert memory_lines(medium(), known_shape("gpt2-medium"), MANY) == []
 
 
 def write(folder, **files):

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from tunesmith.commands.pretrain import pretrain as pretrain
     from tunesmith.commands.reward import train_reward_model as train_reward_model
     from tunesmith.commands.sft import sft as sft
+    from tunesmith.errors import Interrupted as Interrupted
+    from tunesmith.errors import UserError as UserError
     from tunesmith.files.names import load as load
     from tunesmith.files.names import load_reward as load_reward
     from tunesmith.files.run import Run as Run
@@ -38,10 +40,12 @@ _HOME = {
     "DPOConfig": "options.training",
     "GPT": "models.gpt2",
     "GPTConfig": "models.gpt2",
+    "Interrupted": "errors",
     "PretrainConfig": "options.pretraining",
     "RewardConfig": "options.training",
     "Run": "files.run",
     "SFTConfig": "options.training",
+    "UserError": "errors",
     "generate": "generation.engine",  # no module of the name: importing it would hide the function
     "dpo": "commands.dpo",
     "load": "files.names",

@@ -176,7 +176,7 @@ def _dpo(config: DPOConfig, path: Path) -> Run:
         observed=OBSERVED,
         opening=[("pairs", describe_pairs(train, validation, iters)), ("reference", told)],
         about=f"{len(train):,} pairs, {train.rows_per_epoch:,} batch rows per epoch, reference {told['mode']}",
-        memory=memory_lines(config, trainee.gpt.config),
+        memory=memory_lines(config, trainee.gpt.config, train),
         notes=[*splits.notes, *cut, *more_notes],
         reward_at=rewards_at_steps(config.eval, trainee, path, device),
     )  # fmt: skip

@@ -80,7 +80,7 @@ def _pretrain(config: PretrainConfig, shape: GPTConfig, path: Path) -> Run:
         counted="target_tokens",
         about=f"vocabulary of {tokenizer.vocab_size:,}, {len(splits.train_rows):,} texts of {tokens:,} tokens, "
         f"{train.rows_per_epoch:,} batch rows per epoch",
-        memory=memory_lines(config, trainee.gpt.config),
+        memory=memory_lines(config, trainee.gpt.config, train),
         notes=[*splits.notes, *cut],
         reward_at=rewards_at_steps(config.eval, trainee, path, device),
     )  # fmt: skip

@@ -78,6 +78,6 @@ def _train_reward_model(config: RewardConfig, path: Path) -> Run:
         observed=OBSERVED,
         opening=[("pairs", describe_pairs(train, validation, iters_of(config)))],
         about=f"{len(train):,} pairs, {train.rows_per_epoch:,} batch rows per epoch",
-        memory=memory_lines(config, trainee.gpt.config),
+        memory=memory_lines(config, trainee.gpt.config, train),
         notes=[*splits.notes, *cut],
     )  # fmt: skip

@@ -68,7 +68,7 @@ def _sft(config: SFTConfig, path: Path) -> Run:
         describe_rows=lambda batches: ", ".join(splits.train.place(r) for b in batches for r in b.sources[:3]) or "random windows",
         counted="target_tokens",
         about=f"{len(splits.train_rows):,} rows, {train.rows_per_epoch:,} batch rows per epoch",
-        memory=memory_lines(config, trainee.gpt.config),
+        memory=memory_lines(config, trainee.gpt.config, train),
         notes=[*splits.notes, *cut],
         reward_at=rewards_at_steps(config.eval, trainee, path, device),
     )  # fmt: skip

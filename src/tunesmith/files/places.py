@@ -61,10 +61,12 @@ def located_sets(run: Run, names: str) -> str:
 
 
 def gone(run: Run, names: str) -> str | None:
-    """Of the files and directories in `data.name` the first that lies nowhere any more, as the place where it lay."""
+    """Of the files and directories that an option names the first that lies nowhere any more, as the place where it lay."""
     places = _places(run)
     for name, _ in parse_sets(names):
-        if isinstance(place := places.get(name), str) and not exists(Path(located(run, name)).expanduser()):
+        if name == "sample" or is_named(name) or not isinstance(place := places.get(name), str):
+            continue
+        if not exists(Path(_stem(located(run, name))[0]).expanduser()):
             return os.path.normpath(run.path / place)
     return None
 

@@ -196,6 +196,7 @@ def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
 
 # ---- the same training in less memory --------------------------------------------------------------------------------
 
+MOST_PARTS = 4096  # into which a micro-batch is split
 INEXACT = ("train.weights", "optimizer.name", "train.grad_clip")
 
 
@@ -211,7 +212,7 @@ def alternatives(config: AnyConfig, *, inexact: bool) -> Iterator[dict[str, Any]
     """
     t, name = config.train, config.optimizer.name
     modes = ["selective", True] if t.activation_checkpointing in ("auto", False) else []
-    splits = [n for n in range(1, t.batch_size + 1) if t.batch_size % n == 0]
+    splits = [n for n in range(1, min(t.batch_size, MOST_PARTS) + 1) if t.batch_size % n == 0]
     weights = ["bf16"] if inexact and t.weights == "fp32" else []
     optimizers = ["adamw8bit"] if inexact and name == "adamw" else []
     cached = ["cached"] if live_reference(config) else []

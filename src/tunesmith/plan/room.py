@@ -15,21 +15,25 @@ from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.plan.cards import CONTEXT
 from tunesmith.plan.planning import Place, as_options, candidates, choose, is_exact, make_setting
 from tunesmith.plan.workload import Rows
+from tunesmith.train.resolve import Countable
 from tunesmith.train.trainee import AnyConfig
 
 COMPILER_MODULES = 70e6  # bytes of torch._dynamo, which torch's optimizers load with their first use
 TEXTS = Rows(PlanOptions.text_tokens, PlanOptions.supervised)  # as `tunesmith plan` takes them where it is not told
 
 
-def memory_lines(config: AnyConfig, shape: GPTConfig) -> list[str]:
+def memory_lines(config: AnyConfig, shape: GPTConfig, train: Countable) -> list[str]:
     """What to say about memory before a training starts; nothing if the device does not report what is available.
 
-    config: resolved. Called when the weights are on the device and the data are read: what the process has already
-    counts as its own, whatever it is for.
+    config: resolved; train: the batches that it trains on. Called when the weights are on the device and the data are read:
+    what the process has already counts as its own, whatever it is for.
     """
     place = _place(torch.device(config.train.device))
     if place is None:
         return []
+    if train.per_epoch is not None:  # a step takes no more rows than there are
+        rows = min(config.train.batch_size, train.rows_per_epoch)
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=rows))
     try:
         asked = make_setting(config, shape, TEXTS, place, {})
     except UsageError as error:

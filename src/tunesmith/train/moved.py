@@ -22,19 +22,20 @@ BY_NAME = ("eval.reward",)  # names a place too, but its content is not compared
 def as_they_lie(config: C, run: Run) -> C:
     """The configuration with every place that is named as when the run began (in its config.yaml) replaced by where it is now.
 
-    Raises: UserError for data that lie nowhere any more.
+    Raises: UserError for what lies nowhere any more: data, prompts, a judge, a base that the run still needs.
     """
     stored = run.config
     for name, value in _named(config):
         group, key = name.split(".")
         if value != (stored.get(group) or {}).get(key):
             continue
-        if name in SETS and (place := gone(run, value)):
+        now = _located(run, name, value)
+        if (place := gone(run, value)) and now == value:
             raise UserError(
                 f"--resume: --{name} {value}: {place}, which the run began with, is not there. If it was moved (or the run), "
                 f"name it again: --{name} PATH"
             )
-        if (now := _located(run, name, value)) != value:
+        if now != value:
             options = dataclasses.replace(getattr(config, group), **{key: now})
             config = dataclasses.replace(config, **{group: options})  # type: ignore[type-var]
     return config
