@@ -113,6 +113,11 @@ def test_directory_without_rows_is_an_error_that_says_what_was_expected(tmp_path
         open_dataset(DataOptions(name=str(tmp_path)))
 
 
+def test_an_empty_name_is_not_the_current_directory():
+    with pytest.raises(UserError, match=r"--data\.name is empty"):
+        open_dataset(DataOptions(name=""))
+
+
 def test_max_rows_takes_the_first(tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", [{"text": f"row {i}"} for i in range(9)])
     assert read(file, max_rows=3)[0] == [Text("row 0"), Text("row 1"), Text("row 2")]

@@ -28,7 +28,7 @@ def number_of(lines, event, step):
 
 
 @pytest.mark.parametrize("step", [4, 6])
-@pytest.mark.parametrize("change", ["missing", "garbage", "zeros", "half", "no object"])
+@pytest.mark.parametrize("change", ["missing", "garbage", "zeros", "half", "no object", "no loss"])
 def test_a_log_that_lost_a_line_before_the_checkpoint_is_cut_at_the_checkpoint_all_the_same(
     whole, tiny_directory, tmp_path, capfd, change, step
 ):
@@ -36,7 +36,7 @@ def test_a_log_that_lost_a_line_before_the_checkpoint_is_cut_at_the_checkpoint_a
     log = run.path / "metrics.jsonl"
     lines = log.read_text().splitlines(keepends=True)
     at = number_of(lines, "train", 3)
-    new = {"missing": [], "garbage": ["\x1f{}][\n"], "zeros": ["\0" * 40 + lines[at]], "half": [lines[at][:30] + "\n"], "no object": ["7\n"]}  # fmt: skip  # noqa: E501
+    new = {"missing": [], "garbage": ["\x1f{}][\n"], "zeros": ["\0" * 40 + lines[at]], "half": [lines[at][:30] + "\n"], "no object": ["7\n"], "no loss": ['{"event": "train", "step": 1}\n']}  # fmt: skip  # noqa: E501
     log.write_text("".join([*lines[:at], *new[change], *lines[at + 1 :]]))
     capfd.readouterr()
     go_on(run, tiny_directory)

@@ -191,6 +191,8 @@ def open_dataset(options: DataOptions) -> Source:
     name, limit = options.name, options.max_rows
     if limit is not None and limit < 1:
         raise UsageError(f"--data.max_rows is {limit}, expected at least 1")
+    if not name.strip():
+        raise UsageError("--data.name is empty; give a data set, a file or a directory (is a shell variable unset?)")
     sets = parse_sets(name)
     if len(sets) > 1:
         return _mixture(options, sets)

@@ -180,6 +180,9 @@ AFTER_SAVING = ("changed", "diverged")
 """Events that are logged when the checkpoint of their step has been written: where a run goes on from it they are logged again."""
 
 
+NEEDED = {"train": {"loss"}, "eval": {"validation_loss"}}  # without these a line of the event is damaged
+
+
 def _up_to(lines: Sequence[str], step: int | None) -> tuple[list[int], list[int]]:
     """Which lines of a log belong to a run as it was at the checkpoint of a step, and the numbers of the damaged ones among them."""
     kept, damaged = [], []
@@ -187,6 +190,8 @@ def _up_to(lines: Sequence[str], step: int | None) -> tuple[list[int], list[int]
         try:
             record = _log_line(line, "")
             at = record["step"]
+            if type(at) is not int or not NEEDED.get(record["event"], set()) <= record.keys():
+                raise KeyError
             if line.endswith("\n") and (at, record["event"] in AFTER_SAVING) <= (-1 if step is None else step, False):
                 kept.append(number)
         except (UserError, KeyError, TypeError):
