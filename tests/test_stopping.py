@@ -11,6 +11,7 @@ import time
 import pytest
 
 import tunesmith as ts
+from hanging import HANGS, wait_for
 from tiny_runs import as_argv, comparable, last_digest, tiny_config, write_dialogues
 from tunesmith import progress
 from tunesmith.__main__ import main
@@ -81,11 +82,13 @@ def stopped_then_resumed(config, monkeypatch, *moment):
     [
         (session, "optimizer_step", 2, 2, [0]),
         (session, "optimizer_step", 3, 3, [0]),  # an estimate would come next
-        (sft_command, "estimate_loss", 1, 0, []),
-        (sft_command, "estimate_loss", 4, 3, [0]),  # in the middle of one
-        (sft_command, "estimate_loss", 6, 6, [0, 3]),  # the last one of the run
+        (sft_command, "estimate_loss", 1, 0, []),  # the loss that a divergence will be judged by
+        (sft_command, "estimate_loss", 2, 0, []),
+        (sft_command, "estimate_loss", 5, 3, [0]),  # in the middle of one
+        (sft_command, "estimate_loss", 7, 6, [0, 3]),  # the last one of the run
+        (sft_command, "estimate_loss", 8, 6, [0, 3, 6]),  # a divergence is judged by
     ],
-    ids=["step", "before-estimate", "estimate-0", "estimate-3", "estimate-6"],
+    ids=["step", "before-estimate", "judged-before", "estimate-0", "estimate-3", "estimate-6", "judged-after"],
 )
 def test_a_training_stops_at_once_and_the_resumed_run_is_the_undisturbed_one(
     tiny_directory, tmp_path, monkeypatch, whole, module, call, number, step, estimates
@@ -118,21 +121,21 @@ def test_answers_and_their_scores_are_broken_off_and_made_again(tiny_directory, 
     assert run.status == whole.status
 
 
-def test_the_first_signal_is_answered_while_the_step_still_computes(tiny_directory, tmp_path, monkeypatch, capfd):
-    """A thread says so: the step does nothing for the answer, and waits for it."""
+def test_the_first_signal_is_answered_while_the_step_still_computes(tiny_directory, tmp_path, monkeypatch):
+    """A thread says so: the step does nothing for the answer, and waits for it. (Printed in the tests with real processes.)"""
     step, said = session.optimizer_step, []
+    monkeypatch.setattr(progress, "_say", lambda line, stream: said.append(line))
 
     def stepping(*args, **more):
         os.kill(os.getpid(), signal.SIGINT)
-        end = time.monotonic() + 60
-        while "SIGINT received: stopping after this step" not in "".join(said) and time.monotonic() < end:
-            said.append(capfd.readouterr().out)
-            time.sleep(0.01)
+        wait_for(lambda: said)
         return step(*args, **more)
 
     monkeypatch.setattr(session, "optimizer_step", stepping)
     run = ts.sft(tiny_config(tiny_directory, tmp_path / "r"))
-    assert "a second signal ends at once" in "".join(said)
+    (line,) = said
+    assert line.startswith("SIGINT received: stopping after this step")
+    assert "a second signal ends at once" in line
     assert (run.status["state"], run.status["step"]) == ("stopped", 1)
 
 
@@ -246,14 +249,6 @@ def started(argv, **streams):
     return subprocess.Popen([sys.executable, "-m", "tunesmith", *argv], **streams)
 
 
-def wait_for(condition, process):
-    end = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, process.returncode
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def test_a_second_signal_ends_the_process_in_its_estimate_and_the_run_goes_on_as_if_nothing_was(
     tiny_directory, tmp_path, whole
 ):
@@ -278,7 +273,7 @@ def test_a_second_signal_ends_the_process_in_its_estimate_and_the_run_goes_on_as
             break
     time.sleep(2 * progress.ECHO)
     process.send_signal(signal.SIGINT)
-    _, complaints = process.communicate(timeout=60)
+    _, complaints = process.communicate(timeout=HANGS)
     assert process.returncode == 128 + signal.SIGINT
     way_on = f"go on from its last checkpoint with: tunesmith sft --out {run.path} --resume"
     assert complaints == f"tunesmith: ended at once by another SIGINT; {way_on}\n"

@@ -157,7 +157,10 @@ def read_prompts(
     if shortened:
         which = ", ".join(str(number) for number, _ in shortened[:5]) + (", ..." if len(shortened) > 5 else "")
         turns, cut = sum(r.turns for _, r in shortened), sum(bool(r.characters) for _, r in shortened)
-        cuts = {f"{turns:,} early turn{'s' * (turns > 1)}": turns, f"the beginning of {cut:,} question{'s' * (cut > 1)}": cut}
+        cuts = {
+            f"{turns:,} early turn{'s' * (turns > 1)}": turns,
+            f"the beginning of {cut:,} question{'s' * (cut > 1)}": cut,
+        }
         what = " and ".join(words for words, count in cuts.items() if count)
         note(
             f"{len(shortened):,} of {len(found):,} prompts are longer than the {room:,} tokens that the model can read before its "

@@ -296,8 +296,10 @@ def fit(
     with Progress(steps, state.step) as bar, STOP.catching(STOPPING, last_words=log.ended_at_once):
         if diverge_after and watch.before is None:
             state.judged_on = batches_to_judge_by(numbers(steps)[-1] + 1)
-            watch.before = state.loss_before = train_loss(state.judged_on)
-        if (state.owes_estimate or (not saved and eval_at_start)) and pause(due=True):
+            with contextlib.suppress(Interrupted):
+                watch.before = state.loss_before = train_loss(state.judged_on)
+        owed = state.owes_estimate or (not saved and eval_at_start)
+        if (owed or STOP.requested) and pause(due=owed):
             return
         while state.step < steps and not trouble and not enough():
             if not waiting:
