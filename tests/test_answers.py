@@ -58,7 +58,7 @@ def test_a_broken_line_is_named(tmp_path):
     file = tmp_path / "a.jsonl"
     write_answers(file, [answer()])
     file.write_text(file.read_text() + '{"prompt": "x"}\n')
-    with pytest.raises(UserError, match=r"a\.jsonl:2: no answer"):
+    with pytest.raises(UserError, match=r"a\.jsonl:2: not a valid answer"):
         read_answers(file)
 
 

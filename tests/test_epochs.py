@@ -159,5 +159,5 @@ def test_a_default_of_no_warm_up_is_the_run_that_0_was(tmp_path):
     file = tmp_path / "mine.yaml"
     runs = "{a: {}, b: {set: {optimizer.warmup_steps: 0}}}"
     file.write_text(f"experiments: {{one: {{set: {{model.name: sample, train.steps: 3}}, runs: {runs}}}}}\n")
-    with pytest.raises(UserError, match='"b-s1" is the same run as "a-s1"'):
+    with pytest.raises(UserError, match='"b-s1" is identical to "a-s1"'):
         make_plan(read_study(file))

@@ -95,4 +95,4 @@ def test_a_run_of_an_earlier_version_says_so_when_it_goes_on_and_in_its_report(t
     (note,) = loss_curve(run).notes
     assert note.startswith("r: started by an earlier version")
     (write_run(tmp_path / "made").path / "inputs.json").unlink()
-    assert loss_curve(ts.Run(tmp_path / "made")).notes[0].startswith("made: begun by")
+    assert loss_curve(ts.Run(tmp_path / "made")).notes[0].startswith("made: started by")

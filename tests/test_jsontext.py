@@ -44,7 +44,7 @@ def test_nobody_parses_json_in_a_way_of_their_own():
 @pytest.mark.parametrize("bad", ["deep", "digits"])
 def test_answers_and_metrics_that_nobody_can_read_are_named(tmp_path, bad):
     (tmp_path / "answers.jsonl").write_text(BAD[bad])
-    with pytest.raises(Exception, match=r"answers\.jsonl:1: no answer"):
+    with pytest.raises(Exception, match=r"answers\.jsonl:1: not a valid answer"):
         read_answers(tmp_path / "answers.jsonl")
     (tmp_path / "metrics.jsonl").write_text(BAD[bad] + "\n{}\n")
     (tmp_path / "status.json").write_text(BAD[bad])
