@@ -111,8 +111,9 @@ def test_the_build_makes_a_model_and_its_card(tools, tmp_path, monkeypatch, caps
     shutil.copytree(SAMPLE, new)
     monkeypatch.setattr(build, "SAMPLE", new)
     monkeypatch.setattr("tunesmith.files.names.SAMPLE", new)
-    shape = "--model.n_layer 1 --model.n_head 2 --model.n_embd 8 --model.block_size 64 --tokenizer.vocab_size 300 --optimizer.warmup_steps 1"
-    argv = f"--data {tmp_path}/data --work {tmp_path}/work -- {shape} --train.steps 2 --train.device cpu --eval.iters 2"
+    shape = "--model.n_layer 1 --model.n_head 2 --model.n_embd 8 --model.block_size 64 --tokenizer.vocab_size 300"
+    length = "--train.steps 2 --optimizer.warmup_steps 1"
+    argv = f"--data {tmp_path}/data --work {tmp_path}/work -- {shape} {length} --train.device cpu --eval.iters 2"
     monkeypatch.setattr(sys, "argv", ["build", *argv.split()])
     build.main()
     shown = capsys.readouterr().out
