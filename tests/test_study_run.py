@@ -10,13 +10,14 @@ import pytest
 from real_studies import write_study
 from tunesmith.commands.study import tell
 from tunesmith.errors import UserError
+from tunesmith.progress import span
 from tunesmith.study.definition import read_study
 from tunesmith.study.executors import Ended, Job, Local, launch, slot_environment
 from tunesmith.study.forecast import RunWork, probe, shapes_of, times, work_of
 from tunesmith.study.ledger import Ledger, only_one, position
 from tunesmith.study.matrix import make_plan
 from tunesmith.study.runner import conduct
-from tunesmith.study.view import View, span
+from tunesmith.study.view import View
 
 # ---- the loop, with processes that only pretend ----------------------------------------------------------------------
 

@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from tunesmith.files.run import Run
 
 Argv = Sequence[str]
-KERNELS_KEPT = (
-    "24"  # a step of a GPT-2 on a CPU uses about 15: forward, backward and both gradients of four layers and the head
-)
+# A step of a GPT-2 on a CPU uses about 15: forward, backward and both gradients of four layers and the head.
+KERNELS_KEPT = "24"
 
 
 def _pretrain(argv: Argv) -> None:

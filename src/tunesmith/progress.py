@@ -200,6 +200,14 @@ def _silence(stream: TextIO, *, only_dead: bool = False) -> None:
         os.close(nowhere)
 
 
+def span(seconds: float) -> str:
+    """A time in words: `34 s`, `7.5 min`, `3.2 h`, `4.0 days`."""
+    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.{0 if unit == 1 else 1}f} {name}"
+    return f"{seconds / 86_400:,.1f} days"
+
+
 class Progress:
     """Shows what is done of `total`, loss, tokens a second and time left. Without a terminal: one line every ten seconds."""
 
@@ -250,7 +258,7 @@ class Progress:
         elif now - self.told >= 10:
             self.told = now
             left = (now - self.began) / max(1, step - self.first) * (self.total - step)
-            self.say(f"{self.unit} {step:,}/{self.total:,}  {note}  {left / 60:.1f} min left")
+            self.say(f"{self.unit} {step:,}/{self.total:,}  {note}  {span(left)} left")
 
     def say(self, line: str) -> None:
         """A line that stays. Where nobody reads it any more, that is a wish to stop (`StopToken.output_lost`)."""

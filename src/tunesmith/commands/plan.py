@@ -39,6 +39,7 @@ from tunesmith.plan.planning import (
 )
 from tunesmith.plan.probe import StepTime, probe_step
 from tunesmith.plan.workload import Rows
+from tunesmith.progress import span
 from tunesmith.train.resolve import MOST_ITERS, check_options, check_pair_options, default_iters
 from tunesmith.train.scratch import problems_of, resolve_shape
 from tunesmith.train.trainee import AnyConfig
@@ -170,7 +171,7 @@ def _time_lines(s: Setting, record: dict[str, Any]) -> list[str]:
         f"in texts of {s.rows.text_tokens:,} (--supervised, --text_tokens)",
         f"  seconds per step      {record['seconds_per_step']:.3f}",
         f"  tokens/s              {record['tokens_per_s']:,.0f}",
-        f"  {count}: {_span(record['training_seconds'])}, with the loss estimates {_span(whole)}",
+        f"  {count}: {span(record['training_seconds'])}, with the loss estimates {span(whole)}",
     ]
     if isinstance(s.config, DPOConfig) and s.config.dpo.reference == "cached":
         lines.append("  plus a forward pass over all pairs before the first step, if the reference is not computed yet")
@@ -179,12 +180,6 @@ def _time_lines(s: Setting, record: dict[str, Any]) -> list[str]:
             f"  assumed: matrix products reach 45 % of the {s.place.card.title}'s dense peak, the rest 70 % of its bandwidth"
         )
     return lines
-
-
-def _span(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from tunesmith.files.run import write_atomically
 from tunesmith.jsontext import parse_json
 from tunesmith.options.commands import StudyCommand
 from tunesmith.options.parse import from_settings, nearest
-from tunesmith.progress import STOP
+from tunesmith.progress import STOP, span
 from tunesmith.study.definition import COMMANDS, read_study, study_path
 from tunesmith.study.executors import Executor, Local, visible_gpus
 from tunesmith.study.forecast import Seconds, memory_of, probe, shapes_of, times, work_of
@@ -29,7 +29,7 @@ from tunesmith.study.ledger import DONE, Ledger, only_one
 from tunesmith.study.matrix import Plan, make_plan, plan_record
 from tunesmith.study.report import write_report
 from tunesmith.study.runner import conduct
-from tunesmith.study.view import View, span
+from tunesmith.study.view import View
 from tunesmith.train.resolve import check_options, check_pair_options
 
 

@@ -84,10 +84,8 @@ def _parser(options: type[Any], prog: str, positionals: Sequence[Positional]) ->
     return parser
 
 
-LENGTHS = (
-    "train.steps",
-    "train.epochs",
-)  # two ways to say how long: what is said later, or on the command line, counts
+LENGTHS = ("train.steps", "train.epochs")
+"""Two ways to set the length: the one given later, or on the command line, counts."""
 
 
 def later_length(*layers: Mapping[str, Any]) -> dict[str, Any]:

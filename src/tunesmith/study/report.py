@@ -17,6 +17,7 @@ import yaml
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.run import Run, write_atomically
 from tunesmith.page import render_page
+from tunesmith.progress import span
 from tunesmith.study.figures import Plate, loss_curve, preference_curves, reward_curve
 from tunesmith.study.outcome import accuracy_text, kind_of, result_of_run, result_of_runs
 from tunesmith.study.paper.claims import judge_all
@@ -26,7 +27,6 @@ from tunesmith.study.parts import details, figure, notes, side_by_side
 from tunesmith.study.read import Study, is_study, read_answers, read_metrics, read_study
 from tunesmith.study.study_page import render_study
 from tunesmith.study.tables import Cell, Table, as_csv, as_latex
-from tunesmith.study.view import span
 
 SHOWN_STEPS = 4  # of the answers of one run beside each other
 

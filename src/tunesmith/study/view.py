@@ -12,20 +12,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tunesmith.progress import span
 from tunesmith.study.ledger import DONE, Ledger, position
 from tunesmith.study.matrix import directory_of
 
 TOLD_EVERY = 30.0  # seconds between two plain lines
 DRAWN_EVERY = 0.5
 STYLE = {"finished": "green", "diverged": "yellow", "failed": "red", "stopped": "yellow"}
-
-
-def span(seconds: float) -> str:
-    """A time in words: `34 s`, `7.5 min`, `3.2 h`, `4.0 days`."""
-    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (172_800, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds / unit:.{0 if unit == 1 else 1}f} {name}"
-    return f"{seconds / 86_400:,.1f} days"
 
 
 class View:

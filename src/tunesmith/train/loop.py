@@ -28,9 +28,7 @@ from tunesmith.train.splitting import Split, Splittable, Splitting, step_in_memo
 from tunesmith.train.step import StepStats
 
 UNSPOKEN = ("train_accuracy", "_reward", "_drift_chosen", "_drift_rejected")  # metrics that go to the log only
-STOPPING = (
-    "stopping after this step, with a checkpoint (an estimate is broken off); a second signal ends at once, without one"
-)
+STOPPING = "stopping after this step, with a checkpoint (a running estimate is cut short); a second signal ends at once, without one"
 
 
 class MicroBatch(Splittable, Protocol):

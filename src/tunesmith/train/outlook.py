@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from tunesmith.progress import span
+
 FIRST, TOLD_AFTER = 1, 3  # the first step compiles, allocates and warms caches: it tells nothing of the others
 
 
@@ -41,13 +43,3 @@ class Outlook:
         """How many this process makes: with the one of step 0 where that is asked for, and always with one of the last step."""
         of_steps = -(-self.steps // self.eval_every) - self.begun_at // self.eval_every
         return of_steps + (self.eval_at_start and self.begun_at == 0)
-
-
-def span(seconds: float) -> str:
-    """A time in words, to two figures: `40 seconds`, `12 minutes`, `3.4 hours`, `2.1 days`."""
-    if seconds < 1.5:
-        return "a second"
-    for limit, unit, name in ((90, 1, "seconds"), (5400, 60, "minutes"), (172_800, 3600, "hours")):
-        if seconds < limit:
-            return f"{seconds / unit:.2g} {name}"
-    return f"{seconds / 86_400:,.1f} days"
