@@ -1,5 +1,6 @@
 """SIGINT, SIGTERM and SIGHUP: what the first does wherever it comes, what the second does, and that nothing is lost."""
 
+import math
 import os
 import pty
 import signal
@@ -23,6 +24,7 @@ from tunesmith.judge import scoring
 from tunesmith.options.training import DPOConfig, RewardConfig
 from tunesmith.progress import STOP, Progress
 from tunesmith.train import session
+from tunesmith.train.divergence import Watch
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 DROPOUT = {"model__dropout": 0.1}  # a step that drew other random numbers would show
@@ -105,6 +107,34 @@ def test_a_training_stops_at_once_and_the_resumed_run_is_the_undisturbed_one(
     assert {p.name: p.read_text() for p in (run.path / "losses").iterdir()} == {
         p.name: p.read_text() for p in (whole.path / "losses").iterdir()
     }
+
+
+@pytest.mark.parametrize(("lr", "ends"), [(0.0, "finished"), (1.0, "diverged")])
+def test_a_look_at_a_suspicion_is_broken_off_and_the_resumed_run_looks_before_its_next_step(
+    tiny_directory, tmp_path, monkeypatch, lr, ends
+):
+    """Every step is made to look suspect; only the higher rate ruins the model, here before its first estimate."""
+    monkeypatch.setattr(Watch, "mean", property(lambda watch: math.inf))
+    options = {"train__diverge_after": 1, "eval__at_start": False, "eval__every": 6, "optimizer__lr": lr}
+    whole = ts.sft(tiny_config(tiny_directory, tmp_path / "whole", **options))
+    assert whole.status["state"] == ends
+    config = tiny_config(tiny_directory, tmp_path / "r", **options)
+    status, run = stopped_then_resumed(config, monkeypatch, sft_command, "estimate_loss", 2)
+    assert status["step"] == 2
+    ts.sft(tiny_config(tiny_directory, run.path, **options, resume=True))
+    assert run.status == whole.status
+    assert comparable(run) == comparable(whole)
+
+
+def test_a_stop_before_the_first_step_leaves_a_run_that_can_be_resumed(tiny_directory, tmp_path, monkeypatch, whole):
+    """Where no estimate comes first either."""
+    options = {**DROPOUT, "eval__at_start": False}
+    status, run = stopped_then_resumed(
+        tiny_config(tiny_directory, tmp_path / "r", **options), monkeypatch, sft_command, "estimate_loss", 1
+    )
+    assert (status["step"], run.metrics("train"), [step for step, _ in run.checkpoints()]) == (0, [], [0])
+    ts.sft(tiny_config(tiny_directory, run.path, **options, resume=True))
+    assert last_digest(run) == last_digest(whole)
 
 
 @pytest.mark.parametrize(("module", "call"), [(engine, "sample_tokens"), (scoring, "score_texts")])

@@ -212,7 +212,7 @@ def fit(
         done = waiting.popleft()
         stats = done.seen.read()
         if reason := broken(stats, scaler):
-            diverged(reason, done, loss=stats.loss, grad_norm=stats.grad_norm)
+            diverged(reason, done.number, loss=stats.loss, grad_norm=stats.grad_norm)
             return
         watch.saw(done.number, stats.loss)
         state.step = done.number
@@ -228,18 +228,22 @@ def fit(
         bar.advance(state.step, stats.loss, tokens)
         if line := outlook.after_step(seconds):
             bar.say(line)
-        if watch.look_at is not None and watch.look_at <= state.step < steps:
-            with contextlib.suppress(Interrupted):  # a resumed run looks after its first step
-                found = watch.found(train_loss(state.judged_on))
-                state.recent, state.look_at = list(watch.losses), watch.look_at
-                if found:
-                    diverged(found, done, loss=stats.loss, grad_norm=stats.grad_norm)
 
-    def diverged(reason: str, done: Launched[B], **seen: float) -> None:
+    def look() -> None:
+        """Take the loss that a divergence is judged by, if losses have raised a suspicion. A stop leaves that to the resumed run."""
+        if watch.look_at is None or not watch.look_at <= state.step < steps:
+            return
+        with contextlib.suppress(Interrupted):
+            reason = watch.found(loss := train_loss(state.judged_on))
+            state.recent, state.look_at = list(watch.losses), watch.look_at
+            if reason:
+                diverged(reason, state.step, loss=loss)
+
+    def diverged(reason: str, number: int, **seen: float) -> None:
         nonlocal trouble
-        where, way_out = describe_rows(done.batches), "or look at these rows"
-        trouble = f"{reason} at step {done.number:,} (rows {where}); lower --optimizer.lr (now {done.lr:g}) {way_out}"
-        log.record("diverged", done.number, **seen, lr=done.lr)
+        lr, where = learning_rate(number), describe_rows([micro_batch(i) for i in numbers(number)])
+        trouble = f"{reason} at step {number:,} (rows {where}); lower --optimizer.lr (now {lr:g}) or look at these rows"
+        log.record("diverged", number, **seen, lr=lr)
         waiting.clear()
 
     def read_all() -> None:
@@ -296,8 +300,9 @@ def fit(
             state.judged_on = batches_to_judge_by(numbers(steps)[-1] + 1)
             with contextlib.suppress(Interrupted):
                 watch.before = state.loss_before = train_loss(state.judged_on)
+        look()
         owed = state.owes_estimate or (not saved and eval_at_start)
-        if (owed or STOP.requested) and pause(due=owed):
+        if not trouble and (owed or STOP.requested) and pause(due=owed):
             return
         while state.step < steps and not trouble and not enough():
             if not waiting:
@@ -306,6 +311,8 @@ def fit(
                 launch()
             if waiting:
                 read_one()
+            if not waiting and not trouble:
+                look()
             if waiting or trouble:
                 continue
             if pause(due=state.step % eval_every == 0 or state.step == steps):
@@ -320,8 +327,15 @@ def fit(
                 lr = learning_rate(state.step)
                 log.record("diverged", state.step, loss=loss, lr=lr)
                 trouble = f"{found} after step {state.step:,}; lower --optimizer.lr (now {lr:g})"
-        worn_out = f"the validation loss has not fallen for {patience} estimates, since step {state.lowest_step:,}"
-        end("diverged" if trouble else "finished", trouble or (worn_out if enough() else ""))
+        if trouble:
+            end("diverged", trouble)
+        elif enough():
+            end(
+                "finished",
+                f"the validation loss has not fallen for {patience} estimates, since step {state.lowest_step:,}",
+            )
+        else:
+            end("finished")
 
 
 def _bounds(found: dict[str, Any]) -> str:

@@ -36,8 +36,8 @@ class Outlook:
         estimates = self.estimates() * (sum(made) / len(made) if made else step * self.forwards)
         whole = sum(self.step_seconds[:FIRST]) + (self.steps - self.begun_at - FIRST) * step + estimates
         what = "left" if self.begun_at else "in all"
-        share = f", {span(estimates)} of it for estimates" if estimates else ""
-        return f"about {span(whole)} {what}{share}"
+        share = f", {span(max(1.0, estimates))} of it for estimates" if estimates else ""
+        return f"about {span(max(1.0, whole))} {what}{share}"
 
     def estimates(self) -> int:
         """How many this process makes: with the one of step 0 where that is asked for, and always with one of the last step."""
