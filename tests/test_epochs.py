@@ -98,9 +98,13 @@ def test_a_run_of_one_step_learns_whatever_its_schedule(tiny_directory, tmp_path
     assert [line["lr"] for line in run.metrics("train")] == [1e-3]
 
 
-def test_a_warm_up_longer_than_the_run_is_refused_and_a_default_one_is_shorter(tiny_directory, tmp_path):
+def test_a_warm_up_longer_than_the_run_is_refused_and_a_default_one_is_shorter(tiny_directory, tmp_path, capfd):
     with pytest.raises(UserError, match=r"--optimizer.warmup_steps 7 is more than the training's 6 steps"):
         ts.sft(tiny_config(tiny_directory, tmp_path / "r", optimizer__warmup_steps=7))
+    run = ts.sft(tiny_config(tiny_directory, tmp_path / "r", train__steps=1))
+    argv = ["sft", "--resume", "--out", str(run.path), "--train.steps", "3", "--optimizer.warmup_steps", "4"]
+    assert main([*argv, "--resume_changes", "accept"]) == 2
+    assert "--optimizer.warmup_steps 4 is more than the training's 3 steps" in capfd.readouterr().err
     lengths = {"steps": (20, 100, 101, 5000), "warm-up": (2, 10, 100, 100)}
     found = [
         resolve_length(tiny_config("m", tmp_path, PretrainConfig, train__steps=n), Rows(9, 2), Rows(9, 2))

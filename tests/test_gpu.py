@@ -10,7 +10,7 @@ import torch
 import tunesmith as ts
 from reference import random_model
 from test_documents import gradients, laid_out, one_by_one
-from test_gpu_answers import decoded
+from test_gpu_answers import CPU, CUDA, HALF, SHAPE, decoded, needs_card
 from test_resume import interrupted
 from tiny_runs import comparable, tiny_config
 from tunesmith.data.datasets import open_dataset
@@ -22,7 +22,6 @@ from tunesmith.data.tokenstore import tokenise
 from tunesmith.files.names import SAMPLE
 from tunesmith.generation.sampling import Sampling
 from tunesmith.models.attention import Documents, attend_documents, attention_path, has_flash_kernel
-from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.options.training import DataOptions, PairDataOptions
 from tunesmith.train import prefetch
 from tunesmith.train.optim import OneByOne, build_optimizer, set_learning_rate
@@ -32,13 +31,7 @@ from tunesmith.train.recorded import WARM_UP, RecordedStep, recorder
 from tunesmith.train.step import Unread, step_on_device
 from tunesmith.train.token_loss import nll_sum
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(),
-    reason="no CUDA device is visible; where one is: CUDA_VISIBLE_DEVICES=0 python -m pytest tests/test_gpu*.py",
-)
-CUDA, CPU = torch.device("cuda"), torch.device("cpu")
-SHAPE = GPTConfig(n_layer=3, n_head=2, n_embd=64, vocab_size=6144, block_size=256)
-HALF = [torch.float16, torch.bfloat16]
+pytestmark = needs_card
 NEAR = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 

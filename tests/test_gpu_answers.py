@@ -15,7 +15,7 @@ from tunesmith.generation.engine import decode
 from tunesmith.generation.sampling import Sampling
 from tunesmith.models.gpt2 import GPTConfig
 
-pytestmark = pytest.mark.skipif(
+needs_card = pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(),
     reason="no CUDA device is visible; where one is: CUDA_VISIBLE_DEVICES=0 python -m pytest tests/test_gpu*.py",
 )

@@ -231,3 +231,12 @@ def test_a_run_that_still_needs_its_base_says_where_that_lay(project, rank):
         ts.dpo(tiny_config("models/base", "runs/x", DPOConfig, **again))
     ts.dpo(tiny_config("elsewhere", "runs/x", DPOConfig, **again))
     assert run.status["step"] == 4
+
+
+def test_a_plan_finds_a_moved_base_by_its_name(adapter, project, capfd):
+    (project / "models/base").rename(project / "elsewhere")
+    argv = ["plan", "--model.name", "runs/lora", "--device", "t4"]
+    assert main(argv) == 1
+    assert "--model.base" in capfd.readouterr().err
+    assert main([*argv, "--model.base", "elsewhere"]) == 0
+    assert "width 48" in capfd.readouterr().out

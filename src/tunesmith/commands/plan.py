@@ -20,7 +20,8 @@ from typing import Any
 from tunesmith.data.cutting import block_size_of
 from tunesmith.device import has_lean_allocator, keep_freed_memory, return_memory_at_once
 from tunesmith.errors import UsageError, UserError
-from tunesmith.files.names import known_shape, nearest_model
+from tunesmith.files.bases import base_at
+from tunesmith.files.names import known_shape, nearest_model, shape_of
 from tunesmith.models.gpt2 import SIZES, GPTConfig
 from tunesmith.options.planning import PlanDPO, PlanPretrain, PlanReward, PlanSFT
 from tunesmith.options.pretraining import PretrainConfig
@@ -100,16 +101,13 @@ def plan(options: PlanConfig) -> dict[str, Any]:
 def _resolved(options: PlanConfig) -> tuple[AnyConfig, GPTConfig]:
     """The training's configuration, checked, and the shape of its model."""
     if isinstance(options, PretrainConfig):
-        if known_shape(options.model.name) is None:
-            raise UserError(_unknown(options.model.name))
+        _shape(options.model.name)
         config, shape = resolve_shape(options)
         check_options(config, [p for p in problems_of(config) if not p.startswith("--data.name")])  # no data is read
         return config, dataclasses.replace(shape, vocab_size=_vocabulary(config, shape))
     check_options(options, check_pair_options(options.data) if isinstance(options, PlanDPO | PlanReward) else [])
-    found = known_shape(options.model.name)
-    if found is None:
-        raise UserError(_unknown(options.model.name))
-    return options, found
+    with base_at(options.model.base):
+        return options, _shape(options.model.name)
 
 
 def _vocabulary(config: PretrainConfig, shape: GPTConfig) -> int:
@@ -120,8 +118,13 @@ def _vocabulary(config: PretrainConfig, shape: GPTConfig) -> int:
     return named.vocab_size if named else shape.vocab_size
 
 
-def _unknown(name: str) -> str:
-    return (
+def _shape(name: str) -> GPTConfig:
+    """The shape of a MODEL, without a download. Raises: UserError saying what is wrong with it."""
+    if (shape := known_shape(name)) is not None:
+        return shape
+    if Path(name.rpartition("@")[0] or name).expanduser().exists():
+        return shape_of(name)  # which says why it is not known
+    raise UserError(
         f"the shape of {name} is not known without a download; name a directory that holds it, or its size: "
         f"{', '.join(SIZES)}{nearest_model(name)}"
     )

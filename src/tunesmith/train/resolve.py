@@ -280,15 +280,10 @@ def resolve_length(config: Config, train: Countable, validation: Countable) -> C
     warmup = o.warmup_steps
     if warmup is None:
         warmup = 0 if not isinstance(config, PretrainConfig) else WARMUP if steps > WARMUP else steps // 10
-    if warmup > steps and not config.resume:
-        raise UsageError(
-            f"--optimizer.warmup_steps {warmup:,} is more than the training's {steps:,} steps, so the rate would never reach "
-            f"--optimizer.lr: lower it (a tenth of the steps is {max(1, steps // 10):,}), or train longer"
-        )
     splits = [-(-b.rows_per_epoch // b.batch_size) for b in (train, validation)]
     estimate = sum(min(config.eval.iters or MOST_ITERS, batches) for batches in splits)
     every = config.eval.every or max(1, steps // 40, min(steps, estimate // (3 * config.train.accumulate)))
-    return dataclasses.replace(
+    config = dataclasses.replace(
         config,
         train=dataclasses.replace(t, steps=steps, epochs=None),
         optimizer=dataclasses.replace(o, warmup_steps=warmup),
@@ -297,6 +292,19 @@ def resolve_length(config: Config, train: Countable, validation: Countable) -> C
         ),
         checkpoint=dataclasses.replace(config.checkpoint, every=config.checkpoint.every or every),
     )
+    if not config.resume:  # of an older run it may be; a change of it is checked when the run is compared
+        check_warmup(config)
+    return config
+
+
+def check_warmup(config: AnyConfig) -> None:
+    """Raises: UsageError if a resolved configuration warms up for longer than it trains."""
+    warmup, steps = config.optimizer.warmup_steps or 0, config.train.steps or 0
+    if warmup > steps:
+        raise UsageError(
+            f"--optimizer.warmup_steps {warmup:,} is more than the training's {steps:,} steps, so the rate would never reach "
+            f"--optimizer.lr: lower it (a tenth of the steps is {max(1, steps // 10):,}), or train longer"
+        )
 
 
 MOST_ITERS = 200  # batches of a split in an estimate, where eval.iters is left out

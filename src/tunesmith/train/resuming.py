@@ -24,7 +24,7 @@ from tunesmith.options.resuming import HISTORY, Marked, checked_history, marked_
 from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
 from tunesmith.train.moved import names_kept, places_named
 from tunesmith.train.optim import schedule_factor
-from tunesmith.train.resolve import Command
+from tunesmith.train.resolve import Command, check_warmup
 from tunesmith.train.splits import Splits
 from tunesmith.train.trainee import AnyConfig, Trainee
 
@@ -160,6 +160,8 @@ def settle_origin(config: AnyConfig, path: Path, inputs: dict[str, Any]) -> Orig
     )
     if before and not any(change.option.startswith("data.") for change in changes):
         changed += count_changes(before, inputs)
+    if any(change.option == "optimizer.warmup_steps" for change in changes):
+        check_warmup(config)
     changes = [*_with_rates(changes, config, stored, step), *changed]
     if before is None:
         notes.append(
