@@ -34,9 +34,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from gpu_rival import synchronise, trl
 
 PAPER_ITERATIONS = 80_000
 LEAN = {"train.activation_checkpointing": True, "train.optimizer_in_backward": True, "train.grad_clip": 0}
@@ -125,22 +126,14 @@ def ceiling(at: Setting) -> dict[str, Any]:
         a, b = torch.randn(m, k, device=at.device, dtype=dtype), torch.randn(k, n, device=at.device, dtype=dtype)
         seconds = []
         for _ in range(2 if at.tiny else 12):
-            synchronise(at)
+            synchronise(at.device)
             start = time.perf_counter()
             for _ in range(10):
                 a @ b
-            synchronise(at)
+            synchronise(at.device)
             seconds.append((time.perf_counter() - start) / 10)
         best[f"{m}x{k}x{n}"] = round(2 * m * k * n / min(seconds) / 1e12, 3)
     return {"tflop_per_s": max(best.values()), "by_shape": best}
-
-
-def synchronise(at: Setting) -> None:
-    """Wait for the GPU, where there is one."""
-    import torch
-
-    if at.device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 def train(at: Setting, command: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -202,77 +195,6 @@ def products(shape: Any, tokens: int, targets: int, window: int = 0) -> float:
     everywhere = shape.n_layer * qkv + (shape.n_layer - 1) * rest
     attention = shape.n_layer * d * window
     return 6.0 * (tokens * (everywhere + attention) + targets * (rest + shape.vocab_size * d))
-
-
-def trl(at: Setting, rank: int, batch_size: int) -> dict[str, Any]:
-    """TRL's SFTTrainer on the same dialogues: bf16, packed, fused AdamW, no checkpointing; with PEFT where a rank is given."""
-    missing = [
-        name for name in ("transformers", "trl", "datasets", *(["peft"] * bool(rank))) if find_spec(name) is None
-    ]
-    if missing:
-        return {"note": f"not run: {', '.join(missing)} not installed (benchmarks/rivals.txt)"}
-    import datasets
-    import torch
-    import transformers
-    import trl as library
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from tunesmith.data.datasets import open_dataset
-    from tunesmith.data.tokenizer import Tokenizer
-    from tunesmith.data.tokenstore import tokenise
-    from tunesmith.options.training import DataOptions
-
-    tokenizer = Tokenizer.load(at.work / "model")
-    store = tokenise(open_dataset(DataOptions(name="sample")), "train", tokenizer)
-    rows = []
-    for i in range(len(store)):
-        ids, targets = store.row(i, "assistant")
-        if len(ids) <= at.block_size:
-            mask = [0, *(int(t >= 0) for t in targets[:-1])]
-            rows.append({"input_ids": ids.tolist(), "completion_mask": mask})
-    steps, on_cpu = 4 if at.tiny else 40, at.device == "cpu"
-    arguments = library.SFTConfig(
-        output_dir=str(at.work / "trl"), max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=1e-4,
-        lr_scheduler_type="constant", max_grad_norm=1.0, logging_steps=1, save_strategy="no", report_to=[], seed=0,
-        bf16=not at.tiny, gradient_checkpointing=False, optim="adamw_torch_fused", packing=True, max_length=at.block_size,
-        use_cpu=on_cpu, disable_tqdm=True, dataloader_pin_memory=not on_cpu,
-    )  # fmt: skip
-    more: dict[str, Any] = {}
-    if rank:
-        import peft
-
-        targets = ["c_attn", "c_proj", "c_fc"]
-        more["peft_config"] = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, fan_in_fan_out=True)
-    model = AutoModelForCausalLM.from_pretrained(at.work / "model", activation_function="gelu_pytorch_tanh")
-    trainer = library.SFTTrainer(
-        model.train(), arguments, train_dataset=datasets.Dataset.from_list(rows * (1 if at.tiny else 8)),
-        processing_class=AutoTokenizer.from_pretrained(at.work / "model"), **more,
-    )  # fmt: skip
-    marks, tokens = [], []
-
-    class Marks(transformers.TrainerCallback):  # type: ignore[misc]
-        def on_step_end(self, _arguments: Any, state: Any, *_: Any, **__: Any) -> None:
-            synchronise(at)
-            marks.append(time.perf_counter())
-
-    collate = trainer.data_collator
-
-    def counting(examples: Any) -> Any:
-        batch = collate(examples)
-        read = batch.get("attention_mask")  # none where rows are joined without padding
-        tokens.append(batch["input_ids"].numel() if read is None else int(read.sum()))
-        return batch
-
-    trainer.data_collator = counting
-    trainer.add_callback(Marks())
-    trainer.train()
-    if (half := len(marks) // 2) == 0:
-        return {"note": f"failed: {len(marks)} steps were seen, of {steps}"}
-    seconds = marks[-1] - marks[half - 1]
-    found = {"tokens_per_s": round(sum(tokens[half : len(marks)]) / seconds, 1), "steps": len(marks) - half}
-    if not on_cpu:
-        found["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
-    return found
 
 
 def child(part: Part, at: Setting) -> None:

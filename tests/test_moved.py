@@ -240,3 +240,11 @@ def test_a_plan_finds_a_moved_base_by_its_name(adapter, project, capfd):
     assert "--model.base" in capfd.readouterr().err
     assert main([*argv, "--model.base", "elsewhere"]) == 0
     assert "width 48" in capfd.readouterr().out
+
+
+def test_a_run_on_a_random_base_can_be_moved_with_its_base(tiny_directory, tmp_path):
+    run = ts.sft(tiny_config(tiny_directory, tmp_path / "run", model__init="random", lora__rank=2, train__steps=1))
+    before, _ = ts.load(str(run.path), device="cpu")
+    moved = (tmp_path / "run").rename(tmp_path / "elsewhere")
+    after, _ = ts.load(str(moved), device="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
