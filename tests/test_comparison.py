@@ -164,6 +164,15 @@ def test_a_win_rate_around_one_half_decides_nothing(rewarded):
     assert told_of([(0.0, 1.0)]).startswith("By reward, A and B cannot be told apart")  # one prompt
 
 
+def test_a_higher_mean_without_clearly_more_wins_is_said_as_that():
+    """Not as a tie beside an interval that leaves out 0."""
+    pairs = [(0.0, 5.0)] * 22 + [(1.0, 0.5)] * 18
+    for told, ahead in ((told_of(pairs), "B (m/b)"), (told_of([(b, a) for a, b in pairs]), "A (m/a)")):
+        assert told.startswith(
+            f"By reward, {ahead} has the higher mean, but wins too few prompts to be called better: B wins"
+        )
+
+
 def test_more_wins_with_a_lower_mean_are_not_called_better():
     told = told_of([(0.0, 0.1)] * 40 + [(50.0, 0.0)] * 12)
     assert told.startswith("By reward, B (m/b) wins more prompts but has the lower mean: B wins 76.9 %")

@@ -244,13 +244,20 @@ def result_line(summary: dict[str, Any]) -> str:
 
 
 def _better(summary: dict[str, Any], found: dict[str, Any], by: str) -> str:
-    """One measure's sentence: the win rate decides; a mean difference that surely points the other way is said too."""
+    """One measure's sentence: the win rate decides; a mean difference that says more, or surely points the other way, is said too."""
     rate, difference, prompts = found["win_rate"], found.get("difference"), Wins(**found["wins"]).n
     a, b = (f"{side.upper()} ({summary[side]['model']})" for side in "ab")
     by_much = "" if difference is None else f"; mean difference B - A {interval_text(difference, signed=True)}"
     shown = f"B wins {interval_text(rate, percent=True)} of {prompts} prompts, ties half{by_much}"
     known = rate["low"] is not None
     if not known or rate["low"] <= 0.5 <= rate["high"]:
+        if (
+            known
+            and difference is not None
+            and difference["low"] is not None
+            and not difference["low"] <= 0 <= difference["high"]
+        ):
+            return f"By {by}, {b if difference['low'] > 0 else a} has the higher mean, but wins too few prompts to be called better: {shown}."
         return f"By {by}, A and B cannot be told apart: {shown}."
     ahead = rate["low"] > 0.5
     against = (
