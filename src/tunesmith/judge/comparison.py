@@ -257,7 +257,9 @@ def _better(summary: dict[str, Any], found: dict[str, Any], by: str) -> str:
             and difference["low"] is not None
             and not difference["low"] <= 0 <= difference["high"]
         ):
-            return f"By {by}, {b if difference['low'] > 0 else a} has the higher mean, but wins too few prompts to be called better: {shown}."
+            return (
+                f"By {by}, {b if difference['low'] > 0 else a} has the higher mean but not clearly more wins: {shown}."
+            )
         return f"By {by}, A and B cannot be told apart: {shown}."
     ahead = rate["low"] > 0.5
     against = (
