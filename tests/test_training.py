@@ -220,7 +220,9 @@ def test_a_loss_that_is_no_number_ends_the_run_as_diverged(tiny_directory, tmp_p
 def test_a_loss_that_stays_above_the_start_ends_the_run_as_diverged(tiny_directory, tmp_path):
     run = broken_run(tiny_directory, tmp_path / "r", optimizer__lr=1.0, train__diverge_after=4)
     losses = train_losses(run)
-    assert run.metrics("diverged")[0]["loss"] == losses[-1]
+    (event,) = run.metrics("diverged")  # its loss is that of the rows by which it is judged, not of the last batch
+    assert event["loss"] > 1.05 * run.metrics("eval")[0]["train_loss"]
+    assert f"on the same rows it is {event['loss']:.3f} now" in run.status["reason"]
     assert sum(losses[-4:]) / 4 > 1.05 * run.metrics("eval")[0]["train_loss"]
     assert f"mean loss of the last 4 steps {sum(losses[-4:]) / 4:.3f}" in run.status["reason"]
     assert_it_names_step_and_rows_and_keeps_a_good_checkpoint(run, tiny_config(tiny_directory, tmp_path / "r"))
