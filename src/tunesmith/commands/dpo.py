@@ -29,6 +29,7 @@ from tunesmith.plan.room import memory_lines
 from tunesmith.train.choice import Sums
 from tunesmith.train.divergence import batches_judged_by
 from tunesmith.train.losses import SMOOTHED
+from tunesmith.train.method import Task
 from tunesmith.train.pair_loss import OBSERVED, PreferenceLoss, Reference, answer_logps, dpo_loss_sum, estimate_dpo
 from tunesmith.train.reference import LogpStore, adapter_off, cached, second_model, store_path
 from tunesmith.train.resolve import (
@@ -163,9 +164,7 @@ def _dpo(config: DPOConfig, path: Path) -> Run:
             found["sft_loss"] = estimate_loss(model, sft_rows.fixed(iters), precision).loss
         return found, parts
 
-    return run_training(
-        config, path, trainee, device,
-        origin=origin,
+    task = Task(
         micro_batch=lambda i: train[i].to(device),
         per_epoch=train.per_epoch,
         loss_sum=loss_sum,
@@ -179,7 +178,8 @@ def _dpo(config: DPOConfig, path: Path) -> Run:
         memory=memory_lines(config, trainee.gpt.config, train),
         notes=[*splits.notes, *cut, *more_notes],
         reward_at=rewards_at_steps(config.eval, trainee, path, device),
-    )  # fmt: skip
+    )
+    return run_training(config, path, trainee, device, origin, task)
 
 
 def load_sft_rows(config: DPOConfig, trainee: Trainee) -> tuple[Batches | None, list[str]]:

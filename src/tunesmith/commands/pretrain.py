@@ -24,6 +24,7 @@ from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.plan.room import memory_lines
 from tunesmith.train.choice import Sums
+from tunesmith.train.method import Task
 from tunesmith.train.resolve import check_options, check_types, iters_of, precision_of, resolve_length, resolve_machine
 from tunesmith.train.resuming import inputs_of, prompts_of, settle_origin
 from tunesmith.train.scratch import make_tokenizer, problems_of, resolve_shape
@@ -68,22 +69,23 @@ def _pretrain(config: PretrainConfig, shape: GPTConfig, path: Path) -> Run:
         }  # fmt: skip
         return metrics, found.parts
 
-    return run_training(
-        config, path, trainee, device,
-        origin=origin,
+    task = Task(
         micro_batch=lambda i: train[i].to(device),
         per_epoch=train.per_epoch,
         loss_sum=lambda batch: nll_sum(model, batch, precision),
         evaluate=evaluate,
         train_loss=lambda n: estimate_loss(model, train.sample(n), precision).loss,
-        describe_rows=lambda batches: ", ".join(splits.train.place(r) for b in batches for r in b.sources[:3]) or "random windows",
+        describe_rows=lambda batches: (
+            ", ".join(splits.train.place(r) for b in batches for r in b.sources[:3]) or "random windows"
+        ),
         counted="target_tokens",
         about=f"vocabulary of {tokenizer.vocab_size:,}, {len(splits.train_rows):,} texts of {tokens:,} tokens, "
         f"{train.rows_per_epoch:,} batch rows per epoch",
         memory=memory_lines(config, trainee.gpt.config, train),
         notes=[*splits.notes, *cut],
         reward_at=rewards_at_steps(config.eval, trainee, path, device),
-    )  # fmt: skip
+    )
+    return run_training(config, path, trainee, device, origin, task)
 
 
 def check_length(splits: Splits, config: PretrainConfig) -> int:

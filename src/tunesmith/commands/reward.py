@@ -15,6 +15,7 @@ from tunesmith.models.scored import RewardModel
 from tunesmith.options.training import RewardConfig
 from tunesmith.plan.room import memory_lines
 from tunesmith.train.choice import Sums
+from tunesmith.train.method import Task
 from tunesmith.train.pair_loss import OBSERVED, estimate_reward, reward_loss_sum
 from tunesmith.train.resolve import (
     check_options,
@@ -65,9 +66,7 @@ def _train_reward_model(config: RewardConfig, path: Path) -> Run:
         found = {"train_loss": seen["loss"], "train_accuracy": seen["accuracy"]}
         return found | {f"validation_{name}": value for name, value in held.items()}, parts
 
-    return run_training(
-        config, path, trainee, device,
-        origin=origin,
+    task = Task(
         micro_batch=lambda i: train[i].to(device),
         per_epoch=train.per_epoch,
         loss_sum=lambda batch: reward_loss_sum(model, batch, precision),
@@ -80,4 +79,5 @@ def _train_reward_model(config: RewardConfig, path: Path) -> Run:
         about=f"{len(train):,} pairs, {train.rows_per_epoch:,} batch rows per epoch",
         memory=memory_lines(config, trainee.gpt.config, train),
         notes=[*splits.notes, *cut],
-    )  # fmt: skip
+    )
+    return run_training(config, path, trainee, device, origin, task)

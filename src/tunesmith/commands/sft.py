@@ -17,6 +17,7 @@ from tunesmith.judge.rewards import rewards_at_steps
 from tunesmith.options.training import SFTConfig
 from tunesmith.plan.room import memory_lines
 from tunesmith.train.choice import Sums
+from tunesmith.train.method import Task
 from tunesmith.train.resolve import check_options, iters_of, precision_of, resolve_data, resolve_length, resolve_machine
 from tunesmith.train.resuming import inputs_of, prompts_of, settle_origin
 from tunesmith.train.session import begin, run_training
@@ -57,18 +58,19 @@ def _sft(config: SFTConfig, path: Path) -> Run:
         }  # fmt: skip
         return found, on_validation.parts
 
-    return run_training(
-        config, path, trainee, device,
-        origin=origin,
+    task = Task(
         micro_batch=lambda i: train[i].to(device),
         per_epoch=train.per_epoch,
         loss_sum=lambda batch: nll_sum(model, batch, precision),
         evaluate=evaluate,
         train_loss=lambda n: estimate_loss(model, train.sample(n), precision).loss,
-        describe_rows=lambda batches: ", ".join(splits.train.place(r) for b in batches for r in b.sources[:3]) or "random windows",
+        describe_rows=lambda batches: (
+            ", ".join(splits.train.place(r) for b in batches for r in b.sources[:3]) or "random windows"
+        ),
         counted="target_tokens",
         about=f"{len(splits.train_rows):,} rows, {train.rows_per_epoch:,} batch rows per epoch",
         memory=memory_lines(config, trainee.gpt.config, train),
         notes=[*splits.notes, *cut],
         reward_at=rewards_at_steps(config.eval, trainee, path, device),
-    )  # fmt: skip
+    )
+    return run_training(config, path, trainee, device, origin, task)

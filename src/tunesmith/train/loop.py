@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol
 
 import torch
 from torch.amp import GradScaler
@@ -22,25 +22,14 @@ from tunesmith.train.checkpoint import load_state, prune, save_checkpoint
 from tunesmith.train.choice import Sums, choice_lines, choose_checkpoint, read_estimates
 from tunesmith.train.clock import Mark, mark, seconds_between
 from tunesmith.train.divergence import Watch, batches_to_judge_by, broken
+from tunesmith.train.method import B
 from tunesmith.train.optim import OneByOne, set_learning_rate
 from tunesmith.train.outlook import Outlook
-from tunesmith.train.splitting import Split, Splittable, Splitting, step_in_memory
+from tunesmith.train.splitting import Split, Splitting, step_in_memory
 from tunesmith.train.step import StepStats
 
 UNSPOKEN = ("train_accuracy", "_reward", "_drift_chosen", "_drift_rejected")  # metrics that go to the log only
 STOPPING = "stopping after this step, with a checkpoint (a running estimate is cut short); a second signal ends at once, without one"
-
-
-class MicroBatch(Splittable, Protocol):
-    """What the loop needs to know about a batch: terms of its summed loss, tokens through the model, and how to split it."""
-
-    @property
-    def count(self) -> int: ...
-    @property
-    def tokens(self) -> int: ...
-
-
-B = TypeVar("B", bound=MicroBatch)
 
 
 class Readable(Protocol):

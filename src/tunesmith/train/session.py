@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +28,8 @@ from tunesmith.options.training import (
     LoRAOptions,
 )
 from tunesmith.progress import STOP
-from tunesmith.train.choice import Sums
-from tunesmith.train.loop import MicroBatch, Readable, fit
+from tunesmith.train.loop import Readable, fit
+from tunesmith.train.method import B, Task
 from tunesmith.train.moved import as_they_lie
 from tunesmith.train.optim import OneByOne, decides_on_device, schedule_factor
 from tunesmith.train.prefetch import made_ahead
@@ -61,71 +60,51 @@ def begin(config: Config, command: Command) -> Iterator[tuple[Config, Path]]:
             yield as_begun(as_they_lie(config, Run(path)), Run(path).config) if config.resume else config, path
 
 
-B = TypeVar("B", bound=MicroBatch)
-
-
 def run_training(
     config: AnyConfig,
     path: Path,
     trainee: Trainee,
     device: torch.device,
-    *,
     origin: Origin,
-    micro_batch: Callable[[int], B],
-    per_epoch: int | None,
-    loss_sum: Callable[[B], Tensor],
-    evaluate: Callable[[], tuple[dict[str, float], Sums]],
-    train_loss: Callable[[int], float],
-    describe_rows: Callable[[Sequence[B]], str],
-    counted: str,
-    about: str,
-    notes: Sequence[str],
-    observed: Sequence[str] = (),
-    opening: Sequence[tuple[str, dict[str, Any]]] = (),
-    memory: Sequence[str] = (),
-    reward_at: Callable[[int], dict[str, Any]] | None = None,
+    task: Task[B],
 ) -> Run:
-    """Print what will be done and do it; the run's status says how it ended. Arguments as in `fit`.
-
-    origin: what the run is made from. per_epoch: micro-batches in an epoch, None where it has no end. about: the data in words.
-    notes: what the user should know before the first step. memory: what to say of the memory that it will take.
-    """
+    """Print what will be done and do it; the run's status says how it ended. origin: what the run is made from."""
     o, t, precision = config.optimizer, config.train, precision_of(config)
     steps, every, save_every, peak, warmup = t.steps, config.eval.every, config.checkpoint.every, o.lr, o.warmup_steps
     assert steps is not None and every is not None and save_every is not None  # noqa: PT018
     assert peak is not None and warmup is not None  # noqa: PT018
-    numbers = partial(batches_of_step, accumulate=t.accumulate, per_epoch=per_epoch)
+    numbers = partial(batches_of_step, accumulate=t.accumulate, per_epoch=task.per_epoch)
     optimizer = make_optimizer(trainee.model, config)
     scaler = GradScaler(device.type) if precision == "fp16" else None
-    take_step, ahead = stepper(config, trainee.model, optimizer, scaler, loss_sum, device)
+    take_step, ahead = stepper(config, trainee.model, optimizer, scaler, task.loss_sum, device)
     trained = sum(p.numel() for p in trainee.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in trainee.model.parameters())
     size = f"{total:,} parameters" + (
         f", {trained:,} of them trained (LoRA rank {config.lora.rank})" if trainee.lora else ""
     )
-    with open_log(path) as log, made_ahead(micro_batch, device) as batch_number:
+    with open_log(path) as log, made_ahead(task.micro_batch, device) as batch_number:
         log.write_environment(environment(device))
         without_rank = not config.lora.rank and config.lora != LoRAOptions()
         for line in [
             *origin.notes,
-            *notes,
+            *task.notes,
             *(["--lora.rank is 0: all weights are trained, and the other lora options have no effect"] * without_rank),
         ]:
             print(f"note: {line}")
         iters = iters_of(config)
         begins = (
-            f"{path}: {config.model.name}, {size}, {precision} on {describe(device)}; {about}, {steps:,} steps, "
+            f"{path}: {config.model.name}, {size}, {precision} on {describe(device)}; {task.about}, {steps:,} steps, "
             f"estimates every {every:,} on {iters:,} {'batch' if iters == 1 else 'batches'} of a split"
         )
-        print("\n".join([begins, *memory]), flush=True)
+        print("\n".join([begins, *task.memory]), flush=True)
         try:
             fit(
                 log=log, device=device, write_weights=trainee.write, read_weights=trainee.read, optimizer=optimizer, scaler=scaler,
                 micro_batch=batch_number, take_step=take_step, ahead=ahead, splitting=splitting_of(config, device),
                 learning_rate=lambda step: peak * schedule_factor(o.schedule, step, steps=steps, warmup_steps=warmup),
-                evaluate=evaluate, train_loss=train_loss, describe_rows=describe_rows, counted=counted,
-                observed=observed, opening=opening,
-                settle=partial(write_origin, log, origin, config), reward_at=reward_at, steps=steps, numbers=numbers,
+                evaluate=task.evaluate, train_loss=task.train_loss, describe_rows=task.describe_rows, counted=task.counted,
+                observed=task.observed, opening=task.opening,
+                settle=partial(write_origin, log, origin, config), reward_at=task.reward_at, steps=steps, numbers=numbers,
                 eval_every=every, eval_at_start=config.eval.at_start,
                 eval_cost=2 * iters_of(config) / passes_of(config), patience=config.eval.patience, checkpoint_every=save_every,
                 keep=config.checkpoint.keep, diverge_after=t.diverge_after, resume=config.resume,

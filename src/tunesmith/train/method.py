@@ -1,0 +1,59 @@
+"""What differs between trainings, as records that the loop they all share can read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from torch import Tensor
+
+from tunesmith.train.choice import Sums
+from tunesmith.train.splitting import Splittable
+
+
+class MicroBatch(Splittable, Protocol):
+    """What the loop needs to know about a batch: terms of its summed loss, tokens through the model, and how to split it."""
+
+    @property
+    def count(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+
+
+B = TypeVar("B", bound=MicroBatch)
+
+
+@dataclass(frozen=True)
+class Task(Generic[B]):
+    """One training as a command has prepared it: its data, its loss, and the words for both. `session.run_training` carries it out.
+
+    micro_batch: number from 0 -> batch on the device; the same number always gives the same batch.
+    per_epoch: micro-batches in an epoch; None where it has no end.
+    loss_sum: batch -> its summed loss, as `step.optimizer_step` takes it.
+    evaluate: -> metrics, `validation_loss` among them, and that loss batch by batch.
+    train_loss: number of micro-batches -> the loss on so many, drawn from all the training rows and always the same.
+    describe_rows: says where the rows of the given batches come from, for the message about a divergence.
+    counted: what the log calls the number of examples that the loss is a mean over.
+    about: the data in words, for the line that is printed before the first step.
+    notes: what the user should know before the first step.
+    memory: lines about the memory that the training will take.
+    observed: names of what `loss_sum` gives beside the loss.
+    opening: (event, values) to log at the very start of a run.
+    reward_at: step -> what to log of the rewards of its answers, which then choose the best checkpoint; None: the validation
+        loss chooses.
+    """
+
+    micro_batch: Callable[[int], B]
+    per_epoch: int | None
+    loss_sum: Callable[[B], Tensor]
+    evaluate: Callable[[], tuple[dict[str, float], Sums]]
+    train_loss: Callable[[int], float]
+    describe_rows: Callable[[Sequence[B]], str]
+    counted: str
+    about: str
+    notes: Sequence[str] = ()
+    memory: Sequence[str] = ()
+    observed: Sequence[str] = ()
+    opening: Sequence[tuple[str, dict[str, Any]]] = ()
+    reward_at: Callable[[int], dict[str, Any]] | None = None
