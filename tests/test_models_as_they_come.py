@@ -18,13 +18,13 @@ from tiny_runs import tiny_config
 from tokenizer_kinds import KINDS, TEXTS, change_json
 from tunesmith.__main__ import main
 from tunesmith.data.dialogue import Message, render, segments
-from tunesmith.data.jsonfile import read_json
 from tunesmith.data.prompts import encode_prompt
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokenstore import encode_rows, mark_targets
 from tunesmith.errors import Note, UserError, note
 from tunesmith.files.names import SAMPLE
 from tunesmith.files.weights import load_model
+from tunesmith.jsontext import read_json
 
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 6144, "n_positions": 128}
 IDS = torch.randint(0, 6144, (2, 24), generator=torch.Generator().manual_seed(0))

@@ -14,8 +14,8 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from tunesmith.data.jsonfile import read_json_if_there
 from tunesmith.errors import UserError
+from tunesmith.jsontext import read_json_if_there
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 EXTRA = ("extra_special_tokens", "additional_special_tokens")  # the second is what it was called before transformers 5

@@ -16,9 +16,9 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from tunesmith.data.chat_template import chat_template, generation_settings
 from tunesmith.data.fingerprint import content_hash
-from tunesmith.data.jsonfile import read_json, write_json
 from tunesmith.data.special_tokens import SpecialTokens, read_special_tokens
 from tunesmith.errors import UserError
+from tunesmith.jsontext import read_json, write_json
 
 END_OF_TEXT = "<|endoftext|>"
 OTHER_ENDS = ("</s>", "<|im_end|>", "<eos>", "<|end_of_text|>", "[EOS]")  # of tokenizers that name no eos_token

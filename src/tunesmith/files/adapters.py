@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith.data.jsonfile import read_json, write_json
 from tunesmith.errors import UserError
 from tunesmith.files.adapted_weights import AdaptedWeights, apply, take
 from tunesmith.files.weights import read_pickled, read_safetensors, write_safetensors
+from tunesmith.jsontext import read_json, write_json
 from tunesmith.models.gpt2 import GPT
 from tunesmith.models.lora import HEAD, LoRALinear, freeze_base, lora_layers, replace_layer, short_name
 

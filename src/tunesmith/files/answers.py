@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import Literal, NoReturn
 
 from tunesmith.data.dialogue import ROLE_NAMES
 from tunesmith.errors import UserError
 from tunesmith.files.run import write_atomically
-from tunesmith.jsontext import parse_json
+from tunesmith.jsontext import json_lines
 
 FinishReason = Literal["stop", "length", "context"]
 """Why an answer ended: by itself, at the limit of new tokens, or because the model has no further positions."""
@@ -47,19 +47,18 @@ def write_answers(path: Path, answers: Sequence[ScoredAnswer]) -> None:
 
 
 def read_answers(path: Path) -> list[ScoredAnswer]:
-    """What `write_answers` wrote. Raises: UserError naming file and line."""
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if line.strip():
-            try:
-                row = parse_json(line)
-                known = {k: row[k] for k in ScoredAnswer.__dataclass_fields__ if k in row}
-                found.append(ScoredAnswer(**known))
-            except (ValueError, TypeError) as error:
-                raise UserError(
-                    f"{path}:{number}: not a valid answer ({error}); delete the file and score again"
-                ) from None
-    return found
+    """What `write_answers` wrote. Raises: FileNotFoundError; UserError naming file and line."""
+
+    def refuse(number: int, why: object) -> NoReturn:
+        raise UserError(f"{path}:{number}: not a valid answer ({why}); delete the file and score again") from None
+
+    answers = []
+    for number, row in json_lines(path, refuse):
+        try:
+            answers.append(ScoredAnswer(**{k: row[k] for k in ScoredAnswer.__dataclass_fields__ if k in row}))
+        except TypeError as error:
+            refuse(number, error)
+    return answers
 
 
 def by_prompt(answers: Iterable[ScoredAnswer]) -> dict[str, list[ScoredAnswer]]:

@@ -11,7 +11,6 @@ from typing import TypeVar
 
 import torch
 
-from tunesmith.data.jsonfile import read_json
 from tunesmith.data.special_tokens import ends_of_answers, with_ends
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.device import resolve_device
@@ -23,6 +22,7 @@ from tunesmith.files.reward import is_reward_model, load_reward_model, set_score
 from tunesmith.files.run import STEP_NAME, Run
 from tunesmith.files.weights import config_from_hf, load_model, weights_fingerprint
 from tunesmith.hub import download_model
+from tunesmith.jsontext import read_json
 from tunesmith.models.gpt2 import GPT, SIZES, GPTConfig
 from tunesmith.models.lora import merge, strip
 from tunesmith.models.scored import RewardModel

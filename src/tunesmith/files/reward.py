@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tunesmith.data.jsonfile import read_json, write_json
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.files.weights import (
@@ -21,6 +20,7 @@ from tunesmith.files.weights import (
     to_hf_state_dict,
     write_safetensors,
 )
+from tunesmith.jsontext import read_json, write_json
 from tunesmith.models.scored import RewardModel
 
 ARCHITECTURE = "GPT2ForSequenceClassification"

@@ -19,10 +19,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tunesmith.data.fingerprint import content_hash
-from tunesmith.data.jsonfile import read_json, write_json
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError, note
-from tunesmith.jsontext import parse_json
+from tunesmith.jsontext import parse_json, read_json, write_json
 from tunesmith.models.gpt2 import GPT, GPTConfig
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # Conv1D: (in, out)

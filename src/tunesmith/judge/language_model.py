@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from tunesmith.errors import UserError
-from tunesmith.jsontext import parse_json
+from tunesmith.jsontext import json_lines
 from tunesmith.judge.endpoint import Endpoint, Messages, NoReply
 
 Side = Literal["a", "b", "tie"]
@@ -154,14 +154,10 @@ class Judge:
     def _read_kept(self) -> Iterator[tuple[str, str]]:
         self._cut = False  # whether the file ends in the middle of a line
         if self.kept and self.kept.exists():
-            text = self.kept.read_text(encoding="utf-8", errors="replace")
-            self._cut = bool(text) and not text.endswith("\n")
-            for line in text.split("\n"):
-                try:
-                    record = parse_json(line)
+            self._cut = self.kept.read_bytes()[-1:] not in (b"", b"\n")
+            for _, record in json_lines(self.kept, lambda number, why: None):  # a damaged reply is asked for again
+                if {"question", "reply"} <= record.keys():
                     yield str(record["question"]), str(record["reply"])
-                except (ValueError, LookupError, TypeError):
-                    continue  # an empty line, or one that was cut while being written
 
     def _keep(self, name: str, reply: str) -> None:
         with self._lock:

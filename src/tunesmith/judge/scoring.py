@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import torch
 
 from tunesmith.data.dialogue import Message, segments
-from tunesmith.data.jsonfile import read_json
 from tunesmith.data.prompts import conversation
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.device import resolve_device
@@ -22,6 +21,7 @@ from tunesmith.files.names import is_adapter, load_reward, read_model
 from tunesmith.files.reward import is_reward_model
 from tunesmith.files.run import Run
 from tunesmith.generation.context import Reading, fit_with_answer
+from tunesmith.jsontext import read_json
 from tunesmith.models.attention import Documents
 from tunesmith.models.evaluation import evaluation_mode
 from tunesmith.models.scored import RewardModel
