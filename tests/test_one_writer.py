@@ -19,8 +19,8 @@ from tiny_runs import as_argv, tiny_config, train_losses
 from tunesmith.__main__ import main
 from tunesmith.errors import UserError
 from tunesmith.files import lock
-from tunesmith.files.lock import NAME, one_writer
-from tunesmith.files.run import Run, new_run_directory
+from tunesmith.files.lock import NAME, new_run_directory, one_writer
+from tunesmith.files.run import Run
 
 WITH_AND_WITHOUT_FLOCK = pytest.mark.parametrize("flock", [True, False])
 ENDLESS = {"train__steps": 1_000_000, "eval__every": 1_000_000, "checkpoint__every": 1_000_000, "eval__iters": 1}

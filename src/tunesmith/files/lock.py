@@ -1,20 +1,22 @@
-"""One run has one writer: a file in its directory that names the process which writes there. No torch."""
+"""A run's directory for the one process that writes there: found or made, and locked by a file that names the process. No torch."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tunesmith.errors import UserError
+from tunesmith.errors import UserError, path_meant
+from tunesmith.files.run import Run, is_run
 from tunesmith.jsontext import parse_json
 
 fcntl: ModuleType | None
@@ -139,3 +141,81 @@ def _lives(process: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+# ---- which directory -------------------------------------------------------------------------------------------------
+
+
+def default_directory(command: str, model: str, sets: Sequence[str]) -> str:
+    """The default directory of a run: `runs/sft-gpt2-medium-hh`."""
+    return f"runs/{command}-{_short(model)}-{'-'.join(map(_short, sets))}"
+
+
+def _short(name: str) -> str:
+    """A name as part of a directory's name."""
+    return name.rstrip("/").rsplit("/", 1)[-1].replace(":", "-").partition(".")[0] or "model"
+
+
+@contextlib.contextmanager
+def run_directory(out: str | None, default: str, resume: bool) -> Iterator[Path]:
+    """The run's directory, locked for us until the end; one created here in which nothing was written is removed again.
+
+    Raises: UserError if another process writes there, if `out` already holds a run and `resume` is off, or if `resume` is
+    on and there is nothing to continue from.
+    """
+    if resume:
+        path, made = Path(out or default), False
+        check_resumable_directory(path)
+    else:
+        path, made = new_run_directory(out, default)
+    try:
+        with one_writer(path):
+            if resume:
+                check_resumable_directory(path)  # once more, now that nobody changes it
+            elif (path / "status.json").exists():
+                status = Run(path).status
+                raise UserError(
+                    f"{path} already holds a run ({status['state']} at step {status['step']}). "
+                    "Continue it with --resume, or name another directory with --out"
+                )
+            yield path
+    finally:
+        if made:
+            with contextlib.suppress(OSError):  # not empty: the usual case
+                path.rmdir()
+
+
+def new_run_directory(out: str | None, default: str) -> tuple[Path, bool]:
+    """`out`, or the first free of `default`, `default-2`, ..., made here; and whether it was not there before.
+
+    Of two processes that ask at the same moment each gets a default of its own: making a directory succeeds for one.
+    """
+    for number in itertools.count(1):
+        path = Path(out or (default if number == 1 else f"{default}-{number}"))
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            if out is None:
+                continue
+            path.mkdir(exist_ok=True)  # raises where a file has that name
+            return path, False
+        return path, True
+    raise AssertionError("unreachable")
+
+
+def check_resumable_directory(path: Path) -> None:
+    """Raises: UserError in one line if there is no run, or none whose options and weights are still there."""
+    if not (path / "status.json").exists():
+        near = path_meant(path, is_run)
+        raise UserError(f"--resume: {path} holds no run to continue; name a run's directory with --out{near}")
+    if not (path / "config.yaml").exists():
+        raise UserError(
+            f"--resume: {path} has lost its config.yaml, which holds its options; put it back, or start a "
+            "new run with another --out"
+        )
+    run = Run(path)
+    if (step := run.status["step"]) and not run.checkpoints():
+        raise UserError(
+            f"--resume: {path} was at step {step:,} ({run.status['state']}) but holds no checkpoint to continue from; start "
+            "a new run with another --out"
+        )

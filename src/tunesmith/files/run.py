@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -17,7 +16,6 @@ from typing import Any
 import yaml
 
 from tunesmith.errors import UserError, path_meant
-from tunesmith.files.lock import one_writer
 from tunesmith.jsontext import parse_json
 
 STEP_NAME = re.compile(r"step-(\d{8})")
@@ -78,7 +76,7 @@ class Run:
                 raise ValueError("it lacks a state or a step")
             return status
         except FileNotFoundError:
-            near = "" if self.path.exists() else path_meant(self.path, _is_run)
+            near = "" if self.path.exists() else path_meant(self.path, is_run)
             raise UserError(f"{self.path} is not a run directory: it has no status.json{near}") from None
         except ValueError as error:
             raise UserError(f"{path} is damaged ({error}); name a checkpoint of the run by its directory") from None
@@ -162,7 +160,7 @@ class Run:
         return found[best if best in found else max(found)]
 
 
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
     return (path / "status.json").exists()
 
 
@@ -315,78 +313,3 @@ def open_log(path: Path) -> Iterator[RunLog]:
             log.close()
         raise
     log.close()
-
-
-def default_directory(command: str, model: str, sets: Sequence[str]) -> str:
-    """The default directory of a run: `runs/sft-gpt2-medium-hh`."""
-    return f"runs/{command}-{_short(model)}-{'-'.join(map(_short, sets))}"
-
-
-def _short(name: str) -> str:
-    """A name as part of a directory's name."""
-    return name.rstrip("/").rsplit("/", 1)[-1].replace(":", "-").partition(".")[0] or "model"
-
-
-@contextlib.contextmanager
-def run_directory(out: str | None, default: str, resume: bool) -> Iterator[Path]:
-    """The run's directory, locked for us until the end; one created here in which nothing was written is removed again.
-
-    Raises: UserError if another process writes there, if `out` already holds a run and `resume` is off, or if `resume` is
-    on and there is nothing to continue from.
-    """
-    if resume:
-        path, made = Path(out or default), False
-        check_resumable_directory(path)
-    else:
-        path, made = new_run_directory(out, default)
-    try:
-        with one_writer(path):
-            if resume:
-                check_resumable_directory(path)  # once more, now that nobody changes it
-            elif (path / "status.json").exists():
-                status = Run(path).status
-                raise UserError(
-                    f"{path} already holds a run ({status['state']} at step {status['step']}). "
-                    "Continue it with --resume, or name another directory with --out"
-                )
-            yield path
-    finally:
-        if made:
-            with contextlib.suppress(OSError):  # not empty: the usual case
-                path.rmdir()
-
-
-def new_run_directory(out: str | None, default: str) -> tuple[Path, bool]:
-    """`out`, or the first free of `default`, `default-2`, ..., made here; and whether it was not there before.
-
-    Of two processes that ask at the same moment each gets a default of its own: making a directory succeeds for one.
-    """
-    for number in itertools.count(1):
-        path = Path(out or (default if number == 1 else f"{default}-{number}"))
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            if out is None:
-                continue
-            path.mkdir(exist_ok=True)  # raises where a file has that name
-            return path, False
-        return path, True
-    raise AssertionError("unreachable")
-
-
-def check_resumable_directory(path: Path) -> None:
-    """Raises: UserError in one line if there is no run, or none whose options and weights are still there."""
-    if not (path / "status.json").exists():
-        near = path_meant(path, _is_run)
-        raise UserError(f"--resume: {path} holds no run to continue; name a run's directory with --out{near}")
-    if not (path / "config.yaml").exists():
-        raise UserError(
-            f"--resume: {path} has lost its config.yaml, which holds its options; put it back, or start a "
-            "new run with another --out"
-        )
-    run = Run(path)
-    if (step := run.status["step"]) and not run.checkpoints():
-        raise UserError(
-            f"--resume: {path} was at step {step:,} ({run.status['state']}) but holds no checkpoint to continue from; start "
-            "a new run with another --out"
-        )

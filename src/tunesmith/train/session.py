@@ -22,7 +22,8 @@ from tunesmith.device import (
 )
 from tunesmith.errors import UsageError
 from tunesmith.files.bases import base_at
-from tunesmith.files.run import Run, RunLog, default_directory, open_log, run_directory
+from tunesmith.files.lock import default_directory, run_directory
+from tunesmith.files.run import Run, RunLog, open_log
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import (
     LoRAOptions,
