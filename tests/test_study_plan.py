@@ -267,7 +267,7 @@ def test_the_paper_is_complete_at_every_scale(scale):
         "e4": ["AdamW", "Adam", "SGD-Nesterov", "SGD-momentum", "SGD"],
         "e5": ["rank 1", "rank 2", "rank 8", "rank 16", "full"],
         "e6": ["helpful only"],
-        "e7": ["batch 1", "batch 4", "batch 4 = 4 x 1"],
+        "e7": ["batch 1", "batch 4 = 4 x 1", "batch 4"],
         "e8": ["DPO"],
     }
     assert (scale != "smoke") or len(made.runs) >= 20
@@ -284,13 +284,20 @@ def test_the_full_scale_is_the_papers_own_sizes():
     s = {name: run.settings for name, run in made.runs.items()}
     assert {run["model.name"] for run in s.values()} == {"gpt2-medium", "@e1-s1"}
     assert (s["e1-s1"]["train.steps"], s["e1-continued-s1"]["train.steps"]) == (40_000, 80_000)
-    assert all(
-        s[f"e4-{o}-s1"]["train.steps"] == 20_000 and s[f"e4-{o}-s1"]["train.accumulate"] == 4 for o in ("adamw", "sgd")
-    )
+    for optimizer in ("adamw", "sgd"):  # 20,000 iterations of the report, each a micro-batch of one row
+        e4 = s[f"e4-{optimizer}-s1"]
+        assert (e4["train.steps"], e4["train.accumulate"], e4["train.batch_size"]) == (5_000, 4, 1)
+    assert all(run["train.precision"] == "fp32" and run["train.compile"] is False for run in s.values())
+    validations = {
+        name: run["train.steps"] / run["eval.every"] for name, run in s.items() if not name.startswith(("e8", "e1b"))
+    }
+    assert validations == dict.fromkeys(validations, 40) | {"e1-s1": 20}  # the half; with its continuation 40
     assert [s[f"e5-r{r}-s1"]["lora.rank"] for r in (1, 2, 8, 16)] == [1, 2, 8, 16]
     assert s["e6-s1"]["data.name"] == "hh-helpful-half"
     assert all(run["data.batching"] == "windows" for run in s.values() if "dpo.beta" not in run)
-    assert (s["e7-batch-4-s1"]["train.batch_size"], s["e7-4-times-1-s1"]["train.accumulate"]) == (4, 4)
+    at_once = s["e7-batch-4-s1"]
+    assert [shown.run for shown in made.experiments["e7"][1]] == ["e1-s1", "e4-adamw-s1", "e7-batch-4-s1"]
+    assert (at_once["train.batch_size"], at_once["train.accumulate"], at_once["train.steps"]) == (4, 1, 5_000)
     ours = make_plan(read_study(study_path("paper"), "full", batching="ours"))
     assert {run.settings["data.batching"] for run in ours.runs.values()} == {"packed"}
 

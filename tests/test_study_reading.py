@@ -204,6 +204,23 @@ def test_batches_are_compared_on_the_same_rows(tmp_path):
     assert "the number of rows per estimate is 8" in comparable(list(study.runs.values()))[0]
 
 
+def test_batches_of_different_sizes_are_compared_after_as_many_rows(tmp_path):
+    """Batch 1 after 40 steps has read what 4 x 1 has after 10, and lies below it by then; later it would not be alike."""
+    w = Writer(tmp_path, seeds=2, steps=40)
+    for seed in (1, 2):
+        for label, steps, accumulate in (("batch 1", 40, 1), ("batch 4 = 4 x 1", 20, 4)):
+            falls = [(step, 4 - step * accumulate / 100 - seed / 1000) for step in range(0, steps + 1, 10)]
+            lines = [
+                {"event": "eval", "step": step, "train_loss": loss, "validation_loss": loss} for step, loss in falls
+            ]
+            name = f"e7-{accumulate}-{seed}"
+            w.run(name, {"train.batch_size": 1, "train.accumulate": accumulate}, lines)
+            w.show("e7", "E7", name, label, seed)
+    finding = {c.id: f for c, f in judge_all(read_study(w.finish()))}["e7-batch"]
+    assert finding.verdict.verdict == "holds", finding.verdict
+    assert {(p.run, p.step) for p in finding.sources} == {(f"e7-{a}-{s}", 40 // a) for a in (1, 4) for s in (1, 2)}
+
+
 def test_predicted_memory_is_read_in_gb_and_as_the_runner_counts_it():
     gb = {"parameters": 1.5, "gradients": 0.5, "optimizer_state": 3.0, "activations": 2.0, "logits": 0.25}
     counted = {("optimizer" if k == "optimizer_state" else k): int(v * 1e9) for k, v in gb.items()}

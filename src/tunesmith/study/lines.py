@@ -14,6 +14,7 @@ from tunesmith.study.figures import PAIR, PAIRWISE, TOKEN, loss_unit
 from tunesmith.study.read import Experiment, Json, Line, RunRecord, Series
 from tunesmith.study.select import mean_curve
 
+STEPS = "optimizer step"  # what most figures count on their x axis
 RUNS_APART = 3.0  # times the highest start: above, a line leaves the figure
 
 
@@ -60,12 +61,12 @@ def draw_line(
         axes.fill_between(steps, *zip(*bounds, strict=True), color=colour, alpha=0.14, linewidth=0)
 
 
-def curves(axes: Any, lines: Sequence[Line], ylabel: str, *, first: int = 0) -> None:
+def curves(axes: Any, lines: Sequence[Line], ylabel: str, xlabel: str = STEPS, *, first: int = 0) -> None:
     """Lines over optimizer steps; what runs far above the others' starts leaves the figure at its top."""
     drawn = [line for line in lines if line.seeds]
     for number, line in enumerate(drawn, first):
         draw_line(axes, line, number)
-    finish(axes, ylabel)
+    finish(axes, ylabel, xlabel)
     values = [p.value for line in drawn for s in line.seeds.values() for p in s]
     starts = [s[0].value for line in drawn for s in line.seeds.values()]
     if values and max(values) > RUNS_APART * max(starts) > 0:
@@ -92,7 +93,7 @@ def by_unit(e: Experiment, labels: Sequence[str] | None = None) -> dict[str, lis
     return found
 
 
-def finish(axes: Any, ylabel: str, xlabel: str = "optimizer step") -> None:
+def finish(axes: Any, ylabel: str, xlabel: str = STEPS) -> None:
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     look.thousands(axes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -12,23 +12,45 @@ from tunesmith.study.read import Experiment, Json, Line, Point, RunRecord, Study
 PARTS = ("parameters", "gradients", "optimizer_state", "activations", "logits")
 
 
+def rows_of_step(run: RunRecord) -> int:
+    """Rows that one optimizer step of a run reads."""
+    train = run.config.get("train") or {}
+    return int(train.get("batch_size", 1) * train.get("accumulate", 1))
+
+
+def over_rows(experiment: Experiment, line: Line) -> Line:
+    """The line over the rows read so far in place of steps, for runs whose steps differ in size."""
+    runs = experiment.runs(line.label)
+    scaled = {
+        seed: [replace(p, step=p.step * rows_of_step(runs[seed])) for p in series] for seed, series in line.seeds.items()
+    }
+    return replace(line, seeds=scaled)
+
+
 def finals(
-    experiment: Experiment, labels: Sequence[str], event: str, key: str
+    experiment: Experiment, labels: Sequence[str], event: str, key: str, *, by_rows: bool = False
 ) -> tuple[dict[str, dict[int, Point]], list[str]]:
-    """Label -> seed -> value at the last step that all finished runs have, and the runs left out."""
+    """Label -> seed -> value at the last step that all finished runs have, and the runs left out.
+
+    by_rows: at the last number of rows that all have read.
+    """
     lines = [experiment.line(label, event, key) for label in labels]
     done = {
         line.label: {s: v for s, v in line.seeds.items() if experiment.runs(line.label)[s].state == "finished"}
         for line in lines
     }
-    every = [series for seeds in done.values() for series in seeds.values()]
-    shared = set.intersection(*({p.step for p in s} for s in every)) if every else set()
-    at = max(shared, default=None)
+    size = {
+        (label, seed): rows_of_step(experiment.runs(label)[seed]) if by_rows else 1
+        for label, seeds in done.items()
+        for seed in seeds
+    }
+    every = [{p.step * size[label, s] for p in series} for label, seeds in done.items() for s, series in seeds.items()]
+    at = max(set.intersection(*every), default=None) if every else None
     left = [note for line in lines for note in line.missing]
     if at is None and every:
         left.append("no step at which all of them have a value")
     return {
-        label: {seed: p for seed, series in seeds.items() for p in series if p.step == at}
+        label: {seed: p for seed, series in seeds.items() for p in series if p.step * size[label, seed] == at}
         for label, seeds in done.items()
     }, left
 

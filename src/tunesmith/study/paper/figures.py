@@ -12,6 +12,7 @@ from tunesmith.files.run import Run
 from tunesmith.stats import wilson_interval
 from tunesmith.study.figures import TOKEN, Plate
 from tunesmith.study.lines import (
+    STEPS,
     by_unit,
     comparable,
     count_validations,
@@ -27,7 +28,7 @@ from tunesmith.study.lines import (
 )
 from tunesmith.study.paper.experiments import FULL, OPTIMIZERS, judged, memory_rows, ranks
 from tunesmith.study.read import Experiment, Line, Study, is_number
-from tunesmith.study.select import PARTS, Judged, alone, best_step, choice_of, mean_curve, present, scorer_words
+from tunesmith.study.select import PARTS, Judged, alone, best_step, choice_of, mean_curve, over_rows, present, scorer_words
 
 LOSS = f"loss, {TOKEN}"
 WIDE = 10.0  # largest over smallest value, from which on an axis is logarithmic
@@ -80,17 +81,20 @@ def both_losses(study: Study, spec: Spec) -> Drawn:
     return look.to_plate(figure, spec.name, spec.title, f"{rows_in_words(runs)} {seeds_in_words(held)}", notes)
 
 
-def by_label(key: str, wanted: Callable[[Experiment], Sequence[str]]) -> Callable[[Study, Spec], Drawn]:
-    """Training or validation loss with one line a label."""
+def by_label(
+    key: str, wanted: Callable[[Experiment], Sequence[str]], *, by_rows: bool = False
+) -> Callable[[Study, Spec], Drawn]:
+    """Training or validation loss with one line a label. by_rows: over rows read, where steps differ in size."""
 
     def draw(study: Study, spec: Spec) -> Drawn:
         e = study.experiment(spec.experiment)
         lines = [e.line(label, "eval", key) for label in wanted(e)]
+        lines = [over_rows(e, line) for line in lines] if by_rows else lines
         if not any(line.seeds for line in lines):
             return spec.missing("; ".join(missing_notes(lines)) or "no run has the required label")
         figure, axes = look.new_figure()
         runs = members_of(e, [line.label for line in lines])
-        curves(axes, lines, f"loss, {unit_of(runs[0])}")
+        curves(axes, lines, f"loss, {unit_of(runs[0])}", "rows read" if by_rows else STEPS)
         rows = "Estimates on the same training rows at every step." if key == "train_loss" else rows_in_words(runs)
         notes = missing_notes(lines) + comparable(runs)
         if key == "train_loss":
@@ -301,7 +305,7 @@ FIGURES = (
     Spec("figure-8", "e6", "Loss of the helpful-only run", both_losses),
     Spec("figure-9", "e6", "Reward of the helpful-only run", rewards(_all)),
     Spec("figure-learning-rates", "e1b", "Learning rates that are too high", learning_rates),
-    Spec("figure-batches", "e7", "Batch 1, batch 4, and batch 4 by accumulation", by_label("validation_loss", _all)),
+    Spec("figure-batches", "e7", "Batch 1, batch 4, and batch 4 by accumulation", by_label("validation_loss", _all, by_rows=True)),
     Spec("figure-dpo", "e8", "DPO: loss, accuracy, margin and drift", preferences),
     Spec("figure-memory", "e4", "Memory by part, predicted and measured", memory),
 )  # fmt: skip
