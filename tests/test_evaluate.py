@@ -15,6 +15,7 @@ from tunesmith.data.dialogue import Message, segments
 from tunesmith.files.names import load_reward
 from tunesmith.judge.scoring import encode_answer, load_scorer
 from tunesmith.options.training import DPOConfig, RewardConfig
+from tunesmith.stats import wilson_interval
 
 TALK = [
     [("user", "Hi"), ("assistant", "Hello."), ("user", "Why is the sky blue?"), ("assistant", "Air scatters blue light more.")],
@@ -175,6 +176,25 @@ def test_rows_and_pairs_that_stand_there_often_are_one_unit(tiny_directory, pair
     for key in ("accuracy", "longer_chosen", "margin"):
         assert ten["preference"][key] == pytest.approx(once["preference"][key], rel=1e-4, abs=1e-6)
     assert "36 of the 40 pairs repeat another one" in " ".join(capsys.readouterr().out.split())
+
+
+def test_pairs_of_one_prompt_are_one_unit_of_the_intervals(tiny_directory, tmp_path, capsys):
+    """Ten pairs of each of four prompts say hardly more than one of each: 40 pairs, but intervals as wide as of few."""
+    answers = [(f" yes {i}", f" no {i} no") for i in range(10)]
+    rows = [
+        {"chosen": f"\n\nHuman: {q}\n\nAssistant:{good}", "rejected": f"\n\nHuman: {q}\n\nAssistant:{bad}"}
+        for q in ("a?", "b c?", "d e f?", "g?")
+        for good, bad in answers
+    ]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    found = figures([str(tiny_directory), str(file)], tmp_path)["preference"]
+    assert "40 pairs have 4 different prompts" in " ".join(capsys.readouterr().out.split())
+    accuracy, longer = found["accuracy"], found["longer_chosen"]
+    assert accuracy["n"] == longer["n"] == found["pairs"] == 40
+    assert longer["high"] == wilson_interval(0, 4)[1]  # the same in all pairs: four prompts are four examples
+    alone = wilson_interval(round(40 * accuracy["mean"]), 40)
+    assert accuracy["high"] - accuracy["low"] >= alone[1] - alone[0] - 1e-9
 
 
 def test_any_classifier_is_measured(deberta, pairs, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from tunesmith.stats import (
     Wins,
     bootstrap_interval,
+    clustered_share,
     count_wins,
     paired_difference,
     share_interval,
@@ -40,6 +41,27 @@ def test_the_interval_holds_the_true_share_in_about_95_of_100_cases(share):
     seen = np.random.default_rng(0).binomial(40, share, 4000)
     held = np.mean([low <= share <= high for low, high in (wilson_interval(int(k), 40) for k in seen)])
     assert 0.93 <= held <= 0.98
+
+
+def test_a_share_of_clustered_examples_holds_the_truth_where_that_of_single_ones_does_not():
+    """40 prompts of 1 to 8 pairs, each prompt with its own chance (a beta of mean 0.7)."""
+    rng, held, naive = np.random.default_rng(0), 0, 0
+    for _ in range(2000):
+        counts = rng.integers(1, 9, 40)
+        right = rng.binomial(counts, rng.beta(1.4, 0.6, 40))
+        held += 0.7 in clustered_share(right, counts)
+        naive += 0.7 in share_interval(int(right.sum()), int(counts.sum()))
+    assert 0.93 <= held / 2000 <= 0.98
+    assert naive / 2000 < 0.85
+
+
+def test_a_share_of_single_examples_is_as_without_clusters_and_all_right_is_worth_the_clusters():
+    right = [1, 0, 1, 1, 0, 1, 0]
+    assert clustered_share(right, [1] * 7) == share_interval(4, 7)
+    assert clustered_share([5, 2, 3], [5, 2, 3]).low == wilson_interval(3, 3)[0]
+    assert clustered_share([2], [4]).low == wilson_interval(0.5, 1)[0]
+    with pytest.raises(ValueError, match="there is no share"):
+        clustered_share([], [])
 
 
 @pytest.mark.parametrize(("successes", "n"), [(1, 0), (-1, 5), (6, 5)])

@@ -160,6 +160,31 @@ def share_interval(successes: float, n: int) -> Interval:
     return Interval(successes / n if n else math.nan, *wilson_interval(successes, n), n)
 
 
+def clustered_share(successes: Sequence[float], counts: Sequence[float]) -> Interval:
+    """A share of examples that come in clusters, as pairs of one prompt do, with Wilson's interval for what they are worth.
+
+    With a share p the clusters' residuals (successes - p count) vary as those of p (1 - p) / v independent examples, v being
+    their variance per example. With one example a cluster this is `share_interval`. No spread at all (all right, all wrong):
+    each cluster is worth one example.
+
+    Args: of every cluster its successes, and its examples (more than 0).
+    Returns: n counts the examples.
+    Raises: ValueError if there is nothing to count.
+    Held by tests: holds the true share in at least 93 % of simulated sets of 40 clusters, where Wilson's over examples fails.
+    """
+    s, c = np.asarray(successes, np.float64), np.asarray(counts, np.float64)
+    n, clusters = float(c.sum()), len(c)
+    if not n > 0:
+        raise ValueError("nothing was counted: there is no share")
+    share = float(s.sum()) / n
+    spread = float(((s - share * c) ** 2).sum()) / n
+    worth = float(clusters)
+    if clusters > 1 and spread > 0 and n > clusters:
+        worth = n * share * (1 - share) / spread * (clusters - 1) / clusters * n / (n - 1)
+    low, high = _wilson(share, min(n, max(1.0, worth)), Z95)
+    return Interval(share, low, high, int(n))
+
+
 def wilson_interval(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
     """Interval for a share, 95 % by default (Wilson 1927): inside [0, 1] and sound for few examples and extreme shares.
 

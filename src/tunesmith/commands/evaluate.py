@@ -36,15 +36,16 @@ from tunesmith.files.bases import base_at
 from tunesmith.files.names import gives_scores, load, run_and_step
 from tunesmith.files.places import located
 from tunesmith.files.run import Run
-from tunesmith.judge.answers import alike, interval_record
+from tunesmith.judge.answers import interval_record
 from tunesmith.judge.comparison import interval_text
+from tunesmith.judge.preferences import firsts, preference_record
 from tunesmith.judge.scoring import OwnScorer, load_scorer
 from tunesmith.judge.trained_rows import trained_rows, training_runs
 from tunesmith.models.evaluation import evaluation_mode
 from tunesmith.models.gpt2 import GPT
 from tunesmith.options.commands import EvaluateCommand
 from tunesmith.options.training import DataOptions
-from tunesmith.stats import bootstrap_interval, ratio_interval, share_interval
+from tunesmith.stats import ratio_interval
 from tunesmith.train.pair_loss import all_pair_scores, answer_logps
 from tunesmith.train.token_loss import AnswerLoss, answer_losses
 
@@ -211,17 +212,6 @@ def bits_of(batches: Batches, tokenizer: Tokenizer, nats: float) -> dict[str, fl
     return {"bits_per_byte": bits_per_byte(nats, size)} if size else {}
 
 
-def firsts(store: TokenStore, rows: Array, each: int = 1) -> list[int]:
-    """For every one of some rows the first of them with the same tokens; each: stretches of the store that are a row."""
-    seen: dict[tuple[bytes, bytes], int] = {}
-    found = []
-    for row in rows.tolist():
-        cuts = store.offsets[row * each : (row + 1) * each + 1]
-        key = store.tokens[int(cuts[0]) : int(cuts[-1])].tobytes(), np.diff(cuts).tobytes()
-        found.append(seen.setdefault(key, row))
-    return found
-
-
 def loss_record(answers: Sequence[AnswerLoss], alone: Mapping[int, int]) -> dict[str, Any]:
     """`{"loss", "low", "high", "perplexity", "tokens", "answers"}`; the interval is over different rows, which are independent.
 
@@ -348,28 +338,6 @@ def reward_preference(name: str, held: Held) -> tuple[dict[str, Any], list[str]]
     store = PairStore(tokenise(held.source, held.split, Tokenizer.gpt2(), form="pairs"))
     record, repeats = preference_record(np.array([chosen, rejected]).T, store, chosen_rows, "score")
     return record, [*report.lines(), *repeats]
-
-
-def preference_record(values: Array, store: PairStore, numbers: Array, by: str) -> tuple[dict[str, Any], list[str]]:
-    """Accuracy and margin of (pairs, 2) values, beside what length alone would reach; and what of the pairs repeats others.
-
-    numbers: (pairs,) of the pairs in their store. One that stands there twice counts once.
-    """
-    once = np.array(firsts(store.store, numbers, 3)) == numbers
-    repeats = len(numbers) - int(once.sum())
-    told = [f"{repeats:,} of the {len(numbers):,} pairs repeat another one; each counts once"] * bool(repeats)
-    values, lengths = values[once], store.lengths[numbers[once]]
-    better = values[:, 0] > values[:, 1]
-    chosen, rejected = lengths[:, 1], lengths[:, 2]
-    like = np.array([alike(a, b) for a, b in zip(chosen, rejected, strict=True)])
-    longer = float(np.where(chosen == rejected, 0.5, chosen > rejected).sum())
-    record = {
-        "pairs": len(values), "by": by, "accuracy": interval_record(share_interval(int(better.sum()), len(better))),
-        "margin": interval_record(bootstrap_interval((values[:, 0] - values[:, 1]).tolist())),
-        "longer_chosen": interval_record(share_interval(longer, len(better))),
-    }  # fmt: skip
-    alike_only = share_interval(int(better[like].sum()), int(like.sum())) if like.any() else None
-    return record | {"accuracy_at_like_length": alike_only and interval_record(alike_only)}, told
 
 
 def print_preference(console: Console, title: str, found: dict[str, Any]) -> None:
