@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import socket
 import sys
 import time
@@ -158,7 +159,9 @@ def _short(name: str) -> str:
 
 @contextlib.contextmanager
 def run_directory(out: str | None, default: str, resume: bool) -> Iterator[Path]:
-    """The run's directory, locked for us until the end; one created here in which nothing was written is removed again.
+    """The run's directory, locked for us until the end; one created here whose run never began is removed again.
+
+    A run has begun with its status.json: before that there is nothing that --resume could go on with.
 
     Raises: UserError if another process writes there, if `out` already holds a run and `resume` is off, or if `resume` is
     on and there is nothing to continue from.
@@ -180,9 +183,8 @@ def run_directory(out: str | None, default: str, resume: bool) -> Iterator[Path]
                 )
             yield path
     finally:
-        if made:
-            with contextlib.suppress(OSError):  # not empty: the usual case
-                path.rmdir()
+        if made and not (path / "status.json").exists():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def new_run_directory(out: str | None, default: str) -> tuple[Path, bool]:
@@ -206,6 +208,11 @@ def new_run_directory(out: str | None, default: str) -> tuple[Path, bool]:
 def check_resumable_directory(path: Path) -> None:
     """Raises: UserError in one line if there is no run, or none whose options and weights are still there."""
     if not (path / "status.json").exists():
+        if (path / "metrics.jsonl").exists():  # killed: a signal that can be caught would have removed it
+            raise UserError(
+                f"--resume: the run in {path} was ended before it began, so there is nothing to continue; start it again "
+                "without --resume"
+            )
         near = path_meant(path, is_run)
         raise UserError(f"--resume: {path} holds no run to continue; name a run's directory with --out{near}")
     if not (path / "config.yaml").exists():
