@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from tunesmith.errors import UsageError, did_you_mean, path_meant
+from tunesmith.options.beside import placed
 from tunesmith.options.help import PAGES, asked_for_help, help_text
 from tunesmith.options.resuming import HISTORY, checked_history
 from tunesmith.options.shortforms import Positional, expand_groups, expand_positionals
@@ -149,7 +150,7 @@ def from_settings(options: type[T], settings: Mapping[str, Any], where: str) -> 
     nested: dict[str, Any] = {}
     for name, value in settings.items():
         group, _, key = name.rpartition(".")
-        (nested.setdefault(group, {}) if group else nested)[key] = _joined(value)
+        (nested.setdefault(group, {}) if group else nested)[key] = joined(value)
     parser = jsonargparse.ArgumentParser(exit_on_error=False, default_env=False)
     parser.add_class_arguments(options)
     try:
@@ -200,7 +201,7 @@ def _repeated(options: type[Any], argv: Sequence[str]) -> list[str]:
     return [f"{word}+" if word in lists else word for word in words]
 
 
-def _joined(value: Any) -> Any:
+def joined(value: Any) -> Any:
     """A YAML list as the text that it is on the command line, `a,b`; a mapping as `a=b`; anything else as it is."""
     if isinstance(value, list) and value and all(isinstance(v, str | int | float) for v in value):
         return ",".join(map(str, value))
@@ -210,7 +211,8 @@ def _joined(value: Any) -> Any:
 
 
 def _check_file(file: str, options: type[Any]) -> tuple[dict[str, Any], str]:
-    """What a file holds, and what to read in its place where it gives a list or a mapping for an option that is a text; else "".
+    """What a file holds, and what to read in its place where that differs: a list or a mapping for an option that is a text, or
+    a path that leads somewhere from the file's directory (`placed`); else "".
 
     Raises: UsageError if it is no YAML of groups of options; what they hold is checked later.
     """
@@ -233,9 +235,11 @@ def _check_file(file: str, options: type[Any]) -> tuple[dict[str, Any], str]:
     changed = False
     for name, kind in option_types(options).items():
         group, _, key = name.rpartition(".")
-        holder = content.get(group, {}) if group else content
-        if kind in (str, str | None) and isinstance(holder.get(key), list | dict):
-            holder[key], changed = _joined(holder[key]), True
+        holder, key = (content, name) if name in content else (content.get(group, {}) if group else content, key)
+        value = joined(holder.get(key)) if kind in (str, str | None) else holder.get(key)
+        value = placed({name: value}, Path(file).parent)[name]
+        if key in holder and value != holder[key]:
+            holder[key], changed = value, True
     return content, yaml.safe_dump(content, sort_keys=False) if changed else ""
 
 

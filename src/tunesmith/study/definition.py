@@ -72,6 +72,7 @@ class StudyFile:
     figures: Sequence[str]
     tables: Sequence[str]
     content: Mapping[str, Any]
+    folder: Path  # where the file lies: relative paths in it are looked for there first
 
 
 def study_path(name: str) -> Path:
@@ -103,7 +104,7 @@ def read_study(path: Path, scale: str | None = None, **changes: Any) -> StudyFil
         _known(_mapping(override or {}, f"{file}: scales.{name}"), TOP[:-1], f"{file}: scales.{name}")
     content = _merge(content, scales.get(chosen or "") or {}) | {k: v for k, v in changes.items() if v is not None}
     _known(content, TOP, file)
-    return _study(content, file, path.stem, chosen)
+    return _study(content, file, path.stem, chosen, path.parent)
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -130,7 +131,7 @@ def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _study(content: dict[str, Any], file: str, stem: str, scale: str | None) -> StudyFile:
+def _study(content: dict[str, Any], file: str, stem: str, scale: str | None, folder: Path) -> StudyFile:
     """Raises: UsageError."""
     name = str(content.get("name", stem))
     if not ID.fullmatch(name):
@@ -157,7 +158,7 @@ def _study(content: dict[str, Any], file: str, stem: str, scale: str | None) -> 
     return StudyFile(
         name, scale, str(content.get("title", name)), file, batching, tuple(seeds), base, helpers, experiments,
         _names(content.get("figures", []), f"{file}: figures"), _names(content.get("tables", []), f"{file}: tables"),
-        {**content, "scale": scale},
+        {**content, "scale": scale}, folder,
     )  # fmt: skip
 
 

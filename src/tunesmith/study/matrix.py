@@ -15,7 +15,9 @@ from typing import Any
 import yaml
 
 from tunesmith.errors import UsageError
-from tunesmith.options.parse import from_settings, later_length, nearest, preset_path
+from tunesmith.options.beside import PLACES as NAMING
+from tunesmith.options.beside import placed
+from tunesmith.options.parse import from_settings, joined, later_length, nearest, preset_path
 from tunesmith.options.yamlfile import read_yaml
 from tunesmith.study.definition import COMMANDS, NOT_YOURS, Entry, Experiment, StudyFile, flatten
 
@@ -38,7 +40,8 @@ class PlannedRun:
     """One run. settings: dotted option -> value, all of them; a value "@NAME" or "@NAME@STEP" is the model of another run.
 
     changed: the settings that differ from the command's defaults. needs: runs that must have finished before, among them
-    `continues`, from whose last checkpoint it goes on. hash: of what the run will do, its needs included.
+    `continues`, from whose last checkpoint it goes on. hash: of what the run will do, its needs included. written: places that the
+    files name, as they stand there, where `settings` has what they are from here; a study that was moved is still the same.
     """
 
     name: str
@@ -50,6 +53,7 @@ class PlannedRun:
     continues: str | None
     where: str
     hash: str = ""
+    written: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,18 +126,21 @@ def make_plan(study: StudyFile, places: Mapping[str, str] | None = None) -> Plan
 def _expand(maker: _Maker, entry: Entry, more: Mapping[str, Any] | None = None, suffix: str = "") -> Iterator[Shown]:
     """The runs of an entry: its matrix times the seeds. more: settings above all others; suffix: of the names."""
     study, options = maker.study, list(entry.matrix)
-    presets = _presets(entry)
+    presets, presets_here = _presets(entry, study.folder)
     for values in itertools.product(*entry.matrix.values()):
         varied = dict(zip(options, values, strict=True))
         for number, seed in enumerate(study.seeds, 1):
             seeds = {"train.seed": seed, "data.seed": seed}
             command = {} if study.batching == "as_set" else BATCHING[study.batching].get(entry.command, {})
-            base = {**study.base.get(entry.command, {}), **maker.places, **command, **seeds}
-            settings = later_length(presets, base, entry.settings, varied, more or {})
+            base, fixed = study.base.get(entry.command, {}), {**maker.places, **command, **seeds}
+            own = later_length(entry.settings, varied, more or {})
+            settings = later_length(presets, base, fixed, own)
             if settings["data.seed"] != study.seeds[0]:  # the validation rows of all runs are those of the first seed
                 settings.setdefault("data.split_seed", study.seeds[0])
             config = from_settings(COMMANDS[entry.command], settings, entry.where)
             flat = dict(_flat(dataclasses.asdict(config)))
+            here = {**presets_here, **placed(base, study.folder), **fixed, **placed(own, study.folder)}
+            moved = {k: joined(here[k]) for k in NAMING if k in here and joined(here[k]) != flat[k]}
             plain = dict(_flat(dataclasses.asdict(COMMANDS[entry.command]())))
             bare = _filled(entry.name, config, entry, varied) + suffix
             name = bare if entry.once else f"{bare}-s{number}"
@@ -143,23 +150,35 @@ def _expand(maker: _Maker, entry: Entry, more: Mapping[str, Any] | None = None, 
                 )
             changed = {k: v for k, v in flat.items() if v != plain[k]}
             needs = (*entry.needs, *([entry.continues] if entry.continues else []))
-            maker.add(PlannedRun(name, entry.command, seed, flat, changed, needs, entry.continues, entry.where), bare)
+            written = {k: flat[k] for k in moved}
+            maker.add(
+                PlannedRun(
+                    name, entry.command, seed, flat | moved, changed, needs, entry.continues, entry.where, written=written
+                ),
+                bare,
+            )  # fmt: skip
             yield Shown(name, _label(entry, config, varied), seed)
             if entry.once:
                 break
 
 
-def _presets(entry: Entry) -> dict[str, Any]:
-    """What the entry's configuration files set, later ones winning."""
-    found: dict[str, Any] = {}
+def _presets(entry: Entry, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the entry's configuration files set, later ones winning, as written; and with the paths in them as they are from here.
+
+    folder: the study's, where the files are looked for first.
+    """
+    written: dict[str, Any] = {}
+    here: dict[str, Any] = {}
     for name in entry.config:
         try:
-            path = preset_path(name)
-            content = read_yaml(Path(path).read_text(encoding="utf-8"), name)
+            path = Path(folder / name if (folder / name).is_file() else preset_path(name))
+            content = read_yaml(path.read_text(encoding="utf-8"), name)
         except (UsageError, OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise UsageError(f"{entry.where}.config: {' '.join(str(error).split())}") from None
-        found |= flatten(content, entry.command, f"{entry.where}.config: {name}")
-    return found
+        settings = flatten(content, entry.command, f"{entry.where}.config: {name}")
+        written |= settings
+        here |= placed(settings, path.parent)
+    return written, here
 
 
 def _filled(template: str, config: Any, entry: Entry, varied: Mapping[str, Any]) -> str:
@@ -259,7 +278,7 @@ def _linked(maker: _Maker, run: PlannedRun) -> PlannedRun:
         raise UsageError(
             f"{run.where}.continues: {continues} is a run of {maker.runs[continues].command}, but this is a run of {run.command}"
         )
-    changed = {k: settings[k] for k in run.changed}
+    changed = {k: run.written.get(k, settings[k]) for k in run.changed}
     return dataclasses.replace(run, settings=settings, changed=changed, needs=tuple(needs), continues=continues)
 
 
@@ -286,7 +305,8 @@ def _hashed(runs: Mapping[str, PlannedRun]) -> dict[str, PlannedRun]:
     done: dict[str, PlannedRun] = {}
     same: dict[str, str] = {}
     for name, run in runs.items():
-        settings = {k: v for k, v in run.settings.items() if v is not None and k not in PLACES}
+        settings = {**run.settings, **run.written}
+        settings = {k: v for k, v in settings.items() if v is not None and k not in PLACES}
         settings.setdefault("optimizer.warmup_steps", 0)  # as when 0 was the default: finished runs stay finished
         if settings.get("data.block_size") == "auto":  # so did 1,024
             settings["data.block_size"] = 1024
