@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.data.texts import Batch
+from tunesmith.data.batch import Batch
 from tunesmith.models.gpt2 import GPT, Documents, GPTConfig
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transformers stores these as (in, out)
@@ -88,7 +88,7 @@ def pack_batch(rows: Sequence[Sequence[Sequence[int]]], carries_loss) -> Batch:
     ids = torch.tensor([[token for d in row for token in d] for row in rows])
     wanted = [i for i, target in enumerate(targets) if target >= 0]
     documents = Documents.from_rows([[len(d) for d in row] for row in rows])
-    return Batch(ids, torch.tensor(wanted), torch.tensor([targets[i] for i in wanted]), documents, ids.numel(), ())
+    return Batch(ids, torch.tensor(wanted), torch.tensor([targets[i] for i in wanted]), documents)
 
 
 def batch_nll(model: GPT, batch: Batch) -> tuple[float, int]:

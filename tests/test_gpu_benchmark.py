@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from reference import random_model
-from tunesmith.data.texts import Batch
+from tunesmith.data.batch import Batch
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.train.token_loss import nll_sum
 
@@ -28,7 +28,7 @@ def benchmark():
 
 def window(tokens, targets):
     ids = torch.randint(0, 300, (1, tokens), generator=torch.Generator().manual_seed(1))
-    return Batch(ids, torch.arange(targets), ids[0, :targets].clone(), None, tokens, ())
+    return Batch(ids, torch.arange(targets), ids[0, :targets].clone())
 
 
 @pytest.mark.long

@@ -14,7 +14,7 @@ from test_resume import assert_same_end, interrupted, stored_state
 from tiny_runs import comparable, last_digest, tiny_config, train_losses
 from tunesmith.__main__ import main
 from tunesmith.commands import sft
-from tunesmith.data.texts import Batch
+from tunesmith.data.batch import Batch
 from tunesmith.errors import UsageError
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.models.lora import apply_lora
@@ -36,7 +36,7 @@ def window(number, width=24, token=None):
     ids = (torch.arange(width + 1) * 3 + 5 * number)[None] % 60
     if token is not None:
         ids[0, width // 2] = token
-    return Batch(ids[:, :-1].clone(), torch.arange(width), ids[0, 1:].clone(), None, width, ())
+    return Batch(ids[:, :-1].clone(), torch.arange(width), ids[0, 1:].clone())
 
 
 def steps_of(accumulate, change=None):

@@ -13,7 +13,7 @@ import tunesmith as ts
 from reference import pack_batch, random_model
 from test_resume import assert_same_end, interrupted
 from tiny_runs import last_digest, tiny_config, train_losses
-from tunesmith.data.texts import Batch
+from tunesmith.data.batch import Batch
 from tunesmith.errors import UserError
 from tunesmith.files.weights import load_model
 from tunesmith.models.gpt2 import GPT, SIZES, GPTConfig
@@ -193,7 +193,7 @@ def test_the_bases_weight_gradients_are_not_even_computed():
 
     The first layer's input is frozen: nothing is computed for it. With all weights trained there is a third more.
     """
-    batch = Batch(torch.arange(60).view(3, 20), torch.arange(60), torch.arange(60), None, 60, ())  # all carry loss
+    batch = Batch(torch.arange(60).view(3, 20), torch.arange(60), torch.arange(60))  # all carry loss
 
     onednn = torch.ops.mkldnn._linear_pointwise
 

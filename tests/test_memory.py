@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from tunesmith.data.texts import Batch
+from tunesmith.data.batch import Batch
 from tunesmith.models.attention import Documents
 from tunesmith.models.gpt2 import GPT, SIZES, GPTConfig
 from tunesmith.models.head import head_nll_sum, states_and_head
@@ -183,7 +183,7 @@ def peak_of_a_step(shape, counted):
     update = OneByOne(plain, in_backward=counted.in_backward) if one_by_one else plain
     documents = Documents.from_rows([[100, 156]]) if counted.packed else None
     rows, targets = torch.arange(counted.supervised) * 2, torch.randint(shape.vocab_size, (counted.supervised,))
-    batch = Batch(torch.randint(shape.vocab_size, (1, counted.tokens)), rows, targets, documents, counted.tokens, (0,))
+    batch = Batch(torch.randint(shape.vocab_size, (1, counted.tokens)), rows, targets, documents)
 
     def loss_sum(b):
         hidden, weight, low_rank = states_and_head(model, b)

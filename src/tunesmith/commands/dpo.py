@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from tunesmith.data.batch import Batch
 from tunesmith.data.cutting import block_size_of
-from tunesmith.data.pairs import PairBatch, PairBatches
+from tunesmith.data.pairs import PairBatches
 from tunesmith.data.texts import Batches
 from tunesmith.device import resolve_device
 from tunesmith.files.run import Run
@@ -108,7 +109,7 @@ def make_references(
     store = LogpStore(store_path(trainee.fingerprint, precision))
     device = model.wte.weight.device
 
-    def compute(batch: PairBatch) -> torch.Tensor:
+    def compute(batch: Batch) -> torch.Tensor:
         with evaluation_mode(model):  # fresh adapters add nothing yet
             return answer_logps(model, batch.to(device), precision)
 
@@ -151,7 +152,7 @@ def _dpo(config: DPOConfig, path: Path) -> Run:
     sets = [(train, needed), (validation, validation.used(iters))]
     (on_train, on_validation), told = make_references(trainee, config, sets)
 
-    def loss_sum(batch: PairBatch) -> torch.Tensor:
+    def loss_sum(batch: Batch) -> torch.Tensor:
         return dpo_loss_sum(model, batch, on_train(batch), settings, precision)
 
     def evaluate() -> tuple[dict[str, float], Sums]:

@@ -8,111 +8,22 @@ sequences prompt + chosen and prompt + rejected, for the price of one prompt. Ma
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from tunesmith.data.batch import PAD_STEP, Batch, documents_of_pairs
 from tunesmith.data.packing import Groups, pack
 from tunesmith.data.pairstore import CutPair, PairStore, cut_pairs
-from tunesmith.data.texts import PAD_STEP, SAMPLE, order_of, steady_width
-from tunesmith.device import put
+from tunesmith.data.texts import SAMPLE, order_of
 from tunesmith.errors import UsageError, UserError
-from tunesmith.models.attention import Documents
 
 Array = np.ndarray[Any, Any]
 FILL_TO = 64  # where shapes are steady, the number of targets is a multiple of this
-
-
-@dataclass(frozen=True)
-class PairBatch:
-    """Pairs end to end, on their device; sequences are counted chosen, rejected, chosen, rejected, ...
-
-    input_ids: (1, N) int64. documents: three stretches a pair, the answers continuing the prompt.
-    rows: (n,) int64, the tokens that predict an answer's tokens, sequence by sequence; the last token of a prompt is
-        there twice. targets: (n,) int64, theirs. lengths: targets of each sequence; beyond their sum is filler.
-    last: (2 * pairs,) int64, the last token of each sequence.
-    pairs: numbers in the list of pairs that the batch was made from. sources: numbers in the data set.
-    tokens: through the model, filler not counted. fill_to: the number of targets is a multiple of this.
-    """
-
-    input_ids: Tensor
-    documents: Documents
-    rows: Tensor
-    targets: Tensor
-    lengths: tuple[int, ...]
-    last: Tensor
-    pairs: tuple[int, ...]
-    sources: tuple[int, ...]
-    tokens: int
-    fill_to: int = 1
-
-    @property
-    def count(self) -> int:
-        """Pairs: what a preference loss is a mean over."""
-        return len(self.pairs)
-
-    @property
-    def size(self) -> int:
-        """Tokens through the model, filler counted."""
-        return self.input_ids.numel()
-
-    @property
-    def extent(self) -> str:
-        """The size in words."""
-        return f"{self.count} {'pair' if self.count == 1 else 'pairs'} in {self.size:,} tokens"
-
-    def halves(self) -> tuple[PairBatch, PairBatch] | None:
-        """Two batches of whole pairs, cut where it is nearest to the middle; None for a single pair."""
-        if self.count < 2:
-            return None
-        ends = list(accumulate(self.documents.lengths[: 3 * self.count]))[2::3]
-        cut = min(range(1, self.count), key=lambda n: abs(2 * ends[n - 1] - self.tokens))
-        return self._part(0, cut), self._part(cut, self.count)
-
-    def _part(self, first: int, end: int) -> PairBatch:
-        """The pairs [first, end) of the batch."""
-        every = self.documents.lengths
-        before, stretches = every[: 3 * first], list(every[3 * first : 3 * end])
-        start, tokens = sum(before), sum(stretches)
-        skipped, lengths = sum(self.lengths[: 2 * first]), self.lengths[2 * first : 2 * end]
-        wanted = slice(skipped, skipped + sum(lengths))
-        parents = [p for i in range(0, len(stretches), 3) for p in (-1, i, i)]
-        width = steady_width(tokens, self.size, self.fill_to)
-        longest = max(every)  # the model has positions for it
-        for at in range(tokens, width, longest):
-            stretches.append(min(longest, width - at))
-            parents.append(-1)
-        filler = -sum(lengths) % self.fill_to
-        return PairBatch(
-            input_ids=F.pad(self.input_ids[:, start : start + tokens], (0, width - tokens)),
-            documents=Documents.from_rows([stretches], self.input_ids.device, parents),
-            rows=F.pad(self.rows[wanted] - start, (0, filler)),
-            targets=F.pad(self.targets[wanted], (0, filler)),
-            lengths=lengths,
-            last=self.last[2 * first : 2 * end] - start,
-            pairs=self.pairs[first:end],
-            sources=self.sources[first:end],
-            tokens=tokens,
-            fill_to=self.fill_to,
-        )
-
-    def to(self, device: torch.device) -> PairBatch:
-        """The batch on `device`; onto a GPU the copies do not wait."""
-        if device == self.input_ids.device:
-            return self
-
-        def move(t: Tensor) -> Tensor:
-            return put(t, device)
-
-        tensors = {k: move(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return PairBatch(**{**vars(self), **tensors, "documents": self.documents.moved(move)})
 
 
 class PairBatches:
@@ -178,7 +89,7 @@ class PairBatches:
         packed = pack(np.minimum(self.pairs.lengths[order], size), size)
         return Groups(order[packed.members], packed.borders)
 
-    def __getitem__(self, index: int) -> PairBatch:
+    def __getitem__(self, index: int) -> Batch:
         """Micro-batch number `index`, counted from 0 over the whole training."""
         return self._batch(*divmod(index, self.per_epoch))
 
@@ -187,18 +98,18 @@ class PairBatches:
         """Batches in an epoch."""
         return -(-self.rows_per_epoch // self.batch_size)
 
-    def fixed(self, limit: int | None = None) -> Iterator[PairBatch]:
+    def fixed(self, limit: int | None = None) -> Iterator[Batch]:
         """At most `limit` batches that are the same at every call; each pair once, and only here the last may be short."""
         return self._few(0, limit)
 
-    def sample(self, limit: int) -> Iterator[PairBatch]:
+    def sample(self, limit: int) -> Iterator[Batch]:
         """As `fixed`, of pairs drawn anew from all there are: an estimate over a part of them that training does not favour."""
         return self._few(SAMPLE, limit)
 
-    def _few(self, epoch: int, limit: int | None) -> Iterator[PairBatch]:
+    def _few(self, epoch: int, limit: int | None) -> Iterator[Batch]:
         return (self._batch(epoch, number) for number in range(self.per_epoch)[:limit])
 
-    def _batch(self, epoch: int, number: int) -> PairBatch:
+    def _batch(self, epoch: int, number: int) -> Batch:
         start = number * self.batch_size
         return self.assemble([i for row in self._plan(epoch)[start : start + self.batch_size] for i in row.tolist()])
 
@@ -215,7 +126,7 @@ class PairBatches:
         plan = self._plan(epoch)
         return sorted(plan.members[: plan.borders[rows]].tolist())
 
-    def of(self, numbers: Sequence[int], tokens: int) -> Iterator[PairBatch]:
+    def of(self, numbers: Sequence[int], tokens: int) -> Iterator[Batch]:
         """Batches of about `tokens` tokens that hold these pairs once, in whatever order packs best."""
         for group in self._grouped(numbers, tokens):
             yield self.assemble(group.tolist())
@@ -239,20 +150,16 @@ class PairBatches:
         prompt, chosen, rejected = self.store.tokens(cut.pair)
         return prompt[cut.start :], chosen[: cut.stops[0]], rejected[: cut.stops[1]]
 
-    def assemble(self, numbers: Sequence[int]) -> PairBatch:
+    def assemble(self, numbers: Sequence[int]) -> Batch:
         """The pairs of these numbers as one batch."""
         cuts = [self.pairs[i] for i in numbers]
         parts, ends = [self._parts(cut) for cut in cuts], [cut.ends for cut in cuts]
-        batch = join_pairs(parts, ends, self.store.store.end_of_text, self.block_size, self._steady_shape)
-        sources = tuple(cut.pair for cut in cuts)
-        return replace(batch, pairs=tuple(numbers), sources=sources, fill_to=FILL_TO if self.steady else 1)
-
-    def _steady_shape(self, tokens: int, targets: int) -> tuple[int, int]:
-        """Width of the batch, and filler at the end of its targets."""
-        if not self.steady:
-            return tokens, 0
-        unit = self.batch_size * self.block_size if self.batching == "packed" else PAD_STEP
-        return -(-tokens // unit) * unit, -targets % FILL_TO
+        unit, fill_to = 1, 1
+        if self.steady:
+            unit = self.batch_size * self.block_size if self.batching == "packed" else PAD_STEP
+            fill_to = FILL_TO
+        batch = join_pairs(parts, ends, self.store.store.end_of_text, self.block_size, unit=unit, fill_to=fill_to)
+        return replace(batch, pairs=tuple(numbers), sources=tuple(cut.pair for cut in cuts))
 
 
 def join_pairs(
@@ -260,52 +167,43 @@ def join_pairs(
     ends: Sequence[tuple[bool, bool]],
     end_of_text: int,
     block_size: int,
-    shape: Callable[[int, int], tuple[int, int]] = lambda tokens, targets: (tokens, 0),
-) -> PairBatch:
+    *,
+    unit: int = 1,
+    fill_to: int = 1,
+) -> Batch:
     """Pairs end to end as one batch; `pairs` and `sources` count them from 0.
 
     Args:
         parts: prompt and the two answers of every pair, each (n,) int64; an answer may be empty.
         ends: whether the end-of-text token is the last target of each answer.
-        block_size: longest stretch of filler.
-        shape: (tokens, targets) -> width of the batch, filler at the end of its targets.
+        block_size: longest stretch of padding.
+        unit, fill_to: the row is padded to a multiple of `unit` tokens, the targets are filled up to one of `fill_to`.
     """
-    ids: list[Array] = []
     rows: list[Array] = []
     targets: list[Array] = []
-    stretches: list[int] = []
-    parents: list[int] = []
-    lengths: list[int] = []
     last: list[int] = []
     end = np.array([end_of_text])
     at = 0
     for (prompt, *answers), ended in zip(parts, ends, strict=True):
-        ids += [prompt, *answers]
-        parents += [-1, len(stretches), len(stretches)]
-        stretches += [len(prompt), *map(len, answers)]
         before, start = at + len(prompt) - 1, at + len(prompt)
         for answer, with_end in zip(answers, ended, strict=True):
             predicted = np.concatenate([answer, end]) if with_end else answer
             rows.append(np.append(before, np.arange(start, start + len(answer)))[: len(predicted)])
             targets.append(predicted)
-            lengths.append(len(predicted))
             start += len(answer)
             last.append(start - 1 if len(answer) else before)
         at = start
-    flat, wanted, expected = (np.concatenate(x) for x in (ids, rows, targets))
-    width, filler = shape(at, len(wanted))
-    flat = np.pad(flat, (0, width - at), constant_values=end_of_text)
-    for start in range(at, width, block_size):  # filler, in stretches that the model has positions for
-        stretches.append(min(block_size, width - start))
-        parents.append(-1)
-    return PairBatch(
-        input_ids=torch.from_numpy(flat)[None],
-        documents=Documents.from_rows([stretches], parents=parents),
-        rows=torch.from_numpy(np.pad(wanted, (0, filler))),
-        targets=torch.from_numpy(np.pad(expected, (0, filler))),
-        lengths=tuple(lengths),
-        last=torch.tensor(last),
-        pairs=tuple(range(len(parts))),
+    padding = -at % unit
+    input_ids = np.concatenate([*(part for pair in parts for part in pair), np.full(padding, end_of_text)])
+    return Batch.filled(
+        torch.from_numpy(input_ids)[None],
+        torch.from_numpy(np.concatenate(rows)),
+        torch.from_numpy(np.concatenate(targets)),
+        fill_to=fill_to,
+        documents=documents_of_pairs([len(part) for pair in parts for part in pair], padding, block_size),
         sources=tuple(range(len(parts))),
-        tokens=at,
+        padding=(padding,),
+        pairs=tuple(range(len(parts))),
+        lengths=tuple(map(len, targets)),
+        last=torch.tensor(last),
     )

@@ -3,139 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from tunesmith.data.batch import PAD_STEP, Batch
 from tunesmith.data.cutting import Piece, Truncation, cut_rows, taught
 from tunesmith.data.packing import Groups, pack
 from tunesmith.data.tokenstore import IGNORE_INDEX, TokenStore
-from tunesmith.device import put
 from tunesmith.errors import UsageError, UserError
 from tunesmith.models.attention import Documents
 
 Array = np.ndarray[Any, Any]
 LossOn = Literal["assistant", "all"]
-PAD_STEP = 128  # padded batches have widths in multiples of this, so that few shapes occur
 SAMPLE = -1  # in place of an epoch's number: the order in which rows are drawn for estimates of the training loss
 
 
 def order_of(seed: int, number: int) -> np.random.Generator:
     """What an epoch's order, or a window, is drawn from; SAMPLE has a stream of its own, so that it says nothing about them."""
     return np.random.default_rng((seed, 0, 1) if number == SAMPLE else (seed, number))
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch on its device.
-
-    input_ids: (B, T) int64. rows: (n,) int64, which of the B * T tokens carry loss. targets: (n,) int64, theirs.
-    documents: the packing; None where every row is one document. tokens: real tokens, padding not counted.
-    sources: row numbers of the data set. filler: how many of the last `rows` count nothing and only keep n to few values:
-    multiples of `fill_to`. padding: tokens at the end of each row that are none, a document of their own; empty: no row has any.
-    """
-
-    input_ids: Tensor
-    rows: Tensor
-    targets: Tensor
-    documents: Documents | None
-    tokens: int
-    sources: tuple[int, ...]
-    filler: int = 0
-    fill_to: int = 1
-    padding: tuple[int, ...] = ()
-
-    @property
-    def count(self) -> int:
-        """Supervised tokens."""
-        return len(self.targets) - self.filler
-
-    @property
-    def size(self) -> int:
-        """Tokens through the model, padding counted."""
-        return self.input_ids.numel()
-
-    @property
-    def extent(self) -> str:
-        """The size in words."""
-        rows, width = self.input_ids.shape
-        return f"{rows} {'row' if rows == 1 else 'rows'} x {width:,} tokens"
-
-    def halves(self) -> tuple[Batch, Batch] | None:
-        """Two batches with the same targets in the same documents; None for a single document.
-
-        Rows stay whole; a single row is cut at the border between two documents that is nearest to its middle, and loses
-        its padding. Reads `rows`, for which a GPU is waited.
-        """
-        height, width = self.input_ids.shape
-        if height > 1:
-            cut = height // 2 * width
-            return self._part(0, cut, width), self._part(cut, self.size, width)
-        end = width - sum(self.padding)
-        ends = [at for at in accumulate(self.documents.lengths if self.documents else ()) if at < end]
-        if not ends:
-            return None
-        cut = min(ends, key=lambda at: abs(2 * at - end))
-        return self._part(0, cut, cut), self._part(cut, end, end - cut)
-
-    def _part(self, start: int, stop: int, width: int) -> Batch:
-        """Tokens [start, stop) of all, in rows of `width`: whole rows, or a part of one, which is filled up to a steady width."""
-        whole = self.input_ids.shape[1]
-        filled = steady_width(width, whole, self.fill_to)
-        height, first = (stop - start) // width, start // whole
-        padding = self.padding[first : first + height] if width == whole else (filled - width,)
-        documents, sources = None, self.sources
-        if self.documents:
-            stretches = list(zip(self.documents.lengths, accumulate(self.documents.lengths), strict=True))
-            rows: list[list[int]] = [[] for _ in range(height)]
-            for length, end in stretches:
-                if start < end <= stop:
-                    rows[(end - start - 1) // width].append(length)
-            before = sum(end <= start for _, end in stretches) - sum(n > 0 for n in self.padding[:first])
-            pieces = sum(map(len, rows)) - (sum(n > 0 for n in padding) if width == whole else 0)
-            sources = self.sources[before : before + pieces]
-            if filled > width:
-                rows[0].append(filled - width)
-            documents = Documents.from_rows(rows, self.input_ids.device)
-        wanted, targets = self.rows[: self.count], self.targets[: self.count]
-        mine = (wanted >= start) & (wanted < stop)
-        wanted, targets = wanted[mine] - start, targets[mine]
-        filler = -len(wanted) % self.fill_to
-        return Batch(
-            input_ids=F.pad(self.input_ids.flatten()[start:stop].view(height, width), (0, filled - width)),
-            rows=F.pad(wanted, (0, filler)),
-            targets=F.pad(targets, (0, filler)),
-            documents=documents,
-            tokens=stop - start - (sum(padding) if width == whole else 0),
-            sources=sources,
-            filler=filler,
-            fill_to=self.fill_to,
-            padding=padding,
-        )
-
-    def to(self, device: torch.device) -> Batch:
-        """The batch on `device`; on a GPU the copies do not wait."""
-        if device.type == "cpu":
-            return self
-
-        def move(t: Tensor) -> Tensor:
-            return put(t, device)
-
-        documents = self.documents and self.documents.moved(move)
-        rows, targets = move(self.rows), move(self.targets)
-        return replace(self, input_ids=move(self.input_ids), rows=rows, targets=targets, documents=documents)
-
-
-def steady_width(width: int, whole: int, fill_to: int) -> int:
-    """`width` filled up to a multiple of PAD_STEP, where shapes are to be steady and that is still less than the whole."""
-    up = -(-width // PAD_STEP) * PAD_STEP
-    return up if fill_to > 1 and up < whole else width
 
 
 def resolve_loss_on(loss_on: str, batching: str) -> LossOn:
@@ -284,7 +172,7 @@ class Batches:
             starts = [int(order_of(self.seed, n).integers(last)) for n in numbers]
         ids = np.stack([self.stream.part(a, a + self.block_size + 1) for a in starts])
         inputs, targets = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy()).flatten()
-        return Batch(inputs, torch.arange(len(targets)), targets, None, len(targets), ())
+        return Batch(inputs, torch.arange(len(targets)), targets)
 
     def _assemble(self, rows: Sequence[Sequence[Piece]]) -> Batch:
         width = self.block_size
@@ -305,15 +193,12 @@ class Batches:
             padding.append(width - at)
             lengths.append([len(p) for p in row] + ([width - at] if at < width else []))
         supervised = np.flatnonzero(targets.ravel() != IGNORE_INDEX)
-        filler = -len(supervised) % self.fill_to
-        return Batch(
-            input_ids=torch.from_numpy(input_ids),
-            rows=torch.from_numpy(np.pad(supervised, (0, filler))),
-            targets=torch.from_numpy(np.pad(targets.ravel()[supervised], (0, filler))),
-            documents=Documents.from_rows(lengths),
-            tokens=sum(len(p) for row in rows for p in row),
-            sources=tuple(p.row for row in rows for p in row),
-            filler=filler,
+        return Batch.filled(
+            torch.from_numpy(input_ids),
+            torch.from_numpy(supervised),
+            torch.from_numpy(targets.ravel()[supervised]),
             fill_to=self.fill_to,
+            documents=Documents.from_rows(lengths),
+            sources=tuple(p.row for row in rows for p in row),
             padding=tuple(padding),
         )

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tunesmith.data.batch import Batch
 from tunesmith.data.cutting import block_size_of
-from tunesmith.data.pairs import PairBatch, join_pairs
-from tunesmith.data.texts import Batch
+from tunesmith.data.pairs import join_pairs
 from tunesmith.device import resolve_compile
 from tunesmith.models.attention import Documents
 from tunesmith.models.gpt2 import GPT, GPTConfig
@@ -129,7 +129,7 @@ def _work(
     pairs = pair_batch(config, gpt.config, rows).to(device)
     held = torch.zeros(pairs.count, 2, device=device)
     mode = config.dpo.reference
-    reference: Callable[[PairBatch], Tensor] = lambda _: held  # noqa: E731
+    reference: Callable[[Batch], Tensor] = lambda _: held  # noqa: E731
     if mode == "adapter":
         reference = adapter_off(gpt, precision)
     elif mode == "model":
@@ -149,10 +149,10 @@ def text_batch(config: AnyConfig, shape: GPTConfig, rows: Rows) -> Batch:
     ids = torch.randint(shape.vocab_size, (b, t), generator=generator)
     targets = torch.randint(shape.vocab_size, (len(chosen),), generator=generator)
     documents = Documents.from_rows([lengths] * b) if packed else None
-    return Batch(ids, chosen, targets, documents, b * t, (0,))
+    return Batch(ids, chosen, targets, documents)
 
 
-def pair_batch(config: AnyConfig, shape: GPTConfig, rows: Rows) -> PairBatch:
+def pair_batch(config: AnyConfig, shape: GPTConfig, rows: Rows) -> Batch:
     """Random pairs that fill the rows; the two answers have the share of each pair's tokens that carries loss."""
     block_size, draw = block_size_of(config.data), np.random.default_rng(1)
     parts = []

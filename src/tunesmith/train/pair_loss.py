@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tunesmith.data.pairs import PairBatch
+from tunesmith.data.batch import Batch
 from tunesmith.device import Precision, autocast
 from tunesmith.models.evaluation import evaluation_mode
 from tunesmith.models.gpt2 import GPT
@@ -21,7 +21,7 @@ from tunesmith.train.choice import Sums
 from tunesmith.train.losses import bradley_terry_loss, dpo_loss
 from tunesmith.train.splitting import within_memory
 
-Reference = Callable[[PairBatch], Tensor]
+Reference = Callable[[Batch], Tensor]
 """Log-probabilities of a batch's answers under the reference: (pairs, 2) float32, chosen and rejected, no gradient."""
 
 OBSERVED = ("accuracy", "margin", "chosen_reward", "rejected_reward")
@@ -48,13 +48,13 @@ class PreferenceLoss:
 
 
 @torch.no_grad()
-def answer_logps(model: GPT, batch: PairBatch, precision: Precision = "fp32") -> Tensor:
+def answer_logps(model: GPT, batch: Batch, precision: Precision = "fp32") -> Tensor:
     """Log-probabilities of the chosen and the rejected answers under `model`: (pairs, 2) float32, nats."""
     return sum_sequences(target_logps(model, batch, precision), batch.lengths).view(-1, 2)
 
 
 def dpo_loss_sum(
-    model: GPT, batch: PairBatch, reference: Tensor, settings: PreferenceLoss, precision: Precision = "fp32"
+    model: GPT, batch: Batch, reference: Tensor, settings: PreferenceLoss, precision: Precision = "fp32"
 ) -> Tensor:
     """Algorithm 4 of the paper for one micro-batch: (5,) sums over its pairs of the loss and of OBSERVED.
 
@@ -70,15 +70,16 @@ def dpo_loss_sum(
     return _sums(loss, chosen, rejected)
 
 
-def reward_loss_sum(model: RewardModel, batch: PairBatch, precision: Precision = "fp32") -> Tensor:
+def reward_loss_sum(model: RewardModel, batch: Batch, precision: Precision = "fp32") -> Tensor:
     """Bradley-Terry for one micro-batch: (5,) sums over its pairs of the loss and of OBSERVED (rewards are the scores)."""
     scores = pair_scores(model, batch, precision)
     chosen, rejected = scores.unbind(1)
     return _sums(bradley_terry_loss(chosen, rejected).sum(), chosen.detach(), rejected.detach())
 
 
-def pair_scores(model: RewardModel, batch: PairBatch, precision: Precision = "fp32") -> Tensor:
+def pair_scores(model: RewardModel, batch: Batch, precision: Precision = "fp32") -> Tensor:
     """Scores of the chosen and the rejected answers, each after its prompt: (pairs, 2) float32."""
+    assert batch.last is not None
     with autocast(batch.input_ids.device, precision):
         return model(batch.input_ids, batch.documents, rows=batch.last).view(-1, 2)  # type: ignore[no-any-return]
 
@@ -90,7 +91,7 @@ def _sums(loss: Tensor, chosen: Tensor, rejected: Tensor) -> Tensor:
 
 def estimate_dpo(
     model: GPT,
-    batches: Iterable[PairBatch],
+    batches: Iterable[Batch],
     reference: Reference,
     settings: PreferenceLoss,
     precision: Precision = "fp32",
@@ -103,7 +104,7 @@ def estimate_dpo(
     """
     device = model.wte.weight.device
 
-    def look(batch: PairBatch) -> tuple[Tensor, int]:
+    def look(batch: Batch) -> tuple[Tensor, int]:
         batch = batch.to(device)
         policy, held = answer_logps(model, batch, precision), reference(batch)
         losses, chosen, rejected = settings(policy, held)
@@ -121,11 +122,11 @@ def estimate_dpo(
     return named, [(loss, 1) for loss in found[0].tolist()]
 
 
-def all_pair_scores(model: RewardModel, batches: Iterable[PairBatch], precision: Precision = "fp32") -> Tensor:
+def all_pair_scores(model: RewardModel, batches: Iterable[Batch], precision: Precision = "fp32") -> Tensor:
     """`pair_scores` of all batches one after the other, without gradients: (pairs, 2)."""
     device = model.score.weight.device
 
-    def score(batch: PairBatch) -> Tensor:
+    def score(batch: Batch) -> Tensor:
         return pair_scores(model, batch.to(device), precision)
 
     with evaluation_mode(model):
@@ -133,7 +134,7 @@ def all_pair_scores(model: RewardModel, batches: Iterable[PairBatch], precision:
 
 
 def estimate_reward(
-    model: RewardModel, batches: Iterable[PairBatch], precision: Precision = "fp32"
+    model: RewardModel, batches: Iterable[Batch], precision: Precision = "fp32"
 ) -> tuple[dict[str, float], Sums]:
     """Means over pairs on fixed batches, `loss` and OBSERVED, and the loss pair by pair."""
     chosen, rejected = all_pair_scores(model, batches, precision).double().unbind(1)

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunesmith.data.pairs import PairBatch, PairBatches
+from tunesmith.data.batch import Batch
+from tunesmith.data.pairs import PairBatches
 from tunesmith.data.tokenstore import cache_directory
 from tunesmith.device import Precision, put
 from tunesmith.models.evaluation import evaluation_mode
@@ -98,7 +99,7 @@ def cached(
     batches: PairBatches,
     numbers: Sequence[int],
     store: LogpStore,
-    compute: Callable[[PairBatch], Tensor],
+    compute: Callable[[Batch], Tensor],
 ) -> tuple[Reference, Fill]:
     """The reference for these pairs of `batches`, computed now where `store` does not have it.
 
@@ -125,7 +126,7 @@ def cached(
     table = torch.full((len(batches), 2), float("nan"))
     table[list(numbers)] = torch.tensor([store.known[keys[i]] for i in numbers])
 
-    def reference(batch: PairBatch) -> Tensor:
+    def reference(batch: Batch) -> Tensor:
         return put(table[list(batch.pairs)], batch.input_ids.device)
 
     return reference, Fill(len(keys), len(missing))
@@ -134,7 +135,7 @@ def cached(
 def adapter_off(model: GPT, precision: Precision) -> Reference:
     """The policy without its adapters is the reference: no second model, a forward pass a batch."""
 
-    def reference(batch: PairBatch) -> Tensor:
+    def reference(batch: Batch) -> Tensor:
         with evaluation_mode(model), disabled(model):
             return answer_logps(model, batch, precision)
 
@@ -145,8 +146,8 @@ def second_model(model: GPT, device: torch.device, precision: Precision) -> Refe
     """A frozen copy of `model` as it is now, perhaps on another device."""
     frozen: Any = copy.deepcopy(model).to(device).eval().requires_grad_(False)
 
-    def reference(batch: PairBatch) -> Tensor:
+    def reference(batch: Batch) -> Tensor:
         home = batch.input_ids.device
-        return answer_logps(frozen, batch.to(device) if device != home else batch, precision).to(home)
+        return answer_logps(frozen, batch.to(device), precision).to(home)
 
     return reference

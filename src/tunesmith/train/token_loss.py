@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tunesmith.data.batch import Batch
 from tunesmith.data.dialogue import END
-from tunesmith.data.texts import Batch, Batches
+from tunesmith.data.texts import Batches
 from tunesmith.data.tokenstore import IGNORE_INDEX
 from tunesmith.device import Precision, autocast
 from tunesmith.models.evaluation import evaluation_mode
