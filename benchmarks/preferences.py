@@ -57,15 +57,17 @@ def prepare(work: Path, task: str, args: argparse.Namespace) -> tuple[dict[str, 
     given["rows"] = [row for i in range(args.warmup + args.steps) for row in everything[i].sources]
     (work / "given.json").write_text(json.dumps(given))
     batches = open_pairs(given)
-    (work / "pairs.json").write_text(json.dumps([plain_ids(batches.assemble([i])) for i in range(len(batches))]))
-    timed = list(batches.pairs)[args.warmup * args.pairs :]
+    (work / "pairs.json").write_text(
+        json.dumps([plain_ids(batches.rows.assemble([i])) for i in range(len(batches.rows))])
+    )
+    timed = list(batches.rows.pairs)[args.warmup * args.pairs :]
     counted = sum(2 * p.prompt + sum(p.stops) for p in timed)
     padded = 0
     for start in range(0, len(timed), args.pairs):
         step = timed[start : start + args.pairs]
         padded += 2 * len(step) * (max(p.prompt + max(p.stops) for p in step) + 1)  # 1: the end is an input there
     about = {
-        "data": everything.store.store.source.name, "parameters": parameters, "pairs_a_step": args.pairs,
+        "data": everything.rows.store.store.source.name, "parameters": parameters, "pairs_a_step": args.pairs,
         "longest": LONGEST, "beta": BETA, "learning_rate": LEARNING_RATE[task],
         "rank": RANK if task == "dpo-lora" else None, "timed_pairs": len(timed), "counted_tokens": counted,
         "pairs_in_packed_batches": [len(group) for group in into_groups([len(p) for p in timed], PACKED)],
@@ -80,7 +82,8 @@ def prepare(work: Path, task: str, args: argparse.Namespace) -> tuple[dict[str, 
 def open_pairs(given: dict[str, Any]) -> Any:
     """The pairs as batches of exactly `pairs` of them: all in a random order, or `rows` of the training split in theirs."""
     from tunesmith.data.datasets import open_dataset
-    from tunesmith.data.pairs import PairBatches
+    from tunesmith.data.epochs import Batches, BatchLayout
+    from tunesmith.data.pairs import PairRows
     from tunesmith.data.pairstore import PairStore
     from tunesmith.data.tokenizer import Tokenizer
     from tunesmith.data.tokenstore import tokenise
@@ -90,7 +93,7 @@ def open_pairs(given: dict[str, Any]) -> Any:
     source = open_dataset(DataOptions(name="hh:harmless-base" if root else "sample", root=root))
     store = PairStore(tokenise(source, "train", Tokenizer.gpt2(), form="pairs"))
     rows = range(len(store)) if given["rows"] is None else given["rows"]
-    return PairBatches(store, rows, batching="padded", block_size=LONGEST, batch_size=given["pairs"])
+    return Batches(PairRows(store, rows, BatchLayout("padded", LONGEST, given["pairs"])))
 
 
 def plain_ids(batch: Any) -> dict[str, list[int]]:
@@ -135,7 +138,9 @@ def run_ours(work: Path, steps: int, warmup: int, tuned: bool, reference: str, p
     groups = [list(range(i * pairs, (i + 1) * pairs)) for i in range(warmup + steps)]
     if packed:
         first = warmup * pairs
-        timed = [[first + i for i in g] for g in into_groups([len(p) for p in list(batches.pairs)[first:]], PACKED)]
+        timed = [
+            [first + i for i in g] for g in into_groups([len(p) for p in list(batches.rows.pairs)[first:]], PACKED)
+        ]
         groups = timed[:1] * warmup + timed
     settings = PreferenceLoss(BETA)
 
@@ -145,7 +150,7 @@ def run_ours(work: Path, steps: int, warmup: int, tuned: bool, reference: str, p
 
     def first_pass(numbers: list[int]) -> Any:
         with tempfile.TemporaryDirectory(dir=work) as fresh:  # a store for each, so that a repeated pair costs again
-            return cached(batches, numbers, LogpStore(Path(fresh) / "logps.npy"), compute)[0]
+            return cached(batches.rows, numbers, LogpStore(Path(fresh) / "logps.npy"), compute)[0]
 
     clock = Clock(warmup)
     references = []
@@ -155,7 +160,7 @@ def run_ours(work: Path, steps: int, warmup: int, tuned: bool, reference: str, p
     passes, clock = clock.seconds(), Clock(warmup)
     losses = []
     for numbers, known in zip(groups, references, strict=True):
-        batch = batches.assemble(numbers)
+        batch = batches.rows.assemble(numbers)
         stats = optimizer_step(
             model, [batch], lambda b, known=known: dpo_loss_sum(model, b, known(b), settings), optimizer
         )

@@ -54,7 +54,8 @@ def prepare(work: Path, model: str, root: str | None, rows: int, precision: str 
     import torch
 
     from tunesmith.data.datasets import open_dataset
-    from tunesmith.data.texts import Batches
+    from tunesmith.data.epochs import Batches, BatchLayout
+    from tunesmith.data.texts import text_rows
     from tunesmith.data.tokenizer import Tokenizer
     from tunesmith.data.tokenstore import tokenise
     from tunesmith.options.training import DataOptions
@@ -64,9 +65,8 @@ def prepare(work: Path, model: str, root: str | None, rows: int, precision: str 
     name = "hh:harmless-base" if root else "sample"
     store = tokenise(open_dataset(DataOptions(name=name, root=root)), "train", Tokenizer.gpt2())
     fill = 1 if precision == "fp32" else 64  # as `tunesmith sft` has it
-    batches = Batches(
-        store, range(len(store)), batching="packed", block_size=ROW, batch_size=1, loss_on="assistant", fill_to=fill
-    )
+    layout = BatchLayout("packed", block_size=ROW, batch_size=1, loss_on="assistant", fill_to=fill)
+    batches = Batches(text_rows(store, range(len(store)), layout))
     torch.save([batches[i] for i in range(rows)], work / "rows.pt")
     used = [batches[i] for i in range(rows)]
     share = sum(b.count for b in used) / sum(b.tokens for b in used)

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from tunesmith.data.datasets import Source
-from tunesmith.data.pairs import PairBatches
+from tunesmith.data.epochs import Batches, BatchLayout
+from tunesmith.data.pairs import PairRows
 from tunesmith.data.pairstore import PairStore
 from tunesmith.data.readers import Report
 from tunesmith.data.tokenstore import TokenStore
@@ -35,10 +36,16 @@ SHAPES = [(3 + i % 23, 1 + (7 * i) % 19, 1 + (5 * i) % 29) for i in range(60)]
 PAIRS = random_pairs(SHAPES)
 
 
-def batches_of(pairs=PAIRS, rows=None, **changes) -> PairBatches:
+def batches_of(pairs=PAIRS, rows=None, steady=False, **changes) -> Batches[PairRows]:
     """Batches of made-up pairs, of which 64 tokens go into a row."""
-    options = {"batching": "packed", "block_size": 64, "batch_size": 2, "seed": 1} | changes
-    return PairBatches(made_store(pairs), range(len(pairs)) if rows is None else rows, **options)
+    options = {
+        "batching": "packed",
+        "block_size": 64,
+        "batch_size": 2,
+        "seed": 1,
+        "fill_to": 64 if steady else 1,
+    } | changes
+    return Batches(PairRows(made_store(pairs), range(len(pairs)) if rows is None else rows, BatchLayout(**options)))
 
 
 def read_back(batch):

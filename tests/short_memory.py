@@ -8,7 +8,8 @@ import torch
 from made_pairs import batches_of
 from reference import random_model
 from tiny_runs import tiny_config
-from tunesmith.data.texts import Batches
+from tunesmith.data.epochs import Batches, BatchLayout
+from tunesmith.data.texts import text_rows
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.files.names import SAMPLE
 from tunesmith.models.gpt2 import GPTConfig
@@ -25,10 +26,8 @@ def text_batches(batching, fill_to=1, batch_size=4):
     """The first two micro-batches of the sample data."""
     data = tiny_config(SAMPLE, Path("unused"), data__batching=batching).data
     splits = load_splits(data, Tokenizer.load(SAMPLE))
-    batches = Batches(
-        splits.train, splits.train_rows, batching=batching, block_size=256, batch_size=batch_size, loss_on="auto",
-        seed=1, fill_to=fill_to,
-    )  # fmt: skip
+    layout = BatchLayout(batching, block_size=256, batch_size=batch_size, seed=1, fill_to=fill_to)
+    batches = Batches(text_rows(splits.train, splits.train_rows, layout))
     return [batches[0], batches[1]]
 
 

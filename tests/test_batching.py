@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from tunesmith.data.datasets import open_dataset
 from tunesmith.data.dialogue import Message, segments
+from tunesmith.data.epochs import Batches, BatchLayout
 from tunesmith.data.packing import pack
-from tunesmith.data.texts import Batches, Stream
+from tunesmith.data.texts import Stream, text_rows
 from tunesmith.data.tokenstore import IGNORE_INDEX, tokenise
 from tunesmith.errors import UserError
 from tunesmith.options.training import DataOptions
@@ -48,7 +49,7 @@ def store_of(rows, tokenizer, tmp_path_factory, form="dialogues"):
 
 def batches_of(store, rows=None, **changes):
     options = {"batching": "packed", "block_size": 256, "batch_size": 2, "loss_on": "assistant", "seed": 1}
-    return Batches(store, range(len(store)) if rows is None else rows, **(options | changes))
+    return Batches(text_rows(store, range(len(store)) if rows is None else rows, BatchLayout(**(options | changes))))
 
 
 def dense_targets(batch):

@@ -10,9 +10,10 @@ import tunesmith as ts
 from reference import random_model
 from tiny_runs import tiny_config
 from tunesmith.data.datasets import open_dataset
-from tunesmith.data.pairs import PairBatches
+from tunesmith.data.epochs import Batches, BatchLayout
+from tunesmith.data.pairs import PairRows
 from tunesmith.data.pairstore import PairStore
-from tunesmith.data.texts import Batches
+from tunesmith.data.texts import text_rows
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokenstore import tokenise
 from tunesmith.files.names import SAMPLE, load_for_training
@@ -31,9 +32,8 @@ from tunesmith.train.token_loss import estimate_loss, nll_sum
 def test_compiled_blocks_give_the_same_losses_and_do_not_recompile(tiny_directory):
     model, tokenizer = load_for_training(str(tiny_directory), init="pretrained", dropout=0.0, seed=0)
     store = tokenise(open_dataset(DataOptions(name="sample")), "train", tokenizer)
-    batches = Batches(
-        store, range(len(store)), batching="packed", block_size=256, batch_size=2, loss_on="assistant", fill_to=64
-    )
+    layout = BatchLayout("packed", block_size=256, batch_size=2, loss_on="assistant", fill_to=64)
+    batches = Batches(text_rows(store, range(len(store)), layout))
     plain = [nll_sum(model.train(), batches[i]).item() for i in range(24)]
     torch._dynamo.reset()
     model.compile_blocks()
@@ -115,8 +115,8 @@ VERSIONS = {
 def test_after_one_estimate_and_a_few_steps_nothing_is_compiled_anew(stores, as_on_a_card, batching):
     store = stores["texts" if batching == "windows" else "dialogues"]
     rows = range(41)  # the last batch of an estimate is short
-    options = {"batching": batching, "block_size": 256, "batch_size": 2, "loss_on": "auto", "fill_to": 64}
-    batches, model = Batches(store, rows, **options), small(6144)
+    layout = BatchLayout(batching, block_size=256, batch_size=2, fill_to=64)
+    batches, model = Batches(text_rows(store, rows, layout)), small(6144)
     model.compile_blocks(backend="eager")  # what is compiled anew is up to the guards, not to the kernels
 
     def estimate_and_steps(first):
@@ -133,9 +133,8 @@ def test_after_one_estimate_and_a_few_steps_nothing_is_compiled_anew(stores, as_
 
 def test_nor_in_dpo_with_a_reference_pass_for_every_batch(stores, as_on_a_card):
     """More versions than the eight that torch would make: training, estimates, adapters off, each for first blocks and last."""
-    batches = PairBatches(
-        PairStore(stores["pairs"]), range(40), batching="packed", block_size=256, batch_size=2, steady=True
-    )
+    layout = BatchLayout("packed", block_size=256, batch_size=2, fill_to=64)
+    batches = Batches(PairRows(PairStore(stores["pairs"]), range(40), layout))
     model, loss = small(6144), PreferenceLoss()
     apply_lora(model, rank=2, alpha=4.0)
     model.compile_blocks(backend="eager")

@@ -16,9 +16,10 @@ from reference import batch_nll, in_transformers
 from test_resume import assert_same_end, interrupted
 from tiny_runs import as_argv, comparable, last_digest, tiny_config, train_losses
 from tunesmith.data.datasets import open_dataset
-from tunesmith.data.pairs import PairBatches
+from tunesmith.data.epochs import Batches, BatchLayout
+from tunesmith.data.pairs import PairRows
 from tunesmith.data.pairstore import PairStore
-from tunesmith.data.texts import Batches
+from tunesmith.data.texts import text_rows
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokenstore import tokenise
 from tunesmith.errors import UserError
@@ -54,7 +55,7 @@ def sample_pairs(split):
     """The padded batches, two pairs each, that `run` has of the sample."""
     options = PairDataOptions(name="sample", max_rows=40)
     store = PairStore(tokenise(open_dataset(options), split, Tokenizer.load(SAMPLE), form="pairs"))
-    return PairBatches(store, range(40), batching="padded", block_size=192, batch_size=2, seed=options.seed)
+    return Batches(PairRows(store, range(40), BatchLayout("padded", 192, batch_size=2, seed=options.seed)))
 
 
 def plain_logp(model, prompt, answer, targets):
@@ -167,7 +168,7 @@ def test_the_sft_loss_is_on_the_chosen_answers_or_on_the_data_named(tiny_directo
         for i, name in enumerate((str(tmp_path / "sft"), None))
     )
     dialogues = tokenise(open_dataset(DataOptions(name=str(tmp_path / "sft"))), "test", tokenizer)
-    batches = Batches(dialogues, range(7), batching="padded", block_size=192, batch_size=1, loss_on="assistant")
+    batches = Batches(text_rows(dialogues, range(7), BatchLayout("padded", 192, batch_size=1)))
     totals = [batch_nll(model, batch) for batch in batches.fixed()]
     assert len(totals) == 7
     assert named[0]["sft_loss"] == pytest.approx(sum(t for t, _ in totals) / sum(n for _, n in totals), rel=CURVE)

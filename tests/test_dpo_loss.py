@@ -165,7 +165,7 @@ def through_both(trl_trainer, settings, pairs, ours):
     batch = [{"prompt_ids": p, "chosen_ids": [*c, END], "rejected_ids": [*r, END]} for p, c, r in pairs]
     theirs = trainer.compute_loss(trainer.model, trainer.data_collator(batch))
     theirs.backward()
-    batch = batches_of(pairs, block_size=32).assemble(range(len(pairs)))
+    batch = batches_of(pairs, block_size=32).rows.assemble(range(len(pairs)))
     sums = ours(policy, batch, answer_logps(reference, batch)) / len(pairs)
     sums[0].backward()
     by_name = dict(policy.named_parameters())
@@ -195,7 +195,7 @@ def test_ipo_is_trls_but_on_sums_where_trl_takes_means_over_tokens(trl_trainer):
         total = torch.zeros(5)
         for i, (_, chosen, _) in enumerate(EQUALLY_LONG):
             n = len(chosen) + 1
-            one = batches_of(EQUALLY_LONG, block_size=32).assemble([i])
+            one = batches_of(EQUALLY_LONG, block_size=32).rows.assemble([i])
             total = total + dpo_loss_sum(policy, one, held[i : i + 1], PreferenceLoss(0.7 / n, "ipo")) / n**2
         return total
 

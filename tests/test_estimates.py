@@ -69,7 +69,7 @@ def test_a_sample_is_always_the_same_holds_each_row_once_and_is_not_what_comes_f
         whole = [sorted(r for b in some for r in b.sources) for some in (batches.sample(10**6), batches.fixed())]
         assert whole[0] == whole[1]
     if kind == "pairs":
-        assert batches.sampled(2) == sorted(i for b in batches.sample(2) for i in b.pairs)
+        assert batches.rows.sampled(2) == sorted(i for b in batches.sample(2) for i in b.pairs)
 
 
 def test_a_run_logs_the_loss_of_the_sample(tiny_directory, tmp_path):

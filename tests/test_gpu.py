@@ -14,9 +14,10 @@ from test_gpu_answers import CPU, CUDA, HALF, SHAPE, decoded, needs_card
 from test_resume import interrupted
 from tiny_runs import comparable, tiny_config
 from tunesmith.data.datasets import open_dataset
-from tunesmith.data.pairs import PairBatches
+from tunesmith.data.epochs import Batches, BatchLayout
+from tunesmith.data.pairs import PairRows
 from tunesmith.data.pairstore import PairStore
-from tunesmith.data.texts import Batches
+from tunesmith.data.texts import text_rows
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokenstore import tokenise
 from tunesmith.files.names import SAMPLE
@@ -39,13 +40,13 @@ NEAR = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
 def batches():
     store = tokenise(open_dataset(DataOptions(name="sample")), "train", Tokenizer.load(SAMPLE))
     options = {"batching": "packed", "block_size": 256, "batch_size": 2, "loss_on": "assistant", "fill_to": 64}
-    return Batches(store, range(len(store)), **options)
+    return Batches(text_rows(store, range(len(store)), BatchLayout(**options)))
 
 
 @pytest.fixture(scope="module")
 def pairs():
     store = tokenise(open_dataset(PairDataOptions(name="sample")), "train", Tokenizer.load(SAMPLE), form="pairs")
-    return PairBatches(PairStore(store), range(60), batching="packed", block_size=256, batch_size=2, steady=True)
+    return Batches(PairRows(PairStore(store), range(60), BatchLayout("packed", 256, batch_size=2, fill_to=64)))
 
 
 def halves():
@@ -211,7 +212,7 @@ def test_every_line_of_the_log_gives_a_rate_that_the_card_has(tmp_path):
 @pytest.fixture(scope="module")
 def windows():
     store = tokenise(open_dataset(DataOptions(name="sample")), "train", Tokenizer.load(SAMPLE), form="texts")
-    return Batches(store, range(len(store)), batching="windows", block_size=256, batch_size=1, loss_on="auto")
+    return Batches(text_rows(store, range(len(store)), BatchLayout("windows", block_size=256, batch_size=1)))
 
 
 def stepped(

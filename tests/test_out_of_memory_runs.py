@@ -63,9 +63,9 @@ def test_preference_estimates_and_the_kept_reference_in_pieces_are_the_same(monk
     def kept(name):
         made = batches_of(batch_size=4)
         store = LogpStore(tmp_path / name)
-        known, fill = cached(made, range(40), store, lambda batch: pair_loss.answer_logps(model, batch))
+        known, fill = cached(made.rows, range(40), store, lambda batch: pair_loss.answer_logps(model, batch))
         assert fill.computed == 40
-        return known(made.assemble(range(40)))
+        return known(made.rows.assemble(range(40)))
 
     def found(name):
         dpo_means, dpo_parts = estimate_dpo(model, batches, reference, PreferenceLoss())

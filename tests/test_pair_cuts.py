@@ -56,13 +56,13 @@ def assert_cut_as_plainly(pairs, rule):
     batches = batches_of(pairs, block_size=BLOCK, truncation=rule, batching="padded", batch_size=1)
     found = {batch.sources[0]: read_back(batch)[0] for batch in batches.fixed()}
     assert found == {i: cut for i, (cut, _) in enumerate(wanted) if cut}
-    assert batches.cuts.counts == Counter(what for _, what in wanted if what)
-    for what, n in batches.cuts.counts.items():
+    assert batches.rows.cuts.counts == Counter(what for _, what in wanted if what)
+    for what, n in batches.rows.cuts.counts.items():
         places = [f"made.jsonl:{i + 1}" for i, (_, done) in enumerate(wanted) if done == what]
         told = f"{', '.join(places[:3])}{', ...' if n > 3 else ''}"
-        assert f"{n:,} {'pair' if n == 1 else 'pairs'}: {what} at block_size 12 ({told})" in batches.cuts.lines()
+        assert f"{n:,} {'pair' if n == 1 else 'pairs'}: {what} at block_size 12 ({told})" in batches.rows.cuts.lines()
     assert all(max(batch.documents.positions[0]) < BLOCK for batch in batches.fixed())
-    return batches.cuts.counts
+    return batches.rows.cuts.counts
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -92,9 +92,9 @@ def test_splitting_and_windows_are_no_way_to_treat_pairs():
 
 
 def key_of(pair, other=(), end=END, **changes):
-    batches = batches_of([*other, pair], **({"block_size": 64} | changes))
-    batches.store = PairStore(dataclasses.replace(batches.store.store, end_of_text=end))
-    return batches.key(len(other))
+    rows = batches_of([*other, pair], **({"block_size": 64} | changes)).rows
+    rows.store = PairStore(dataclasses.replace(rows.store.store, end_of_text=end))
+    return rows.key(len(other))
 
 
 def test_a_key_changes_with_every_token_and_with_what_is_cut_and_with_which_ends_count():

@@ -12,7 +12,8 @@ import torch
 from made_pairs import PAIRS, SHAPES, batches_of, random_pairs, read_back, whole
 from tunesmith.data.datasets import open_dataset
 from tunesmith.data.dialogue import parse_transcript, segments
-from tunesmith.data.pairs import PairBatches
+from tunesmith.data.epochs import Batches, BatchLayout
+from tunesmith.data.pairs import PairRows
 from tunesmith.data.pairstore import PairStore
 from tunesmith.data.tokenstore import tokenise
 from tunesmith.errors import UserError
@@ -85,7 +86,7 @@ def test_tokens_of_every_hh_row_are_those_of_the_same_dialogues(shared_data, tok
 def test_odd_rows_are_encoded_piece_by_piece_and_decode_to_their_texts(tokenizer, tmp_path):
     """The prompt as it would be read before an answer, the answers and their ends as targets: decoded, the very texts."""
     store = stored(write(tmp_path / "odd.jsonl", odd_rows()[: len(ODD)]), tokenizer, "pairs")
-    batches = PairBatches(PairStore(store), range(len(ODD)), batching="padded", block_size=128, batch_size=1)
+    batches = Batches(PairRows(PairStore(store), range(len(ODD)), BatchLayout("padded", 128, batch_size=1)))
     decoded = set()
     for batch in batches.fixed():
         assert tokenizer.end_of_text not in batch.input_ids, "only ever a target"
@@ -229,7 +230,7 @@ def test_only_the_rows_asked_for_are_used_and_numbered_from_nought():
     batches = batches_of(rows=[3, 5, 8], batching="padded", batch_size=1)
     found = {batch.pairs[0]: batch.sources[0] for batch in batches.fixed()}
     assert found == {0: 3, 1: 5, 2: 8}
-    assert len(batches) == 3
+    assert len(batches.rows) == 3
 
 
 @pytest.mark.parametrize("batching", ["packed", "padded"])
@@ -242,7 +243,7 @@ def test_fixed_batches_hold_each_pair_once_and_used_names_the_pairs_of_the_first
     for n in (1, 3, len(once), len(once) + 1, 1000):
         drawn = {i for k in range(min(n, 100)) for i in batches[k].pairs}
         shown = {i for b in batches.fixed(n) for i in b.pairs}
-        used = batches.used(n)
+        used = batches.rows.used(n)
         assert drawn | shown <= set(used)
         assert used == sorted(used)
         assert len(used) == (len(drawn) if n < len(once) else len(PAIRS)), "no more than needed"
@@ -251,7 +252,7 @@ def test_fixed_batches_hold_each_pair_once_and_used_names_the_pairs_of_the_first
 def test_batches_of_some_pairs_hold_just_these_in_about_as_many_tokens():
     wanted = [7, 3, 50, 22, 41, 40, 39]
     batches = batches_of()
-    found = list(batches.of(wanted, 100))
+    found = list(batches.rows.of(wanted, 100))
     assert sorted(i for b in found for i in b.pairs) == sorted(wanted)
     assert all(read_back(b) == [whole(PAIRS[i]) for i in b.pairs] for b in found)
     assert max(b.tokens for b in found) <= 100
@@ -271,4 +272,4 @@ def test_steady_batches_have_few_shapes(batching, most):
 
 def test_the_share_of_longer_chosen_answers_counts_equal_ones_half():
     batches = batches_of(random_pairs([(2, 3, 1), (2, 1, 3), (2, 2, 2), (2, 5, 4)]), block_size=64)
-    assert [batches.longer_chosen(n) for n in ([0], [1], [2], [0, 1, 2, 3])] == [1.0, 0.0, 0.5, 0.625]
+    assert [batches.rows.longer_chosen(n) for n in ([0], [1], [2], [0, 1, 2, 3])] == [1.0, 0.0, 0.5, 0.625]

@@ -15,8 +15,9 @@ from test_packing import pack_plainly
 from tunesmith.data.cutting import Truncation, cut_rows
 from tunesmith.data.datasets import Source
 from tunesmith.data.dialogue import END, NEXT
+from tunesmith.data.epochs import BatchLayout
 from tunesmith.data.readers import Report
-from tunesmith.data.texts import Batches
+from tunesmith.data.texts import TextRows, WindowRows
 from tunesmith.data.tokenstore import TokenStore
 from tunesmith.errors import UserError
 
@@ -104,38 +105,38 @@ def test_batches_hold_the_same_rows_in_the_same_order_as_plainly(
         piece for piece in cut_plainly(store, range(len(lengths)), block_size, rule)[0]
         if loss_on == "all" or (store.row(piece[0], "assistant", *piece[1:])[1] >= 0).any()
     ]  # fmt: skip
-    options = {"batching": batching, "block_size": block_size, "batch_size": 1, "loss_on": loss_on, "seed": seed}
+    layout = BatchLayout(batching, block_size, 1, loss_on, rule, seed, shuffle)
     if not plain:
         with pytest.raises(UserError, match="is left to learn from"):
-            Batches(store, range(len(lengths)), truncation=rule, shuffle=shuffle, **options)
+            TextRows(store, range(len(lengths)), layout)
         return
-    batches = Batches(store, range(len(lengths)), truncation=rule, shuffle=shuffle, **options)
+    rows = TextRows(store, range(len(lengths)), layout)
     first = plan_plainly(plain, batching, block_size, seed, 0, shuffle)
-    assert batches.rows_per_epoch == len(first)
-    for index, row in enumerate(first):
-        batch = batches[index]
+    assert rows.rows_per_epoch == len(first)
+    for place, row in enumerate(first):
+        batch = rows.batch(0, range(place, place + 1))
         assert batch.sources == tuple(piece[0] for piece in row)
         tokens = np.concatenate([store.row(*piece[:1], loss_on, *piece[1:])[0] for piece in row])
         assert batch.input_ids[0, : len(tokens)].tolist() == tokens.tolist()
     for epoch in (1, 2):
         wanted = plan_plainly(plain, batching, block_size, seed, epoch, shuffle)
-        found = [[dataclasses.astuple(batches.pieces[i]) for i in group] for group in batches._plan(epoch)]
+        found = [[dataclasses.astuple(rows.pieces[i]) for i in group] for group in rows.plan(epoch)]
         assert found == wanted
 
 
 @settings(max_examples=60)
 @given(st.lists(st.tuples(*[st.integers(1, 12)] * 3), min_size=1, max_size=30), st.sampled_from(["packed", "padded"]))
 def test_pairs_are_grouped_as_plainly(shapes, batching):
-    batches = pair_batches_of(random_pairs(shapes), batching=batching, block_size=24, batch_size=1)
+    rows = pair_batches_of(random_pairs(shapes), batching=batching, block_size=24, batch_size=1).rows
     for epoch in range(3):
         rng = np.random.default_rng((1, epoch))
-        order = rng.permutation(len(batches.pairs)).tolist()
+        order = rng.permutation(len(rows.pairs)).tolist()
         wanted = [[i] for i in order]
         if batching == "packed":
-            groups = pack_plainly([min(len(batches.pairs[i]), 24) for i in order], 24)
+            groups = pack_plainly([min(len(rows.pairs[i]), 24) for i in order], 24)
             wanted = [[order[i] for i in group] for group in groups]
             wanted = [wanted[i] for i in rng.permutation(len(wanted))]
-        assert [group.tolist() for group in batches._plan(epoch)] == wanted
+        assert [group.tolist() for group in rows.plan(epoch)] == wanted
 
 
 @settings(max_examples=60)
@@ -146,8 +147,8 @@ def test_windows_are_parts_of_the_one_long_line(lengths, seed):
     line = [token for row in rows for token in [*store.row(int(row), "all")[0].tolist(), 0]]
     if len(line) < 4:
         return
-    batches = Batches(store, rows, batching="windows", block_size=3, batch_size=1, loss_on="all")
-    assert len(batches.stream) == len(line)
+    windows = WindowRows(store, rows, BatchLayout("windows", block_size=3, batch_size=1))
+    assert len(windows.stream) == len(line)
     for start in range(len(line)):
         for stop in range(start + 1, len(line) + 1, 7):
-            assert batches.stream.part(start, stop).tolist() == line[start:stop]
+            assert windows.stream.part(start, stop).tolist() == line[start:stop]

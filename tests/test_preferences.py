@@ -82,7 +82,7 @@ def test_packed_pairs_give_the_loss_and_all_gradients_of_plain_sequences(monkeyp
     """Chunks of logits smaller than an answer, smaller than a pair, and larger than all; in float64."""
     monkeypatch.setattr(pair_loss, "head_chunk", lambda precision: chunk)
     ours, plain = model_of(lora=lora), model_of(lora=lora)
-    sums = dpo_loss_sum(ours, packed(steady).assemble(range(len(PAIRS))), HELD, settings)
+    sums = dpo_loss_sum(ours, packed(steady).rows.assemble(range(len(PAIRS))), HELD, settings)
     sums[0].backward()
     policy = plain_logps(plain, PAIRS)
     expected = plain_loss(policy, HELD, settings)
@@ -151,7 +151,7 @@ def step(groups, settings, batching="packed"):
     before = [p.detach().clone() for p in model.parameters()]
     loss_sum = lambda batch: dpo_loss_sum(model, batch, HELD[list(batch.pairs)], settings)  # noqa: E731
     optimizer = build_optimizer(model, "sgd", lr=1.0, weight_decay=0.0)
-    stats = optimizer_step(model, [batches.assemble(group) for group in groups], loss_sum, optimizer)
+    stats = optimizer_step(model, [batches.rows.assemble(group) for group in groups], loss_sum, optimizer)
     return stats, [a - p.detach() for a, p in zip(before, model.parameters(), strict=True)]
 
 
@@ -205,7 +205,7 @@ def test_the_full_logits_never_exist_forward_or_backward(monkeypatch):
     vocabulary, chunk, width = 3000, 16, 8
     monkeypatch.setattr(pair_loss, "head_chunk", lambda precision: chunk)
     pairs = random_pairs([(10, 40, 60)] * 12, vocabulary=vocabulary)
-    batch = batches_of(pairs, block_size=128).assemble(range(12))
+    batch = batches_of(pairs, block_size=128).rows.assemble(range(12))
     shape = GPTConfig(n_layer=1, n_head=1, n_embd=width, vocab_size=vocabulary, block_size=128)
     model = model_of(shape=shape)
     held = torch.zeros(12, 2, dtype=torch.float64)

@@ -12,7 +12,7 @@ import torch
 
 import tunesmith as ts
 from tiny_runs import comparable, last_digest, tiny_config
-from tunesmith.data.pairs import PairBatches
+from tunesmith.data.epochs import Batches
 from tunesmith.models.attention import Documents
 from tunesmith.options.training import DPOConfig
 from tunesmith.train import prefetch, session
@@ -152,14 +152,14 @@ def test_a_signal_stops_the_run_and_its_thread(tiny_directory, tmp_path, forced,
 
 
 def test_an_error_in_the_thread_ends_the_run_as_failed(tiny_directory, tmp_path, forced, monkeypatch):
-    assemble = PairBatches.__getitem__
+    assemble = Batches.__getitem__
 
     def broken(self, index):
         if index == 3:
             raise RuntimeError("this pair cannot be read")
         return assemble(self, index)
 
-    monkeypatch.setattr(PairBatches, "__getitem__", broken)
+    monkeypatch.setattr(Batches, "__getitem__", broken)
     with pytest.raises(RuntimeError, match="cannot be read"):
         ts.dpo(tiny_config(tiny_directory, tmp_path / "r", DPOConfig))
     status = ts.Run(tmp_path / "r").status

@@ -15,7 +15,7 @@ from short_memory import fail
 from test_resume import assert_same_end, interrupted
 from tiny_runs import comparable, last_digest, tiny_config
 from tunesmith.commands import sft
-from tunesmith.data.texts import Batches
+from tunesmith.data.epochs import Batches
 from tunesmith.errors import UserError
 from tunesmith.options.training import DPOConfig
 from tunesmith.train import loop, session

@@ -8,8 +8,9 @@ import pytest
 
 from tunesmith.data.datasets import open_dataset, parse_row
 from tunesmith.data.dialogue import Dialogue, Preference, parse_transcript, render, segments
+from tunesmith.data.epochs import Batches, BatchLayout
 from tunesmith.data.readers import Report
-from tunesmith.data.texts import Batches
+from tunesmith.data.texts import text_rows
 from tunesmith.data.tokenstore import tokenise
 from tunesmith.options.training import DataOptions
 
@@ -166,9 +167,7 @@ def test_trailing_space_would_mistokenise_every_hh_prompt(shared_data, tokenizer
 
 def test_packing_hh_at_1024_uses_more_than_99_percent(shared_data, tokenizer):
     store = hh_store(shared_data, tokenizer)
-    batches = Batches(
-        store, range(len(store)), batching="packed", block_size=1024, batch_size=1, loss_on="assistant"
-    )  # fmt: skip
+    batches = Batches(text_rows(store, range(len(store)), BatchLayout("packed", block_size=1024, batch_size=1)))
     used = sum(batch.tokens for batch in batches.fixed())
     assert used == int(store.lengths.clip(max=1024).sum())
     assert used / (1024 * batches.rows_per_epoch) > 0.99

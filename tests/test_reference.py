@@ -221,16 +221,16 @@ def expected(numbers):
 
 def test_the_reference_of_a_batch_is_what_was_computed_for_its_pairs(tmp_path):
     batches, compute = batches_of(), Computing()
-    got, fill = cached(batches, range(len(PAIRS)), LogpStore(tmp_path / "kept.npy"), compute)
+    got, fill = cached(batches.rows, range(len(PAIRS)), LogpStore(tmp_path / "kept.npy"), compute)
     assert (fill.pairs, fill.computed, sorted(compute.pairs)) == (60, 60, list(range(60)))
     for batch in batches.fixed():
         assert torch.equal(got(batch), expected(batch.pairs))
         assert got(batch).dtype == torch.float32
     again, compute = batches_of(batching="padded", seed=5), Computing()
-    got, fill = cached(again, [4, 9], LogpStore(tmp_path / "kept.npy"), compute)
+    got, fill = cached(again.rows, [4, 9], LogpStore(tmp_path / "kept.npy"), compute)
     assert (fill.pairs, fill.computed, compute.pairs) == (2, 0, [])
-    assert torch.equal(got(again.assemble([9, 4])), expected([9, 4]))
-    assert got(again.assemble([5])).isnan().all(), (
+    assert torch.equal(got(again.rows.assemble([9, 4])), expected([9, 4]))
+    assert got(again.rows.assemble([5])).isnan().all(), (
         "a pair that was not asked for has no number that could be taken for one"
     )
 
@@ -239,21 +239,21 @@ def test_an_interrupted_pass_keeps_what_it_had(tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "SAVE_EVERY", 5)
     path, broken = tmp_path / "kept.npy", Computing(until=30)
     with pytest.raises(KeyboardInterrupt):
-        cached(batches_of(), range(60), LogpStore(path), broken)
+        cached(batches_of().rows, range(60), LogpStore(path), broken)
     kept = len(LogpStore(path).known)
     assert 30 <= kept == len(broken.pairs) < 60
     rest = Computing()
-    got, fill = cached(batches_of(), range(60), LogpStore(path), rest)
+    got, fill = cached(batches_of().rows, range(60), LogpStore(path), rest)
     assert fill.computed == len(rest.pairs) == 60 - kept
     assert not set(rest.pairs) & set(broken.pairs)
-    assert torch.equal(got(batches_of().assemble(range(60))), expected(range(60)))
+    assert torch.equal(got(batches_of().rows.assemble(range(60))), expected(range(60)))
 
 
 def test_two_writers_of_one_file_both_add_to_it(tmp_path):
     path, batches = tmp_path / "kept.npy", batches_of()
     one, other = LogpStore(path), LogpStore(path)
-    cached(batches, range(20), one, Computing())
-    cached(batches, range(10, 40), other, Computing())
+    cached(batches.rows, range(20), one, Computing())
+    cached(batches.rows, range(10, 40), other, Computing())
     assert len(LogpStore(path).known) == 40
     assert [p.name for p in tmp_path.iterdir()] == ["kept.npy"], "nothing half-written stays"
 
@@ -279,18 +279,18 @@ DAMAGE = {
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_file_is_made_anew(tmp_path, kind):
     path, batches = tmp_path / "kept.npy", batches_of()
-    cached(batches, range(60), LogpStore(path), Computing())
+    cached(batches.rows, range(60), LogpStore(path), Computing())
     whole = path.read_bytes()
     path.write_bytes(DAMAGE[kind](whole))
-    got, fill = cached(batches, range(60), LogpStore(path), Computing())
+    got, fill = cached(batches.rows, range(60), LogpStore(path), Computing())
     assert fill.computed == 60
-    assert torch.equal(got(batches.assemble(range(60))), expected(range(60)))
+    assert torch.equal(got(batches.rows.assemble(range(60))), expected(range(60)))
     assert len(LogpStore(path).known) == 60
 
 
 def test_no_byte_of_the_header_can_be_changed_so_that_reading_fails(tmp_path):
     path, chance = tmp_path / "kept.npy", random.Random(0)
-    cached(batches_of(), range(3), LogpStore(path), Computing())
+    cached(batches_of().rows, range(3), LogpStore(path), Computing())
     whole = path.read_bytes()
     for at in range(128):
         for byte in (whole[at] ^ 1, whole[at] ^ 32, ord("("), ord("'"), 0, chance.randrange(256)):
@@ -310,15 +310,15 @@ def test_a_cache_that_cannot_be_written_is_no_error(tiny_directory, tmp_path, mo
 
 def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     path, batches = tmp_path / "kept.npy", batches_of()
-    cached(batches, range(20), LogpStore(path), Computing())
+    cached(batches.rows, range(20), LogpStore(path), Computing())
     before = path.read_bytes()
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
-    got, fill = cached(batches, range(60), LogpStore(path), Computing())
+    got, fill = cached(batches.rows, range(60), LogpStore(path), Computing())
     assert fill.computed == 40
-    assert torch.equal(got(batches.assemble(range(60))), expected(range(60)))
+    assert torch.equal(got(batches.rows.assemble(range(60))), expected(range(60)))
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["kept.npy"]

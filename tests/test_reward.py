@@ -17,7 +17,8 @@ from reference import oriented, random_model
 from test_resume import assert_same_end, interrupted
 from tiny_runs import last_digest, tiny_config, train_losses
 from tunesmith.__main__ import main
-from tunesmith.data.pairs import PairBatches
+from tunesmith.data.epochs import BatchLayout
+from tunesmith.data.pairs import PairRows
 from tunesmith.data.pairstore import PairStore
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
@@ -179,12 +180,12 @@ def batch(tokenizer):
     """Eight pairs of the sample in one row, and their sixteen sequences; some prompts have lost their beginning."""
     splits = load_splits(PairDataOptions(name="sample", max_rows=8), tokenizer, pairs=True)
     store = PairStore(splits.train)
-    batches = PairBatches(store, splits.train_rows, batching="packed", block_size=100, batch_size=1)
-    packed, sequences = batches.assemble(range(len(batches))), []
-    for cut in batches.pairs:
+    rows = PairRows(store, splits.train_rows, BatchLayout("packed", block_size=100, batch_size=1))
+    packed, sequences = rows.assemble(range(len(rows))), []
+    for cut in rows.pairs:
         prompt, *answers = store.tokens(cut.pair)
         sequences += [torch.from_numpy(np.concatenate([prompt[cut.start :], answer]))[None] for answer in answers]
-    assert {cut.start > 0 for cut in batches.pairs} == {True, False}
+    assert {cut.start > 0 for cut in rows.pairs} == {True, False}
     assert packed.tokens == packed.input_ids.numel() < sum(s.numel() for s in sequences)
     return packed, sequences
 

@@ -12,8 +12,9 @@ import pytest
 
 import tunesmith as ts
 from reference import saying
+from tunesmith.data.epochs import Batches, BatchLayout
 from tunesmith.data.prompts import Prompt, encode_prompt
-from tunesmith.data.texts import Batches
+from tunesmith.data.texts import text_rows
 from tunesmith.data.tokenizer import Tokenizer, bits_per_byte, text_bytes
 from tunesmith.files.names import SAMPLE
 from tunesmith.options.training import DataOptions
@@ -52,9 +53,8 @@ def test_loss_on_the_held_out_dialogues_is_that_of_the_page():
     """The 40 dialogues of the sample's test split as text without roles: no weight of the base saw them."""
     model, tokenizer = ts.load("sample", device="cpu")
     splits = load_splits(DataOptions(name="sample"), tokenizer, prose=True)
-    held = Batches(
-        splits.validation, splits.validation_rows, batching="packed", block_size=1024, batch_size=1, loss_on="all"
-    )
+    layout = BatchLayout("packed", block_size=1024, batch_size=1, loss_on="all")
+    held = Batches(text_rows(splits.validation, splits.validation_rows, layout))
     found = estimate_loss(model, held.fixed())
     size = sum(text_bytes(tokenizer, b.targets.numpy()) for b in held.fixed())
     assert found.loss == pytest.approx(float(told(r"embedded test dialogues \| ([\d.]+) nats a token")), abs=2e-3)

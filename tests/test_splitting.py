@@ -57,7 +57,7 @@ def test_halves_of_pairs_are_whole_pairs_with_their_numbers(batching, steady):
         assert sum(part.tokens for part in parts) == batch.tokens
         for half in batch.halves():
             assert half.size < batch.size
-            longest = max(sum(batches.store.lengths[i]) for i in half.sources)
+            longest = max(sum(batches.rows.store.lengths[i]) for i in half.sources)
             assert half.tokens <= batch.tokens / 2 + longest / 2  # no cut is nearer to the middle
             assert half.documents.reach <= batch.documents.reach
             assert len(half.targets) % (64 if steady else 1) == 0

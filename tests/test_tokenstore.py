@@ -304,7 +304,7 @@ config = SFTConfig(data=DataOptions(name=sys.argv[1], block_size=1024), train=Tr
 before, tokenizer = peak(), Tokenizer.gpt2()
 train, _, _ = text_batches(load_splits(config.data, tokenizer), config)
 train[0]
-print(len(train.store), before, peak())
+print(len(train.rows.store), before, peak())
 """
 
 

@@ -1,12 +1,14 @@
 """Rows that are too long: what each rule keeps, what it costs, and that every cut is told with its place."""
 
+import dataclasses
 import json
 
 import pytest
 
 from tunesmith.data.cutting import cut_rows
 from tunesmith.data.datasets import open_dataset
-from tunesmith.data.texts import Batches
+from tunesmith.data.epochs import Batches, BatchLayout
+from tunesmith.data.texts import text_rows
 from tunesmith.data.tokenstore import IGNORE_INDEX, tokenise
 from tunesmith.errors import UserError
 from tunesmith.options.training import DataOptions
@@ -107,24 +109,22 @@ def test_every_cut_is_told_with_count_place_and_length(store, rule, what):
 @pytest.mark.parametrize("rule", ["auto", "keep_end", "keep_start", "split", "drop"])
 def test_batches_hold_what_the_rule_left_with_the_targets_of_the_whole_row(store, rule):
     """A piece's targets are those of its stretch of the row: also the one after its last token."""
-    batches = Batches(
-        store, range(4), batching="padded", block_size=BLOCK, batch_size=1, loss_on="all", truncation=rule, shuffle=False
-    )  # fmt: skip
+    layout = BatchLayout("padded", BLOCK, batch_size=1, loss_on="all", truncation=rule, shuffle=False)
+    batches = Batches(text_rows(store, range(4), layout))
     pieces = cut(store, rule)[0]
     assert batches.rows_per_epoch == len(pieces)
     for (row, start, stop), batch in zip(pieces, batches.fixed(), strict=True):
         tokens, targets = store.row(row, "all")
         assert batch.input_ids[0, : stop - start].tolist() == tokens[start:stop].tolist()
         assert batch.targets.tolist() == targets[start:stop].tolist()
-    assert [line for t in batches.truncations for line in t.lines(BLOCK)]
+    assert batches.rows.cut_lines()
 
 
 def test_pieces_without_a_target_take_no_room(store):
     """The long question, cut at its beginning, has no answer left: nothing to learn, so it is not in a batch."""
-    options = {"batching": "padded", "block_size": BLOCK, "batch_size": 1, "truncation": "keep_start", "shuffle": False}
-    sources = [b.sources for b in Batches(store, [0, 3], loss_on="assistant", **options).fixed()]
-    assert sources == [(0,)]
-    assert len(list(Batches(store, [0, 3], loss_on="all", **options).fixed())) == 2
+    layout = BatchLayout("padded", BLOCK, batch_size=1, loss_on="assistant", truncation="keep_start", shuffle=False)
+    assert [b.sources for b in Batches(text_rows(store, [0, 3], layout)).fixed()] == [(0,)]
+    assert len(list(Batches(text_rows(store, [0, 3], dataclasses.replace(layout, loss_on="all"))).fixed())) == 2
     with pytest.raises(UserError, match="is left to learn from"):
-        Batches(store, [3], loss_on="assistant", **options)
+        text_rows(store, [3], layout)
     assert (store.row(3, "assistant", 0, BLOCK)[1] == IGNORE_INDEX).all()

@@ -25,7 +25,8 @@ import torch
 from ngram import held_out
 
 from tunesmith.__main__ import main as tunesmith
-from tunesmith.data.texts import Batches
+from tunesmith.data.epochs import Batches, BatchLayout
+from tunesmith.data.texts import text_rows
 from tunesmith.data.tokenizer import Tokenizer, bits_per_byte, text_bytes
 from tunesmith.files.names import SAMPLE, load
 from tunesmith.files.run import Run
@@ -87,14 +88,8 @@ def write_texts(data: Path, folder: Path) -> None:
 def held_out_loss(model: GPT, tokenizer: Tokenizer, dataset: str) -> str:
     """Loss over every held-out text of a data set, in both units."""
     splits = load_splits(DataOptions(name=dataset), tokenizer, prose=True)
-    batches = Batches(
-        splits.validation,
-        splits.validation_rows,
-        batching="packed",
-        block_size=model.config.block_size,
-        batch_size=4,
-        loss_on="all",
-    )
+    layout = BatchLayout("packed", model.config.block_size, batch_size=4, loss_on="all")
+    batches = Batches(text_rows(splits.validation, splits.validation_rows, layout))
     found = estimate_loss(model, batches.fixed())
     size = sum(text_bytes(tokenizer, splits.validation.row(r, "all")[1]) for r in splits.validation_rows)
     bits = bits_per_byte(found.loss * found.tokens, size)

@@ -19,8 +19,9 @@ import torch
 
 from tunesmith.data.batch import Batch
 from tunesmith.data.cutting import block_size_of
-from tunesmith.data.pairs import PairBatches
-from tunesmith.data.texts import Batches
+from tunesmith.data.epochs import Batches, BatchLayout
+from tunesmith.data.pairs import PairRows
+from tunesmith.data.texts import TextRows
 from tunesmith.device import resolve_device
 from tunesmith.files.run import Run
 from tunesmith.judge.rewards import rewards_at_steps
@@ -94,9 +95,9 @@ def resolve_dpo(config: DPOConfig) -> DPOConfig:
 
 
 def make_references(
-    trainee: Trainee, config: DPOConfig, sets: Sequence[tuple[PairBatches, Sequence[int]]]
+    trainee: Trainee, config: DPOConfig, sets: Sequence[tuple[PairRows, Sequence[int]]]
 ) -> tuple[list[Reference], dict[str, Any]]:
-    """One reference for each of some batches, and what to log of it. sets: batches, and the pairs of them that are needed.
+    """One reference for each set of pairs, and what to log of it. sets: rows, and the numbers of the pairs that are needed.
 
     Called before the first step, while the policy still is the reference.
     """
@@ -113,7 +114,7 @@ def make_references(
         with evaluation_mode(model):  # fresh adapters add nothing yet
             return answer_logps(model, batch.to(device), precision)
 
-    filled = [cached(batches, needed, store, compute) for batches, needed in sets]
+    filled = [cached(rows, needed, store, compute) for rows, needed in sets]
     counts = {name: sum(getattr(fill, name) for _, fill in filled) for name in ("pairs", "computed")}
     return [reference for reference, _ in filled], {"mode": "cached", **counts}
 
@@ -140,16 +141,16 @@ def _dpo(config: DPOConfig, path: Path) -> Run:
     train, validation, cut = pair_batches(splits, config)
     config = resolve_length(config, train, validation)
     sft_rows, more_notes = load_sft_rows(config, trainee)
-    more = prompts_of(config.eval.prompts) | ({"sft_data": rows_of(sft_rows.store)} if sft_rows else {})
+    more = prompts_of(config.eval.prompts) | ({"sft_data": rows_of(sft_rows.rows.store)} if sft_rows else {})
     origin = settle_origin(config, path, inputs_of("dpo", trainee, splits, more))
     device, precision = prepare_model(trainee.model, trainee.gpt, config), precision_of(config)
     d = config.dpo
     settings = PreferenceLoss(d.beta, d.loss, d.label_smoothing or 0.0)
     iters, steps = iters_of(config), config.train.steps or 0
     micro_batches = steps * config.train.accumulate
-    sampled = train.sampled(max(iters, batches_judged_by(path, config.resume, micro_batches)))
-    needed = sorted({*train.used(micro_batches), *sampled})
-    sets = [(train, needed), (validation, validation.used(iters))]
+    sampled = train.rows.sampled(max(iters, batches_judged_by(path, config.resume, micro_batches)))
+    needed = sorted({*train.rows.used(micro_batches), *sampled})
+    sets = [(train.rows, needed), (validation.rows, validation.rows.used(iters))]
     (on_train, on_validation), told = make_references(trainee, config, sets)
 
     def loss_sum(batch: Batch) -> torch.Tensor:
@@ -171,11 +172,11 @@ def _dpo(config: DPOConfig, path: Path) -> Run:
         loss_sum=loss_sum,
         evaluate=evaluate,
         train_loss=lambda n: estimate_dpo(model, train.sample(n), on_train, settings, precision)[0]["loss"],
-        describe_rows=lambda batches: ", ".join(train.store.place(r) for b in batches for r in b.sources[:3]),
+        describe_rows=lambda batches: ", ".join(train.rows.store.place(r) for b in batches for r in b.sources[:3]),
         counted="pairs",
         observed=OBSERVED,
-        opening=[("pairs", describe_pairs(train, validation, iters)), ("reference", told)],
-        about=f"{len(train):,} pairs, {train.rows_per_epoch:,} batch rows per epoch, reference {told['mode']}",
+        opening=[("pairs", describe_pairs(train.rows, validation.rows, iters)), ("reference", told)],
+        about=f"{len(train.rows):,} pairs, {train.rows_per_epoch:,} batch rows per epoch, reference {told['mode']}",
         memory=memory_lines(config, trainee.gpt.config, train),
         notes=[*splits.notes, *cut, *more_notes],
         reward_at=rewards_at_steps(config.eval, trainee, path, device),
@@ -183,7 +184,7 @@ def _dpo(config: DPOConfig, path: Path) -> Run:
     return run_training(config, path, trainee, device, origin, task)
 
 
-def load_sft_rows(config: DPOConfig, trainee: Trainee) -> tuple[Batches | None, list[str]]:
+def load_sft_rows(config: DPOConfig, trainee: Trainee) -> tuple[Batches[TextRows] | None, list[str]]:
     """Validation rows of `dpo.sft_data`, on which the paper watches the policy's loss, and what was skipped or cut of them."""
     if config.dpo.sft_data is None:
         return None, []
@@ -191,9 +192,13 @@ def load_sft_rows(config: DPOConfig, trainee: Trainee) -> tuple[Batches | None, 
         config.data, name=config.dpo.sft_data, columns=None, config=None, batching="packed", truncation="auto"
     )
     splits = load_splits(data, trainee.tokenizer)
-    rows = Batches(
-        splits.validation, splits.validation_rows, batching="packed", block_size=block_size_of(data),
-        batch_size=config.train.batch_size, loss_on=data.loss_on, seed=data.rows_seed,
-    )  # fmt: skip
-    cut = [f"validation: {line}" for t in rows.truncations for line in t.lines(rows.block_size)]
-    return rows, [f"{data.name}: {line}" for line in (*splits.notes, *cut)]
+    layout = BatchLayout(
+        batching="packed",
+        block_size=block_size_of(data),
+        batch_size=config.train.batch_size,
+        loss_on=data.loss_on,
+        seed=data.rows_seed,
+    )
+    rows = TextRows(splits.validation, splits.validation_rows, layout)
+    cut = [f"validation: {line}" for line in rows.cut_lines()]
+    return Batches(rows), [f"{data.name}: {line}" for line in (*splits.notes, *cut)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,11 @@ from tunesmith.commands.data import one_name
 from tunesmith.data.cutting import resolve_block_size
 from tunesmith.data.datasets import Source, open_dataset
 from tunesmith.data.dialogue import Preference
-from tunesmith.data.pairs import PairBatches
+from tunesmith.data.epochs import Batches, BatchLayout
+from tunesmith.data.pairs import PairRows
 from tunesmith.data.pairstore import PairStore
 from tunesmith.data.readers import Report
-from tunesmith.data.texts import Batches
+from tunesmith.data.texts import TextRows
 from tunesmith.data.tokenizer import Tokenizer, bits_per_byte, text_bytes
 from tunesmith.data.tokenstore import TokenStore, tokenise
 from tunesmith.device import Precision, keep_freed_memory, resolve_precision
@@ -114,23 +115,20 @@ class Held:
     def precision(self, device: torch.device, width: int) -> Precision:
         return resolve_precision(self.options.precision, device, width)
 
-    def dialogues(self, tokenizer: Tokenizer, loss_on: str, positions: int) -> Batches:
+    def dialogues(self, tokenizer: Tokenizer, loss_on: str, positions: int) -> Batches[TextRows]:
         """The rows, packed."""
         store = tokenise(self.source, self.split, tokenizer)
-        return Batches(
-            store, self.rows.of(len(store)), batching="packed",
-            block_size=resolve_block_size(self.data.block_size, positions, self.model),
-            batch_size=self.options.batch_size, loss_on=loss_on, truncation=self.data.truncation, shuffle=False,
-        )  # fmt: skip
+        layout = replace(self._layout(positions), loss_on=loss_on, shuffle=False)
+        return Batches(TextRows(store, self.rows.of(len(store)), layout))
 
-    def pairs(self, tokenizer: Tokenizer, positions: int) -> PairBatches:
+    def pairs(self, tokenizer: Tokenizer, positions: int) -> Batches[PairRows]:
         """The pairs, packed."""
         store = PairStore(tokenise(self.source, self.split, tokenizer, form="pairs"))
-        return PairBatches(
-            store, self.pair_rows.of(len(store)), batching="packed",
-            block_size=resolve_block_size(self.data.block_size, positions, self.model),
-            batch_size=self.options.batch_size, truncation=self.data.truncation,
-        )  # fmt: skip
+        return Batches(PairRows(store, self.pair_rows.of(len(store)), self._layout(positions)))
+
+    def _layout(self, positions: int) -> BatchLayout:
+        block_size = resolve_block_size(self.data.block_size, positions, self.model)
+        return BatchLayout("packed", block_size, self.options.batch_size, truncation=self.data.truncation)
 
 
 def evaluate(model_name: str, dataset: str, options: EvaluateCommand) -> dict[str, Any]:
@@ -190,8 +188,8 @@ def text_losses(model: GPT, tokenizer: Tokenizer, held: Held) -> tuple[dict[str,
     answers = answer_losses(model, of_answers, precision)
     of_all = held.dialogues(tokenizer, "all", model.config.block_size)
     everything = answer_losses(model, of_all, precision)
-    report, rows = of_answers.store.report, held.rows.of(len(of_answers.store))
-    alone = dict(zip(rows.tolist(), firsts(of_answers.store, rows), strict=True))
+    report, rows = of_answers.rows.store.report, held.rows.of(len(of_answers.rows.store))
+    alone = dict(zip(rows.tolist(), firsts(of_answers.rows.store, rows), strict=True))
     found = {
         "rows": len(rows),
         "response": loss_record(answers, alone),
@@ -199,11 +197,10 @@ def text_losses(model: GPT, tokenizer: Tokenizer, held: Held) -> tuple[dict[str,
         "by_turn": by_bucket(answers, TURNS, lambda a: a.turn, alone),
         "by_length": by_bucket(answers, LENGTHS, lambda a: a.tokens, alone),
     }
-    cut = [line for t in of_answers.truncations for line in t.lines(of_answers.block_size)]
-    return found, [*report.notes, *report.lines(), *cut]
+    return found, [*report.notes, *report.lines(), *of_answers.rows.cut_lines()]
 
 
-def bits_of(batches: Batches, tokenizer: Tokenizer, nats: float) -> dict[str, float]:
+def bits_of(batches: Batches[TextRows], tokenizer: Tokenizer, nats: float) -> dict[str, float]:
     """`{"bits_per_byte"}` of all tokens, by which models with different tokenizers compare; nothing if bytes cannot be counted."""
     try:
         size = sum(text_bytes(tokenizer, b.targets[: b.count].numpy()) for b in batches.fixed())
@@ -285,21 +282,21 @@ def policy_preference(name: str, model: GPT, tokenizer: Tokenizer, held: Held) -
             )
         values = values - all_logps(other, batches, precision)
         by = f"log-ratio to {reference}"
-    record, repeats = preference_record(values, batches.store, numbers_of(batches), by)
+    record, repeats = preference_record(values, batches.rows.store, numbers_of(batches), by)
     return record, [*problems_of(batches), *repeats]
 
 
-def problems_of(batches: PairBatches) -> list[str]:
+def problems_of(batches: Batches[PairRows]) -> list[str]:
     """What was skipped or cut, in words."""
-    return [*batches.store.store.report.lines(), *batches.cuts.lines()]
+    return [*batches.rows.store.store.report.lines(), *batches.rows.cut_lines()]
 
 
-def numbers_of(batches: PairBatches) -> Array:
+def numbers_of(batches: Batches[PairRows]) -> Array:
     """(pairs,) the numbers of the pairs in their store, in the order of the batches."""
     return np.array([source for batch in batches.fixed() for source in batch.sources])
 
 
-def all_logps(model: GPT, batches: PairBatches, precision: Precision) -> Array:
+def all_logps(model: GPT, batches: Batches[PairRows], precision: Precision) -> Array:
     """(pairs, 2) float64, nats: log-probabilities of the chosen and rejected answers, in the order of the batches."""
     device = model.wte.weight.device
     with evaluation_mode(model):
@@ -326,7 +323,7 @@ def reward_preference(name: str, held: Held) -> tuple[dict[str, Any], list[str]]
         precision = held.precision(scorer.model.score.weight.device, shape.n_embd)
         scores = all_pair_scores(scorer.model, batches.fixed(), precision)
         values, numbers = scores.double().cpu().numpy(), numbers_of(batches)
-        record, repeats = preference_record(values, batches.store, numbers, "score")
+        record, repeats = preference_record(values, batches.rows.store, numbers, "score")
         return record, [*problems_of(batches), *repeats]
     report = Report()
     every = [located.value for located in held.source.rows(held.split, report, pairs=True)]

@@ -14,7 +14,6 @@ import dataclasses
 from pathlib import Path
 
 from tunesmith.data.cutting import block_size_of
-from tunesmith.data.texts import Batches
 from tunesmith.data.tokenizer import Tokenizer, bits_per_byte, text_bytes
 from tunesmith.errors import UserError
 from tunesmith.files.names import new_model
@@ -29,7 +28,7 @@ from tunesmith.train.resolve import check_options, check_types, iters_of, precis
 from tunesmith.train.resuming import inputs_of, prompts_of, settle_origin
 from tunesmith.train.scratch import make_tokenizer, problems_of, resolve_shape
 from tunesmith.train.session import begin, run_training
-from tunesmith.train.splits import Splits, load_splits, text_batches
+from tunesmith.train.splits import Splits, TextBatches, load_splits, text_batches
 from tunesmith.train.token_loss import estimate_loss, nll_sum
 from tunesmith.train.trainee import Trainee, prepare_model
 
@@ -99,7 +98,7 @@ def check_length(splits: Splits, config: PretrainConfig) -> int:
     return tokens
 
 
-def held_out_bytes(validation: Batches, tokenizer: Tokenizer, config: PretrainConfig) -> int:
+def held_out_bytes(validation: TextBatches, tokenizer: Tokenizer, config: PretrainConfig) -> int:
     """Bytes of text that an estimate predicts. Raises: UserError if the tokenizer is not byte-level."""
     try:
         return sum(text_bytes(tokenizer, b.targets[: b.count].numpy()) for b in validation.fixed(iters_of(config)))

@@ -45,7 +45,7 @@ def _sft(config: SFTConfig, path: Path) -> Run:
     splits = load_splits(config.data, trainee.tokenizer)
     train, validation, cut = text_batches(splits, config)
     config = resolve_length(config, train, validation)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, loss_on=train.loss_on))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, loss_on=train.rows.loss_on))
     origin = settle_origin(config, path, inputs_of("sft", trainee, splits, prompts_of(config.eval.prompts)))
     device, precision = prepare_model(trainee.model, trainee.gpt, config), precision_of(config)
 

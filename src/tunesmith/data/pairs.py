@@ -10,125 +10,80 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
 from tunesmith.data.batch import PAD_STEP, Batch, documents_of_pairs
-from tunesmith.data.packing import Groups, pack
+from tunesmith.data.epochs import SAMPLE, BatchLayout, epoch_plans, grouped
 from tunesmith.data.pairstore import CutPair, PairStore, cut_pairs
-from tunesmith.data.texts import SAMPLE, order_of
 from tunesmith.errors import UsageError, UserError
 
 Array = np.ndarray[Any, Any]
-FILL_TO = 64  # where shapes are steady, the number of targets is a multiple of this
 
 
-class PairBatches:
-    """Micro-batches of pairs by number: `batches[i]` is the same whenever it is asked for, so a run resumes anywhere.
+class PairRows:
+    """Preference pairs in rows that become one stretch in a batch.
 
-    `packed`: a micro-batch is `batch_size` groups of whole pairs, each filling up to block_size tokens (a longer pair is
-    a group of its own), so the number of pairs varies and the step's mean is over the pairs that it has. `padded`: it is
-    exactly `batch_size` pairs. Each epoch has its own order, drawn from (seed, epoch), and holds each pair once: its last
-    batch is short where rows are left over.
+    `packed`: a row is a group of whole pairs, up to block_size tokens (a longer pair is a group of its own), so the number of
+    pairs in a batch varies, and the step's mean is over the pairs that it has. `padded`: a row is one pair, so a batch has
+    exactly `batch_size`.
     """
 
-    def __init__(
-        self,
-        store: PairStore,
-        rows: Sequence[int] | Array,
-        *,
-        batching: str,
-        block_size: int,
-        batch_size: int,
-        truncation: str = "auto",
-        seed: int = 0,
-        steady: bool = False,
-    ) -> None:
-        """Arguments as the options of the same names.
+    endless = False
 
-        steady: fill the batches up to a few shapes, for kernels that are made for a shape (compiled ones, bf16 on a CPU).
+    def __init__(self, store: PairStore, numbers: Sequence[int] | Array, layout: BatchLayout) -> None:
+        """numbers: pairs of the store.
+
         Raises: UsageError for windows, which know no pairs; UserError if no pair is left to learn from.
         """
-        if batching == "windows":
+        if layout.batching == "windows":
             raise UsageError(
                 "--data.batching windows cuts through dialogues and does not support pairs; use packed or padded"
             )
-        if block_size < 2 or batch_size < 1:
+        if layout.block_size < 2 or layout.batch_size < 1:
             raise UsageError(
-                f"block_size is {block_size}, expected at least 2, and batch_size {batch_size}, at least 1"
+                f"block_size is {layout.block_size}, expected at least 2, and batch_size {layout.batch_size}, at least 1"
             )
-        self.store, self.batching, self.block_size, self.batch_size = store, batching, block_size, batch_size
-        self.seed, self.steady = seed, steady
-        self.pairs, self.cuts = cut_pairs(store, rows, block_size, truncation)
+        self.store, self.layout = store, layout
+        self.pairs, self.cuts = cut_pairs(store, numbers, layout.block_size, layout.truncation)
         if not len(self.pairs):
             raise UserError(
                 f"no pair of {store.store.source.name} ({store.store.split}) is left to learn from: {'; '.join(self.cuts.lines())}"
             )
-        self.rows_per_epoch = len(self._plan(0))
+        self.plan = epoch_plans(self.pairs.lengths, layout)
+        self.rows_per_epoch = len(self.plan(0))
 
     def __len__(self) -> int:
         """Pairs in an epoch."""
         return len(self.pairs)
 
-    @lru_cache(maxsize=8)  # noqa: B019 (they live as long as their run): of train two epochs and SAMPLE, of validation one
-    def _plan(self, epoch: int) -> Groups:
-        """Groups of pair numbers, in the epoch's order."""
-        rng = order_of(self.seed, epoch)
-        order = rng.permutation(len(self.pairs))
-        if self.batching == "padded":
-            return Groups.of_one(order)
-        groups = self._grouped(order, self.block_size)
-        return groups.taken(rng.permutation(len(groups)))
+    def cut_lines(self) -> list[str]:
+        """What cutting to block_size did, for the user."""
+        return self.cuts.lines()
 
-    def _grouped(self, numbers: Sequence[int] | Array, size: int) -> Groups:
-        """Pairs packed into groups of at most `size` tokens."""
-        order = np.asarray(numbers, np.int64)
-        packed = pack(np.minimum(self.pairs.lengths[order], size), size)
-        return Groups(order[packed.members], packed.borders)
-
-    def __getitem__(self, index: int) -> Batch:
-        """Micro-batch number `index`, counted from 0 over the whole training."""
-        return self._batch(*divmod(index, self.per_epoch))
-
-    @property
-    def per_epoch(self) -> int:
-        """Batches in an epoch."""
-        return -(-self.rows_per_epoch // self.batch_size)
-
-    def fixed(self, limit: int | None = None) -> Iterator[Batch]:
-        """At most `limit` batches that are the same at every call; each pair once, and only here the last may be short."""
-        return self._few(0, limit)
-
-    def sample(self, limit: int) -> Iterator[Batch]:
-        """As `fixed`, of pairs drawn anew from all there are: an estimate over a part of them that training does not favour."""
-        return self._few(SAMPLE, limit)
-
-    def _few(self, epoch: int, limit: int | None) -> Iterator[Batch]:
-        return (self._batch(epoch, number) for number in range(self.per_epoch)[:limit])
-
-    def _batch(self, epoch: int, number: int) -> Batch:
-        start = number * self.batch_size
-        return self.assemble([i for row in self._plan(epoch)[start : start + self.batch_size] for i in row.tolist()])
+    def batch(self, epoch: int, places: range) -> Batch:
+        """The pairs of the rows at these places of an epoch."""
+        rows = self.plan(epoch)[places.start : places.stop]
+        return self.assemble([number for row in rows for number in row.tolist()])
 
     def used(self, micro_batches: int) -> list[int]:
         """Numbers of the pairs that the first `micro_batches` micro-batches hold."""
         return self._held(0, micro_batches)
 
     def sampled(self, limit: int) -> list[int]:
-        """Numbers of the pairs that `sample` gives."""
+        """Numbers of the pairs that `Batches.sample` gives."""
         return self._held(SAMPLE, limit)
 
     def _held(self, epoch: int, micro_batches: int) -> list[int]:
-        rows = min(micro_batches * self.batch_size, self.rows_per_epoch)  # an epoch holds every pair
-        plan = self._plan(epoch)
+        rows = min(micro_batches * self.layout.batch_size, self.rows_per_epoch)  # an epoch holds every pair
+        plan = self.plan(epoch)
         return sorted(plan.members[: plan.borders[rows]].tolist())
 
     def of(self, numbers: Sequence[int], tokens: int) -> Iterator[Batch]:
         """Batches of about `tokens` tokens that hold these pairs once, in whatever order packs best."""
-        for group in self._grouped(numbers, tokens):
+        for group in grouped(np.asarray(numbers, np.int64), self.pairs.lengths, tokens):
             yield self.assemble(group.tolist())
 
     def longer_chosen(self, numbers: Sequence[int]) -> float:
@@ -152,13 +107,18 @@ class PairBatches:
 
     def assemble(self, numbers: Sequence[int]) -> Batch:
         """The pairs of these numbers as one batch."""
+        layout, unit = self.layout, 1
+        if layout.fill_to > 1:
+            unit = layout.batch_size * layout.block_size if layout.batching == "packed" else PAD_STEP
         cuts = [self.pairs[i] for i in numbers]
-        parts, ends = [self._parts(cut) for cut in cuts], [cut.ends for cut in cuts]
-        unit, fill_to = 1, 1
-        if self.steady:
-            unit = self.batch_size * self.block_size if self.batching == "packed" else PAD_STEP
-            fill_to = FILL_TO
-        batch = join_pairs(parts, ends, self.store.store.end_of_text, self.block_size, unit=unit, fill_to=fill_to)
+        batch = join_pairs(
+            [self._parts(cut) for cut in cuts],
+            [cut.ends for cut in cuts],
+            self.store.store.end_of_text,
+            layout.block_size,
+            unit=unit,
+            fill_to=layout.fill_to,
+        )
         return replace(batch, pairs=tuple(numbers), sources=tuple(cut.pair for cut in cuts))
 
 

@@ -1,29 +1,22 @@
-"""Rows of tokens to batches: packing, random windows or padding, in a seeded order that any step can be asked for."""
+"""Rows of texts for batches: packed, padded or random windows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from tunesmith.data.batch import PAD_STEP, Batch
-from tunesmith.data.cutting import Piece, Truncation, cut_rows, taught
-from tunesmith.data.packing import Groups, pack
+from tunesmith.data.cutting import Piece, cut_rows, taught
+from tunesmith.data.epochs import SAMPLE, BatchLayout, epoch_plans, order_of
 from tunesmith.data.tokenstore import IGNORE_INDEX, TokenStore
 from tunesmith.errors import UsageError, UserError
 from tunesmith.models.attention import Documents
 
 Array = np.ndarray[Any, Any]
 LossOn = Literal["assistant", "all"]
-SAMPLE = -1  # in place of an epoch's number: the order in which rows are drawn for estimates of the training loss
-
-
-def order_of(seed: int, number: int) -> np.random.Generator:
-    """What an epoch's order, or a window, is drawn from; SAMPLE has a stream of its own, so that it says nothing about them."""
-    return np.random.default_rng((seed, 0, 1) if number == SAMPLE else (seed, number))
 
 
 def resolve_loss_on(loss_on: str, batching: str) -> LossOn:
@@ -53,135 +46,98 @@ class Stream:
         return np.concatenate(parts).astype(np.int64)[begin : begin + stop - start]
 
 
-class Batches:
-    """Micro-batches by number: `batches[i]` is the same whenever it is asked for, so a run resumes at any step.
+class WindowRows:
+    """Random windows of block_size tokens of the stream of all texts, cut without regard to where one begins.
 
-    Each epoch has its own order, drawn from (seed, epoch), and holds each row once: its last batch is short where rows are
-    left over. Windows are drawn at random for ever; no batch of them is short. Estimates of the training loss have rows of
-    their own (`sample`): those of the first batches are learned first, and would make the loss look lower than it is.
+    endless: a window's place is drawn from (seed, its number), so that numbers, and training, go on for ever.
     """
 
-    def __init__(
-        self,
-        store: TokenStore,
-        rows: Sequence[int] | Array,
-        *,
-        batching: str,
-        block_size: int,
-        batch_size: int,
-        loss_on: str,
-        truncation: str = "auto",
-        seed: int = 0,
-        shuffle: bool = True,
-        fill_to: int = 1,
-    ) -> None:
-        """Arguments as the options of the same names. shuffle: False keeps one fixed order (evaluation).
+    loss_on: LossOn = "all"
+    endless = True
 
-        fill_to: the number of tokens that carry loss is filled up to a multiple of this, so that kernels which are
-            made for a shape (compiled ones, bf16 on a CPU) are made a few times only. For their sake the short last
-            batch of an epoch gets empty rows too.
+    def __init__(self, store: TokenStore, numbers: Sequence[int] | Array, layout: BatchLayout) -> None:
+        """numbers: rows of the store, in the order of the stream.
 
-        Raises: UserError if nothing is left to learn from, or the windows are longer than the data.
+        Raises: UsageError for sizes below 1 or loss on the assistant alone; UserError if the windows are longer than the data.
         """
-        self.store, self.batching, self.block_size, self.batch_size = store, batching, block_size, batch_size
-        self.loss_on = resolve_loss_on(loss_on, batching)
-        self.seed, self.shuffle, self.fill_to = seed, shuffle, fill_to
-        if block_size < 1 or batch_size < 1:
-            raise UsageError(f"block_size is {block_size} and batch_size {batch_size}; both must be at least 1")
-        self.truncations: list[Truncation] = []
-        if batching == "windows":
-            if self.loss_on != "all":
-                raise UsageError(
-                    "--data.batching windows cuts through dialogues and puts loss on all tokens; use packed with --data.loss_on assistant"
-                )
-            self.stream = Stream(store, np.asarray(rows, np.int64))
-            self.rows_per_epoch = max(1, len(self.stream) // block_size)
-            if len(self.stream) <= block_size:
-                raise UserError(
-                    f"{len(self.stream):,} tokens are too few for windows of {block_size:,}; lower --data.block_size"
-                )
-            return
-        cut, self.truncations = cut_rows(store, rows, block_size, truncation)
-        self.pieces = cut if self.loss_on == "all" else cut.taken(np.flatnonzero(taught(store, cut)))
-        if not len(self.pieces):
-            raise UserError(
-                f"no row of {store.source.name} ({store.split}) is left to learn from: {len(cut)} have no target at block_size {block_size}"
+        _check_sizes(layout)
+        if resolve_loss_on(layout.loss_on, layout.batching) != "all":
+            raise UsageError(
+                "--data.batching windows cuts through dialogues and puts loss on all tokens; use packed with --data.loss_on assistant"
             )
-        self.rows_per_epoch = len(self._plan(0))
+        self.store, self.layout = store, layout
+        self.stream = Stream(store, np.asarray(numbers, np.int64))
+        self.rows_per_epoch = max(1, len(self.stream) // layout.block_size)
+        if len(self.stream) <= layout.block_size:
+            raise UserError(
+                f"{len(self.stream):,} tokens are too few for windows of {layout.block_size:,}; lower --data.block_size"
+            )
 
-    @lru_cache(maxsize=8)  # noqa: B019 (they live as long as their run): of train two epochs and SAMPLE, of validation one
-    def _plan(self, epoch: int) -> Groups:
-        """The rows of an epoch in order, each a group of numbers of pieces."""
-        rng = order_of(self.seed, epoch)
-        order = rng.permutation(len(self.pieces)) if self.shuffle else np.arange(len(self.pieces))
-        if self.batching == "padded":
-            return Groups.of_one(order)
-        packed = pack(self.pieces.lengths[order], self.block_size)
-        rows = Groups(order[packed.members], packed.borders)
-        return rows.taken(rng.permutation(len(rows))) if self.shuffle else rows
+    def cut_lines(self) -> list[str]:
+        """Nothing is lost by windows."""
+        return []
 
-    def _row(self, epoch: int, place: int) -> list[Piece]:
-        """The pieces of one row of an epoch."""
-        return [self.pieces[i] for i in self._plan(epoch)[place].tolist()]
-
-    def __getitem__(self, index: int) -> Batch:
-        """Micro-batch number `index`, counted from 0 over the whole training."""
-        epoch, number = divmod(index, self.per_epoch) if self.per_epoch else (0, index)
-        return self._batch(epoch, number)
-
-    @property
-    def per_epoch(self) -> int | None:
-        """Batches in an epoch; None for windows, whose epochs have no ends."""
-        return None if self.batching == "windows" else -(-self.rows_per_epoch // self.batch_size)
-
-    def fixed(self, limit: int | None = None) -> Iterator[Batch]:
-        """At most `limit` batches that are the same at every call: each row once, and only here the last may be short."""
-        return self._few(0, limit)
-
-    def sample(self, limit: int) -> Iterator[Batch]:
-        """As `fixed`, of rows drawn anew from all there are: an estimate over a part of the rows that training does not favour."""
-        return self._few(SAMPLE, limit)
-
-    def _few(self, epoch: int, limit: int | None) -> Iterator[Batch]:
-        batches = -(-self.rows_per_epoch // self.batch_size)
-        return (self._batch(epoch, number, whole=False) for number in range(batches)[:limit])
-
-    def _batch(self, epoch: int, number: int, *, whole: bool = True) -> Batch:
-        """Batch `number` of an epoch. whole: windows beyond the epoch's rows too."""
-        rows, start = self.rows_per_epoch, number * self.batch_size
-        if self.batching == "windows":
-            stop = start + self.batch_size
-            return self._windows(range(start, stop if whole else min(stop, rows)), epoch)
-        wanted = [self._row(epoch, place) for place in range(start, min(start + self.batch_size, rows))]
-        if self.fill_to > 1:
-            wanted += [[]] * (min(self.batch_size, rows) - len(wanted))
-        return self._assemble(wanted)
-
-    def fixed_pieces(self) -> Iterator[list[Piece]]:
-        """The pieces of each batch of `fixed`, in the order in which they stand there."""
-        for start in range(0, self.rows_per_epoch, self.batch_size):
-            stop = min(start + self.batch_size, self.rows_per_epoch)
-            yield [piece for place in range(start, stop) for piece in self._row(0, place)]
-
-    def _windows(self, numbers: Sequence[int], stream: int = 0) -> Batch:
+    def batch(self, epoch: int, places: range) -> Batch:
         """The windows of these numbers: of the training's stream, or of SAMPLE's."""
-        last = len(self.stream) - self.block_size
-        if stream == SAMPLE:
-            starts = order_of(self.seed, SAMPLE).integers(last, size=numbers[-1] + 1)[numbers[0] :].tolist()
+        width, seed = self.layout.block_size, self.layout.seed
+        last = len(self.stream) - width
+        if epoch == SAMPLE:
+            starts = order_of(seed, SAMPLE).integers(last, size=places[-1] + 1)[places[0] :].tolist()
         else:
-            starts = [int(order_of(self.seed, n).integers(last)) for n in numbers]
-        ids = np.stack([self.stream.part(a, a + self.block_size + 1) for a in starts])
+            starts = [int(order_of(seed, number).integers(last)) for number in places]
+        ids = np.stack([self.stream.part(a, a + width + 1) for a in starts])
         inputs, targets = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy()).flatten()
         return Batch(inputs, torch.arange(len(targets)), targets)
 
+
+class TextRows:
+    """Texts or dialogues, cut to block_size: as many as fit into a row side by side, or padded, one to a row."""
+
+    endless = False
+
+    def __init__(self, store: TokenStore, numbers: Sequence[int] | Array, layout: BatchLayout) -> None:
+        """numbers: rows of the store. Raises: UsageError for sizes below 1; UserError if nothing is left to learn from."""
+        _check_sizes(layout)
+        self.store, self.layout = store, layout
+        self.loss_on = resolve_loss_on(layout.loss_on, layout.batching)
+        cut, self.truncations = cut_rows(store, numbers, layout.block_size, layout.truncation)
+        self.pieces = cut if self.loss_on == "all" else cut.taken(np.flatnonzero(taught(store, cut)))
+        if not len(self.pieces):
+            raise UserError(
+                f"no row of {store.source.name} ({store.split}) is left to learn from: {len(cut)} have no target at "
+                f"block_size {layout.block_size}"
+            )
+        self.plan = epoch_plans(self.pieces.lengths, layout)
+        self.rows_per_epoch = len(self.plan(0))
+
+    def cut_lines(self) -> list[str]:
+        """What cutting to block_size did, for the user."""
+        return [line for truncation in self.truncations for line in truncation.lines(self.layout.block_size)]
+
+    def _row(self, epoch: int, place: int) -> list[Piece]:
+        return [self.pieces[i] for i in self.plan(epoch)[place].tolist()]
+
+    def fixed_pieces(self) -> Iterator[list[Piece]]:
+        """The pieces of each batch of `Batches.fixed`, in the order in which they stand there."""
+        for start in range(0, self.rows_per_epoch, self.layout.batch_size):
+            stop = min(start + self.layout.batch_size, self.rows_per_epoch)
+            yield [piece for place in range(start, stop) for piece in self._row(0, place)]
+
+    def batch(self, epoch: int, places: range) -> Batch:
+        """The rows at these places of an epoch, and where shapes are to be steady empty ones for those that an epoch's end lacks."""
+        rows = [self._row(epoch, place) for place in places]
+        if self.layout.fill_to > 1:
+            rows += [[]] * (min(self.layout.batch_size, self.rows_per_epoch) - len(rows))
+        return self._assemble(rows)
+
     def _assemble(self, rows: Sequence[Sequence[Piece]]) -> Batch:
-        width = self.block_size
-        if self.batching == "padded":
-            longest = max(len(p) for row in rows for p in row)
-            width = min(self.block_size, -(-longest // PAD_STEP) * PAD_STEP)
+        width = self.layout.block_size
+        if self.layout.batching == "padded":
+            longest = max(len(piece) for row in rows for piece in row)
+            width = min(width, -(-longest // PAD_STEP) * PAD_STEP)
         input_ids = np.full((len(rows), width), self.store.end_of_text, np.int64)
         targets = np.full((len(rows), width), IGNORE_INDEX, np.int64)
-        lengths, padding = [], []
+        stretches, padding = [], []
         for i, row in enumerate(rows):
             at = 0
             for piece in row:
@@ -191,14 +147,26 @@ class Batches:
                 )
                 at = stop
             padding.append(width - at)
-            lengths.append([len(p) for p in row] + ([width - at] if at < width else []))
+            stretches.append([len(piece) for piece in row] + ([width - at] if at < width else []))
         supervised = np.flatnonzero(targets.ravel() != IGNORE_INDEX)
         return Batch.filled(
             torch.from_numpy(input_ids),
             torch.from_numpy(supervised),
             torch.from_numpy(targets.ravel()[supervised]),
-            fill_to=self.fill_to,
-            documents=Documents.from_rows(lengths),
-            sources=tuple(p.row for row in rows for p in row),
+            fill_to=self.layout.fill_to,
+            documents=Documents.from_rows(stretches),
+            sources=tuple(piece.row for row in rows for piece in row),
             padding=tuple(padding),
+        )
+
+
+def text_rows(store: TokenStore, numbers: Sequence[int] | Array, layout: BatchLayout) -> TextRows | WindowRows:
+    """Rows of texts as `layout.batching` has them. Raises: as the two classes."""
+    return (WindowRows if layout.batching == "windows" else TextRows)(store, numbers, layout)
+
+
+def _check_sizes(layout: BatchLayout) -> None:
+    if layout.block_size < 1 or layout.batch_size < 1:
+        raise UsageError(
+            f"block_size is {layout.block_size} and batch_size {layout.batch_size}; both must be at least 1"
         )

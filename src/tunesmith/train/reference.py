@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.data.batch import Batch
-from tunesmith.data.pairs import PairBatches
+from tunesmith.data.pairs import PairRows
 from tunesmith.data.tokenstore import cache_directory
 from tunesmith.device import Precision, put
 from tunesmith.models.evaluation import evaluation_mode
@@ -96,23 +96,23 @@ class Fill:
 
 
 def cached(
-    batches: PairBatches,
+    rows: PairRows,
     numbers: Sequence[int],
     store: LogpStore,
     compute: Callable[[Batch], Tensor],
 ) -> tuple[Reference, Fill]:
-    """The reference for these pairs of `batches`, computed now where `store` does not have it.
+    """The reference for these pairs of `rows`, computed now where `store` does not have it.
 
     compute: the untrained model's log-probabilities of a batch, on the CPU, (pairs, 2).
     """
-    keys = {i: batches.key(i) for i in numbers}
+    keys = {i: rows.key(i) for i in numbers}
     missing = [i for i in numbers if keys[i] not in store.known]
     if missing:
-        size = min(max(batches.batch_size * batches.block_size, 1024), 8192)
+        size = min(max(rows.layout.batch_size * rows.layout.block_size, 1024), 8192)
         with Progress(len(missing), unit="reference pair") as bar:
             done = saved = 0
             try:
-                for pieces in within_memory(batches.of(missing, size), lambda batch: (batch, compute(batch).tolist())):
+                for pieces in within_memory(rows.of(missing, size), lambda batch: (batch, compute(batch).tolist())):
                     for batch, logps in pieces:
                         for i, (chosen, rejected) in zip(batch.pairs, logps, strict=True):
                             store.known[keys[i]] = (chosen, rejected)
@@ -123,7 +123,7 @@ def cached(
                         saved = done
             finally:
                 store.save()  # an interrupted pass keeps what it has
-    table = torch.full((len(batches), 2), float("nan"))
+    table = torch.full((len(rows), 2), float("nan"))
     table[list(numbers)] = torch.tensor([store.known[keys[i]] for i in numbers])
 
     def reference(batch: Batch) -> Tensor:

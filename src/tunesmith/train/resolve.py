@@ -239,9 +239,10 @@ class Countable(Protocol):
     per_epoch: batches in it, the last of which is short where rows are left over; None where epochs have no ends.
     """
 
-    rows_per_epoch: int
-    batch_size: int
-
+    @property
+    def rows_per_epoch(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
     @property
     def per_epoch(self) -> int | None: ...
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from tunesmith.data.cutting import block_size_of
 from tunesmith.data.datasets import holdout_rows, open_dataset
-from tunesmith.data.pairs import PairBatches
+from tunesmith.data.epochs import Batches, BatchLayout
+from tunesmith.data.pairs import PairRows
 from tunesmith.data.pairstore import PairStore
-from tunesmith.data.texts import Batches
+from tunesmith.data.texts import TextRows, WindowRows, text_rows
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokenstore import Form, TokenStore, tokenise
 from tunesmith.errors import UserError
@@ -64,49 +65,62 @@ def load_splits(data: DataOptions, tokenizer: Tokenizer, *, pairs: bool = False,
     return Splits(train, train_rows, validation, validation_rows, notes)
 
 
-def text_batches(splits: Splits, config: SFTConfig | PretrainConfig) -> tuple[Batches, Batches, list[str]]:
+FILL_TO = 64  # targets of a batch are filled up to a multiple of this where shapes are to be steady
+TextBatches = Batches[TextRows | WindowRows]
+PairBatches = Batches[PairRows]
+
+
+def text_batches(splits: Splits, config: SFTConfig | PretrainConfig) -> tuple[TextBatches, TextBatches, list[str]]:
     """Training and validation rows as batches, and what had to be cut. Raises: UserError with `data.strict` if anything was."""
-    data = config.data
-    shared: dict[str, Any] = {
-        "batching": data.batching, "block_size": block_size_of(data), "batch_size": config.train.batch_size,
-        "loss_on": data.loss_on, "truncation": data.truncation,
-        "fill_to": 64 if config.train.compile or config.train.precision != "fp32" else 1,
-    }  # fmt: skip
-    train = Batches(splits.train, splits.train_rows, seed=data.seed, **shared)
-    validation = Batches(splits.validation, splits.validation_rows, seed=data.rows_seed, **shared)
-    cut = [
-        f"{name}: {line}"
-        for name, b in (("train", train), ("validation", validation))
-        for t in b.truncations
-        for line in t.lines(b.block_size)
-    ]
-    if data.strict and cut:
-        raise UserError(f"--data.strict: {'; '.join(cut)}")
-    return train, validation, cut
+    layout, held_layout = layouts(config)
+    train = Batches(text_rows(splits.train, splits.train_rows, layout))
+    validation = Batches(text_rows(splits.validation, splits.validation_rows, held_layout))
+    return train, validation, _cut_lines(config.data, train.rows, validation.rows)
 
 
 def pair_batches(splits: Splits, config: DPOConfig | RewardConfig) -> tuple[PairBatches, PairBatches, list[str]]:
     """Training and validation pairs as batches, and what had to be cut. Raises: UserError with `data.strict` if anything was."""
-    data = config.data
-    shared: dict[str, Any] = {
-        "batching": data.batching, "block_size": block_size_of(data), "batch_size": config.train.batch_size,
-        "truncation": data.truncation,
-        "steady": bool(config.train.compile) or config.train.precision != "fp32",
-    }  # fmt: skip
-    train = PairBatches(PairStore(splits.train), splits.train_rows, seed=data.seed, **shared)
-    validation = PairBatches(PairStore(splits.validation), splits.validation_rows, seed=data.rows_seed, **shared)
-    named = (("train", train), ("validation", validation))
-    cut = [f"{name}: {line}" for name, batches in named for line in batches.cuts.lines()]
-    if data.strict and cut:
-        raise UserError(f"--data.strict: {'; '.join(cut)}")
-    return train, validation, cut
+    layout, held_layout = layouts(config)
+    train = Batches(PairRows(PairStore(splits.train), splits.train_rows, layout))
+    validation = Batches(PairRows(PairStore(splits.validation), splits.validation_rows, held_layout))
+    return train, validation, _cut_lines(config.data, train.rows, validation.rows)
 
 
-def describe_pairs(train: PairBatches, validation: PairBatches, iters: int) -> dict[str, Any]:
-    """What a run logs of its pairs: how many there are, and what length alone would score on those of an estimate."""
-    held = validation.used(iters)
-    share = validation.longer_chosen(held)
-    print(
-        f"note: in {share:.1%} of the {len(held):,} validation pairs the chosen answer is the longer one, in tokens of this model"
+def layouts(config: SFTConfig | PretrainConfig | DPOConfig | RewardConfig) -> tuple[BatchLayout, BatchLayout]:
+    """How training and validation rows are laid out; they differ in the seed of their order.
+
+    Validation has the seed of the rows, so that runs that differ in `data.seed` are estimated on the same batches.
+    """
+    data, train = config.data, config.train
+    layout = BatchLayout(
+        batching=data.batching,
+        block_size=block_size_of(data),
+        batch_size=train.batch_size,
+        loss_on=data.loss_on,
+        truncation=data.truncation,
+        seed=data.seed,
+        fill_to=FILL_TO if train.compile or train.precision != "fp32" else 1,
     )
-    return {"train_pairs": len(train), "validation_pairs": len(held), "validation_longer_chosen": share}
+    return layout, replace(layout, seed=data.rows_seed)
+
+
+def _cut_lines(
+    data: DataOptions, train: TextRows | WindowRows | PairRows, validation: TextRows | WindowRows | PairRows
+) -> list[str]:
+    """What had to be cut, for the user. Raises: UserError with `data.strict` if anything was."""
+    lines = [
+        f"{name}: {line}" for name, rows in (("train", train), ("validation", validation)) for line in rows.cut_lines()
+    ]
+    if data.strict and lines:
+        raise UserError(f"--data.strict: {'; '.join(lines)}")
+    return lines
+
+
+def describe_pairs(train: PairRows, validation: PairRows, iters: int) -> dict[str, Any]:
+    """What a run logs of its pairs: how many there are, and what length alone would score on those of an estimate."""
+    numbers = validation.used(iters)
+    share = validation.longer_chosen(numbers)
+    print(
+        f"note: in {share:.1%} of the {len(numbers):,} validation pairs the chosen answer is the longer one, in tokens of this model"
+    )
+    return {"train_pairs": len(train), "validation_pairs": len(numbers), "validation_longer_chosen": share}

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tunesmith.data.batch import Batch
 from tunesmith.data.dialogue import END
-from tunesmith.data.texts import Batches
+from tunesmith.data.epochs import Batches
+from tunesmith.data.texts import TextRows
 from tunesmith.data.tokenstore import IGNORE_INDEX
 from tunesmith.device import Precision, autocast
 from tunesmith.models.evaluation import evaluation_mode
@@ -66,20 +67,21 @@ def target_nll(model: GPT, batch: Batch, precision: Precision = "fp32") -> Tenso
         return token_nll(hidden, weight, batch.targets, low_rank=low_rank, chunk=head_chunk(precision))[: batch.count]
 
 
-def answer_losses(model: GPT, batches: Batches, precision: Precision = "fp32") -> list[AnswerLoss]:
+def answer_losses(model: GPT, batches: Batches[TextRows], precision: Precision = "fp32") -> list[AnswerLoss]:
     """The loss of every answer in packed `batches` whose loss is on the assistant's turns, in the order of the batches.
 
     An answer that was cut counts with what is left of it; turns are those of the whole dialogue.
     """
-    device, store = model.wte.weight.device, batches.store
+    device, rows = model.wte.weight.device, batches.rows
+    store = rows.store
     found = []
-    for batch, pieces in zip(batches.fixed(), batches.fixed_pieces(), strict=True):
+    for batch, pieces in zip(batches.fixed(), rows.fixed_pieces(), strict=True):
         nll = target_nll(model, batch.to(device), precision).double().cpu().numpy()
         at = 0
         for piece in pieces:
             flags = store.flags[int(store.offsets[piece.row]) :][: piece.stop]
             turn = 1 + int(np.count_nonzero(flags[: piece.start] & END))
-            _, targets = store.row(piece.row, batches.loss_on, piece.start, piece.stop)
+            _, targets = store.row(piece.row, rows.loss_on, piece.start, piece.stop)
             targets = targets[targets != IGNORE_INDEX]
             ends = np.flatnonzero(targets == store.end_of_text) + 1
             for answer in np.split(nll[at : at + len(targets)], ends):
