@@ -96,7 +96,9 @@ def test_a_study_is_the_same_from_everywhere_and_where_it_was_moved_to(project, 
     assert there.runs["one-s1"].hash == plan.runs["one-s1"].hash
 
 
-def test_a_moved_study_goes_on_where_it_was_and_its_run_can_be_repeated(project, tmp_path, monkeypatch, tiny_directory, capfd):
+def test_a_moved_study_goes_on_where_it_was_and_its_run_can_be_repeated(
+    project, tmp_path, monkeypatch, tiny_directory, capfd
+):
     shutil.copytree(tiny_directory, project / "model")
     file = project / "mine.yaml"
     file.write_text(

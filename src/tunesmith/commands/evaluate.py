@@ -30,7 +30,7 @@ from tunesmith.data.pairstore import PairStore
 from tunesmith.data.readers import Report
 from tunesmith.data.texts import TextRows
 from tunesmith.data.tokenizer import Tokenizer, bits_per_byte, text_bytes
-from tunesmith.data.tokenstore import TokenStore, tokenise
+from tunesmith.data.tokenstore import tokenise
 from tunesmith.device import Precision, keep_freed_memory, resolve_precision
 from tunesmith.errors import UserError
 from tunesmith.files.bases import base_at

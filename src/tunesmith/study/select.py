@@ -22,7 +22,8 @@ def over_rows(experiment: Experiment, line: Line) -> Line:
     """The line over the rows read so far in place of steps, for runs whose steps differ in size."""
     runs = experiment.runs(line.label)
     scaled = {
-        seed: [replace(p, step=p.step * rows_of_step(runs[seed])) for p in series] for seed, series in line.seeds.items()
+        seed: [replace(p, step=p.step * rows_of_step(runs[seed])) for p in series]
+        for seed, series in line.seeds.items()
     }
     return replace(line, seeds=scaled)
 

@@ -28,7 +28,17 @@ from tunesmith.study.lines import (
 )
 from tunesmith.study.paper.experiments import FULL, OPTIMIZERS, judged, memory_rows, ranks
 from tunesmith.study.read import Experiment, Line, Study, is_number
-from tunesmith.study.select import PARTS, Judged, alone, best_step, choice_of, mean_curve, over_rows, present, scorer_words
+from tunesmith.study.select import (
+    PARTS,
+    Judged,
+    alone,
+    best_step,
+    choice_of,
+    mean_curve,
+    over_rows,
+    present,
+    scorer_words,
+)
 
 LOSS = f"loss, {TOKEN}"
 WIDE = 10.0  # largest over smallest value, from which on an axis is logarithmic
