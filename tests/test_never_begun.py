@@ -34,7 +34,7 @@ def test_a_signal_before_the_first_status_leaves_no_directory(tiny_directory, tm
     (out / "notes.txt").write_text("mine")
     assert ended_by(signal.SIGTERM, tiny_directory, out) == 128 + signal.SIGTERM
     assert (out / "notes.txt").exists()
-    with pytest.raises(UserError, match="was ended before it began.*start it again without --resume"):
+    with pytest.raises(UserError, match=r"was ended before it began.*start it again without --resume"):
         ts.sft(tiny_config(tiny_directory, out, resume=True))
     run = ts.sft(tiny_config(tiny_directory, out, train__steps=1))
     assert run.status["state"] == "finished"
@@ -46,7 +46,7 @@ def test_one_that_was_killed_is_begun_by_the_same_command(tiny_directory, tmp_pa
     out = tmp_path / "r"
     assert ended_by(signal.SIGKILL, tiny_directory, out) == -signal.SIGKILL
     assert not (out / "status.json").exists()
-    with pytest.raises(UserError, match="was ended before it began"):
+    with pytest.raises(UserError, match=r"was ended before it began"):
         ts.sft(tiny_config(tiny_directory, out, resume=True))
     ts.sft(tiny_config(tiny_directory, out, lora__rank=2, model__init="random", train__steps=1))
     assert Run(out).status["state"] == "finished"

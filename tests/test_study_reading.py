@@ -7,10 +7,11 @@ import pytest
 
 from frozen_study import Writer, learning, write_adapter, write_study
 from tunesmith.errors import UserError
+from tunesmith.files.run import Run
 from tunesmith.study.lines import comparable
 from tunesmith.study.paper.claims import judge_all
 from tunesmith.study.paper.experiments import judged
-from tunesmith.study.read import KEPT, Point, is_study, read_metrics, read_study, trained_parameters
+from tunesmith.study.read import KEPT, Point, is_study, read_log, read_study
 from tunesmith.study.select import finals, predicted_gb
 
 
@@ -64,11 +65,11 @@ def test_minutes_are_those_of_the_steps(tmp_path):
     ]  # 2 s, 1 s, 2 s; an estimate or a night between them is none
     records = [{"event": "train", "step": s, "time": 9e5 * s, "tokens": t, "tokens_per_s": r} for s, t, r in rates]
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
-    assert read_metrics(path, "x")[2] == Point(3, pytest.approx(5 / 60), "x", 3)
+    assert read_log(Run(tmp_path), "x").minutes == Point(3, pytest.approx(5 / 60), "x", 3)
     path.write_text(
         "".join(json.dumps(r) + "\n" for r in records[1:])
     )  # a continuation: its first line counts both halves
-    assert read_metrics(path, "x")[2] == Point(3, pytest.approx(2 / 60), "x", 2)
+    assert read_log(Run(tmp_path), "x").minutes == Point(3, pytest.approx(2 / 60), "x", 2)
 
 
 def test_long_logs_are_thinned_but_never_lose_their_end_or_peak(tmp_path):
@@ -79,11 +80,11 @@ def test_long_logs_are_thinned_but_never_lose_their_end_or_peak(tmp_path):
         for s in range(1, 3 * KEPT + 1)
     ]
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
-    lines, found, _, _ = read_metrics(path, "x")
-    assert KEPT <= len(lines["train"]) <= KEPT + 2
-    assert lines["train"][-1]["step"] == 3 * KEPT
-    assert found.line == peak
-    assert peak in [r["line"] for r in lines["train"]]
+    log = read_log(Run(tmp_path), "x")
+    assert KEPT <= len(log.lines["train"]) <= KEPT + 2
+    assert log.lines["train"][-1]["step"] == 3 * KEPT
+    assert log.peak.line == peak
+    assert peak in [r["line"] for r in log.lines["train"]]
 
 
 @pytest.mark.parametrize(
@@ -99,18 +100,22 @@ def test_long_logs_are_thinned_but_never_lose_their_end_or_peak(tmp_path):
             2,
             "line 2 is damaged and was left out",
         ),
-        ('[1]\n{"event": "eval", "step": 2}\n', 1, "line 1 is not an object"),
-        ('{"step": 2}\n', 0, "line 1 has no event or no step"),
+        (
+            '[1]\n{"event": "eval", "step": 2}\n',
+            1,
+            "line 1 is damaged and was left out: it holds a list, expected an object",
+        ),
+        ('{"step": 2}\n', 0, "line 1 is damaged and was left out: it has no event or no step"),
         ("", 0, None),
     ],
 )
 def test_damaged_lines_are_left_out_and_told(tmp_path, text, kept, told):
     path = tmp_path / "metrics.jsonl"
     path.write_text(text)
-    lines, _, _, damage = read_metrics(path, "x")
-    assert len(lines.get("eval", [])) == kept
-    assert [d for d in damage if told and told in d] == damage
-    assert bool(damage) == bool(told)
+    log = read_log(Run(tmp_path), "x")
+    assert len(log.lines.get("eval", [])) == kept
+    assert [d for d in log.damage if told and told in d] == list(log.damage)
+    assert bool(log.damage) == bool(told)
 
 
 def test_states_come_from_runner_and_run(tmp_path):
@@ -155,13 +160,13 @@ def test_two_runs_with_one_label_and_seed_are_both_kept(tmp_path):
 
 def test_trained_parameters_are_counted_in_the_checkpoint(tmp_path):
     study = read_study(write_study(tmp_path / "s", seeds=1, only=("e5",)))
-    assert trained_parameters(study.runs["e5-r8-s1"]) == 8000
-    assert trained_parameters(study.runs["e5-full-s1"]) is None
+    assert study.runs["e5-r8-s1"].trained_weights == 8000
+    assert study.runs["e5-full-s1"].trained_weights is None
     write_adapter(study.runs["e5-full-s1"].directory, 3)  # an adapter is not what a run of all weights trains
-    assert trained_parameters(study.runs["e5-full-s1"]) is None
+    assert study.runs["e5-full-s1"].trained_weights is None
     (file,) = (tmp_path / "s/runs/e5-r8-s1").rglob("adapter_model.safetensors")
     file.write_bytes(b"\xff" * 40)
-    assert trained_parameters(study.runs["e5-r8-s1"]) is None
+    assert study.runs["e5-r8-s1"].trained_weights is None
 
 
 def test_different_data_in_one_figure_are_told(tmp_path):

@@ -10,11 +10,12 @@ import pytest
 from real_studies import write_study
 from tunesmith.commands.study import tell
 from tunesmith.errors import UserError
+from tunesmith.files.run import Run
 from tunesmith.progress import span
 from tunesmith.study.definition import read_study
 from tunesmith.study.executors import Ended, Job, Local, launch, slot_environment
 from tunesmith.study.forecast import RunWork, probe, shapes_of, times, work_of
-from tunesmith.study.ledger import Ledger, only_one, position
+from tunesmith.study.ledger import Ledger, only_one
 from tunesmith.study.matrix import make_plan
 from tunesmith.study.runner import conduct
 from tunesmith.study.view import View
@@ -240,7 +241,7 @@ def test_the_live_view_shows_what_runs_and_what_is_left(go, tmp_path, capsys):
     (folder / "metrics.jsonl").write_text(
         '{"event": "train", "step": 10, "loss": 2.5}\n{"event": "eval", "step": 10}\n{"event": "tr'
     )
-    assert position(folder) == (10, 40, 2.5)
+    assert Run(folder).position() == (10, 40, 2.5)
     ledger.started("b-s1")
     console = Console(force_terminal=True, width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     view = View(ledger, list(ledger.runs), lambda: 125.0, console)

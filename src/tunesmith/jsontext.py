@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from tunesmith.errors import UserError
 
 Json = dict[str, Any]
+Bad = Callable[[int, str], None]
 CUT_OFF = "the file is cut off there"
 
 
@@ -48,6 +50,11 @@ def _as_one_kind(error: Exception, text: str | bytes) -> Exception:
     return UnreadableJSON(reason, text if isinstance(text, str) else "", 0)
 
 
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value is a finite number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def json_object(path: Path) -> Json:
     """The object in a file. Raises: OSError, FileNotFoundError among others; ValueError saying what is wrong with the content."""
     return _object(path.read_text(encoding="utf-8-sig"))
@@ -60,7 +67,7 @@ def _object(text: str) -> Json:
     return content
 
 
-def json_lines(path: Path, bad: Callable[[int, str], None]) -> Iterator[tuple[int, Json]]:
+def json_lines(path: Path, bad: Bad) -> Iterator[tuple[int, Json]]:
     """(line number from 1, object) of every readable line of a file. Raises: OSError, FileNotFoundError among others.
 
     bad: called with the number of an unreadable line and what is wrong with it, so that one bad line stays one: it notes

@@ -18,14 +18,13 @@ import yaml
 from tunesmith.commands.dpo import check as check_dpo
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.run import write_atomically
-from tunesmith.jsontext import parse_json
 from tunesmith.options.commands import StudyCommand
 from tunesmith.options.parse import from_settings, nearest
 from tunesmith.progress import STOP, span
 from tunesmith.study.definition import COMMANDS, read_study, study_path
 from tunesmith.study.executors import Executor, Local, visible_gpus
 from tunesmith.study.forecast import Seconds, memory_of, probe, shapes_of, times, work_of
-from tunesmith.study.ledger import DONE, Ledger, only_one
+from tunesmith.study.ledger import DONE, Ledger, choices, only_one
 from tunesmith.study.matrix import Plan, make_plan, plan_record
 from tunesmith.study.report import write_report
 from tunesmith.study.runner import conduct
@@ -151,7 +150,7 @@ def seconds_left(
 
 def tell(plan: Plan, ledger: Ledger, wanted: Sequence[str], interrupted: bool) -> None:
     """What came of the study. Raises: UserError if a run failed, or was stopped by somebody else than the study."""
-    for id, by_label in parse_json(ledger.file.read_text())["choices"].items():
+    for id, by_label in choices(plan, ledger.out, ledger).items():
         for label, name in by_label.items():
             rate = plan.runs[name].settings["optimizer.lr"]
             print(f"{id}: of the learning rates of {label}, {rate:g} has the lowest validation loss")

@@ -26,6 +26,7 @@ from tunesmith.data.readers import Located, Report
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.words import Words
 from tunesmith.errors import UserError
+from tunesmith.jsontext import json_object
 
 IGNORE_INDEX = -100  # the target of a token that carries no loss, as torch and transformers have it
 VERSION = 6  # raise it when the meaning of a stored byte changes
@@ -137,7 +138,7 @@ def _read(directory: Path) -> Stored | None:
     """What was written there; None if it is not there, or damaged: then it is made anew."""
     try:
         arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in COLUMNS}
-        return arrays, Report(**json.loads((directory / "report.json").read_text(encoding="utf-8")))
+        return arrays, Report(**json_object(directory / "report.json"))
     except (OSError, EOFError, ValueError):
         return None
 

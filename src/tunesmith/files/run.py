@@ -16,9 +16,10 @@ from typing import Any
 import yaml
 
 from tunesmith.errors import UserError, path_meant
-from tunesmith.jsontext import parse_json
+from tunesmith.jsontext import CUT_OFF, Bad, Json, is_number, json_lines, json_object, parse_json
 
 STEP_NAME = re.compile(r"step-(\d{8})")
+LAST_LINE = 4096  # bytes that surely hold a line of metrics.jsonl
 DRAWS = 2
 """How a run draws its rows: `draws` in its inputs.json. Without the entry (1), the training loss was estimated on the rows that
 are trained on first, and a step could take rows of two epochs."""
@@ -52,55 +53,61 @@ class Run:
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """The resolved configuration. Raises: UserError if config.yaml is missing or damaged."""
-        path = self.path / "config.yaml"
+    def stored(self, file: str) -> Json | None:
+        """What config.yaml, status.json, inputs.json or environment.json holds; None where there is no such file.
+
+        Raises: ValueError saying what is wrong with it.
+        """
+        path = self.path / file
         try:
-            config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            if path.suffix == ".json":
+                return json_object(path)
+            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except FileNotFoundError:
-            raise UserError(f"{self.path} holds no configuration of a run: there is no {path.name}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); repeat the run") from None
-        if not isinstance(config, dict):
-            raise UserError(f"{path} is damaged: it holds no options; repeat the run")
+            return None
+        except yaml.YAMLError as error:
+            raise ValueError(" ".join(str(error).split())) from None
+        if not isinstance(content, dict):
+            raise ValueError("it holds no options")
+        return content
+
+    @property
+    def config(self) -> Json:
+        """The resolved configuration. Raises: UserError if config.yaml is missing or damaged."""
+        try:
+            config = self.stored("config.yaml")
+        except ValueError as error:
+            raise UserError(f"{self.path / 'config.yaml'} is damaged ({error}); repeat the run") from None
+        if config is None:
+            raise UserError(f"{self.path} holds no configuration of a run: there is no config.yaml")
         return config
 
     @property
-    def status(self) -> dict[str, Any]:
+    def status(self) -> Json:
         """`{"state": "running|finished|stopped|diverged|failed", "step": ..., "reason": ..., "best_step": ...}`."""
-        path = self.path / "status.json"
         try:
-            status = parse_json(path.read_text(encoding="utf-8"))
-            if not isinstance(status, dict) or not {"state", "step"} <= status.keys():
+            status = self.stored("status.json")
+            if status is not None and not {"state", "step"} <= status.keys():
                 raise ValueError("it lacks a state or a step")
-            return status
-        except FileNotFoundError:
-            near = "" if self.path.exists() else path_meant(self.path, is_run)
-            raise UserError(f"{self.path} is not a run directory: it has no status.json{near}") from None
         except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}); name a checkpoint of the run by its directory") from None
+            way = "name a checkpoint of the run by its directory"
+            raise UserError(f"{self.path / 'status.json'} is damaged ({error}); {way}") from None
+        if status is None:
+            near = "" if self.path.exists() else path_meant(self.path, is_run)
+            raise UserError(f"{self.path} is not a run directory: it has no status.json{near}")
+        return status
 
     @property
-    def inputs(self) -> dict[str, Any] | None:
+    def inputs(self) -> Json | None:
         """Fingerprints of the run's inputs (`train.resuming.inputs_of`); None if none were recorded.
 
         Raises: UserError if inputs.json is damaged.
         """
-        path = self.path / "inputs.json"
         try:
-            inputs = parse_json(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
+            return self.stored("inputs.json")
         except ValueError as error:
-            raise UserError(
-                f"{path} is damaged ({error}); put it back, or start a new run with another --out"
-            ) from None
-        if not isinstance(inputs, dict):
-            raise UserError(
-                f"{path} is damaged: it names no inputs; put it back, or start a new run with another --out"
-            )
-        return inputs
+            way = "put it back, or start a new run with another --out"
+            raise UserError(f"{self.path / 'inputs.json'} is damaged ({error}); {way}") from None
 
     @property
     def draws(self) -> int:
@@ -110,19 +117,45 @@ class Run:
         except (UserError, OSError, TypeError, ValueError):
             return 1
 
-    def metrics(self, event: str | None = None) -> list[dict[str, Any]]:
+    def events(self, bad: Bad) -> Iterator[tuple[int, Json]]:
+        """(line number, event) of every readable line of metrics.jsonl. bad: hears of the others, as in `json_lines`."""
+        with contextlib.suppress(FileNotFoundError):
+            for number, record in json_lines(self.path / "metrics.jsonl", bad):
+                if isinstance(record.get("event"), str) and is_number(record.get("step")):
+                    yield number, record
+                else:
+                    bad(number, "it has no event or no step")
+
+    def metrics(self, event: str | None = None) -> list[Json]:
         """The lines of metrics.jsonl in order, or those of one event: train, eval, ...
 
         A last line cut off while being written is left out. Raises: UserError for an earlier damaged line.
         """
-        path, found = self.path / "metrics.jsonl", []
-        with contextlib.suppress(FileNotFoundError), path.open(encoding="utf-8", errors="replace") as file:
-            for number, line in enumerate(file, 1):
-                if line.endswith("\n"):
-                    record = _log_line(line, f"{path} line {number}")
-                    if event is None or record["event"] == event:
-                        found.append(record)
-        return found
+
+        def refuse(number: int, why: str) -> None:
+            if why != CUT_OFF:
+                where = f"{self.path / 'metrics.jsonl'} line {number}"
+                raise UserError(f"{where} is damaged ({why}); delete that line, or repeat the run") from None
+
+        return [record for _, record in self.events(refuse) if event in (None, record["event"])]
+
+    def position(self) -> tuple[int, int, float | None]:
+        """(step, steps, loss) of a run that may be running now, from the end of its log; zeros before it has begun."""
+        steps = 0
+        with contextlib.suppress(UserError, OSError):
+            steps = int(self.status.get("steps") or 0)
+        try:
+            with (self.path / "metrics.jsonl").open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - LAST_LINE))
+                lines = file.read().split(b"\n")[:-1]
+        except OSError:
+            return 0, steps, None
+        for line in reversed(lines):
+            with contextlib.suppress(ValueError):
+                record = parse_json(line)
+                if record["event"] == "train":
+                    return int(record["step"]), steps, record["loss"]
+        return 0, steps, None
 
     def losses(self, step: int) -> list[tuple[float, int]]:
         """The validation loss at a step batch by batch, (summed loss, count); empty if it was not kept or is damaged."""
@@ -131,6 +164,15 @@ class Run:
             return [(float(nats), int(count)) for nats, count in stored]
         except (OSError, ValueError, TypeError):
             return []
+
+    def answers(self, damage: list[str]) -> dict[int, list[Json]]:
+        """Step -> records of `answers/step-XXXXXXXX.jsonl`, in order of the steps. damage: gets a note for each unreadable line."""
+        found = {}
+        for path in sorted((self.path / "answers").glob("step-*.jsonl")):
+            if match := STEP_NAME.fullmatch(path.stem):
+                records = [record for _, record in json_lines(path, noted(path.name, damage))]
+                found[int(match[1])] = [r for r in records if {"prompt", "answer", "finish_reason"} <= r.keys()]
+        return found
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, directory) of the complete checkpoints, oldest first."""
@@ -144,6 +186,17 @@ class Run:
                 return path
         steps = ", ".join(str(found) for found, _ in self.checkpoints()) or "none"
         raise UserError(f"{self.path} has no checkpoint of step {step}; it has: {steps}")
+
+    def trained_weights(self, adapter: bool) -> int | None:
+        """How many numbers its last checkpoint holds: of the model, or of the adapter; None where none can be read."""
+        name = "adapter_model.safetensors" if adapter else "model.safetensors"
+        files = [path / name for _, path in self.checkpoints() if (path / name).exists()]
+        try:
+            with files[-1].open("rb") as file:  # its header says it; safetensors itself would load torch
+                header = parse_json(file.read(int.from_bytes(file.read(8), "little")))
+            return int(sum(math.prod(tensor["shape"]) for key, tensor in header.items() if key != "__metadata__"))
+        except (IndexError, OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError):
+            return None
 
     @property
     def resume_command(self) -> str:
@@ -161,17 +214,16 @@ class Run:
 
 
 def is_run(path: Path) -> bool:
+    """Whether a run lies there."""
     return (path / "status.json").exists()
 
 
-def _log_line(line: str, where: str) -> dict[str, Any]:
-    try:
-        record = parse_json(line)
-    except ValueError as error:
-        raise UserError(f"{where} is damaged ({error}); delete that line, or repeat the run") from None
-    if not isinstance(record, dict) or "event" not in record:
-        raise UserError(f"{where} is not an event of a run; delete that line, or repeat the run")
-    return record
+def noted(file: str, damage: list[str]) -> Bad:
+    """For `json_lines`: a damaged line is left out with a note."""
+    return lambda number, why: damage.append(f"{file} line {number} is damaged and was left out: {why}")
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 AFTER_SAVING = ("changed", "diverged")
@@ -186,13 +238,13 @@ def _up_to(lines: Sequence[str], step: int | None) -> tuple[list[int], list[int]
     kept, damaged = [], []
     for number, line in enumerate(lines):
         try:
-            record = _log_line(line, "")
-            at = record["step"]
-            if type(at) is not int or not NEEDED.get(record["event"], set()) <= record.keys():
+            record = parse_json(line)
+            at, event = record["step"], record["event"]
+            if type(at) is not int or not NEEDED.get(event, set()) <= record.keys():
                 raise KeyError
-            if line.endswith("\n") and (at, record["event"] in AFTER_SAVING) <= (-1 if step is None else step, False):
+            if line.endswith("\n") and (at, event in AFTER_SAVING) <= (-1 if step is None else step, False):
                 kept.append(number)
-        except (UserError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             damaged.append(number + 1)
     return kept, [n for n in damaged if kept and n <= kept[-1]]  # those behind it are dropped anyway
 
@@ -200,6 +252,11 @@ def _up_to(lines: Sequence[str], step: int | None) -> tuple[list[int], list[int]
 def _some(numbers: Sequence[int]) -> str:
     """`3, 4, 7`, of many only the first few."""
     return ", ".join(f"{n:,}" for n in numbers[:5]) + (f" and {len(numbers) - 5:,} more" if numbers[5:] else "")
+
+
+def write_status(directory: Path, status: Json) -> None:
+    """Replace a run's status.json."""
+    write_atomically(directory / "status.json", json.dumps(status, indent=2) + "\n")
 
 
 class RunLog:
@@ -218,15 +275,15 @@ class RunLog:
         self._board = RecordWriter(str(path / "tensorboard" / f"events.out.tfevents.{time.time_ns()}"))
         self._board_event(file_version="brain.Event:2")
 
-    def write_config(self, config: dict[str, Any]) -> None:
+    def write_config(self, config: Json) -> None:
         """Store the resolved configuration, from which the run can be repeated."""
         write_atomically(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
-    def write_inputs(self, inputs: dict[str, Any]) -> None:
+    def write_inputs(self, inputs: Json) -> None:
         """Store what the run is made from, by content, so that a resumed run can tell whether it is still that."""
         write_atomically(self.path / "inputs.json", json.dumps(inputs, indent=2) + "\n")
 
-    def write_environment(self, environment: dict[str, Any]) -> None:
+    def write_environment(self, environment: Json) -> None:
         """Store the versions and the hardware that the run is made with; of a resumed run, the last ones."""
         write_atomically(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
 
@@ -281,17 +338,13 @@ class RunLog:
 
     def status(self, state: str, step: int, reason: str = "", **more: Any) -> None:
         """Replace status.json."""
-        record = {"state": state, "step": step, "reason": reason, **more}
-        write_atomically(self.path / "status.json", json.dumps(record, indent=2) + "\n")
+        write_status(self.path, {"state": state, "step": step, "reason": reason, **more})
 
     def ended_at_once(self, by: str) -> str:
         """Leave in status.json that the process was ended in the middle of a step; returns how the run goes on."""
         status = self.run.status  # its step is that of the last checkpoint
         way_on = f"go on from its last checkpoint with: {self.run.resume_command}"
-        write_atomically(
-            self.path / "status.json",
-            json.dumps({**status, "state": "stopped", "reason": f"ended at once by {by}; {way_on}"}, indent=2) + "\n",
-        )
+        write_status(self.path, {**status, "state": "stopped", "reason": f"ended at once by {by}; {way_on}"})
         return f"; {way_on}"
 
     def close(self) -> None:

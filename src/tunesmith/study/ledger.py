@@ -13,12 +13,11 @@ from typing import Any
 
 from tunesmith.errors import UserError
 from tunesmith.files.run import Run, write_atomically
-from tunesmith.jsontext import parse_json
+from tunesmith.jsontext import json_object
 from tunesmith.study.matrix import Plan, PlannedRun, directory_of
 
 STAMP = "study.json"  # in a run's directory: which run of which study it is, and its hash
 DONE = ("finished", "diverged")  # a diverged run is a result
-LAST_LINE = 4096  # bytes that surely hold a line of metrics.jsonl
 
 
 class Ledger:
@@ -42,7 +41,7 @@ class Ledger:
 
     def _read(self) -> dict[str, dict[str, Any]]:
         try:
-            runs = parse_json(self.file.read_text(encoding="utf-8"))["runs"]
+            runs = json_object(self.file)["runs"]
         except (FileNotFoundError, ValueError, KeyError):  # the times are lost, nothing else
             return {}
         return runs if isinstance(runs, dict) else {}
@@ -103,7 +102,7 @@ def _past(state: str) -> str:
 def stamped(out: Path, name: str) -> str | None:
     """The hash of the run that lies in the directory of a name; None where there is none."""
     try:
-        return str(parse_json((out / directory_of(name) / STAMP).read_text(encoding="utf-8"))["hash"])
+        return str(json_object(out / directory_of(name) / STAMP)["hash"])
     except (OSError, ValueError, KeyError):
         return None
 
@@ -128,25 +127,6 @@ def state_of(out: Path, run: PlannedRun) -> str:
 def _last_sign(directory: Path) -> float:
     times = [p.stat().st_mtime for p in (directory / "metrics.jsonl", directory / "status.json") if p.exists()]
     return max(times, default=0.0)
-
-
-def position(directory: Path) -> tuple[int, int, float | None]:
-    """(step, steps, loss) of a run that may be running now; zeros before it has begun."""
-    steps = 0
-    with contextlib.suppress(UserError, OSError):
-        steps = int(Run(directory).status.get("steps") or 0)
-    try:
-        with (directory / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - LAST_LINE))
-            lines = file.read().split(b"\n")[:-1]
-    except OSError:
-        return 0, steps, None
-    for line in reversed(lines):
-        with contextlib.suppress(ValueError):
-            record = parse_json(line)
-            if record["event"] == "train":
-                return int(record["step"]), steps, record["loss"]
-    return 0, steps, None
 
 
 def choices(plan: Plan, out: Path, ledger: Ledger) -> dict[str, dict[str, str]]:

@@ -9,9 +9,10 @@ from itertools import pairwise
 from typing import Any
 
 import tunesmith.study.figures as look
+from tunesmith.jsontext import Json
 from tunesmith.stats import t_interval
 from tunesmith.study.figures import PAIR, PAIRWISE, TOKEN, loss_unit
-from tunesmith.study.read import Experiment, Json, Line, RunRecord, Series
+from tunesmith.study.read import Experiment, Line, RunRecord, Series
 from tunesmith.study.select import mean_curve
 
 STEPS = "optimizer step"  # what most figures count on their x axis

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any
 
 from tunesmith.files.run import Run
+from tunesmith.jsontext import is_number
 from tunesmith.stats import Interval, bootstrap_interval, paired_difference, ratio_interval, wilson_interval
 from tunesmith.study.figures import loss_unit
 from tunesmith.study.lines import measured_on, rows_seed
-from tunesmith.study.read import is_number, read_answers
+from tunesmith.study.select import rewards_by_prompt
 from tunesmith.train.choice import Estimate, apart, choose, comparable, loss_difference, read_estimates
 
 Against = tuple[str, Interval | None]
@@ -167,20 +167,11 @@ def _best_rewards(runs: Sequence[Run]) -> list[str]:
         events = run.metrics("reward")
         chosen = (run.status.get("choice") or {}).get("best_step")
         event = next((r for r in events if r["step"] == chosen), events[-1] if events else {})
-        records = read_answers(run.path / "answers")[0].get(event.get("step", -1), [])
+        records = run.answers([]).get(event.get("step", -1), [])
         if (found := rewards_by_prompt(records)) and event.get("scorer"):
             named = by_scorer.setdefault(str(event.get("scorer")), {})
             named[run.path.name if run.path.name not in named else str(run.path)] = found
     return [ranked_by_reward(scorer, found) for scorer, found in by_scorer.items() if len(found) > 1]
-
-
-def rewards_by_prompt(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Prompt -> mean reward of its answers, those that have one."""
-    rewards: dict[str, list[float]] = {}
-    for record in records:
-        if is_number(record.get("reward")):
-            rewards.setdefault(record["prompt"], []).append(record["reward"])
-    return {prompt: fmean(values) for prompt, values in rewards.items()}
 
 
 def ranked_by_reward(scorer: str, found: Mapping[str, Mapping[str, float]]) -> str:

@@ -5,22 +5,17 @@ Every number keeps the run and the line of metrics.jsonl that it comes from. No 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
-
-import yaml
 
 from tunesmith.errors import UserError
-from tunesmith.files.run import STEP_NAME, Run
-from tunesmith.jsontext import parse_json
+from tunesmith.files.run import Run, noted
+from tunesmith.jsontext import Json, is_number, json_object
 
 KEPT = 2000  # training lines of a run that a figure needs; of longer runs every n-th is kept
 OVER = ("finished", "diverged", "failed", "stopped")
 FIRST, CONTINUED = "first half", "continued"
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -61,6 +56,11 @@ class RunRecord:
             for r in self.lines.get(event, ())
             if is_number(r.get(key))
         ]
+
+    @property
+    def trained_weights(self) -> int | None:
+        """How many weights the run trained, as its last checkpoint has them; None without one."""
+        return Run(self.directory).trained_weights(adapter=bool((self.config.get("lora") or {}).get("rank")))
 
     def parts(self, step: int) -> list[tuple[float, int]]:
         """The validation loss at a step batch by batch, (summed loss, count); empty where it was not kept."""
@@ -180,10 +180,6 @@ def is_signed(key: str, configs: Iterable[Json] = ()) -> bool:
     return not key.endswith("loss") or (robust and not key.endswith("sft_loss"))
 
 
-def is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def joined(first: Series, second: Series, one: RunRecord | None, other: RunRecord | None) -> Series:
     """One series from those of a run and of its continuation."""
     if one is None or other is None or not first or not second:
@@ -260,127 +256,77 @@ def _plan(path: Path) -> Json:
 
 def _json(path: Path) -> Json:
     try:
-        found = parse_json(path.read_text(encoding="utf-8"))
+        return json_object(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); run the study again, finished runs are skipped") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: it holds a {type(found).__name__}, expected an object")
-    return found
 
 
 def _read_run(root: Path, name: str, entry: Json, progress: Json) -> RunRecord:
-    where, damage = root / entry.get("directory", f"runs/{name}"), []
+    run, damage = Run(root / entry.get("directory", f"runs/{name}")), list[str]()
 
-    def tolerant(file: str, parse: Any) -> Json:
+    def stored(file: str) -> Json:
         try:
-            found = parse((where / file).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+            return run.stored(file) or {}
+        except ValueError as error:
+            damage.append(f"{file} is damaged ({error})")
             return {}
-        except (ValueError, yaml.YAMLError) as error:
-            damage.append(f"{file} is damaged ({_first_line(error)})")
-            return {}
-        return found if isinstance(found, dict) else {}
 
-    status = tolerant("status.json", parse_json)
-    config = tolerant("config.yaml", yaml.safe_load)
-    lines, peak, minutes, more = read_metrics(where / "metrics.jsonl", name)
-    damage += more
-    if status and not any(lines.values()):
+    status, config = stored("status.json"), stored("config.yaml")
+    log = read_log(run, name)
+    damage += log.damage
+    if status and not any(log.lines.values()):
         damage.append("metrics.jsonl is empty")
-    answers, more = read_answers(where / "answers")
-    state, reason = _state(where, status, progress)
+    answers = run.answers(damage)
+    state, reason = _state(run.path, status, progress)
     return RunRecord(
-        name, where, state, reason, entry, config, status, tolerant("environment.json", parse_json), lines, peak, minutes,
-        answers, (*damage, *more),
+        name, run.path, state, reason, entry, config, status, stored("environment.json"), log.lines, log.peak, log.minutes,
+        answers, tuple(damage),
     )  # fmt: skip
 
 
 def _state(where: Path, status: Json, progress: Json) -> tuple[str, str]:
     """How the run stands: what the runner says of an unhappy end, else what the run says, else what the runner says."""
-    told, own = progress.get("state"), status.get("state")
-    if told in ("failed", "diverged", "stopped"):
-        return told, progress.get("reason") or status.get("reason", "")
+    of_runner, own = progress.get("state"), status.get("state")
+    if of_runner in ("failed", "diverged", "stopped"):
+        return of_runner, progress.get("reason") or status.get("reason", "")
     if own in OVER:
         return str(own), status.get("reason", "")
-    if told == "finished" and not where.is_dir():
+    if of_runner == "finished" and not where.is_dir():
         return "missing", ""
-    return str(told or own or ("waiting" if not where.is_dir() else "missing")), ""
+    return str(of_runner or own or ("waiting" if not where.is_dir() else "missing")), ""
 
 
-def read_metrics(path: Path, run: str) -> tuple[dict[str, list[Json]], Point | None, Point | None, list[str]]:
-    """metrics.jsonl by event, the largest memory, the minutes spent in training steps, and what was damaged."""
+@dataclass(frozen=True)
+class Log:
+    """A run's metrics.jsonl: records by event, the largest memory, the minutes spent in training steps, unreadable lines."""
+
+    lines: Mapping[str, Sequence[Json]]
+    peak: Point | None
+    minutes: Point | None
+    damage: tuple[str, ...]
+
+
+def read_log(run: Run, name: str) -> Log:
+    """The log of a run that is called `name`, as its points say. Of many training lines every n-th is kept, and those that matter."""
     lines: dict[str, list[Json]] = {}
     damage: list[str] = []
     peak, seconds = None, 0.0
-    tokens: float | None = None
-    for number, record in _records(path, damage):
-        if not isinstance(record.get("event"), str) or not is_number(record.get("step")):
-            damage.append(f"{path.name} line {number} has no event or no step")
-            continue
+    before: float | None = None
+    for number, record in run.events(noted("metrics.jsonl", damage)):
         lines.setdefault(record["event"], []).append(record | {"line": number})
         if is_number(gb := record.get("peak_memory_gb")) and (peak is None or gb > peak.value):
-            peak = Point(record["step"], gb, run, number)
-        rate, seen = record.get("tokens_per_s"), record.get("tokens")
-        if is_number(rate) and is_number(seen) and rate and seen:
-            before = 0 if record["step"] == 1 else tokens  # a continued run's first line counts the tokens of both
-            seconds, tokens = seconds + (0.0 if before is None else (seen - before) / rate), seen
+            peak = Point(record["step"], gb, name, number)
+        rate, tokens = record.get("tokens_per_s"), record.get("tokens")
+        if is_number(rate) and is_number(tokens) and rate and tokens:
+            since = 0 if record["step"] == 1 else before  # a continued run's first line counts the tokens of both
+            seconds, before = seconds + (0.0 if since is None else (tokens - since) / rate), tokens
     train = lines.get("train", [])
-    spent = Point(train[-1]["step"], seconds / 60, run, train[-1]["line"]) if train and seconds else None
+    spent = Point(train[-1]["step"], seconds / 60, name, train[-1]["line"]) if train and seconds else None
     if len(train) > KEPT:
         every = -(-len(train) // KEPT)
         lines["train"] = [
             r for i, r in enumerate(train) if not i % every or r is train[-1] or (peak and r["line"] == peak.line)
         ]
-    return lines, peak, spent, damage
-
-
-def _records(path: Path, damage: list[str]) -> Iterator[tuple[int, Json]]:
-    """(line number, record) of a JSONL file; a line that cannot be read goes to `damage`."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                record = parse_json(line)
-            except ValueError:
-                cut = "" if line.endswith("\n") else ": the file is cut off there"
-                damage.append(f"{path.name} line {number} is damaged and was left out{cut}")
-                continue
-            if isinstance(record, dict):
-                yield number, record
-            else:
-                damage.append(f"{path.name} line {number} is not an object and was left out")
-
-
-def read_answers(folder: Path) -> tuple[dict[int, list[Json]], list[str]]:
-    """Step -> records of `answers/step-XXXXXXXX.jsonl`, in order of the steps, and what was damaged."""
-    found: dict[int, list[Json]] = {}
-    damage: list[str] = []
-    for path in sorted(folder.glob("step-*.jsonl")):
-        if match := STEP_NAME.fullmatch(path.stem):
-            records = [r for _, r in _records(path, damage) if {"prompt", "answer", "finish_reason"} <= r.keys()]
-            found[int(match[1])] = records
-    return found, damage
-
-
-def trained_parameters(run: RunRecord) -> int | None:
-    """How many weights the run trained: counted in its last checkpoint (the adapter's, with LoRA); None without one."""
-    name = "adapter_model.safetensors" if run.config.get("lora", {}).get("rank") else "model.safetensors"
-    files = sorted((run.directory / "checkpoints").glob(f"step-*/{name}"))
-    return _count_weights(files[-1]) if files else None
-
-
-def _count_weights(path: Path) -> int | None:
-    """Numbers in a safetensors file, from its header; None if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            header = parse_json(file.read(int.from_bytes(file.read(8), "little")))
-        return int(sum(math.prod(tensor["shape"]) for key, tensor in header.items() if key != "__metadata__"))
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError):
-        return None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return Log(lines, peak, spent, tuple(damage))

@@ -24,7 +24,7 @@ from tunesmith.study.paper.claims import judge_all
 from tunesmith.study.paper.figures import draw_all
 from tunesmith.study.paper.tables import make_tables
 from tunesmith.study.parts import details, figure, notes, side_by_side
-from tunesmith.study.read import Study, is_study, read_answers, read_metrics, read_study
+from tunesmith.study.read import Study, is_study, read_log, read_study
 from tunesmith.study.study_page import render_study
 from tunesmith.study.tables import Cell, Table, as_csv, as_latex
 
@@ -143,7 +143,7 @@ def _run_section(run: Run, plates: Sequence[Plate], alone: bool) -> str:
     parts.append(_facts(run))
     if status.get("reason"):
         parts.append(f"<p>{html.escape(status['reason'])}</p>")
-    parts.append(notes(read_metrics(run.path / "metrics.jsonl", run.path.name)[3]))
+    parts.append(notes(read_log(run, run.path.name).damage))
     if estimates:
         parts += [figure(plate, files=False) for plate in plates]
         parts.append(_estimates_table(estimates, status.get("best_step")))
@@ -187,8 +187,7 @@ def facts_of(run: Run) -> dict[str, str]:
     if train:
         facts["tokens trained on"] = f"{train[-1]['tokens']:,}"
         # Not from the clock: a run may have lain stopped for a night before it went on.
-        spent = read_metrics(run.path / "metrics.jsonl", run.path.name)[2]
-        if spent:
+        if spent := read_log(run, run.path.name).minutes:
             facts["time"] = span(60 * spent.value)
         facts["peak memory"] = f"{train[-1]['peak_memory_gb']:.2f} GB"
     return facts
@@ -235,8 +234,8 @@ def _figure(value: float | None) -> str:
 
 def _answers(run: Run) -> str:
     """Answers step by step; of many steps the base's, the chosen one's and the last."""
-    every, damage = read_answers(run.path / "answers")
-    every = {step: records for step, records in every.items() if records}
+    damage: list[str] = []
+    every = {step: records for step, records in run.answers(damage).items() if records}
     if not every:
         return notes(damage)
     wanted = {min(every), run.status.get("best_step"), max(every)} if len(every) > SHOWN_STEPS else every.keys()

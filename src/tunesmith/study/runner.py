@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from tunesmith.errors import UserError
-from tunesmith.files.run import Run, write_atomically
+from tunesmith.files.run import Run, write_atomically, write_status
 from tunesmith.progress import STOP
 from tunesmith.study.executors import Ended, Executor, Job
 from tunesmith.study.ledger import DONE, STAMP, Ledger, moved_aside, stamped
@@ -91,7 +91,7 @@ def copy_to_continue(source: Path, directory: Path) -> None:
         if (source / part).is_dir():
             shutil.copytree(source / part, aside / part, copy_function=_link, ignore=shutil.ignore_patterns(".*"))
     status = {**Run(source).status, "state": "stopped", "reason": f"copy of {source.name}, to continue from"}
-    write_atomically(aside / "status.json", json.dumps(status, indent=2) + "\n")
+    write_status(aside, status)
     aside.rename(directory)
 
 

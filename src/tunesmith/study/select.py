@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from tunesmith.study.read import Experiment, Json, Line, Point, RunRecord, Study, is_number, shift_of
+from tunesmith.jsontext import Json, is_number
+from tunesmith.study.read import Experiment, Line, Point, RunRecord, Study, shift_of
 
 PARTS = ("parameters", "gradients", "optimizer_state", "activations", "logits")
 
@@ -80,13 +81,18 @@ def present(experiment: Experiment, *wanted: str) -> list[str]:
     return [label for label in wanted if label in experiment.labels]
 
 
-def prompt_rewards(run: RunRecord, step: int) -> dict[str, float]:
-    """Prompt -> reward of its answers (the mean of several)."""
+def rewards_by_prompt(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Prompt -> mean reward of its answers, those that have one."""
     rewards: dict[str, list[float]] = {}
-    for record in run.answers.get(step, ()):
+    for record in records:
         if is_number(record.get("reward")):
             rewards.setdefault(record["prompt"], []).append(record["reward"])
     return {prompt: fmean(values) for prompt, values in rewards.items()}
+
+
+def prompt_rewards(run: RunRecord, step: int) -> dict[str, float]:
+    """Prompt -> reward of its answers (the mean of several)."""
+    return rewards_by_prompt(run.answers.get(step, ()))
 
 
 def mean_by_prompt(several: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import yaml
 
+from tunesmith.jsontext import Json
 from tunesmith.page import document
 from tunesmith.study.own import conclusion
 from tunesmith.study.paper.claims import Claim, Finding
@@ -14,7 +15,7 @@ from tunesmith.study.paper.experiments import FULL, dpo_runs, judged, ranks
 from tunesmith.study.paper.figures import Drawn, Missing
 from tunesmith.study.paper.tables import PAPER_EXPERIMENTS
 from tunesmith.study.parts import Links, anchor, details, esc, figure, gathered, notes, side_by_side, table
-from tunesmith.study.read import Json, RunRecord, Study
+from tunesmith.study.read import RunRecord, Study
 from tunesmith.study.select import best_step
 from tunesmith.study.tables import Table
 from tunesmith.study.verdicts import FAILS, HOLDS, OPEN

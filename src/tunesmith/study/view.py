@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -12,8 +11,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tunesmith.files.run import Run
 from tunesmith.progress import span
-from tunesmith.study.ledger import DONE, Ledger, position
+from tunesmith.study.ledger import DONE, Ledger
 from tunesmith.study.matrix import directory_of
 
 TOLD_EVERY = 30.0  # seconds between two plain lines
@@ -73,7 +73,7 @@ class View:
         elif not self.live and now - self.told >= TOLD_EVERY:
             self.told = now
             for name in self.running():
-                step, steps, loss = position(Path(self.ledger.out) / directory_of(name))
+                step, steps, loss = Run(self.ledger.out / directory_of(name)).position()
                 self.say(f"{name}: step {step:,}/{steps:,}{'' if loss is None else f', loss {loss:.3f}'}")
             self.say(self.summary())
 
@@ -93,7 +93,7 @@ class View:
         """The summary and one line a running run."""
         table = Table.grid(padding=(0, 2))
         for name in self.running():
-            step, steps, loss = position(Path(self.ledger.out) / directory_of(name))
+            step, steps, loss = Run(self.ledger.out / directory_of(name)).position()
             spent = span(time.time() - self.ledger.runs[name]["started"])
             note = f"step {step:,}/{steps:,}" + ("" if loss is None else f"  loss {loss:.3f}") if steps else "preparing"
             bar = ProgressBar(total=max(1, steps), completed=step, width=24)

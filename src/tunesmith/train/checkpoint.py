@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from tunesmith.errors import UserError
 from tunesmith.files.run import Run, step_name
 from tunesmith.files.weights import write_safetensors
-from tunesmith.jsontext import parse_json
+from tunesmith.jsontext import json_object
 from tunesmith.train.optim import OneByOne, state_parts, whole_state
 
 STATE = "training_state"
@@ -67,9 +67,8 @@ def save_checkpoint(
 
 
 def stored_state(directory: Path) -> dict[str, Any]:
-    """What a checkpoint says of its training beside the tensors. Raises: OSError, json.JSONDecodeError."""
-    state: dict[str, Any] = parse_json((directory / STATE / "state.json").read_text(encoding="utf-8"))
-    return state
+    """What a checkpoint says of its training beside the tensors. Raises: OSError, ValueError."""
+    return json_object(directory / STATE / "state.json")
 
 
 def load_state(
@@ -82,7 +81,7 @@ def load_state(
     try:
         state = stored_state(directory)
         tensors = load_file(directory / STATE / "optimizer.safetensors")
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"{directory} cannot be resumed from ({error}); delete it to continue from the previous checkpoint"
         ) from None

@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from tunesmith.jsontext import Json, is_number
 from tunesmith.stats import Interval, t_interval
 from tunesmith.study import verdicts
 from tunesmith.study.paper.experiments import BATCH_1, BATCH_4, FULL, OPTIMIZERS, SPLIT, dpo_runs, judged, ranks
-from tunesmith.study.read import Experiment, Json, Line, Point, RunRecord, Study, is_number
+from tunesmith.study.read import Experiment, Line, Point, RunRecord, Study
 from tunesmith.study.select import (
     best_step,
     differences,

@@ -9,6 +9,7 @@ from typing import Any
 
 import tunesmith.study.figures as look
 from tunesmith.files.run import Run
+from tunesmith.jsontext import is_number
 from tunesmith.stats import wilson_interval
 from tunesmith.study.figures import TOKEN, Plate
 from tunesmith.study.lines import (
@@ -27,7 +28,7 @@ from tunesmith.study.lines import (
     unit_suffix,
 )
 from tunesmith.study.paper.experiments import FULL, OPTIMIZERS, judged, memory_rows, ranks
-from tunesmith.study.read import Experiment, Line, Study, is_number
+from tunesmith.study.read import Experiment, Line, Study
 from tunesmith.study.select import (
     PARTS,
     Judged,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
+from tunesmith.jsontext import is_number
 from tunesmith.stats import Interval, wilson_interval
 from tunesmith.study.lines import unit_of
 from tunesmith.study.own import own_tables
 from tunesmith.study.paper.experiments import BATCH_4, FULL, OPTIMIZERS, SPLIT, dpo_runs, judged, memory_rows, ranks
-from tunesmith.study.read import Point, RunRecord, Study, is_number, is_signed, trained_parameters
+from tunesmith.study.read import Point, RunRecord, Study, is_signed
 from tunesmith.study.select import PARTS, choice_of, finals, peaks, present
 from tunesmith.study.tables import Cell, Table, of_seeds, plain
 
@@ -54,7 +55,7 @@ def lora_ranks(study: Study) -> Table:
     for label in labels:
         used = list(memory[label].values())
         paper = PAPER_TABLE_2.get(label, (None, None))
-        counts = [n for r in e.runs(label).values() if (n := trained_parameters(r))]
+        counts = [n for r in e.runs(label).values() if (n := r.trained_weights)]
         share = 100 * fmean(p.value for p in used) / fmean(whole) if used and whole else None
         rows.append((
             Cell(label), plain(counts[0] if counts else None, 0), of_seeds(used, 3), plain(share, 1), plain(paper[1], 4),
