@@ -30,7 +30,7 @@ def test_of_a_checkpoint_that_is_removed_while_it_is_read_the_next_one_is_read(r
     copy = ts.Run(shutil.copytree(run.path, tmp_path / "run"))
     load = ts.load_reward if "reward" in run.path.name else ts.load
     part = (
-        "load_tokenizer"
+        "_tokenizer_in"
         if moment == "after the weights"
         else "load_reward_model"
         if load is ts.load_reward
@@ -63,7 +63,7 @@ def test_a_damaged_checkpoint_that_stays_is_an_error_and_so_is_a_step_that_goes(
     file.write_bytes(b"{")
     with pytest.raises(UserError, match="safetensors"):
         load(f"{copy.path}@3", device="cpu")
-    read = names.load_tokenizer
-    monkeypatch.setattr(names, "load_tokenizer", lambda d: (shutil.rmtree(d), read(d)))
+    read = names._tokenizer_in
+    monkeypatch.setattr(names, "_tokenizer_in", lambda d: (shutil.rmtree(d), read(d)))
     with pytest.raises(UserError, match=r"has no checkpoint of step 2; it has: 0, 1, 3"):
         load(f"{copy.path}@2", device="cpu")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.data.tokenizer import Tokenizer, bits_per_byte, text_bytes
-from tunesmith.files.names import find_model
+from tunesmith.files.names import load_tokenizer
 from tunesmith.options.training import DataOptions
 from tunesmith.train.splits import load_splits
 
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", default="gpt2", help="MODEL whose tokens are counted")
     parser.add_argument("--order", type=int, default=5)
     args = parser.parse_args()
-    tokenizer = Tokenizer.gpt2() if args.tokenizer == "gpt2" else Tokenizer.load(find_model(args.tokenizer))
+    tokenizer = load_tokenizer(args.tokenizer)
     print(held_out(args.dataset, tokenizer, args.order))
 
 

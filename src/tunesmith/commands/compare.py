@@ -19,7 +19,7 @@ from tunesmith.device import keep_freed_memory
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.answers import ENDINGS, ScoredAnswer
 from tunesmith.files.bases import base_at
-from tunesmith.files.names import find_model, load, load_tokenizer, read_model, shape_of
+from tunesmith.files.names import find_model, load, load_tokenizer, shape_of
 from tunesmith.files.run import write_atomically
 from tunesmith.generation.context import room_for_prompt
 from tunesmith.generation.engine import prepare
@@ -118,7 +118,7 @@ def in_words(options: GenerateOptions) -> str:
 
 def shared_tokenizer(a: str, b: str) -> Tokenizer:
     """The tokenizer of both models. Raises: UserError if they have different ones."""
-    of_a, of_b = (read_model(name, load_tokenizer) for name in (a, b))
+    of_a, of_b = map(load_tokenizer, (a, b))
     if not of_a.same_tokens(of_b):
         raise UserError(
             f"--logprobs compares the same tokens under both models, but {a} ({of_a.vocab_size:,} tokens) and "

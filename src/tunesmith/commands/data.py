@@ -21,15 +21,10 @@ from tunesmith.data.texts import resolve_loss_on
 from tunesmith.data.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
 from tunesmith.data.tokenstore import IGNORE_INDEX, TokenStore, tokenise
 from tunesmith.errors import UsageError, UserError
-from tunesmith.files.names import known_shape, read_model
+from tunesmith.files.names import known_shape, load_tokenizer
 from tunesmith.options.commands import DataCommand
 from tunesmith.options.training import DataOptions
 from tunesmith.stats import Interval
-
-
-def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a MODEL; GPT-2's own needs no download."""
-    return Tokenizer.gpt2() if name == "gpt2" else read_model(name, Tokenizer.load)
 
 
 def show_data(name: str, options: DataCommand) -> None:

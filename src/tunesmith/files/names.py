@@ -175,7 +175,7 @@ def load(name: str, *, device: str = "auto", dtype: torch.dtype = torch.float32)
         raise UsageError(f"dtype is {dtype!r}, expected a floating-point one, as torch.bfloat16")
 
     def read(directory: Path) -> tuple[GPT, Tokenizer]:
-        model, tokenizer = load_plain(directory), load_tokenizer(directory)
+        model, tokenizer = load_plain(directory), _tokenizer_in(directory)
         tokenizer.limit(model.config.vocab_size, str(directory))
         return model, tokenizer
 
@@ -189,7 +189,7 @@ def load_reward(name: str, *, device: str = "auto") -> tuple[RewardModel, Tokeni
     name: as in `load`. Raises: UserError if it is not a reward model; otherwise as `load`.
     """
     where = resolve_device(device)
-    model, tokenizer = read_model(name, lambda directory: (_reward_model(directory, name), load_tokenizer(directory)))
+    model, tokenizer = read_model(name, lambda directory: (_reward_model(directory, name), _tokenizer_in(directory)))
     return model.eval().to(where), tokenizer
 
 
@@ -294,7 +294,7 @@ def _weights_of(directory: Path) -> str:
         return ""
 
 
-def load_tokenizer(directory: Path) -> Tokenizer:
+def _tokenizer_in(directory: Path) -> Tokenizer:
     """The tokenizer in a model's directory; an adapter's is its base's where it has none of its own.
 
     Where an adapter does not say what ends an answer, its base does.
@@ -302,7 +302,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     if not is_adapter(directory):
         return Tokenizer.load(directory)
     if not (directory / "tokenizer.json").exists():
-        return load_tokenizer(_base_directory(directory, read_adapter(directory)))
+        return _tokenizer_in(_base_directory(directory, read_adapter(directory)))
     tokenizer = Tokenizer.load(directory)
     if not (directory / "generation_config.json").exists():
         base = _base_directory(directory, read_adapter(directory))
@@ -317,10 +317,10 @@ def load_for_training(name: str, *, init: str, dropout: float, seed: int) -> tup
     """
     if init == "random":
         model = new_model(dataclasses.replace(shape_of(name), dropout=dropout), seed)
-        tokenizer = tokenizer_of(name)
+        tokenizer = load_tokenizer(name)
     else:
         model, tokenizer = read_model(
-            name, lambda directory: (load_plain(directory, dropout=dropout), load_tokenizer(directory))
+            name, lambda directory: (load_plain(directory, dropout=dropout), _tokenizer_in(directory))
         )
     tokenizer.limit(model.config.vocab_size, name)
     return model, tokenizer
@@ -350,9 +350,12 @@ def known_shape(model: str) -> GPTConfig | None:
         return None
 
 
-def tokenizer_of(name: str) -> Tokenizer:
-    """Tokenizer of a named size, which comes with the package, or of a MODEL."""
-    return Tokenizer.gpt2() if name in SIZES else read_model(name, load_tokenizer)
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of a MODEL: an adapter's is its base's where it has none of its own.
+
+    The one of the named sizes (gpt2, gpt2-medium, ...) comes with the package and needs no download. Raises: as `find_model`.
+    """
+    return Tokenizer.gpt2() if name in SIZES else read_model(name, _tokenizer_in)
 
 
 def new_model(shape: GPTConfig, seed: int) -> GPT:

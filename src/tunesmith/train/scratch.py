@@ -12,7 +12,7 @@ from tunesmith.data.dialogue import prose
 from tunesmith.data.readers import Report
 from tunesmith.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from tunesmith.errors import UsageError, UserError
-from tunesmith.files.names import shape_of, tokenizer_of
+from tunesmith.files.names import load_tokenizer, shape_of
 from tunesmith.files.run import Run
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.options.pretraining import PretrainConfig, PretrainDataOptions
@@ -76,7 +76,7 @@ def make_tokenizer(config: PretrainConfig, path: Path) -> Tokenizer:
     if config.resume and (saved := Run(path).checkpoints()):
         return Tokenizer.load(saved[-1][1])
     if config.tokenizer.name != NEW:
-        return tokenizer_of(config.tokenizer.name)
+        return load_tokenizer(config.tokenizer.name)
     assert config.tokenizer.vocab_size is not None
     return Tokenizer.train(training_texts(config.data), config.tokenizer.vocab_size)
 
