@@ -243,7 +243,7 @@ def test_operations_of_a_step():
     assert step_operations(shape, work, attended=1024) == 3 * forward
     again = dataclasses.replace(work, checkpointing=True)
     assert step_operations(shape, again, attended=1024) == 4 * forward - 2 * shape.vocab_size * shape.n_embd
-    assert step_operations(shape, work, attended=1024, reference=True) == 4 * forward
+    assert step_operations(shape, work, attended=1024, frozen_passes=1) == 4 * forward
     fewer = dataclasses.replace(work, supervised=512)
     assert 0.8 < step_operations(shape, fewer, attended=1024) / (3 * forward) < 1
 

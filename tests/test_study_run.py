@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from real_studies import write_study
-from tunesmith.commands.study import tell
+from tunesmith.commands.study import check_runs, tell
 from tunesmith.errors import UserError
 from tunesmith.files.run import Run
 from tunesmith.progress import span
 from tunesmith.study.definition import read_study
 from tunesmith.study.executors import Ended, Job, Local, launch, slot_environment
-from tunesmith.study.forecast import RunWork, probe, shapes_of, times, work_of
+from tunesmith.study.forecast import RunWork, forecasts_of, probe, times, work_of
 from tunesmith.study.ledger import Ledger, only_one
 from tunesmith.study.matrix import make_plan
 from tunesmith.study.runner import conduct
@@ -195,17 +195,17 @@ def test_time_comes_from_finished_runs_alike_then_from_others_then_from_the_prob
     assert times(works, ledger)["f-s1"] is None
     assert times(works, ledger, {"f-s1": 40.0})["f-s1"].value == 8.0
     plan = ledger.plan
-    rates = probe(plan, shapes_of(plan))
+    rates = probe(forecasts_of(plan, check_runs(plan)))
     assert set(rates) == set(plan.runs)
     assert min(rates.values()) > 1e7
 
 
 def test_work_counts_steps_and_estimates_and_only_what_is_left_of_a_continuation(go):
     plan = go(wanted=["f-s1"])[2].plan
-    shapes = shapes_of(plan)
-    a, c = (work_of(plan, plan.runs[n], shapes[n]).operations for n in ("a-s1", "c-s1"))
+    forecasts = forecasts_of(plan, check_runs(plan))
+    a, c = (work_of(plan, plan.runs[n], forecasts[n]).operations for n in ("a-s1", "c-s1"))
     assert a / 2 < c < a  # 6 steps, and 3 more without the estimate at step 0
-    assert shapes["d-s1"] == shapes["a-s1"]
+    assert forecasts["d-s1"].setting.shape == forecasts["a-s1"].setting.shape
 
 
 def test_one_run_a_device_and_shared_cores(monkeypatch):

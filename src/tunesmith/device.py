@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import platform
 import random
@@ -78,6 +79,7 @@ def resolve_compile(asked: bool | str, device: torch.device) -> bool:
     return asked is True or (asked == "auto" and find_spec("triton") is not None)
 
 
+@functools.cache  # near the limit two probes may differ, and one process must not
 def _cpu_prefers_bf16(width: int) -> bool:
     """Whether forward and backward of an MLP takes at most 2/3 of the time under bf16 autocast (probed, about 0.1 s)."""
     x = torch.ones(256, width, requires_grad=True)

@@ -25,13 +25,13 @@ from tunesmith.files.names import known_shape, nearest_model, shape_of
 from tunesmith.models.gpt2 import SIZES, GPTConfig
 from tunesmith.options.planning import PlanDPO, PlanPretrain, PlanReward, PlanSFT
 from tunesmith.options.pretraining import PretrainConfig
-from tunesmith.options.training import DPOConfig, RewardConfig
 from tunesmith.plan.planning import (
     Setting,
     as_options,
     candidates,
     choose,
     effect,
+    estimate_passes,
     find_place,
     is_exact,
     make_setting,
@@ -41,12 +41,12 @@ from tunesmith.plan.planning import (
 from tunesmith.plan.probe import StepTime, probe_step
 from tunesmith.plan.workload import Rows
 from tunesmith.progress import span
-from tunesmith.train.resolve import MOST_ITERS, check_options, check_pair_options, default_iters
-from tunesmith.train.scratch import problems_of, resolve_shape
+from tunesmith.train.methods.table import method_of
+from tunesmith.train.resolve import check_options
+from tunesmith.train.scratch import resolve_shape
 from tunesmith.train.trainee import AnyConfig
 
 PlanConfig = PlanSFT | PlanDPO | PlanReward | PlanPretrain
-ESTIMATES = 40  # as `resolve.resolve_length` spreads them
 GAINS = {
     "train.activation_checkpointing": "activations are recomputed in backward",
     "train.batch_size": "fewer rows at a time; the gradient is the same sum",
@@ -55,7 +55,6 @@ GAINS = {
     "train.weights": "matrices take two bytes per number, updated with stochastic rounding",
     "optimizer.name": "optimizer state takes one byte per number",
     "train.grad_clip": "needed by the update inside backward; clipping is lost",
-    "dpo.reference": "no second set of weights; computed once before training",
 }
 
 
@@ -103,9 +102,10 @@ def _resolved(options: PlanConfig) -> tuple[AnyConfig, GPTConfig]:
     if isinstance(options, PretrainConfig):
         _shape(options.model.name)
         config, shape = resolve_shape(options)
-        check_options(config, [p for p in problems_of(config) if not p.startswith("--data.name")])  # no data is read
+        problems = method_of(config).check(config)
+        check_options(config, [p for p in problems if not p.startswith("--data.name")])  # no data is read
         return config, dataclasses.replace(shape, vocab_size=_vocabulary(config, shape))
-    check_options(options, check_pair_options(options.data) if isinstance(options, PlanDPO | PlanReward) else [])
+    check_options(options, method_of(options).check(options))
     with base_at(options.model.base):
         return options, _shape(options.model.name)
 
@@ -135,15 +135,12 @@ def _shape(name: str) -> GPTConfig:
 
 def _record(asked: Setting, s: Setting, time: StepTime | None) -> dict[str, Any]:
     """The plan as plain values: bytes, seconds, and where each is from."""
-    t, e, m = s.config.train, s.config.eval, s.memory
+    t, m = s.config.train, s.memory
     seconds = time.step(t.accumulate) if time else s.estimate
-    tokens = s.work.tokens * t.accumulate
-    every = e.every or max(1, (t.steps or 1000) // ESTIMATES)
+    tokens, steps = s.work.tokens * t.accumulate, t.steps or 1000
     forward = (time.micro_batch if time else seconds / t.accumulate) / 3
-    iters = e.iters or default_iters(s.config, t.steps or 1000, every, (MOST_ITERS, MOST_ITERS))
-    estimates = (e.at_start + (t.steps or 1000) / every) * 2 * iters * forward
     return {
-        "command": _command(s.config), "model": s.config.model.name, "device": s.place.name,
+        "command": s.method.command, "model": s.config.model.name, "device": s.place.name,
         "precision": t.precision, "changes": dict(s.changes), "exact": is_exact(s.changes),
         "memory": {
             "parameters": m.parameters, "gradients": m.gradients, "optimizer": m.optimizer, "activations": m.activations,
@@ -152,16 +149,10 @@ def _record(asked: Setting, s: Setting, time: StepTime | None) -> dict[str, Any]
         },
         "asked_total": round(asked.total), "memory_source": "counted",
         "tokens_per_step": tokens, "seconds_per_step": seconds, "tokens_per_s": tokens / seconds,
-        "steps": t.steps, "training_seconds": (t.steps or 1000) * seconds, "estimates_seconds": estimates,
+        "steps": t.steps, "training_seconds": steps * seconds, "estimates_seconds": estimate_passes(s.config, steps) * forward,
         "time_source": "probed here" if time else "estimated from the data sheet, not measured",
         "text_tokens": s.rows.text_tokens, "supervised": s.rows.supervised,
     }  # fmt: skip
-
-
-def _command(config: AnyConfig) -> str:
-    if isinstance(config, PretrainConfig):
-        return "pretrain"
-    return "dpo" if isinstance(config, DPOConfig) else "reward" if isinstance(config, RewardConfig) else "sft"
 
 
 def _time_lines(s: Setting, record: dict[str, Any]) -> list[str]:
@@ -176,8 +167,8 @@ def _time_lines(s: Setting, record: dict[str, Any]) -> list[str]:
         f"  tokens/s              {record['tokens_per_s']:,.0f}",
         f"  {count}: {span(record['training_seconds'])}, with the loss estimates {span(whole)}",
     ]
-    if isinstance(s.config, DPOConfig) and s.config.dpo.reference == "cached":
-        lines.append("  plus a forward pass over all pairs before the first step, if the reference is not computed yet")
+    if ahead := s.method.step_work(s.config).ahead:
+        lines.append(f"  plus {ahead}")
     if s.place.card:
         lines.append(
             f"  assumed: matrix products reach 45 % of the {s.place.card.title}'s dense peak, the rest 70 % of its bandwidth"
@@ -233,13 +224,14 @@ def _reasons(asked: Setting, chosen: Setting, every: Sequence[Setting], room: fl
         f"{_gb(asked.total - room)} too much" if asked.total > room else "which fits too but is estimated to be slower"
     )
     lines.append(f"  add: {as_options(chosen.changes)}")
+    gains = GAINS | {option: gain for option, (_, gain) in asked.method.cheaper(asked.config).items()}
     for name, value in chosen.changes.items():
         if name in ("train.accumulate", "train.grad_clip") and name != list(chosen.changes)[-1]:
             continue
         saved, cost = effect(asked, name, value)
         inexact = "" if is_exact({name: value}) else "; not exact"
         lines.append(
-            f"  {name} {option_value(value)}: {GAINS[name]}; by itself saves {_gb(saved)}, about {cost:+.0%} time{inexact}"
+            f"  {name} {option_value(value)}: {gains[name]}; by itself saves {_gb(saved)}, about {cost:+.0%} time{inexact}"
         )
     faster = sorted((s for s in every if s.total > room and s.estimate < chosen.estimate), key=lambda s: s.estimate)
     for s in faster[:4]:
@@ -257,7 +249,7 @@ def _nothing_fits(asked: Setting, every: Sequence[Setting], room: float) -> str:
         s = make_setting(asked.config, asked.shape, asked.rows, asked.place, leanest | more)
         ideas.append(f"{words} needs {_gb(s.total)}" + ("" if s.total <= room else ", also too much"))
 
-    if not asked.work.rank and not isinstance(asked.config, PretrainConfig):
+    if not asked.work.rank and not asked.method.new_model:
         idea("--lora.rank 8", {"lora.rank": 8})
     half = block_size_of(asked.config.data) // 2
     if half >= 64:

@@ -49,7 +49,7 @@ def train_reward_model(config: RewardConfig) -> Run:
 
 def _train_reward_model(config: RewardConfig, path: Path) -> Run:
     """As `train_reward_model`, in the run's own directory."""
-    trainee = load_trainee(config, path, reward=True)
+    trainee = load_trainee(config, path, scored=True)
     model = trainee.model
     assert isinstance(model, RewardModel)
     config = resolve_data(config, trainee.gpt.config.block_size)

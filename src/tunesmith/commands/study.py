@@ -9,13 +9,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from tunesmith.commands.dpo import check as check_dpo
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.run import write_atomically
 from tunesmith.options.commands import StudyCommand
@@ -23,13 +21,15 @@ from tunesmith.options.parse import from_settings, nearest
 from tunesmith.progress import STOP, span
 from tunesmith.study.definition import COMMANDS, read_study, study_path
 from tunesmith.study.executors import Executor, Local, visible_gpus
-from tunesmith.study.forecast import Seconds, memory_of, probe, shapes_of, times, work_of
+from tunesmith.study.forecast import Forecast, RunWork, Seconds, forecasts_of, probe, times, work_of
 from tunesmith.study.ledger import DONE, Ledger, choices, only_one
 from tunesmith.study.matrix import Plan, make_plan, plan_record
 from tunesmith.study.report import write_report
 from tunesmith.study.runner import conduct
 from tunesmith.study.view import View
-from tunesmith.train.resolve import check_options, check_pair_options
+from tunesmith.train.methods.table import METHODS
+from tunesmith.train.resolve import check_options
+from tunesmith.train.trainee import AnyConfig
 
 
 def study(name: str, options: StudyCommand) -> Path:
@@ -40,19 +40,19 @@ def study(name: str, options: StudyCommand) -> Path:
     """
     places = {f"data.{k}": v for k, v in vars(options.data).items() if v is not None}
     plan = make_plan(read_study(study_path(name), options.scale, batching=options.batching), places)
-    check_runs(plan)
+    configs = check_runs(plan)
     wanted = select(plan, options.only)
     if options.jobs is not None and options.jobs < 1:
         raise UsageError(f"--jobs is {options.jobs}, expected at least 1")
     out = Path(options.out or default_directory(plan))
-    shapes = shapes_of(plan)
-    works = {name: work_of(plan, run, shapes[name]) for name, run in plan.runs.items()}
+    forecasts = forecasts_of(plan, configs)
+    works = {name: work_of(plan, run, forecasts[name]) for name, run in plan.runs.items()}
     if options.dry_run:
-        show(plan, out, wanted, shapes, works)
+        show(plan, out, wanted, forecasts, works)
         return out
     out.mkdir(parents=True, exist_ok=True)
     with only_one(out), STOP.catching():
-        write_plan(plan, out, shapes)
+        write_plan(plan, out, forecasts)
         ledger = Ledger(plan, out)
         ledger.save()
         executor = make_executor(options)
@@ -77,19 +77,19 @@ def default_directory(plan: Plan) -> str:
     return f"studies/{plan.study.name}" + (f"-{plan.study.scale}" if plan.study.scale else "")
 
 
-def check_runs(plan: Plan) -> None:
-    """What a training command would refuse before its first step, for all runs at once. Raises: UsageError."""
+def check_runs(plan: Plan) -> dict[str, AnyConfig]:
+    """The options of every run. Raises: UsageError with what the training commands would refuse before their first step."""
     problems: dict[str, str] = {}
+    configs: dict[str, AnyConfig] = {}
     for name, run in plan.runs.items():
         config = from_settings(COMMANDS[run.command], run.settings, run.where)
-        more = check_dpo(config) if run.command == "dpo" else []
-        more += check_pair_options(config.data) if run.command == "reward" else []
         try:
-            check_options(config, more)
+            configs[name] = check_options(config, METHODS[run.command].check(config))
         except UsageError as error:
             problems.setdefault(f"{run.where}: {error}", name)
     if problems:
         raise UsageError("; ".join(f"{text} (run {name})" for text, name in problems.items()))
+    return configs
 
 
 def select(plan: Plan, only: str | None) -> list[str]:
@@ -112,11 +112,11 @@ def select(plan: Plan, only: str | None) -> list[str]:
     return [name for name in plan.runs if name in chosen]
 
 
-def write_plan(plan: Plan, out: Path, shapes: dict[str, Any]) -> None:
+def write_plan(plan: Plan, out: Path, forecasts: Mapping[str, Forecast | None]) -> None:
     """study.yaml and plan.json, with the memory that is predicted for each run."""
     record = plan_record(plan)
-    for name, run in plan.runs.items():
-        memory = memory_of(run, shapes[name])
+    for name, forecast in forecasts.items():
+        memory = forecast and forecast.memory
         record["runs"][name]["memory"] = dataclasses.asdict(memory) if memory else None
     write_atomically(out / "study.yaml", yaml.safe_dump(dict(plan.study.content), sort_keys=False))
     write_atomically(out / "plan.json", json.dumps(record, indent=1) + "\n")
@@ -174,22 +174,28 @@ def tell(plan: Plan, ledger: Ledger, wanted: Sequence[str], interrupted: bool) -
 # ---- dry run ---------------------------------------------------------------------------------------------------------
 
 
-def show(plan: Plan, out: Path, wanted: Sequence[str], shapes: dict[str, Any], works: dict[str, Any]) -> None:
+def show(
+    plan: Plan,
+    out: Path,
+    wanted: Sequence[str],
+    forecasts: Mapping[str, Forecast | None],
+    works: Mapping[str, RunWork | None],
+) -> None:
     """Print the matrix of runs with predicted memory and time."""
     ledger = Ledger(plan, out)
     missing = {n: w for n, w in works.items() if n in wanted}
     expected = times(works, ledger)
     if any(expected[n] is None and w is not None for n, w in missing.items()):
-        expected = times(works, ledger, probe(plan, shapes))
+        expected = times(works, ledger, probe({n: forecasts[n] for n in missing}))
     shown_as: dict[str, list[str]] = {}
     for id, (_, shown) in plan.experiments.items():
-        for s in shown:
-            shown_as.setdefault(s.run, []).append(f"{id} {s.label}")
+        for one in shown:
+            shown_as.setdefault(one.run, []).append(f"{id} {one.label}")
     rows = [("run", "command", "shown as", "needs", "state", "memory", "time")]
     largest, total, sources, unknown = 0, 0.0, dict[str, None](), 0
     for name in wanted:
-        run, memory, seconds = plan.runs[name], memory_of(plan.runs[name], shapes[name]), expected[name]
-        state = ledger.state(name)
+        run, forecast, seconds, state = plan.runs[name], forecasts[name], expected[name], ledger.state(name)
+        memory = forecast and forecast.memory
         rows.append((
             name, run.command, "; ".join(shown_as.get(name, [])), ", ".join(run.needs), state,
             f"{memory.peak / 1e9:.2f} GB" if memory else "?", span(seconds.value) if seconds else "?",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tunesmith.plan.memory import Memory, Shape, Work
-from tunesmith.plan.workload import step_operations, step_traffic
+from tunesmith.plan.memory import Memory, Work
+from tunesmith.plan.workload import step_traffic
 
 CONTEXT = 0.5e9  # bytes that CUDA and its libraries take before the first tensor; assumed
 PRODUCTS, BANDWIDTH = 0.45, 0.7  # shares of a data sheet's peaks that training reaches; assumed, not measured
@@ -23,8 +23,8 @@ class Card:
 
     @property
     def precision(self) -> str:
-        """What train.precision auto means on it (`device.resolve_precision`): bf16 where it is native, else fp16."""
-        return "bf16" if "bf16" in self.peak else "fp16"
+        """What train.precision auto means on it (`device.resolve_precision`): bf16 where it is native, else fp16, else fp32."""
+        return next(name for name in ("bf16", "fp16", "fp32") if name in self.peak)
 
 
 def _card(title: str, gb: float, gb_per_s: float, fp32: float, fp16: float, *, bf16: bool) -> Card:
@@ -47,10 +47,7 @@ CARDS = {
 }
 
 
-def card_seconds(
-    card: Card, precision: str, shape: Shape, work: Work, memory: Memory, *, attended: float, reference: bool = False
-) -> float:
-    """Estimated seconds of an optimizer step: products at a share of the peak, then the rest at a share of the bandwidth."""
-    operations = work.micro_batches * work.tokens * step_operations(shape, work, attended=attended, reference=reference)
+def card_seconds(card: Card, precision: str, operations: float, memory: Memory, work: Work) -> float:
+    """Estimated seconds of an optimizer step: its operations at a share of the peak, then the rest at a share of the bandwidth."""
     peak = card.peak.get(precision, card.peak["fp32"])
     return operations / (PRODUCTS * peak) + step_traffic(memory, work) / (BANDWIDTH * card.bandwidth)

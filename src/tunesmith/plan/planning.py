@@ -21,11 +21,12 @@ from tunesmith.device import has_lean_allocator, resident_memory, resolve_device
 from tunesmith.errors import UsageError
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.models.head import head_chunk
-from tunesmith.options.training import DPOConfig, RewardConfig
 from tunesmith.plan.cards import CARDS, CONTEXT, Card, card_seconds
 from tunesmith.plan.memory import Memory, Work, adapted_layers, count_parameters, predict_memory
-from tunesmith.plan.workload import Rows, shared_keys
-from tunesmith.train.resolve import resolve_data
+from tunesmith.plan.workload import Rows, forward_operations, shared_keys, step_operations
+from tunesmith.train.methods.method import Method
+from tunesmith.train.methods.table import method_of
+from tunesmith.train.resolve import MOST_ITERS, default_iters, resolve_data
 from tunesmith.train.trainee import AnyConfig
 
 LEAN_TIME = 1.25  # of a step with --train.allocator lean, in times of one with fast; measured with GPT-2, small models take more
@@ -37,6 +38,7 @@ block, all activations; with LoRA and without. Fitted to measured peaks (benchma
 where its alignment happens to fit, so that the same training differs by some percent from run to run."""
 CONVERTED = 0.4
 """Where all weights are trained in bfloat16: of the float32 ones that they were made from, what stays of their places on that heap."""
+ESTIMATES = 40  # of a training, as `resolve.resolve_length` spreads them where eval.every is left out
 CPU = Card("this processor", 0.0, 1e10, {"fp32": 1e11, "bf16": 1e11, "fp16": 1e11})  # only to compare settings with
 
 
@@ -85,12 +87,28 @@ class Setting:
         return self.place.base + self.peak
 
     @property
+    def method(self) -> Method:
+        """The way to train that is planned."""
+        return method_of(self.config)
+
+    @property
+    def operations(self) -> float:
+        """Floating-point operations of an optimizer step, without its update."""
+        frozen = self.method.step_work(self.config).frozen_passes
+        a_token = step_operations(self.shape, self.work, attended=self.rows.text_tokens, frozen_passes=frozen)
+        return self.work.micro_batches * self.work.tokens * a_token
+
+    @property
+    def forward_operations(self) -> float:
+        """Floating-point operations of a forward pass over a micro-batch."""
+        share = self.work.losses / self.work.tokens
+        return self.work.tokens * forward_operations(self.shape, attended=self.rows.text_tokens, supervised=share)
+
+    @property
     def estimate(self) -> float:
         """Seconds of a step by the card's data sheet; on this machine only good to compare settings with."""
-        seconds = card_seconds(
-            self.place.card or CPU, self.config.train.precision, self.shape, self.work, self.memory,
-            attended=self.rows.text_tokens, reference=live_reference(self.config),
-        )  # fmt: skip
+        card, precision = self.place.card or CPU, self.config.train.precision
+        seconds = card_seconds(card, precision, self.operations, self.memory, self.work)
         return seconds * (LEAN_TIME if self.config.train.allocator == "lean" else 1.0)
 
 
@@ -127,16 +145,14 @@ def make_setting(config: AnyConfig, shape: GPTConfig, rows: Rows, place: Place, 
     Raises: UsageError if the LoRA targets name no whole kinds of layers, whose memory is not counted; UserError if the
         model has no positions for the block size.
     """
-    config = resolve_data(_changed(config, changes), shape.block_size)
+    method = method_of(config)
+    config = method.resolve(resolve_data(_changed(config, changes), shape.block_size))
     t = config.train
     if place.card:
         precision = place.card.precision if t.precision == "auto" else t.precision
     else:
         precision = resolve_precision(t.precision, resolve_device(place.name), shape.n_embd)
     config = _changed(config, {"train.precision": precision} | ({} if place.card else {"train.device": place.name}))
-    if isinstance(config, DPOConfig) and config.dpo.reference == "auto":
-        reference = "model" if config.dpo.reference_device else "cached"
-        config = _changed(config, {"dpo.reference": reference})
     rows = rows_of(config, rows)
     work = work_of(config, rows)
     return Setting(config, shape, rows, work, predict_memory(shape, work), place, changes)
@@ -161,29 +177,27 @@ def work_of(config: AnyConfig, rows: Rows) -> Work:
             "mlp.c_fc, mlp.c_proj, lm_head, all-linear)"
         )
     tokens = t.batch_size * block_size_of(d)
-    reward, half = isinstance(config, RewardConfig), t.precision != "fp32"
+    method, half = method_of(config), t.precision != "fp32"
     supervised = round(rows.supervised * tokens)
-    pairs = isinstance(config, DPOConfig | RewardConfig)
-    if reward:
+    if method.scored:  # of a pair the last tokens of two answers go on to the score, and the others end before
         supervised = 2 * max(1, round(tokens / rows.text_tokens))
     mode = t.activation_checkpointing
     return Work(
-        tokens, config.optimizer.name, supervised=max(1, supervised), packed=d.batching == "packed" or reward,
+        tokens, config.optimizer.name, supervised=max(1, supervised), packed=d.batching == "packed" or method.scored,
         micro_batches=t.accumulate, rank=lora.rank, targets=targets, half=half,
         chunk=head_chunk(t.precision) if t.precision != "auto" else 256,
         checkpointing=False if mode == "auto" else mode, in_backward=t.optimizer_in_backward,
-        bf16_weights=t.weights == "bf16", copies=2 if _second_model(config) else 1, head=not reward,
-        shared_keys=shared_keys(tokens, rows.supervised) if pairs else 0,
+        bf16_weights=t.weights == "bf16", copies=method.step_work(config).copies, head=not method.scored,
+        shared_keys=shared_keys(tokens, rows.supervised) if method.pairs else 0,
     )  # fmt: skip
 
 
-def _second_model(config: AnyConfig) -> bool:
-    return isinstance(config, DPOConfig) and config.dpo.reference == "model" and config.dpo.reference_device is None
-
-
-def live_reference(config: AnyConfig) -> bool:
-    """Whether DPO computes its reference in every step."""
-    return isinstance(config, DPOConfig) and config.dpo.reference in ("model", "adapter")
+def estimate_passes(config: AnyConfig, steps: int, *, done: int = 0) -> float:
+    """Forward passes over a micro-batch that the loss estimates from step `done` to `steps` take; on small data they are fewer."""
+    e = config.eval
+    every = e.every or max(1, steps // ESTIMATES)
+    iters = e.iters or default_iters(config, steps, every, (MOST_ITERS, MOST_ITERS))
+    return (e.at_start + (steps - done) / every) * 2 * iters
 
 
 def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
@@ -215,7 +229,6 @@ def alternatives(config: AnyConfig, *, inexact: bool) -> Iterator[dict[str, Any]
     splits = [n for n in range(1, min(t.batch_size, MOST_PARTS) + 1) if t.batch_size % n == 0]
     weights = ["bf16"] if inexact and t.weights == "fp32" else []
     optimizers = ["adamw8bit"] if inexact and name == "adamw" else []
-    cached = ["cached"] if live_reference(config) else []
     allocators = ["lean"] if t.allocator == "fast" else []
     for parts in splits:
         accumulate = t.accumulate * parts
@@ -225,8 +238,9 @@ def alternatives(config: AnyConfig, *, inexact: bool) -> Iterator[dict[str, Any]
         fewer = {"train.batch_size": t.batch_size // parts, "train.accumulate": accumulate} if parts > 1 else {}
         early = {"train.optimizer_in_backward": True} | ({"train.grad_clip": 0.0} if t.grad_clip else {})
         free: dict[str, list[Any]] = {
-            "dpo.reference": cached, "train.activation_checkpointing": modes, "train.weights": weights,
-            "optimizer.name": optimizers, "train.allocator": allocators,
+            **{option: [value] for option, (value, _) in method_of(config).cheaper(config).items()},
+            "train.activation_checkpointing": modes, "train.weights": weights, "optimizer.name": optimizers,
+            "train.allocator": allocators,
         }  # fmt: skip
         choices: list[list[dict[str, Any]]] = [[{}, *({key: v} for v in values)] for key, values in free.items()]
         for some in itertools.product(*choices, [{}, early] if may_be_early else [{}]):

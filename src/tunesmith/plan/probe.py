@@ -15,25 +15,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from tunesmith.data.batch import Batch
 from tunesmith.data.cutting import block_size_of
 from tunesmith.data.pairs import join_pairs
 from tunesmith.device import resolve_compile
+from tunesmith.files.names import new_model
 from tunesmith.models.attention import Documents
-from tunesmith.models.gpt2 import GPT, GPTConfig
-from tunesmith.models.lora import apply_lora
-from tunesmith.models.scored import RewardModel
-from tunesmith.options.training import DPOConfig, RewardConfig
+from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.plan.workload import Rows
+from tunesmith.train.methods.table import method_of
 from tunesmith.train.optim import OneByOne
-from tunesmith.train.pair_loss import PreferenceLoss, dpo_loss_sum, reward_loss_sum
-from tunesmith.train.reference import adapter_off, second_model
-from tunesmith.train.resolve import precision_of
 from tunesmith.train.step import optimizer_step
-from tunesmith.train.token_loss import nll_sum
-from tunesmith.train.trainee import AnyConfig, alpha_of, make_optimizer, prepare_model, store_in_bf16
+from tunesmith.train.trainee import AnyConfig, equip, make_optimizer, prepare_model
 
 BLOCKS = 4  # of the larger of the two models
 BUDGET, REPEATS = 8.0, 5  # seconds after the warm-up, and most steps of each
@@ -51,8 +45,8 @@ class StepTime:
         return micro_batches * self.micro_batch + self.update
 
 
-def probe_step(config: AnyConfig, shape: GPTConfig, rows: Rows) -> StepTime:
-    """Time steps of a resolved configuration on its device, in about ten seconds (longer where a single step is)."""
+def probe_step(config: AnyConfig, shape: GPTConfig, rows: Rows, *, budget: float = BUDGET) -> StepTime:
+    """Time steps of a resolved configuration on its device, in about `budget` seconds (longer where a single step is)."""
     few = min(BLOCKS, shape.n_layer)
     steps = {n: make_step(config, dataclasses.replace(shape, n_layer=n), rows) for n in {1, few}}
     for step in steps.values():
@@ -62,7 +56,7 @@ def probe_step(config: AnyConfig, shape: GPTConfig, rows: Rows) -> StepTime:
     for _ in range(REPEATS):
         for n, step in steps.items():  # in turn, so that a drift of the machine meets both
             found[n].append(step())
-        if time.perf_counter() - began > BUDGET:
+        if time.perf_counter() - began > budget:
             break
 
     def whole(part: str) -> float:
@@ -74,19 +68,14 @@ def probe_step(config: AnyConfig, shape: GPTConfig, rows: Rows) -> StepTime:
 
 def make_step(config: AnyConfig, shape: GPTConfig, rows: Rows, micro_batches: int = 1) -> Callable[[], StepTime]:
     """A model of this shape with random weights, and a function that trains it one step on random tokens and tells the time."""
-    config = decided(config)
-    gpt = GPT(shape)
-    gpt.init_weights(torch.Generator().manual_seed(0))
-    model: nn.Module = RewardModel(gpt) if isinstance(config, RewardConfig) else gpt
-    if config.lora.rank:
-        lora = config.lora
-        apply_lora(gpt, lora.targets, rank=lora.rank, alpha=alpha_of(lora), dropout=lora.dropout)
-    if config.train.weights == "bf16":
-        store_in_bf16(model)
+    config, method = decided(config), method_of(config)
+    gpt = new_model(shape, config.train.seed)
+    model = equip(gpt, config, scored=method.scored)
     device = prepare_model(model, gpt, config)
     optimizer, in_backward = make_optimizer(model, config), config.train.optimizer_in_backward
     plain = optimizer.optimizer if isinstance(optimizer, OneByOne) else optimizer
-    batch, loss_sum = _work(config, model, gpt, rows, device)
+    batch = (pair_batch if method.pairs else text_batch)(config, shape, rows).to(device)
+    loss_sum = method.loss_sum(model, config)
 
     def timed() -> StepTime:
         marks: list[float] = []
@@ -115,27 +104,6 @@ def decided(config: Any) -> AnyConfig:
     optimizer = dataclasses.replace(o, lr=1e-6 if o.lr is None else o.lr)
     changed: AnyConfig = dataclasses.replace(config, train=train, optimizer=optimizer)
     return changed
-
-
-def _work(
-    config: AnyConfig, model: Any, gpt: GPT, rows: Rows, device: torch.device
-) -> tuple[Any, Callable[[Any], Tensor]]:
-    """A micro-batch of random tokens and the loss of the command."""
-    precision = precision_of(config)
-    if isinstance(config, RewardConfig):
-        return pair_batch(config, gpt.config, rows).to(device), lambda b: reward_loss_sum(model, b, precision)
-    if not isinstance(config, DPOConfig):
-        return text_batch(config, gpt.config, rows).to(device), lambda b: nll_sum(gpt, b, precision)
-    pairs = pair_batch(config, gpt.config, rows).to(device)
-    held = torch.zeros(pairs.count, 2, device=device)
-    mode = config.dpo.reference
-    reference: Callable[[Batch], Tensor] = lambda _: held  # noqa: E731
-    if mode == "adapter":
-        reference = adapter_off(gpt, precision)
-    elif mode == "model":
-        reference = second_model(gpt, torch.device(config.dpo.reference_device or device), precision)
-    settings = PreferenceLoss(config.dpo.beta, config.dpo.loss, config.dpo.label_smoothing or 0.0)
-    return pairs, lambda b: dpo_loss_sum(gpt, b, reference(b), settings, precision)
 
 
 def text_batch(config: AnyConfig, shape: GPTConfig, rows: Rows) -> Batch:

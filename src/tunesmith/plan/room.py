@@ -11,7 +11,6 @@ from tunesmith.device import available_memory, resident_memory
 from tunesmith.errors import UsageError
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.options.planning import PlanOptions
-from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.plan.cards import CONTEXT
 from tunesmith.plan.planning import Place, as_options, candidates, choose, is_exact, make_setting
 from tunesmith.plan.workload import Rows
@@ -55,7 +54,7 @@ def memory_lines(config: AnyConfig, shape: GPTConfig, train: Countable) -> list[
         f"warning: {told}, so it may not fit, and neither does the leanest setting ({as_options(least.changes)}, {_gb(least.total)}): "
         + (
             "lower --model.block_size, or choose a smaller shape"
-            if isinstance(config, PretrainConfig)
+            if asked.method.new_model
             else "lower --data.block_size, train adapters (--lora.rank), or choose a smaller model"
         )
     ]

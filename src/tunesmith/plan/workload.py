@@ -36,18 +36,19 @@ def forward_operations(shape: Shape, *, attended: float, supervised: float = 1.0
     return shape.n_layer * block - (1 - supervised) * left_out + supervised * head
 
 
-def step_operations(shape: Shape, work: Work, *, attended: float, reference: bool = False) -> float:
+def step_operations(shape: Shape, work: Work, *, attended: float, frozen_passes: int = 0) -> float:
     """Floating-point operations of a micro-batch, forward and backward, a token.
 
     Backward is two more products where all weights learn; a frozen weight has one, and an adapter's three are its own.
-    A block that is computed again costs its forward a second time. reference: DPO's log-probabilities are computed in it.
+    A block that is computed again costs its forward a second time. frozen_passes: of a model that does not learn, such as DPO's
+    live reference.
     """
     share = work.losses / work.tokens
     forward = forward_operations(shape, attended=attended, supervised=share)
     operations = 2 * forward + 6.0 * count_adapters(shape, work.rank, work.targets) if work.rank else 3 * forward
     if work.checkpointing is True:
         operations += forward - share * 2.0 * shape.vocab_size * shape.n_embd
-    return operations + forward * reference
+    return operations + forward * frozen_passes
 
 
 def step_traffic(memory: Memory, work: Work) -> float:

@@ -1,27 +1,33 @@
-"""What a run will take before it runs: memory counted from its shape, time from finished runs or a short probe."""
+"""What the runs of a study will take: each as `tunesmith plan` has it, and the times of runs that have finished."""
 
 from __future__ import annotations
 
-import time
+import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from tunesmith.data.cutting import USUAL_BLOCK
-from tunesmith.device import autocast, resolve_device, resolve_precision
-from tunesmith.errors import UserError
+from tunesmith.data.cutting import block_size_of
+from tunesmith.device import resolve_device
+from tunesmith.errors import UsageError, UserError
 from tunesmith.files.names import known_shape
-from tunesmith.models.gpt2 import Block, GPTConfig
-from tunesmith.plan.memory import Memory, Work, adapted_layers, linear_sizes, predict_memory
-from tunesmith.plan.workload import forward_operations, shared_keys, step_operations
+from tunesmith.models.gpt2 import GPTConfig
+from tunesmith.options.planning import PlanOptions
+from tunesmith.plan.cards import Card
+from tunesmith.plan.memory import Memory
+from tunesmith.plan.planning import Place, Setting, estimate_passes, make_setting
+from tunesmith.plan.probe import probe_step
+from tunesmith.plan.workload import Rows
 from tunesmith.study.ledger import DONE, Ledger
 from tunesmith.study.matrix import Plan, PlannedRun, reference
-from tunesmith.train.resolve import ESTIMATES_SHARE, MOST_ITERS
+from tunesmith.train.resolve import ESTIMATES_SHARE
+from tunesmith.train.trainee import AnyConfig
 
 START = 3.0  # seconds in which a run's process gets ready, on the machine of docs/performance.md
-ESTIMATES = 40  # the most that `eval.every` gives when it is left out
+ROWS = Rows(PlanOptions.text_tokens, PlanOptions.supervised)  # of the data, which are not read: as a plan takes them
+BUDGET = 1.0  # seconds of a probe after its warm-up
+ELSEWHERE = Card("another machine", 0.0, 1e10, {"fp32": 1e11})  # which a study was written for; nothing is known of it
 
 
 @dataclass(frozen=True)
@@ -42,72 +48,55 @@ class Seconds:
 
 def shapes_of(plan: Plan) -> dict[str, GPTConfig | None]:
     """The shape of every run's model; None for one that would have to be downloaded to be known."""
-    found: dict[str, GPTConfig | None] = {}
+    shapes: dict[str, GPTConfig | None] = {}
     for name, run in plan.runs.items():
         model = run.settings["model.name"]
         target = reference(model)
-        found[name] = found[target[0]] if target else known_shape(str(model))
-    return found
+        shapes[name] = shapes[target[0]] if target else known_shape(str(model))
+    return shapes
 
 
-def memory_of(run: PlannedRun, shape: GPTConfig | None) -> Memory | None:
-    """Bytes of the run's step by component; None where the shape is not known."""
-    if shape is None:
-        return None
-    work = _step_of(run, _block_size(run, shape), half=_precision(run, shape) != "fp32")
-    return predict_memory(shape, work) if work else None
+@dataclass(frozen=True)
+class Forecast:
+    """A run as a plan has it. memory: None for adapters on single blocks, which is not counted; `setting` has them on all."""
+
+    setting: Setting
+    memory: Memory | None
 
 
-def _block_size(run: PlannedRun, shape: GPTConfig) -> int:
-    """Tokens in a row of the run's batches."""
-    asked = run.settings["data.block_size"]
-    if asked in ("auto", 0):
-        return shape.block_size if run.command == "pretrain" else min(shape.block_size, USUAL_BLOCK)
-    return int(asked)
+def forecasts_of(plan: Plan, configs: Mapping[str, AnyConfig]) -> dict[str, Forecast | None]:
+    """Every run before it runs; None where the model's shape is not known, or does not suit the run's options."""
+    return {name: forecast_of(configs[name], shape) if shape else None for name, shape in shapes_of(plan).items()}
 
 
-def _step_of(run: PlannedRun, block_size: int, *, half: bool = False) -> Work | None:
-    """The run's step, every token carrying loss; None where adapters are on single blocks, which is not counted."""
-    s = run.settings
-    targets = adapted_layers(s["lora.targets"]) if s["lora.rank"] else ()
-    if targets is None:
-        return None
-    mode, tokens = s["train.activation_checkpointing"], s["train.batch_size"] * block_size
-    return Work(
-        tokens, s["optimizer.name"], supervised=tokens, packed=s["data.batching"] != "windows",
-        micro_batches=s["train.accumulate"], rank=s["lora.rank"], targets=targets, half=half, chunk=1024 if half else 256,
-        checkpointing=False if mode == "auto" else mode, in_backward=s["train.optimizer_in_backward"],
-        bf16_weights=s["train.weights"] == "bf16", copies=2 if s.get("dpo.reference") == "model" else 1, head=run.command != "reward",
-        shared_keys=shared_keys(tokens, 1.0) if run.command in ("dpo", "reward") else 0,
-    )  # fmt: skip
-
-
-def _precision(run: PlannedRun, shape: GPTConfig) -> str:
+def forecast_of(config: AnyConfig, shape: GPTConfig) -> Forecast | None:
+    """A run of a model of this shape; None where the two do not go together."""
     try:
-        device = resolve_device(run.settings["train.device"])
+        device = resolve_device(config.train.device)
+        place = Place(str(device), None, device.type == "cpu", math.inf, 0.0)
     except UserError:  # planned for another machine
-        return "fp32"
-    return resolve_precision(run.settings["train.precision"], device, shape.n_embd)
-
-
-def work_of(plan: Plan, run: PlannedRun, shape: GPTConfig | None) -> RunWork | None:
-    """How much a run computes; None where shape or steps are not known (`train.epochs` depends on the data)."""
-    s = run.settings
-    if shape is None or s["train.steps"] is None:
+        place = Place(config.train.device, ELSEWHERE, False, math.inf, 0.0)
+    try:
+        setting = make_setting(config, shape, ROWS, place, {})
+        return Forecast(setting, setting.memory)
+    except UsageError:
+        return Forecast(make_setting(config, shape, ROWS, place, {"lora.targets": "all-linear"}), None)
+    except UserError:
         return None
-    block, rank, steps = _block_size(run, shape), s["lora.rank"], s["train.steps"]
+
+
+def work_of(plan: Plan, run: PlannedRun, forecast: Forecast | None) -> RunWork | None:
+    """How much a run computes; None where that is not known, as its steps are not that depend on the data (`train.epochs`)."""
+    if forecast is None or (steps := forecast.setting.config.train.steps) is None:
+        return None
+    setting, s = forecast.setting, run.settings
     done = plan.runs[run.continues].settings["train.steps"] or 0 if run.continues else 0
-    step_work = _step_of(run, block) or Work(block, rank=rank)
-    forward = forward_operations(shape, attended=block)
-    step = step_operations(shape, step_work, attended=block, reference=run.command == "dpo")
-    rows = s["train.batch_size"] * block
-    estimates = s["eval.at_start"] + (steps - done) / (s["eval.every"] or max(1, steps // ESTIMATES))
-    training = (steps - done) * s["train.accumulate"] * step
-    looking = estimates * 2 * (s["eval.iters"] or MOST_ITERS) * forward
-    operations = rows * (training + (looking if s["eval.iters"] else min(looking, training * ESTIMATES_SHARE)))
+    training = (steps - done) * setting.operations
+    looking = estimate_passes(setting.config, steps, done=done) * setting.forward_operations
+    operations = training + (looking if setting.config.eval.iters else min(looking, training * ESTIMATES_SHARE))
     kind = (
-        run.command, s["model.name"], s["data.name"], s["data.max_rows"], s["data.batching"], block, bool(rank),
-        s["optimizer.name"], s["train.precision"], s.get("eval.reward"),
+        run.command, s["model.name"], s["data.name"], s["data.max_rows"], s["data.batching"],
+        block_size_of(setting.config.data), bool(s["lora.rank"]), s["optimizer.name"], s["train.precision"], s.get("eval.reward"),
     )  # fmt: skip
     return RunWork(operations, kind)
 
@@ -124,56 +113,36 @@ def times(
         for name, work in works.items()
         if work and ledger.state(name) in DONE and ledger.runs[name]["seconds"]
     }
-    found: dict[str, Seconds | None] = {}
+    expected: dict[str, Seconds | None] = {}
     for name, work in works.items():
         alike = {n: (w, s) for n, (w, s) in measured.items() if work and w.kind == work.kind}
         if name in measured or (ledger.state(name) in DONE and ledger.runs[name]["seconds"]):
-            found[name] = Seconds(ledger.runs[name]["seconds"], "measured")
+            expected[name] = Seconds(ledger.runs[name]["seconds"], "measured")
         elif work and (used := alike or measured):
             rate = sum(w.operations for w, _ in used.values()) / sum(s for _, s in used.values())
             source = "from finished runs of the same kind" if alike else "scaled from finished runs of other kinds"
-            found[name] = Seconds(START + work.operations / rate, source)
+            expected[name] = Seconds(START + work.operations / rate, source)
         elif work and rates and name in rates:
-            found[name] = Seconds(START + work.operations / rates[name], "from a probe of this machine")
+            expected[name] = Seconds(START + work.operations / rates[name], "from a probe of this machine")
         else:
-            found[name] = None
-    return found
+            expected[name] = None
+    return expected
 
 
-def probe(plan: Plan, shapes: Mapping[str, GPTConfig | None]) -> dict[str, float]:
-    """Run -> operations a second that one block of its shape reaches here, forward and backward; under a second a shape."""
-    found: dict[tuple[Any, ...], float] = {}
-    rates = {}
-    for name, run in plan.runs.items():
-        if (shape := shapes[name]) is None:
-            continue
-        try:
-            device = resolve_device(run.settings["train.device"])
-        except UserError:
-            continue
-        key = (shape, _block_size(run, shape), device, _precision(run, shape))
-        if key not in found:
-            found[key] = _block_rate(shape, key[1], device, key[3])
-        rates[name] = found[key]
+def probe(forecasts: Mapping[str, Forecast | None]) -> dict[str, float]:
+    """Run -> operations a second that a step reaches here, of the smallest step with its width, rows and precision.
+
+    The model has one block, so that a probe takes about a second also where the study's models are large.
+    """
+    alike: dict[tuple[Any, ...], dict[str, Setting]] = {}
+    for name, forecast in forecasts.items():
+        if forecast and not (s := forecast.setting).place.card:
+            key = (s.shape, block_size_of(s.config.data), s.place.name, s.config.train.precision)
+            alike.setdefault(key, {})[name] = s
+    rates: dict[str, float] = {}
+    for group in alike.values():
+        least = min(group.values(), key=lambda s: s.work.tokens)
+        one = make_setting(least.config, dataclasses.replace(least.shape, n_layer=1), ROWS, least.place, {})
+        seconds = probe_step(one.config, one.shape, one.rows, budget=BUDGET).step(one.work.micro_batches)
+        rates |= dict.fromkeys(group, one.operations / seconds)
     return rates
-
-
-def _block_rate(shape: GPTConfig, tokens: int, device: torch.device, precision: Any) -> float:
-    block = Block(shape, 0).to(device).train()
-    x = torch.randn(1, tokens, shape.n_embd, device=device, requires_grad=True)
-    operations = 6.0 * tokens * (sum(i * o for i, o in linear_sizes(shape).values()) + tokens * shape.n_embd)
-    best = float("inf")
-    for _ in range(4):
-        _wait(device)
-        began = time.perf_counter()
-        with autocast(device, precision):
-            y = block(x, None)
-        y.float().sum().backward()
-        _wait(device)
-        best = min(best, time.perf_counter() - began)
-    return operations / best
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -70,7 +70,7 @@ class Trainee:
             from_hf_state_dict(self.gpt, stored_weights(directory), str(directory))
 
 
-def load_trainee(config: TuningConfig, path: Path, *, reward: bool = False, fingerprint: bool = False) -> Trainee:
+def load_trainee(config: TuningConfig, path: Path, *, scored: bool = False, fingerprint: bool = False) -> Trainee:
     """Load the model, with fresh adapters and score layer where asked for.
 
     path: the run's directory, where weights that an adapter stands on and no other directory holds are kept too.
@@ -82,16 +82,22 @@ def load_trainee(config: TuningConfig, path: Path, *, reward: bool = False, fing
     resolve_block_size(config.data.block_size, gpt.config.block_size, m.name)  # before anything is written
     base = base_for_adapters(config, gpt, tokenizer, path) if lora.rank else m.name
     mark = weights_fingerprint(gpt) if fingerprint or lora.rank else ""
+    model = equip(gpt, config, scored=scored)
+    return Trainee(model, gpt, tokenizer, base, mark, bool(lora.rank))
+
+
+def equip(gpt: GPT, config: AnyConfig, *, scored: bool) -> nn.Module:
+    """What a run trains: `gpt` with fresh adapters and a score layer where asked for, its matrices stored as the options say."""
     model: nn.Module = gpt
-    if reward:
+    seed, lora = config.train.seed, config.lora
+    if scored:
         model = RewardModel(gpt)
-        model.init_score(config.train.seed)
+        model.init_score(seed)
     if lora.rank:
-        alpha, seed = alpha_of(lora), config.train.seed
-        apply_lora(gpt, lora.targets, rank=lora.rank, alpha=alpha, dropout=lora.dropout, seed=seed)
+        apply_lora(gpt, lora.targets, rank=lora.rank, alpha=alpha_of(lora), dropout=lora.dropout, seed=seed)
     if config.train.weights == "bf16":
         store_in_bf16(model)
-    return Trainee(model, gpt, tokenizer, base, mark, bool(lora.rank))
+    return model
 
 
 def base_for_adapters(config: TuningConfig, gpt: GPT, tokenizer: Tokenizer, path: Path) -> str:

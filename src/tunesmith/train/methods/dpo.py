@@ -1,0 +1,130 @@
+"""Direct preference optimisation on pairs of answers: all weights, or LoRA adapters.
+
+Algorithm 4 of the paper, in about the memory of SFT: the prompt of a pair is computed once, pairs share rows, logits exist for a
+few answers at a time, and the reference's log-probabilities are computed once and kept. What the usual recipes have
+and this one leaves out: padding, a second copy of the model in memory, answers that lost their end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.options.training import DPOConfig
+from tunesmith.train.methods.method import LossSum, Method, StepWork
+
+if TYPE_CHECKING:
+    from tunesmith.models.gpt2 import GPT
+    from tunesmith.train.pair_loss import PreferenceLoss, Reference
+
+BETAS = (1e-5, 1e3)  # between which a preference can be learned
+ROBUST_SMOOTHING = 0.1  # of the robust loss where none is given: with 0 it is plain DPO
+
+
+def check(config: DPOConfig) -> list[str]:
+    """What is wrong with the options that only this command has."""
+    from tunesmith.train.losses import SMOOTHED
+    from tunesmith.train.resolve import check_pair_options
+
+    d, problems = config.dpo, check_pair_options(config.data)
+    if not d.beta > 0:
+        problems.append(f"--dpo.beta is {d.beta:g}, expected more than 0")
+    elif d.beta < BETAS[0]:
+        problems.append(
+            f"--dpo.beta is {d.beta:g}: the gradient is proportional to it, and would be lost beside the optimizer's epsilon of 1e-8, so "
+            f"that nothing is learned; give at least {BETAS[0]:g} (usual are 0.01 to 1)"
+        )
+    elif d.beta > BETAS[1]:
+        problems.append(
+            f"--dpo.beta is {d.beta:g}: the loss would hang on the rounding of the log-probabilities (some 0.001 nats an answer), times "
+            f"beta; give at most {BETAS[1]:g} (usual are 0.01 to 1)"
+        )
+    if config.data.loss_on != "auto" and d.sft_data is None:
+        problems.append("--data.loss_on only affects --dpo.sft_data here; a preference loss is always on the answers")
+    if d.label_smoothing is not None and not 0 <= d.label_smoothing < 0.5:
+        problems.append(f"--dpo.label_smoothing is {d.label_smoothing:g}, expected 0 or more and less than 0.5")
+    if d.label_smoothing and d.loss not in SMOOTHED:
+        problems.append(f"--dpo.label_smoothing has no effect with --dpo.loss {d.loss}; use sigmoid or robust")
+    if d.reference == "adapter" and not config.lora.rank:
+        problems.append(
+            "--dpo.reference adapter needs adapters to switch off: give --lora.rank, or use cached or model"
+        )
+    if d.reference_device is not None and d.reference not in ("auto", "model"):
+        problems.append(f"--dpo.reference_device is for a second model, and --dpo.reference {d.reference} uses none")
+    return problems
+
+
+def resolve(config: DPOConfig) -> DPOConfig:
+    """The configuration with the defaults of `dpo` decided."""
+    d = config.dpo
+    if d.label_smoothing is None:
+        d = dataclasses.replace(d, label_smoothing=ROBUST_SMOOTHING if d.loss == "robust" else 0.0)
+    if d.reference == "auto":
+        d = dataclasses.replace(d, reference="cached" if d.reference_device is None else "model")
+    return dataclasses.replace(config, dpo=d)
+
+
+def preference_loss(config: DPOConfig) -> PreferenceLoss:
+    """The loss of a resolved configuration."""
+    from tunesmith.train.pair_loss import PreferenceLoss
+
+    d = config.dpo
+    return PreferenceLoss(d.beta, d.loss, d.label_smoothing or 0.0)
+
+
+def live_reference(model: GPT, config: DPOConfig) -> Reference | None:
+    """The reference that is computed in every step; None where its log-probabilities are kept. `model` is still untrained."""
+    from tunesmith.device import resolve_device
+    from tunesmith.train.reference import adapter_off, second_model
+    from tunesmith.train.resolve import precision_of
+
+    if config.dpo.reference == "adapter":
+        return adapter_off(model, precision_of(config))
+    if config.dpo.reference == "model":
+        device = resolve_device(config.dpo.reference_device or config.train.device, "--dpo.reference_device")
+        return second_model(model, device, precision_of(config))
+    return None
+
+
+def loss_sum(model: GPT, config: DPOConfig, reference: Reference | None = None) -> LossSum:
+    """DPO of a batch's pairs. reference: the live one, or where there is none zeros, which take the time of kept ones."""
+    import torch
+
+    from tunesmith.train.pair_loss import dpo_loss_sum
+    from tunesmith.train.resolve import precision_of
+
+    held = reference or live_reference(model, config)
+    if held is None:
+        held = lambda batch: torch.zeros(batch.count, 2, device=batch.input_ids.device)  # noqa: E731
+    settings, precision = preference_loss(config), precision_of(config)
+    return lambda batch: dpo_loss_sum(model, batch, held(batch), settings, precision)
+
+
+def step_work(config: DPOConfig) -> StepWork:
+    """A second model is a second set of weights, unless it is on another device; a live reference is a pass of its own."""
+    d = config.dpo
+    if d.reference == "cached":
+        return StepWork(
+            ahead="a forward pass over all pairs before the first step, if the reference is not computed yet"
+        )
+    return StepWork(copies=2 if d.reference == "model" and d.reference_device is None else 1, frozen_passes=1)
+
+
+def cheaper(config: DPOConfig) -> dict[str, tuple[Any, str]]:
+    """Kept log-probabilities in place of a live reference."""
+    if not step_work(config).frozen_passes:
+        return {}
+    return {"dpo.reference": ("cached", "no second set of weights; computed once before training")}
+
+
+DPO = Method(
+    command="dpo",
+    config=DPOConfig,
+    title="Direct preference optimisation",
+    loss_sum=loss_sum,
+    pairs=True,
+    check=check,
+    resolve=resolve,
+    step_work=step_work,
+    cheaper=cheaper,
+)
