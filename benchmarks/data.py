@@ -32,8 +32,8 @@ import sys, time
 import tunesmith as ts, tunesmith.commands.sft, tunesmith.train.session as session
 from tunesmith.options.training import *
 imported = time.perf_counter()
-def until_first_step(*_, micro_batch, **__):
-    micro_batch(0)
+def until_first_step(log, task, *_, **__):
+    task.micro_batch(0)
     print("FIRST", time.perf_counter() - imported, flush=True)
     raise SystemExit
 session.fit = until_first_step

@@ -19,7 +19,7 @@ from tunesmith.errors import UsageError
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.models.lora import apply_lora
 from tunesmith.options.training import DPOConfig, SFTConfig
-from tunesmith.train import resolve, session
+from tunesmith.train import launch, resolve
 from tunesmith.train.optim import build_optimizer, set_learning_rate
 from tunesmith.train.recorded import WARM_UP, RecordedStep
 from tunesmith.train.resolve import resolve_cuda_graphs
@@ -215,8 +215,8 @@ def tapes(monkeypatch):
         return made[-1].record
 
     monkeypatch.setattr(resolve, "RECORDS_ON", ("cuda", "cpu"))
-    monkeypatch.setattr(session, "READ_LATE_ON", ("cpu",))
-    monkeypatch.setattr(session, "recorder", recorder)
+    monkeypatch.setattr(launch, "READ_LATE_ON", ("cpu",))
+    monkeypatch.setattr(launch, "recorder", recorder)
     return made
 
 

@@ -15,7 +15,7 @@ from tiny_runs import comparable, last_digest, tiny_config
 from tunesmith.data.epochs import Batches
 from tunesmith.models.attention import Documents
 from tunesmith.options.training import DPOConfig
-from tunesmith.train import prefetch, session
+from tunesmith.train import launch, prefetch
 from tunesmith.train.prefetch import AHEAD, Prefetch, made_ahead, tensors_of
 
 CPU = torch.device("cpu")
@@ -138,7 +138,7 @@ def test_a_resumed_run_goes_on_at_its_own_batch(tiny_directory, tmp_path, forced
 
 
 def test_a_signal_stops_the_run_and_its_thread(tiny_directory, tmp_path, forced, monkeypatch):
-    step, calls = session.optimizer_step, []
+    step, calls = launch.optimizer_step, []
 
     def stepping(*args, **kwargs):
         calls.append(1)
@@ -146,7 +146,7 @@ def test_a_signal_stops_the_run_and_its_thread(tiny_directory, tmp_path, forced,
             os.kill(os.getpid(), signal.SIGTERM)
         return step(*args, **kwargs)
 
-    monkeypatch.setattr(session, "optimizer_step", stepping)
+    monkeypatch.setattr(launch, "optimizer_step", stepping)
     run = ts.sft(tiny_config(tiny_directory, tmp_path / "r"))
     assert (run.status["state"], run.status["step"]) == ("stopped", 2)
 

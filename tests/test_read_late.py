@@ -18,7 +18,7 @@ from tunesmith.commands import sft
 from tunesmith.data.epochs import Batches
 from tunesmith.errors import UserError
 from tunesmith.options.training import DPOConfig
-from tunesmith.train import loop, session
+from tunesmith.train import launch, loop
 from tunesmith.train.step import StepStats, Unread
 
 STEPS = {
@@ -33,19 +33,19 @@ def late(monkeypatch):
 
     class Order(list):
         def __call__(self):
-            launch, read = session.step_on_device, Unread.read
+            take_step, read = launch.step_on_device, Unread.read
 
             def launching(model, *args, **more):
                 self.append("launch")
                 self.model = model
-                return launch(model, *args, **more)
+                return take_step(model, *args, **more)
 
             def reading(unread):
                 self.append("read")
                 return read(unread)
 
-            monkeypatch.setattr(session, "READ_LATE_ON", ("cpu",))
-            monkeypatch.setattr(session, "step_on_device", launching)
+            monkeypatch.setattr(launch, "READ_LATE_ON", ("cpu",))
+            monkeypatch.setattr(launch, "step_on_device", launching)
             monkeypatch.setattr(Unread, "read", reading)
 
     return Order()
@@ -94,8 +94,8 @@ def test_no_line_gives_a_rate_above_what_a_step_that_lasts_can_have(tiny_directo
     taken = "step_on_device" if ahead else "optimizer_step"
     if ahead:
         late()
-    take_step = getattr(session, taken)
-    monkeypatch.setattr(session, taken, lambda *args, **more: (time.sleep(0.02), take_step(*args, **more))[1])
+    take_step = getattr(launch, taken)
+    monkeypatch.setattr(launch, taken, lambda *args, **more: (time.sleep(0.02), take_step(*args, **more))[1])
     run = ts.sft(tiny_config(tiny_directory, tmp_path / "run", **STEPS))
     assert late.count("launch") == 8 * ahead
     assert all(0 < rate < tokens / 0.02 for tokens, rate in rates(run))
@@ -108,13 +108,13 @@ def test_the_rate_is_that_of_the_device_whether_the_host_waits_for_it_or_it_for_
     """A device of which every step takes 10 s, and 50 s for a checkpoint, which are no step's."""
     late()
     now = {"host": 0.0, "device": 0.0}
-    launch, read, save, ends = session.step_on_device, Unread.read, loop.save_checkpoint, deque()
+    take_step, read, save, ends = launch.step_on_device, Unread.read, loop.save_checkpoint, deque()
 
     def launched(*args, **more):
         now["device"] = max(max(now.values()) + working, now["host"] + launching)
         now["host"] += launching
         ends.append(now["device"])
-        return launch(*args, **more)
+        return take_step(*args, **more)
 
     def waited(unread):
         now["host"] = max(now["host"], ends.popleft())
@@ -124,10 +124,10 @@ def test_the_rate_is_that_of_the_device_whether_the_host_waits_for_it_or_it_for_
         now["host"] = max(now.values()) + 50
         return save(*args)
 
-    monkeypatch.setattr(session, "step_on_device", launched)
+    monkeypatch.setattr(launch, "step_on_device", launched)
     monkeypatch.setattr(Unread, "read", waited)
     monkeypatch.setattr(loop, "save_checkpoint", saved)
-    monkeypatch.setattr(loop, "mark", lambda device: max(now.values()))
+    monkeypatch.setattr(launch, "mark", lambda device: max(now.values()))
     run = ts.sft(tiny_config(tiny_directory, tmp_path / "run", **{**STEPS, "checkpoint__every": 3}))
     assert [rate for _, rate in rates(run)] == [round(tokens / 10, 1) for tokens, _ in rates(run)]
 
@@ -157,13 +157,13 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_weights_of_before(
     tiny_directory, tmp_path, late, monkeypatch, step
 ):
     """Also where a later step, itself good, had been launched."""
-    weights, models, plain_step = [], [], session.optimizer_step
+    weights, models, plain_step = [], [], launch.optimizer_step
 
     def stepping(model, *args, **more):
         models.append(model)
         return plain_step(model, *args, **more)
 
-    monkeypatch.setattr(session, "optimizer_step", stepping)
+    monkeypatch.setattr(launch, "optimizer_step", stepping)
     runs = []
     for name in ("plain", "late"):
         with monkeypatch.context() as patch:
@@ -192,18 +192,18 @@ def test_a_mean_loss_that_rises_ends_the_run_at_the_same_step(tiny_directory, tm
 def test_a_signal_stops_after_what_was_launched_and_the_run_can_go_on(tiny_directory, tmp_path, late, monkeypatch):
     whole = ts.sft(tiny_config(tiny_directory, tmp_path / "whole", **STEPS))
     late()
-    launch = session.step_on_device
+    take_step = launch.step_on_device
 
     def signalled(*args, **more):
         if late.count("launch") == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return launch(*args, **more)
+        return take_step(*args, **more)
 
-    monkeypatch.setattr(session, "step_on_device", signalled)
+    monkeypatch.setattr(launch, "step_on_device", signalled)
     run = ts.sft(tiny_config(tiny_directory, tmp_path / "run", **STEPS))
     assert (run.status["state"], run.status["step"]) == ("stopped", 3)
     assert [line["step"] for line in run.metrics("train")] == [1, 2, 3]
-    monkeypatch.setattr(session, "step_on_device", launch)
+    monkeypatch.setattr(launch, "step_on_device", take_step)
     ts.sft(tiny_config(tiny_directory, run.path, **STEPS, resume=True))
     assert last_digest(run) == last_digest(whole)
     assert comparable(run) == comparable(whole)

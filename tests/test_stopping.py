@@ -23,7 +23,7 @@ from tunesmith.generation import engine
 from tunesmith.judge import scoring
 from tunesmith.options.training import DPOConfig, RewardConfig
 from tunesmith.progress import STOP, Progress
-from tunesmith.train import session
+from tunesmith.train import launch
 from tunesmith.train.divergence import Watch
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
@@ -82,8 +82,8 @@ def stopped_then_resumed(config, monkeypatch, *moment):
 @pytest.mark.parametrize(
     ("module", "call", "number", "step", "estimates"),
     [
-        (session, "optimizer_step", 2, 2, [0]),
-        (session, "optimizer_step", 3, 3, [0]),  # an estimate would come next
+        (launch, "optimizer_step", 2, 2, [0]),
+        (launch, "optimizer_step", 3, 3, [0]),  # an estimate would come next
         (sft_command, "estimate_loss", 1, 0, []),  # the loss that a divergence will be judged by
         (sft_command, "estimate_loss", 2, 0, []),
         (sft_command, "estimate_loss", 5, 3, [0]),  # in the middle of one
@@ -153,7 +153,7 @@ def test_answers_and_their_scores_are_broken_off_and_made_again(tiny_directory, 
 
 def test_the_first_signal_is_answered_while_the_step_still_computes(tiny_directory, tmp_path, monkeypatch):
     """A thread says so: the step does nothing for the answer, and waits for it. (Printed in the tests with real processes.)"""
-    step, said = session.optimizer_step, []
+    step, said = launch.optimizer_step, []
     monkeypatch.setattr(progress, "_say", lambda line, stream: said.append(line))
 
     def stepping(*args, **more):
@@ -161,7 +161,7 @@ def test_the_first_signal_is_answered_while_the_step_still_computes(tiny_directo
         wait_for(lambda: said)
         return step(*args, **more)
 
-    monkeypatch.setattr(session, "optimizer_step", stepping)
+    monkeypatch.setattr(launch, "optimizer_step", stepping)
     run = ts.sft(tiny_config(tiny_directory, tmp_path / "r"))
     (line,) = said
     assert line.startswith("SIGINT received: stopping after this step")
@@ -172,14 +172,12 @@ def test_the_first_signal_is_answered_while_the_step_still_computes(tiny_directo
 def test_signals_that_come_together_are_one_wish(tiny_directory, tmp_path, monkeypatch):
     """`timeout` sends two, a closing terminal too."""
     config = tiny_config(tiny_directory, tmp_path / "r", eval__at_start=False)
-    status, _ = stopped_then_resumed(
-        config, monkeypatch, session, "optimizer_step", 2, ("SIGTERM", "SIGHUP", "SIGTERM")
-    )
+    status, _ = stopped_then_resumed(config, monkeypatch, launch, "optimizer_step", 2, ("SIGTERM", "SIGHUP", "SIGTERM"))
     assert status["step"] == 2
 
 
 def test_in_a_callers_process_a_second_signal_raises_and_the_run_says_stopped(tiny_directory, tmp_path, monkeypatch):
-    step = session.optimizer_step
+    step = launch.optimizer_step
 
     def stepping(*args, **more):
         os.kill(os.getpid(), signal.SIGINT)
@@ -192,7 +190,7 @@ def test_in_a_callers_process_a_second_signal_raises_and_the_run_says_stopped(ti
         return step(*args, **more)
 
     monkeypatch.setattr(progress, "ECHO", 0.05)
-    monkeypatch.setattr(session, "optimizer_step", stepping)
+    monkeypatch.setattr(launch, "optimizer_step", stepping)
     with pytest.raises(Interrupted, match="SIGINT"):
         ts.sft(tiny_config(tiny_directory, tmp_path / "r"))
     status = ts.Run(tmp_path / "r").status

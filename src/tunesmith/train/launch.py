@@ -1,0 +1,130 @@
+"""How a step of a configuration is given to the device, and when the host may read what it saw.
+
+On a GPU the host reads a step after it has launched the next one, so that the device never waits: what such a step saw
+stays on the device until then, and so does the decision whether it moves the weights (`step.step_on_device`). Elsewhere, and
+where the host must decide, a step is over before the next one begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from tunesmith.data.cutting import block_size_of
+from tunesmith.device import describe
+from tunesmith.options.pretraining import PretrainConfig
+from tunesmith.train.clock import Mark, mark
+from tunesmith.train.method import B
+from tunesmith.train.optim import OneByOne, decides_on_device, set_learning_rate
+from tunesmith.train.recorded import RecordedStep, recorder
+from tunesmith.train.resolve import precision_of
+from tunesmith.train.splitting import Split, Splitting, step_in_memory
+from tunesmith.train.step import Seen, StepStats, Unread, optimizer_step, step_on_device
+from tunesmith.train.trainee import AnyConfig, make_optimizer
+
+READ_LATE_ON = ("cuda",)  # devices that would have nothing to do while the host reads a step's numbers
+
+
+class Readable(Protocol):
+    """A step that was launched; `read` waits for it where the device is still at it."""
+
+    def read(self) -> StepStats: ...
+
+
+@dataclass(frozen=True)
+class Launched(Generic[B]):
+    """A step that the device was given and that the host has not looked at yet. number: from 1.
+
+    began: the end of the step before where the device went on to this one at once, else the moment of the launch.
+    """
+
+    number: int
+    batches: Sequence[B]
+    lr: float
+    began: Mark
+    ended: Mark
+    seen: Readable
+
+
+@dataclass(frozen=True)
+class Launcher(Generic[B]):
+    """What takes the steps of a training.
+
+    take_step: micro-batches -> `step.optimizer_step` of them, or a step that is read later.
+    ahead: a step may be launched before the one before it is read. What is logged, saved and decided stays the same, because
+        `take_step` then leaves the weights alone after a step that was not finite.
+    splitting: what to do with a micro-batch that does not fit into memory.
+    """
+
+    device: torch.device
+    optimizer: Optimizer | OneByOne
+    scaler: GradScaler | None
+    take_step: Callable[[Sequence[B]], Readable]
+    ahead: bool
+    splitting: Splitting
+
+    def now(self) -> Mark:
+        """The moment at which the steps launched so far are over: a step that is read at once is, for the host."""
+        return mark(self.device if self.ahead else torch.device("cpu"))
+
+    def launch(
+        self, number: int, batches: Sequence[B], lr: float, began: Mark, on_split: Callable[[Split], None]
+    ) -> Launched[B]:
+        """Take a step, or put it behind those that the device is still at. Raises: as `splitting.step_in_memory`."""
+        set_learning_rate(self.optimizer, lr)
+        seen = step_in_memory(batches, self.take_step, self.optimizer, self.splitting, on_split, self.device)
+        return Launched(number, batches, lr, began, self.now(), seen)
+
+
+def make_launcher(
+    config: AnyConfig, model: nn.Module, loss_sum: Callable[[B], Tensor], device: torch.device
+) -> Launcher[B]:
+    """The launcher of a resolved configuration, its optimizer's state made. Raises: as `trainee.make_optimizer`."""
+    optimizer = make_optimizer(model, config)
+    scaler = GradScaler(device.type) if precision_of(config) == "fp16" else None
+    splitting, max_norm = splitting_of(config, device), config.train.grad_clip
+
+    def step_at_once(micro_batches: Sequence[B]) -> Readable:
+        return optimizer_step(model, micro_batches, loss_sum, optimizer, max_norm=max_norm, scaler=scaler)
+
+    if device.type not in READ_LATE_ON or scaler or not decides_on_device(optimizer):
+        return Launcher(device, optimizer, scaler, step_at_once, False, splitting)
+    assert isinstance(optimizer, Optimizer)
+    halted = torch.zeros((), device=device)  # one for the whole run: what was launched after a bad step must see it
+    step: Callable[[Sequence[B]], Seen] = partial(
+        step_on_device, model, loss_sum=loss_sum, optimizer=optimizer, max_norm=max_norm, halted=halted
+    )
+    if config.train.cuda_graphs is True:
+        step = RecordedStep(step, optimizer, recorder(device), device)
+
+    def step_ahead(micro_batches: Sequence[B]) -> Readable:
+        return Unread(step(micro_batches))
+
+    return Launcher(device, optimizer, scaler, step_ahead, True, splitting)
+
+
+def splitting_of(config: AnyConfig, device: torch.device) -> Splitting:
+    """What is done when a micro-batch does not fit, and what would help where that is not enough."""
+    t, tuning = config.train, not isinstance(config, PretrainConfig)
+    checkpointing = f", activation_checkpointing {str(t.activation_checkpointing).lower()}"
+    lora = f", LoRA rank {config.lora.rank}" if tuning and config.lora.rank else ""
+    smaller = [f"a {'--data' if tuning else '--model'}.block_size below {block_size_of(config.data):,}"]
+    if t.activation_checkpointing is not True:
+        smaller.insert(0, "--train.activation_checkpointing true")
+    if tuning and not lora:
+        smaller.append("--lora.rank 8")
+    weights = f" with {t.weights} weights" if t.weights != "fp32" else ""
+    allocator = f", allocator {t.allocator}" * (t.allocator != "fast")
+    if device.type == "cpu" and not allocator:
+        smaller.append("--train.allocator lean")
+    setup = (
+        f"{config.model.name}{lora}, {precision_of(config)}{weights} on {describe(device)}{checkpointing}{allocator}"
+    )
+    return Splitting(setup, ", ".join(smaller), t.batch_size, repeatable=not t.optimizer_in_backward)
