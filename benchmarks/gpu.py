@@ -264,7 +264,8 @@ def save_model(work: Path, tiny: bool) -> None:
     from tunesmith.data.tokenizer import Tokenizer
     from tunesmith.files import weights
     from tunesmith.files.names import SAMPLE
-    from tunesmith.models.gpt2 import GPT, SIZES, GPTConfig
+    from tunesmith.models.gpt2 import GPT, GPTConfig
+    from tunesmith.models.known import SIZES
 
     tokenizer = Tokenizer.load(SAMPLE) if tiny else Tokenizer.gpt2()
     small = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=tokenizer.vocab_size, block_size=128)

@@ -40,7 +40,8 @@ def save_weights(work: Path, model: str) -> Any:
 
     from tunesmith.data.tokenizer import Tokenizer
     from tunesmith.files.weights import save_model
-    from tunesmith.models.gpt2 import GPT, SIZES, GPTConfig
+    from tunesmith.models.gpt2 import GPT, GPTConfig
+    from tunesmith.models.known import SIZES
 
     small = GPTConfig(n_layer=6, n_head=6, n_embd=384)
     gpt = GPT(small if model == "small" else SIZES[model])
@@ -59,7 +60,7 @@ def prepare(work: Path, model: str, root: str | None, rows: int, precision: str 
     from tunesmith.data.tokenizer import Tokenizer
     from tunesmith.data.tokenstore import tokenise
     from tunesmith.options.training import DataOptions
-    from tunesmith.plan.memory import linear_sizes
+    from tunesmith.plan.memory import block_matrices
 
     gpt = save_weights(work, model)
     name = "hh:harmless-base" if root else "sample"
@@ -71,7 +72,7 @@ def prepare(work: Path, model: str, root: str | None, rows: int, precision: str 
     used = [batches[i] for i in range(rows)]
     share = sum(b.count for b in used) / sum(b.tokens for b in used)
     c = gpt.config
-    weights = sum(i * o for i, o in linear_sizes(c).values()) * c.n_layer + c.vocab_size * c.n_embd
+    weights = block_matrices(c) * c.n_layer + c.vocab_size * c.n_embd
     operations = 6 * weights + 12 * c.n_layer * c.n_embd * ROW
     about = {"data": name, "rows": rows, "supervised_share": share, "parameters": gpt.parameter_count()}
     return {**about, "operations_per_token": operations, "ceiling_gflops": round(ceiling(), 1)}

@@ -92,7 +92,7 @@ def test_all_weights_move_and_no_other_thing_is_trained(starts, tmp_path, kind, 
         scored, _ = ts.load_reward(f"{run.path}@2", device="cpu")
         first, _ = ts.load_reward(f"{run.path}@0", device="cpu")
         assert not torch.equal(scored.score.weight, first.score.weight)
-        after = dict(scored.transformer.named_parameters())
+        after = dict(scored.trunk.named_parameters())
         before.pop("lm_head.weight", None)
     else:
         after = start_weights(f"{run.path}@2")

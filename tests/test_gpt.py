@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from reference import in_transformers, oriented, random_model
 from tunesmith.data.tokenstore import IGNORE_INDEX
 from tunesmith.errors import UserError
-from tunesmith.models.gpt2 import GPT, SIZES, Documents, GPTConfig
+from tunesmith.models.attention import Documents
+from tunesmith.models.gpt2 import GPT, GPTConfig
 from tunesmith.models.head import head_nll_sum
+from tunesmith.models.known import SIZES
 from tunesmith.train.optim import build_optimizer
 from tunesmith.train.step import optimizer_step
 

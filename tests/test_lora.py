@@ -16,7 +16,8 @@ from tiny_runs import last_digest, tiny_config, train_losses
 from tunesmith.data.batch import Batch
 from tunesmith.errors import UserError
 from tunesmith.files.weights import load_model
-from tunesmith.models.gpt2 import GPT, SIZES, GPTConfig
+from tunesmith.models.gpt2 import GPT, GPTConfig
+from tunesmith.models.known import SIZES
 from tunesmith.models.lora import LoRALinear, apply_lora, disabled, find_targets, lora_layers, merge, strip, unmerge
 from tunesmith.train.optim import build_optimizer
 from tunesmith.train.step import optimizer_step

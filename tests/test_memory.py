@@ -7,8 +7,9 @@ import torch
 
 from tunesmith.data.batch import Batch
 from tunesmith.models.attention import Documents
-from tunesmith.models.gpt2 import GPT, SIZES, GPTConfig
+from tunesmith.models.gpt2 import GPT, GPTConfig
 from tunesmith.models.head import head_nll_sum, states_and_head
+from tunesmith.models.known import SIZES
 from tunesmith.models.lora import apply_lora
 from tunesmith.plan.memory import (
     SLOTS,
@@ -16,7 +17,6 @@ from tunesmith.plan.memory import (
     activation_bytes,
     adapted_layers,
     count_adapters,
-    count_parameters,
     predict_memory,
     state_bytes,
 )
@@ -26,6 +26,10 @@ from tunesmith.train.step import optimizer_step
 from tunesmith.train.trainee import store_in_bf16
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=11, block_size=64)
+
+
+def adapted(targets):
+    return adapted_layers(SIZES["gpt2"], targets)
 
 
 def model_of(shape=SHAPE, targets=None, rank=3):
@@ -40,12 +44,12 @@ def model_of(shape=SHAPE, targets=None, rank=3):
     "shape", [SHAPE, GPTConfig(3, 2, 8, 13, 5, n_inner=20), GPTConfig(1, 2, 8, 13, 5, tied_head=False)]
 )
 def test_parameters_are_those_of_the_model(shape):
-    assert count_parameters(shape) == GPT(shape).parameter_count()
+    assert shape.family.count(shape) == GPT(shape).parameter_count()
 
 
 def test_parameters_of_the_published_sizes():
     """As published (docs of the models); the study's shared numbers have the same."""
-    counts = {name: count_parameters(shape) for name, shape in SIZES.items()}
+    counts = {name: shape.family.count(shape) for name, shape in SIZES.items()}
     assert counts == {
         "gpt2": 124_439_808,
         "gpt2-medium": 354_823_168,
@@ -53,10 +57,10 @@ def test_parameters_of_the_published_sizes():
         "gpt2-xl": 1_557_611_200,
     }
     medium = SIZES["gpt2-medium"]
-    assert [count_adapters(medium, r, adapted_layers("all-linear")) for r in (1, 8)] == [393_216, 3_145_728]
-    assert count_adapters(medium, 1, adapted_layers("all-linear,lm_head")) == 444_497
-    assert count_adapters(medium, 1, adapted_layers("c_attn")) == 98_304
-    assert adapted_layers("h.0.*") is None
+    assert [count_adapters(medium, r, adapted("all-linear")) for r in (1, 8)] == [393_216, 3_145_728]
+    assert count_adapters(medium, 1, adapted("all-linear,lm_head")) == 444_497
+    assert count_adapters(medium, 1, adapted("c_attn")) == 98_304
+    assert adapted("h.0.*") is None
 
 
 def kept_by_autograd(model, tokens, documents, rows=None, half=False):
@@ -81,7 +85,7 @@ def kept_by_autograd(model, tokens, documents, rows=None, half=False):
 def work(**more):
     targets = more.pop("targets", None)
     rank = 3 if targets else 0
-    return Work(**{"tokens": 128, "rank": rank, "targets": adapted_layers(targets) if targets else ()} | more)
+    return Work(**{"tokens": 128, "rank": rank, "targets": adapted(targets) if targets else ()} | more)
 
 
 @pytest.mark.parametrize("supervised", [None, 50])
@@ -96,7 +100,7 @@ def test_activations_are_what_autograd_keeps(targets, packed, checkpointing, sup
     if (
         targets and checkpointing
     ):  # what adapters keep inside a recomputed chain, torch's hook does not see from outside
-        chains = [t for t in adapted_layers(targets) if t != "attn.c_proj"]
+        chains = [t for t in adapted(targets) if t != "attn.c_proj"]
         left = [128 if t == "attn.c_attn" or supervised is None else supervised for t in chains]
         found += 4 * 3 * (128 * len(chains) + sum(left))
     counted = work(targets=targets, packed=packed, checkpointing=checkpointing, supervised=supervised)

@@ -10,11 +10,12 @@ import torch
 
 from tunesmith.__main__ import main
 from tunesmith.errors import UsageError
-from tunesmith.models.gpt2 import SIZES, GPTConfig
+from tunesmith.models.gpt2 import GPTConfig
+from tunesmith.models.known import SIZES
 from tunesmith.options.parse import from_settings
 from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
 from tunesmith.plan.cards import CARDS
-from tunesmith.plan.memory import Work, count_parameters, linear_sizes
+from tunesmith.plan.memory import Work, block_matrices
 from tunesmith.plan.planning import alternatives, candidates, choose, find_place, is_exact, make_setting, size_in_bytes
 from tunesmith.plan.probe import make_step, pair_batch, probe_step, split_evenly, text_batch
 from tunesmith.plan.workload import Rows, forward_operations, step_operations
@@ -58,7 +59,7 @@ def test_a_plan_for_a_card_says_what_is_counted_and_what_is_assumed(capsys, tmp_
     assert "data sheet, not measured" in out
     assert "assumed" in out
     found = json.loads((tmp_path / "plan.json").read_text())
-    n = count_parameters(MEDIUM)
+    n = MEDIUM.family.count(MEDIUM)
     assert (found["memory"]["parameters"], found["memory"]["optimizer"]) == (4 * n, 8 * n)
     assert found["precision"] == "fp16"
     assert found["tokens_per_s"] == pytest.approx(1024 / found["seconds_per_step"])
@@ -193,7 +194,7 @@ def test_a_second_model_may_become_a_cached_reference():
     s = setting(kind=DPOConfig, dpo__reference="model")
     assert {"dpo.reference": "cached"} in list(alternatives(s.config, inexact=False))
     cached = make_setting(s.config, MEDIUM, ROWS, s.place, {"dpo.reference": "cached"})
-    assert s.peak - cached.peak == 4 * count_parameters(MEDIUM)
+    assert s.peak - cached.peak == 4 * MEDIUM.family.count(MEDIUM)
     assert cached.estimate < s.estimate
 
 
@@ -213,7 +214,7 @@ def test_memory_modes_save_what_they_say():
     def peak(**changes):
         return make_setting(plain.config, MEDIUM, ROWS, plain.place, changes).peak
 
-    n = count_parameters(MEDIUM)
+    n = MEDIUM.family.count(MEDIUM)
     selective, recomputed = (peak(**{"train.activation_checkpointing": m}) for m in ("selective", True))
     assert recomputed < selective < plain.peak
     assert plain.peak - peak(**{"optimizer.name": "adamw8bit"}) == pytest.approx(6 * n, rel=0.02)
@@ -237,7 +238,7 @@ def test_the_papers_cases_need_less_here():
 
 def test_operations_of_a_step():
     shape, work = SIZES["gpt2"], Work(1024)
-    matrices = 12 * sum(i * o for i, o in linear_sizes(shape).values()) + shape.vocab_size * shape.n_embd
+    matrices = 12 * block_matrices(shape) + shape.vocab_size * shape.n_embd
     forward = forward_operations(shape, attended=1024)
     assert forward == 2 * matrices + 12 * 2 * 1024 * 768
     assert step_operations(shape, work, attended=1024) == 3 * forward

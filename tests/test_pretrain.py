@@ -26,7 +26,7 @@ from tunesmith.__main__ import main
 from tunesmith.data.datasets import open_dataset
 from tunesmith.data.readers import STRETCH, Report, read_file
 from tunesmith.data.tokenizer import Tokenizer, bits_per_byte, text_bytes
-from tunesmith.models.gpt2 import SIZES
+from tunesmith.models.known import SIZES
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import DataOptions
 from tunesmith.study.report import render_report

@@ -95,15 +95,19 @@ def close(ours, theirs, tolerance=FLOAT32):
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
+def by_their_names(model):
+    return {name.replace("trunk.", "transformer."): p for name, p in model.named_parameters()}
+
+
 def in_transformers(model):
     """The same model as transformers' classifier, weight by weight."""
-    c = model.transformer.config
+    c = model.trunk.config
     config = GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, num_labels=1,
         tie_word_embeddings=c.tied_head, bos_token_id=0, eos_token_id=0, pad_token_id=0, attn_implementation="eager",
     )  # fmt: skip
     theirs = GPT2ForSequenceClassification(config).to(model.score.weight.dtype).eval()
-    ours = dict(model.named_parameters())
+    ours = by_their_names(model)
     with torch.no_grad():
         for name, p in theirs.named_parameters():
             p.copy_(oriented(name, ours[name]))
@@ -193,7 +197,7 @@ def batch(tokenizer):
 def test_pair_scores_and_every_gradient_equal_two_plain_sequences_in_transformers(batch):
     packed, sequences = batch
     model = random_reward_model(dtype=torch.float64)
-    theirs, ours = in_transformers(model), dict(model.named_parameters())
+    theirs, ours = in_transformers(model), by_their_names(model)
     single = torch.cat([theirs(s).logits[:, 0] for s in sequences]).view(-1, 2)
     close(pair_scores(model, packed), single, FLOAT64)
     margins = single[:, 0] - single[:, 1]

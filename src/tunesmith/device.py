@@ -40,17 +40,17 @@ def resolve_device(name: str, option: str = "--train.device") -> torch.device:
     return device
 
 
-def resolve_precision(name: str, device: torch.device, n_embd: int = 768) -> Precision:
+def resolve_precision(name: str, device: torch.device, width: int = 768) -> Precision:
     """What `auto` means on `device`.
 
     bf16 where a GPU computes it natively (compute capability 8.0), fp16 on older cards with fast halves, fp32 on the
-    rest. On a CPU flags do not tell (many list bf16 and are ten times slower with it), so a block of the model's width is timed.
+    rest. On a CPU flags do not tell (many list bf16 and are ten times slower with it), so products of the model's width are timed.
     """
     if name != "auto":
         return name  # type: ignore[return-value]
     if device.type == "cuda":
         return card_precision(torch.cuda.get_device_capability(device))
-    if device.type == "cpu" and _cpu_prefers_bf16(n_embd):
+    if device.type == "cpu" and _cpu_prefers_bf16(width):
         return "bf16"
     return "fp32"
 
@@ -81,9 +81,12 @@ def resolve_compile(asked: bool | str, device: torch.device) -> bool:
 
 @functools.cache  # near the limit two probes may differ, and one process must not
 def _cpu_prefers_bf16(width: int) -> bool:
-    """Whether forward and backward of an MLP takes at most 2/3 of the time under bf16 autocast (probed, about 0.1 s)."""
-    x = torch.ones(256, width, requires_grad=True)
-    up, down = torch.ones(4 * width, width, requires_grad=True), torch.ones(width, 4 * width, requires_grad=True)
+    """Whether an MLP, forward and backward, takes at most 2/3 of the time under bf16 autocast (probed, about 0.1 s).
+
+    It is the machine that is asked, not the model: any MLP of about its size has the same answer.
+    """
+    x, inner = torch.ones(256, width, requires_grad=True), 4 * width
+    up, down = torch.ones(inner, width, requires_grad=True), torch.ones(width, inner, requires_grad=True)
 
     def seconds(bf16: bool) -> float:
         best = float("inf")

@@ -86,7 +86,7 @@ def answered(a: str, b: str, options: CompareCommand) -> Comparison:
     of_a, of_b = (answers_of(name, prompts, options.generate, options.device, scorer) for name in (a, b))
     rows = [Row(x, y) for x, y in zip(of_a, of_b, strict=True)]
     if tokenizer:
-        room = room_for_prompt(min(shape_of(name).block_size for name in (a, b)), options.generate.max_new_tokens)
+        room = room_for_prompt(min(shape_of(name).longest for name in (a, b)), options.generate.max_new_tokens)
         found = token_logps((a, b), tokenizer, rows, options.device, room)
         rows = [replace(row, logps=logps) for row, logps in zip(rows, found, strict=True)]
     return Comparison((a, b), rows, scorer.description if scorer else "", settings=in_words(options.generate))

@@ -36,7 +36,7 @@ def show_data(name: str, options: DataCommand) -> None:
     shape = known_shape(options.tokenizer)
     if data.block_size == "auto":  # a size of one's own is held against no model: whose tokenizer it is does not matter
         data = dataclasses.replace(
-            data, block_size=resolve_block_size("auto", shape.block_size if shape else USUAL_BLOCK, "")
+            data, block_size=resolve_block_size("auto", shape.longest if shape else USUAL_BLOCK, "")
         )
     source = open_dataset(data)
     console = Console(highlight=False, soft_wrap=True)

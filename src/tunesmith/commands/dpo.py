@@ -108,7 +108,7 @@ def make_references(
         where = resolve_device(config.dpo.reference_device or config.train.device, "--dpo.reference_device")
         return [second_model(model, where, precision)] * len(sets), {"mode": "model", "device": str(where)}
     store = LogpStore(store_path(trainee.fingerprint, precision))
-    device = model.wte.weight.device
+    device = model.device
 
     def compute(batch: Batch) -> torch.Tensor:
         with evaluation_mode(model):  # fresh adapters add nothing yet
@@ -135,8 +135,8 @@ def _dpo(config: DPOConfig, path: Path) -> Run:
     config = resolve_dpo(config)
     trainee = load_trainee(config, path, fingerprint=True)
     model = trainee.gpt
-    config = resolve_data(config, model.config.block_size)
-    config = resolve_machine(config, model.config.n_embd, "dpo")
+    config = resolve_data(config, model.longest)
+    config = resolve_machine(config, model.width, "dpo")
     splits = load_splits(config.data, trainee.tokenizer, pairs=True)
     train, validation, cut = pair_batches(splits, config)
     config = resolve_length(config, train, validation)

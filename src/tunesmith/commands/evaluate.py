@@ -43,7 +43,7 @@ from tunesmith.judge.preferences import firsts, preference_record
 from tunesmith.judge.scoring import OwnScorer, load_scorer
 from tunesmith.judge.trained_rows import trained_rows, training_runs
 from tunesmith.models.evaluation import evaluation_mode
-from tunesmith.models.gpt2 import GPT
+from tunesmith.models.model import Model
 from tunesmith.options.commands import EvaluateCommand
 from tunesmith.options.training import DataOptions
 from tunesmith.stats import ratio_interval
@@ -181,12 +181,12 @@ def _evaluate(held: Held, dataset: str) -> dict[str, Any]:
 # ---- loss and perplexity ---------------------------------------------------------------------------------------------
 
 
-def text_losses(model: GPT, tokenizer: Tokenizer, held: Held) -> tuple[dict[str, Any], list[str]]:
+def text_losses(model: Model, tokenizer: Tokenizer, held: Held) -> tuple[dict[str, Any], list[str]]:
     """Loss over the answers, in all and by turn and length, and over all tokens; what was skipped or cut."""
-    precision = held.precision(model.wte.weight.device, model.config.n_embd)
-    of_answers = held.dialogues(tokenizer, "assistant", model.config.block_size)
+    precision = held.precision(model.device, model.width)
+    of_answers = held.dialogues(tokenizer, "assistant", model.longest)
     answers = answer_losses(model, of_answers, precision)
-    of_all = held.dialogues(tokenizer, "all", model.config.block_size)
+    of_all = held.dialogues(tokenizer, "all", model.longest)
     everything = answer_losses(model, of_all, precision)
     report, rows = of_answers.rows.store.report, held.rows.of(len(of_answers.rows.store))
     alone = dict(zip(rows.tolist(), firsts(of_answers.rows.store, rows), strict=True))
@@ -267,10 +267,10 @@ def print_losses(console: Console, title: str, found: dict[str, Any]) -> None:
 # ---- preferences -----------------------------------------------------------------------------------------------------
 
 
-def policy_preference(name: str, model: GPT, tokenizer: Tokenizer, held: Held) -> tuple[dict[str, Any], list[str]]:
+def policy_preference(name: str, model: Model, tokenizer: Tokenizer, held: Held) -> tuple[dict[str, Any], list[str]]:
     """How often a language model gives the chosen answer more, by its log-ratio to a reference, else by log-probability."""
-    batches = held.pairs(tokenizer, model.config.block_size)
-    precision = held.precision(model.wte.weight.device, model.config.n_embd)
+    batches = held.pairs(tokenizer, model.longest)
+    precision = held.precision(model.device, model.width)
     values = all_logps(model, batches, precision)
     reference = held.options.reference or starting_point(name)
     by = "log-probability, as no --reference is given"
@@ -296,9 +296,9 @@ def numbers_of(batches: Batches[PairRows]) -> Array:
     return np.array([source for batch in batches.fixed() for source in batch.sources])
 
 
-def all_logps(model: GPT, batches: Batches[PairRows], precision: Precision) -> Array:
+def all_logps(model: Model, batches: Batches[PairRows], precision: Precision) -> Array:
     """(pairs, 2) float64, nats: log-probabilities of the chosen and rejected answers, in the order of the batches."""
-    device = model.wte.weight.device
+    device = model.device
     with evaluation_mode(model):
         found = [answer_logps(model, batch.to(device), precision) for batch in batches.fixed()]
     return torch.cat(found).double().cpu().numpy()
@@ -318,9 +318,9 @@ def reward_preference(name: str, held: Held) -> tuple[dict[str, Any], list[str]]
     """How often a reward model scores the chosen answer higher."""
     scorer = load_scorer(name, device=held.options.device)
     if isinstance(scorer, OwnScorer):
-        shape = scorer.model.transformer.config
-        batches = held.pairs(scorer.tokenizer, shape.block_size)
-        precision = held.precision(scorer.model.score.weight.device, shape.n_embd)
+        trunk = scorer.model.trunk
+        batches = held.pairs(scorer.tokenizer, trunk.longest)
+        precision = held.precision(trunk.device, trunk.width)
         scores = all_pair_scores(scorer.model, batches.fixed(), precision)
         values, numbers = scores.double().cpu().numpy(), numbers_of(batches)
         record, repeats = preference_record(values, batches.rows.store, numbers, "score")

@@ -22,7 +22,8 @@ from tunesmith.device import has_lean_allocator, keep_freed_memory, return_memor
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.bases import base_at
 from tunesmith.files.names import known_shape, nearest_model, shape_of
-from tunesmith.models.gpt2 import SIZES, GPTConfig
+from tunesmith.models.family import Config
+from tunesmith.models.known import SIZES
 from tunesmith.options.planning import PlanDPO, PlanPretrain, PlanReward, PlanSFT
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.plan.planning import (
@@ -97,7 +98,7 @@ def plan(options: PlanConfig) -> dict[str, Any]:
     return record
 
 
-def _resolved(options: PlanConfig) -> tuple[AnyConfig, GPTConfig]:
+def _resolved(options: PlanConfig) -> tuple[AnyConfig, Config]:
     """The training's configuration, checked, and the shape of its model."""
     if isinstance(options, PretrainConfig):
         _shape(options.model.name)
@@ -110,7 +111,7 @@ def _resolved(options: PlanConfig) -> tuple[AnyConfig, GPTConfig]:
         return options, _shape(options.model.name)
 
 
-def _vocabulary(config: PretrainConfig, shape: GPTConfig) -> int:
+def _vocabulary(config: PretrainConfig, shape: Config) -> int:
     """Tokens of a new tokenizer, or of the one that is named, where its model's shape tells them."""
     if config.tokenizer.vocab_size:
         return config.tokenizer.vocab_size
@@ -118,7 +119,7 @@ def _vocabulary(config: PretrainConfig, shape: GPTConfig) -> int:
     return named.vocab_size if named else shape.vocab_size
 
 
-def _shape(name: str) -> GPTConfig:
+def _shape(name: str) -> Config:
     """The shape of a MODEL, without a download. Raises: UserError saying what is wrong with it."""
     if (shape := known_shape(name)) is not None:
         return shape
@@ -183,7 +184,7 @@ def _header(s: Setting, record: dict[str, Any]) -> list[str]:
     rank = f"LoRA rank {s.work.rank}" if s.work.rank else "all weights"
     where = s.place.card.title if s.place.card else s.place.name
     return [
-        f"{record['command']} of {s.config.model.name} ({s.shape.n_layer} blocks, width {s.shape.n_embd}), {rank}, "
+        f"{record['command']} of {s.config.model.name} ({s.shape.depth} blocks, width {s.shape.width}), {rank}, "
         f"{s.config.optimizer.name}, {s.config.train.precision}, on {where}"
     ]
 

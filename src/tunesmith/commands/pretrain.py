@@ -19,7 +19,7 @@ from tunesmith.errors import UserError
 from tunesmith.files.names import new_model
 from tunesmith.files.run import Run
 from tunesmith.judge.rewards import rewards_at_steps
-from tunesmith.models.gpt2 import GPTConfig
+from tunesmith.models.family import Config
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.plan.room import memory_lines
 from tunesmith.train.choice import Sums
@@ -45,12 +45,12 @@ def pretrain(config: PretrainConfig) -> Run:
         return _pretrain(config, shape, path)
 
 
-def _pretrain(config: PretrainConfig, shape: GPTConfig, path: Path) -> Run:
+def _pretrain(config: PretrainConfig, shape: Config, path: Path) -> Run:
     """As `pretrain`, in the run's own directory."""
     tokenizer = make_tokenizer(config, path)
     model = new_model(dataclasses.replace(shape, vocab_size=tokenizer.vocab_size), config.train.seed)
     trainee = Trainee(model, model, tokenizer, base="", fingerprint="", lora=False)
-    config = resolve_machine(config, shape.n_embd, "pretrain")
+    config = resolve_machine(config, shape.width, "pretrain")
     splits = load_splits(config.data, tokenizer, prose=True)
     tokens = check_length(splits, config)
     train, validation, cut = text_batches(splits, config)

@@ -52,8 +52,8 @@ def _train_reward_model(config: RewardConfig, path: Path) -> Run:
     trainee = load_trainee(config, path, scored=True)
     model = trainee.model
     assert isinstance(model, RewardModel)
-    config = resolve_data(config, trainee.gpt.config.block_size)
-    config = resolve_machine(config, trainee.gpt.config.n_embd, "reward")
+    config = resolve_data(config, trainee.gpt.longest)
+    config = resolve_machine(config, trainee.gpt.width, "reward")
     splits = load_splits(config.data, trainee.tokenizer, pairs=True)
     train, validation, cut = pair_batches(splits, config)
     config = resolve_length(config, train, validation)

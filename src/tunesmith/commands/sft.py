@@ -40,8 +40,8 @@ def _sft(config: SFTConfig, path: Path) -> Run:
     """As `sft`, in the run's own directory."""
     trainee = load_trainee(config, path)
     model = trainee.gpt
-    config = resolve_data(config, model.config.block_size)
-    config = resolve_machine(config, model.config.n_embd, "sft")
+    config = resolve_data(config, model.longest)
+    config = resolve_machine(config, model.width, "sft")
     splits = load_splits(config.data, trainee.tokenizer)
     train, validation, cut = text_batches(splits, config)
     config = resolve_length(config, train, validation)

@@ -15,15 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.errors import UserError
-from tunesmith.files.weights import TRANSPOSED
-from tunesmith.models.gpt2 import GPT
+from tunesmith.models.family import HEAD
+from tunesmith.models.known import FAMILIES
+from tunesmith.models.model import Model
 
-EMBEDDING, HEAD_WEIGHT = "transformer.wte.weight", "lm_head.weight"
+ENDS = {
+    keys.theirs(f"{name}.weight") for keys in (f.keys for f in FAMILIES.values()) for name in (keys.embedding, HEAD)
+}
 
 
 @dataclass(frozen=True)
 class AdaptedWeights:
-    """By the names of transformers' GPT-2.
+    """By transformers' names.
 
     whole: weight -> what replaces it. low_rank: an embedding -> (A, B), of which scaling[embedding] B A is added,
     transposed. rows: an embedding or a head -> what replaces some of its rows, tokens[module] says which.
@@ -55,7 +58,7 @@ def take(name: str, value: Tensor, config: Mapping[str, Any], found: AdaptedWeig
     plain = re.sub(r"\.modules_to_save(\.\w+)?(?=\.)", "", name)
     module = plain.rpartition(".")[0]
     saved = any(f".{module}.".find(f".{asked}.") >= 0 for asked in config.get("modules_to_save") or [])
-    if saved or plain in (EMBEDDING, HEAD_WEIGHT):  # these PEFT adds by itself when the vocabulary has grown
+    if saved or plain in ENDS:  # these PEFT adds by itself when the vocabulary has grown
         found.whole[plain] = value
         return True
     return False
@@ -69,23 +72,24 @@ def _tokens_of(module: str, indices: Any) -> list[int]:
     return listed if isinstance(listed, list) else []
 
 
-def apply(model: GPT, adapted: AdaptedWeights, where: str) -> None:
+def apply(model: Model, adapted: AdaptedWeights, where: str) -> None:
     """Put an adapter's weights into its base. A head that was tied and no longer equals the embedding gets its own weight.
 
     Raises: UserError naming what does not fit.
     """
     if not adapted:
         return
-    embedding = model.wte.weight
-    moves_rows = EMBEDDING in adapted.whole or "transformer.wte" in adapted.low_rank
-    if model.config.tied_head and (HEAD_WEIGHT in adapted.whole or moves_rows):
-        model.lm_head.weight = nn.Parameter(embedding.detach().clone())
+    keys = model.config.family.keys
+    embedding, head = keys.theirs(keys.embedding), keys.theirs(HEAD)
+    replaced = {f"{embedding}.weight", f"{head}.weight"} & adapted.whole.keys()
+    if model.config.tied_head and (replaced or embedding in adapted.low_rank):
+        model.lm_head.weight = nn.Parameter(model.embedding.weight.detach().clone())
         model.config = dataclasses.replace(model.config, tied_head=False)
-    weights = {_their_weight(name): p for name, p in model.named_parameters()}
+    weights = {keys.theirs(name): p for name, p in model.named_parameters()}
     with torch.no_grad():
         for name, value in adapted.whole.items():
             target = weights.get(name)
-            value = value.t() if name.endswith(TRANSPOSED) else value
+            value = keys.turned(name, value)
             if target is None or target.shape != value.shape:
                 raise UserError(
                     _misfit(where, name, tuple(value.shape), None if target is None else tuple(target.shape))
@@ -106,10 +110,6 @@ def apply(model: GPT, adapted: AdaptedWeights, where: str) -> None:
             if target is None or not fits or not all(0 <= token < len(target) for token in tokens):
                 raise UserError(_misfit(where, f"{module}'s rows {tokens}", tuple(rows.shape), None))
             target[torch.tensor(tokens)] = rows.to(target.dtype)
-
-
-def _their_weight(name: str) -> str:
-    return name if name.startswith("lm_head.") else f"transformer.{name}"
 
 
 def _misfit(where: str, what: str, found: object, asked: object) -> str:

@@ -17,8 +17,10 @@ from tunesmith.errors import UserError
 from tunesmith.files.adapted_weights import AdaptedWeights, apply, take
 from tunesmith.files.weights import read_pickled, read_safetensors, write_safetensors
 from tunesmith.jsontext import read_json, write_json
-from tunesmith.models.gpt2 import GPT
-from tunesmith.models.lora import HEAD, LoRALinear, freeze_base, lora_layers, replace_layer, short_name
+from tunesmith.models.known import titles
+from tunesmith.models.lora import LoRALinear, freeze_base, lora_layers, replace_layer, short_name
+from tunesmith.models.model import Model
+from tunesmith.models.scored import SCORE
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 FINGERPRINT = "base_sha256"  # in the metadata of adapter_model.safetensors, which PEFT does not mind
@@ -29,16 +31,10 @@ VARIANTS = (  # settings of LoRA that compute something else
     "arrow_config", "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip
 PREFIX = "base_model.model."
-SCORE = "score.weight"  # of a reward model: trained in full beside its adapters
-
-
-def their_name(name: str) -> str:
-    """What transformers' GPT-2 calls the layer `h.0.attn.c_attn` or `lm_head`."""
-    return name if name == HEAD else f"transformer.{name}"
 
 
 def save_adapter(
-    model: GPT, directory: Path, *, base: str, fingerprint: str, extra: Mapping[str, Tensor] | None = None
+    model: Model, directory: Path, *, base: str, fingerprint: str, extra: Mapping[str, Tensor] | None = None
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` as PEFT does, beside what is there.
 
@@ -47,12 +43,12 @@ def save_adapter(
         fingerprint: of the base's weights (`weights.weights_fingerprint`).
         extra: weights that were trained in full beside the adapters, by name (a reward model's `score.weight`).
     """
-    layers, extra = lora_layers(model), extra or {}
+    layers, extra, keys = lora_layers(model), extra or {}, model.config.family.keys
     directory.mkdir(parents=True, exist_ok=True)
     state = {}
     for name, layer in layers.items():
-        state[f"{PREFIX}{their_name(name)}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
-        state[f"{PREFIX}{their_name(name)}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
+        state[f"{PREFIX}{keys.theirs(name)}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
+        state[f"{PREFIX}{keys.theirs(name)}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
     state |= {f"{PREFIX}{name}": value.detach().cpu().contiguous() for name, value in extra.items()}
     metadata = {"format": "pt", FINGERPRINT: fingerprint}
     if base != "sample" and (here := Path(base).expanduser()).is_dir():
@@ -73,10 +69,10 @@ def save_adapter(
         "r": first.rank,
         "lora_alpha": alpha(first),
         "lora_dropout": first.dropout,
-        "rank_pattern": {their_name(n): m.rank for n, m in layers.items() if m.rank != first.rank},
-        "alpha_pattern": {their_name(n): alpha(m) for n, m in layers.items() if alpha(m) != alpha(first)},
-        "target_modules": ends if everywhere else [their_name(name) for name in layers],
-        "fan_in_fan_out": any(name != HEAD for name in layers),  # transformers' Conv1D stores W transposed
+        "rank_pattern": {keys.theirs(n): m.rank for n, m in layers.items() if m.rank != first.rank},
+        "alpha_pattern": {keys.theirs(n): alpha(m) for n, m in layers.items() if alpha(m) != alpha(first)},
+        "target_modules": ends if everywhere else [keys.theirs(name) for name in layers],
+        "fan_in_fan_out": any(keys.is_transposed(f"{name}.weight") for name in layers),
         "bias": "none",
         "modules_to_save": [name.rpartition(".")[0] for name in extra] or None,
         "init_lora_weights": True,
@@ -128,7 +124,7 @@ def read_adapter(directory: Path) -> AdapterFiles:
             copies[match[1]] = value
         elif not take(name, value, config, adapted):
             raise UserError(
-                f"{file} holds {key}, which is not part of a LoRA adapter for GPT-2. {_remedy(directory, config)}"
+                f"{file} holds {key}, which is not part of a LoRA adapter for {titles()}. {_remedy(directory, config)}"
             )
     layers = {}
     for name, half in halves.items():
@@ -196,14 +192,14 @@ def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
-def load_adapter(model: GPT, files: AdapterFiles, *, fingerprint: str = "") -> None:
+def load_adapter(model: Model, files: AdapterFiles, *, fingerprint: str = "") -> None:
     """Put an adapter from disk on a plain `model` (freezing it), or load its weights into the same adapter already on it.
 
     fingerprint: of `model`'s weights without adapters; "" checks shapes only.
     Raises: UserError if the adapter was trained on a different base, or does not fit the layers.
     """
     linear = {n.removesuffix(".base"): m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    ours = {their_name(name): name for name in linear}
+    ours = {model.config.family.keys.theirs(name): name for name in linear}
     same = all(
         name not in ours or torch.equal(weight, linear[ours[name]].weight.to(weight.dtype))
         for name, weight in files.copies.items()

@@ -20,12 +20,14 @@ from tunesmith.files.adapters import AdapterFiles, load_adapter, read_adapter
 from tunesmith.files.bases import SAMPLE, asked_base, holds_model, may_be_on_hub, places_of_base
 from tunesmith.files.reward import is_reward_model, load_reward_model, set_score
 from tunesmith.files.run import STEP_NAME, Run
-from tunesmith.files.weights import config_from_hf, load_model, weights_fingerprint
+from tunesmith.files.weights import load_model, weights_fingerprint
 from tunesmith.hub import download_model
 from tunesmith.jsontext import read_json
-from tunesmith.models.gpt2 import GPT, SIZES, GPTConfig
+from tunesmith.models.family import Config
+from tunesmith.models.known import SIZES, config_from_hf
 from tunesmith.models.lora import merge, strip
-from tunesmith.models.scored import RewardModel
+from tunesmith.models.model import Model, build_model
+from tunesmith.models.scored import SCORE, RewardModel
 
 T = TypeVar("T")
 
@@ -158,7 +160,7 @@ def gives_scores(name: str) -> bool:
     return read_model(name, lambda d: bool(read_adapter(d).extra) if is_adapter(d) else is_reward_model(d))
 
 
-def load(name: str, *, device: str = "auto", dtype: torch.dtype = torch.float32) -> tuple[GPT, Tokenizer]:
+def load(name: str, *, device: str = "auto", dtype: torch.dtype = torch.float32) -> tuple[Model, Tokenizer]:
     """Model and tokenizer of a MODEL, ready for evaluation and generation. An adapter is merged into its base.
 
     >>> model, tokenizer = load("sample", device="cpu")
@@ -174,7 +176,7 @@ def load(name: str, *, device: str = "auto", dtype: torch.dtype = torch.float32)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise UsageError(f"dtype is {dtype!r}, expected a floating-point one, as torch.bfloat16")
 
-    def read(directory: Path) -> tuple[GPT, Tokenizer]:
+    def read(directory: Path) -> tuple[Model, Tokenizer]:
         model, tokenizer = load_plain(directory), _tokenizer_in(directory)
         tokenizer.limit(model.config.vocab_size, str(directory))
         return model, tokenizer
@@ -199,14 +201,14 @@ def _reward_model(directory: Path, name: str) -> RewardModel:
         if not files.extra:
             raise UserError(f"{name} is an adapter for a language model, which gives no scores")
         model = RewardModel(_merged(directory, files))
-        set_score(model, files.extra[adapters.SCORE], directory)
+        set_score(model, files.extra[SCORE], directory)
         return model
     if not is_reward_model(directory):
         raise UserError(f"{name} is a language model, not a reward model; train one with tunesmith reward")
     return load_reward_model(directory)
 
 
-def load_plain(directory: Path, *, dropout: float | None = None) -> GPT:
+def load_plain(directory: Path, *, dropout: float | None = None) -> Model:
     """The language model in a directory, on the CPU in float32; an adapter is merged into its base."""
     if is_adapter(directory):
         files = read_adapter(directory)
@@ -218,7 +220,7 @@ def load_plain(directory: Path, *, dropout: float | None = None) -> GPT:
     return load_model(directory, dropout=dropout)
 
 
-def load_adapted(directory: Path, files: AdapterFiles | None = None, dropout: float | None = None) -> GPT:
+def load_adapted(directory: Path, files: AdapterFiles | None = None, dropout: float | None = None) -> Model:
     """The base of an adapter with the adapter beside its layers, not merged. Raises: UserError if the base is a different one."""
     files = files or read_adapter(directory)
     model = load_plain(_base_directory(directory, files), dropout=dropout)
@@ -226,11 +228,11 @@ def load_adapted(directory: Path, files: AdapterFiles | None = None, dropout: fl
     return model.eval()
 
 
-def _merged(directory: Path, files: AdapterFiles, dropout: float | None = None) -> GPT:
+def _merged(directory: Path, files: AdapterFiles, dropout: float | None = None) -> Model:
     model = load_adapted(directory, files, dropout)
     merge(model)
     strip(model)
-    if model.lm_head.weight is not model.wte.weight:  # an adapted head is no longer the embedding
+    if model.lm_head.weight is not model.embedding.weight:  # an adapted head is no longer the embedding
         model.config = dataclasses.replace(model.config, tied_head=False)
     return model
 
@@ -310,7 +312,7 @@ def _tokenizer_in(directory: Path) -> Tokenizer:
     return tokenizer
 
 
-def load_for_training(name: str, *, init: str, dropout: float, seed: int) -> tuple[GPT, Tokenizer]:
+def load_for_training(name: str, *, init: str, dropout: float, seed: int) -> tuple[Model, Tokenizer]:
     """Model and tokenizer to train, on the CPU in float32; `init` "random" draws new weights from `seed`.
 
     With random weights the four gpt2 names need no download: their shapes and GPT-2's tokenizer come with the package.
@@ -326,19 +328,19 @@ def load_for_training(name: str, *, init: str, dropout: float, seed: int) -> tup
     return model, tokenizer
 
 
-def shape_of(name: str) -> GPTConfig:
+def shape_of(name: str) -> Config:
     """Shape of a named size (gpt2, gpt2-medium, ...), which needs no download, or of a MODEL."""
     return SIZES[name] if name in SIZES else _stored_shape(find_model(name))
 
 
-def _stored_shape(directory: Path) -> GPTConfig:
+def _stored_shape(directory: Path) -> Config:
     """The shape of the model in a directory; an adapter's is its base's. Raises: as `find_model` and `config_from_hf`."""
     while is_adapter(directory):
         directory = _base_directory(directory, read_adapter(directory))
     return config_from_hf(read_json(directory / "config.json"))
 
 
-def known_shape(model: str) -> GPTConfig | None:
+def known_shape(model: str) -> Config | None:
     """The shape of a local MODEL or a named size; None where it would take a download to find out."""
     if model in SIZES:
         return SIZES[model]
@@ -355,11 +357,13 @@ def load_tokenizer(name: str) -> Tokenizer:
 
     The one of the named sizes (gpt2, gpt2-medium, ...) comes with the package and needs no download. Raises: as `find_model`.
     """
-    return Tokenizer.gpt2() if name in SIZES else read_model(name, _tokenizer_in)
+    if name in SIZES and SIZES[name].family.tokenizer == "gpt2":
+        return Tokenizer.gpt2()
+    return read_model(name, _tokenizer_in)
 
 
-def new_model(shape: GPTConfig, seed: int) -> GPT:
+def new_model(shape: Config, seed: int) -> Model:
     """A model of that shape with new weights, drawn from `seed`, on the CPU in float32."""
-    model = GPT(shape)
+    model = build_model(shape)
     model.init_weights(torch.Generator().manual_seed(seed))
     return model

@@ -1,4 +1,4 @@
-"""Reward models on disk: transformers' `GPT2ForSequenceClassification` with one label, which computes the same scores."""
+"""Reward models on disk: transformers' `...ForSequenceClassification` with one label, which computes the same scores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.files.weights import (
     check_size,
-    config_from_hf,
     config_to_hf,
     empty_model,
     from_hf_state_dict,
@@ -21,9 +20,9 @@ from tunesmith.files.weights import (
     write_safetensors,
 )
 from tunesmith.jsontext import read_json, write_json
-from tunesmith.models.scored import RewardModel
-
-ARCHITECTURE = "GPT2ForSequenceClassification"
+from tunesmith.models.family import HEAD
+from tunesmith.models.known import config_from_hf
+from tunesmith.models.scored import SCORE, RewardModel
 
 
 def is_reward_model(directory: Path) -> bool:
@@ -33,27 +32,29 @@ def is_reward_model(directory: Path) -> bool:
 
 
 def save_reward_model(model: RewardModel, tokenizer: Tokenizer, directory: Path) -> None:
-    """Write `model` and its tokenizer as transformers' GPT2ForSequenceClassification."""
+    """Write `model` and its tokenizer as transformers' sequence classifier of that architecture."""
     directory.mkdir(parents=True, exist_ok=True)
-    state = to_hf_state_dict(model.transformer) | {"score.weight": model.score.weight}
+    trunk = model.trunk
+    state = to_hf_state_dict(trunk) | {SCORE: model.score.weight}
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     write_safetensors(state, directory / "model.safetensors", {"format": "pt"})
-    config = config_to_hf(model.transformer.config, tokenizer.end_of_text, model.score.weight.dtype) | {
-        "architectures": [ARCHITECTURE],
+    config = config_to_hf(trunk, tokenizer.end_of_text) | {
+        "architectures": [trunk.config.family.classifier],
         "id2label": {"0": "reward"},
         "label2id": {"reward": 0},
         "problem_type": "regression",
         # transformers scores the last token that is no padding
-        "pad_token_id": tokenizer.pad(model.transformer.config.vocab_size),
+        "pad_token_id": tokenizer.pad(trunk.config.vocab_size),
+        "dtype": str(model.score.weight.dtype).removeprefix("torch."),
     }
     write_json(directory / "config.json", config)
-    tokenizer.save(directory, model.transformer.config.block_size, model.transformer.config.vocab_size)
+    tokenizer.save(directory, trunk.longest, trunk.config.vocab_size)
 
 
 def load_reward_model(directory: Path) -> RewardModel:
     """The reward model in a directory, on the CPU in float32, in evaluation mode.
 
-    Raises: UserError if the directory holds no GPT-2 with one score, or is broken.
+    Raises: UserError if the directory holds no model with one score, or is broken.
     """
     hf = read_json(directory / "config.json")
     named = hf.get("id2label")
@@ -70,15 +71,16 @@ def load_reward_model(directory: Path) -> RewardModel:
 def load_reward_weights(model: RewardModel, directory: Path) -> None:
     """Copy the weights in a directory into `model`. Raises: UserError naming what is missing or does not fit."""
     score: list[Tensor] = []
+    keys = model.trunk.config.family.keys
 
     def trunk() -> Iterator[tuple[str, Tensor]]:
         for name, value in stored_weights(directory):
-            if name == "score.weight":
+            if name == SCORE:
                 score.append(value)
-            elif name != "lm_head.weight":
+            elif keys.ours(name) != f"{HEAD}.weight":
                 yield name, value
 
-    from_hf_state_dict(model.transformer, trunk(), str(directory))
+    from_hf_state_dict(model.trunk, trunk(), str(directory))
     set_score(model, score[0] if score else None, directory)
 
 

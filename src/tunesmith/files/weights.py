@@ -22,158 +22,78 @@ from tunesmith.data.fingerprint import content_hash
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError, note
 from tunesmith.jsontext import parse_json, read_json, write_json
-from tunesmith.models.gpt2 import GPT, GPTConfig
-
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # Conv1D: (in, out)
-TIED = {"lm_head.weight", "wte.weight"}  # one and the same tensor where the head is tied
-COMPUTED = {  # settings of which only these values are computed here; without one transformers takes the first
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate", "gelu_python_tanh"),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-}
-NAMES = {  # ours -> GPT-2's name in config.json, and the general one that transformers takes as well
-    "n_layer": ("n_layer", "num_hidden_layers"),
-    "n_head": ("n_head", "num_attention_heads"),
-    "n_embd": ("n_embd", "hidden_size"),
-    "vocab_size": ("vocab_size",),
-    "block_size": ("n_positions", "max_position_embeddings", "n_ctx"),
-    "dropout": ("resid_pdrop",),
-    "layer_norm_epsilon": ("layer_norm_epsilon",),
-    "n_inner": ("n_inner",),
-    "tied_head": ("tie_word_embeddings",),
-}
-FRACTIONS = ("dropout", "layer_norm_epsilon")
-BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that old checkpoints carry
+from tunesmith.models.family import HEAD, Config
+from tunesmith.models.known import config_from_hf
+from tunesmith.models.model import Model, build_model
 
 
-def config_from_hf(hf: dict[str, Any]) -> GPTConfig:
-    """The shape in a Hugging Face `config.json`, read as transformers reads it: other names and missing ones included.
-
-    Raises: UserError if it is no GPT-2, uses a variant that this model does not compute, or holds a value that is no size
-        (each is named).
-    """
-    kind = hf.get("model_type")
-    says_gpt2 = kind == "gpt2" or (kind is None and _looks_like_gpt2(hf))
-    if not says_gpt2:
-        raise UserError(f"config.json says model_type {kind!r}; tunesmith supports gpt2 models")
-    odd = [f"{k} = {hf[k]!r}" for k, fine in COMPUTED.items() if k in hf and hf[k] not in fine]
-    if odd:
-        raise UserError(f"config.json asks for {', '.join(odd)}, which tunesmith's GPT-2 does not support")
-    given = {ours: _named(hf, theirs) for ours, theirs in NAMES.items() if not hf.keys().isdisjoint(theirs)}
-    given = {ours: found for ours, found in given.items() if ours != "n_inner" or found[1] is not None}
-    wrong = [f"{name} = {value!r}" for ours, (name, value) in given.items() if not _is_fine(ours, value)]
-    if wrong:
-        raise UserError(
-            f"config.json holds {', '.join(wrong)}; expected whole numbers of at least 1 (dropout and layer_norm_epsilon: "
-            "numbers, tie_word_embeddings: true or false)"
-        )
-    values: dict[str, Any] = {o: float(value) if o in FRACTIONS else value for o, (_, value) in given.items()}
-    return GPTConfig(**values)
-
-
-def _looks_like_gpt2(hf: dict[str, Any]) -> bool:
-    """Whether a config without model_type is one: by its architecture, or by GPT-2's own names for sizes."""
-    stated = hf.get("architectures")
-    stated = stated if isinstance(stated, list) else []
-    return any(str(name).startswith("GPT2") for name in stated) or (not stated and {"n_embd", "n_layer"} <= hf.keys())
-
-
-def _named(hf: dict[str, Any], names: tuple[str, ...]) -> tuple[str, Any]:
-    """The first of several names that the config has a value for, and that value; None where all that it has are null."""
-    there = [name for name in names if name in hf]
-    return next(((name, hf[name]) for name in there if hf[name] is not None), (there[0], None))
-
-
-def _is_fine(name: str, value: Any) -> bool:
-    if name == "tied_head":
-        return isinstance(value, bool)
-    if name in FRACTIONS:
-        return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
-    return type(value) is int and 1 <= value < 2**31
-
-
-def config_to_hf(config: GPTConfig, end_of_text: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """The `config.json` from which transformers builds the same GPT2LMHeadModel."""
+def config_to_hf(model: Model, end_of_text: int) -> dict[str, Any]:
+    """The `config.json` from which transformers builds the same language model."""
+    family = model.config.family
     return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "activation_function": "gelu_new",
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.n_embd,
-        "n_inner": config.n_inner,
-        "n_positions": config.block_size,
-        "n_ctx": config.block_size,
-        "vocab_size": config.vocab_size,
-        "layer_norm_epsilon": config.layer_norm_epsilon,
-        "resid_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-        "tie_word_embeddings": config.tied_head,
-        "initializer_range": 0.02,
+        "architectures": [family.causal],
+        "model_type": family.name,
+        **family.to_hf(model.config),
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch."),
     }
 
 
-def from_hf_state_dict(model: GPT, state: Iterable[tuple[str, Tensor]], where: str) -> None:
-    """Copy published weights into `model`, whatever their dtype, with or without the prefix `transformer.`.
+def from_hf_state_dict(model: Model, state: Iterable[tuple[str, Tensor]], where: str) -> None:
+    """Copy published weights into `model`, whatever their dtype, with or without the architecture's prefix.
 
     A head that is stored although the model's is tied must equal the embedding (it is checked, not assumed). Weights
-    that a GPT-2 does not use, of a value head for instance, are left out with a note, as transformers does.
+    that the architecture does not use, of a value head for instance, are left out with a note, as transformers does.
     Raises: UserError naming every missing or misshapen weight, and those of blocks that config.json does not count.
     """
+    config, keys = model.config, model.config.family.keys
     targets = dict(model.state_dict())
+    head, embedding = f"{HEAD}.weight", f"{keys.embedding}.weight"
+    both = {head, embedding}  # one and the same tensor where the head is tied
     waiting, problems, unused = set(targets), [], []
     with torch.no_grad():
         for key, value in state:
-            name = key.removeprefix("transformer.")
-            if name.endswith(BUFFERS):
+            name = keys.ours(key)
+            if name.endswith(keys.unused):
                 continue
             if name not in targets:
-                block = re.match(r"h\.(\d+)\.", name)
-                beyond = block is not None and int(block[1]) >= model.config.n_layer
+                block = re.match(rf"{keys.blocks}\.(\d+)\.", name)
+                beyond = block is not None and int(block[1]) >= config.depth
                 problems.extend([f"unknown weight {key}"] * beyond)
                 unused.extend([key] * (not beyond))
                 continue
-            value = value.t() if name.endswith(TRANSPOSED) else value
-            if value.shape != targets[name].shape:
-                found, asked = tuple(value.shape), tuple(targets[name].shape)
-                problems.append(f"{key} has shape {found}, config.json asks for {asked}")
-            elif (
-                name in TIED <= set(targets) and model.config.tied_head and not waiting >= TIED
-            ):  # the other came first
-                if not torch.equal(value.to(targets[name].dtype), targets[name]):
-                    problems.append("lm_head.weight differs from wte.weight, but config.json ties them")
-            else:
-                targets[name].copy_(value)
+            value, target = keys.turned(name, value), targets[name]
+            second = config.tied_head and name in both <= set(targets) and not waiting >= both  # the other came first
+            if value.shape != target.shape:
+                problems.append(f"{key} has shape {tuple(value.shape)}, config.json asks for {tuple(target.shape)}")
+            elif not second:
+                target.copy_(value)
+            elif not torch.equal(value.to(target.dtype), target):
+                problems.append(f"{head} differs from {embedding}, but config.json ties them")
             waiting.discard(name)
-    if model.config.tied_head and not waiting >= TIED:  # either name stands for both: safetensors keeps one of them
-        waiting -= TIED
+    if config.tied_head and not waiting >= both:  # either name stands for both: safetensors keeps one of them
+        waiting -= both
     problems += [f"missing weight {name}" for name in sorted(waiting)]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise UserError(f"{where} does not hold this model: {'; '.join(problems[:3])}{more}")
     if unused:
         more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
-        note(f"{where} also holds {', '.join(unused[:3])}{more}, which a GPT-2 does not use: left out")
+        note(f"{where} also holds {', '.join(unused[:3])}{more}, which a {config.family.title} does not use: left out")
 
 
-def to_hf_state_dict(model: GPT) -> dict[str, Tensor]:
-    """Weights under the names and in the orientation of transformers' GPT2LMHeadModel; a tied head is left out."""
-    state = {}
-    for name, value in model.state_dict().items():
-        if name == "lm_head.weight":
-            if not model.config.tied_head:
-                state[name] = value.contiguous()
-        else:
-            state[f"transformer.{name}"] = (value.t() if name.endswith(TRANSPOSED) else value).contiguous()
-    return state
+def to_hf_state_dict(model: Model) -> dict[str, Tensor]:
+    """Weights under the names and in the orientation of transformers' model; a tied head is left out."""
+    keys, tied = model.config.family.keys, model.config.tied_head
+    return {
+        keys.theirs(name): keys.turned(name, value).contiguous()
+        for name, value in model.state_dict().items()
+        if not (tied and name == f"{HEAD}.weight")
+    }
 
 
-def load_model(directory: Path, *, dropout: float | None = None) -> GPT:
+def load_model(directory: Path, *, dropout: float | None = None) -> Model:
     """The model in a directory, on the CPU in float32, in evaluation mode.
 
     Reads model.safetensors, a sharded index, or an old pytorch_model.bin (unpickled with `weights_only=True`, which
@@ -183,7 +103,7 @@ def load_model(directory: Path, *, dropout: float | None = None) -> GPT:
     config = config_from_hf(read_json(directory / "config.json"))
     check_size(config, directory)
     if dropout is not None:
-        config = GPTConfig(**{**vars(config), "dropout": dropout})
+        config = dataclasses.replace(config, dropout=dropout)
     model = empty_model(config)
     from_hf_state_dict(model, stored_weights(directory), str(directory))
     return model.eval()
@@ -199,22 +119,22 @@ class _Unset(TorchFunctionMode):
         return func(*args, **named)
 
 
-def empty_model(config: GPTConfig) -> GPT:
+def empty_model(config: Config) -> Model:
     """A model of that shape on the CPU, whose weights are not set yet."""
     with _Unset():
-        return GPT(config)
+        return build_model(config)
 
 
 MOST_BLOCKS, MANY_NUMBERS = 10_000, 10**9
 
 
-def check_size(config: GPTConfig, directory: Path) -> None:
+def check_size(config: Config, directory: Path) -> None:
     """Raises: UserError for a shape so far beyond the weights that building it would exhaust this machine."""
-    numbers = config.n_embd * (config.vocab_size + config.block_size + 12 * config.n_embd * config.n_layer)
+    numbers = config.family.count(config)
     stored = sum(file.stat().st_size for file in _weight_files(directory) if file.exists())
-    if config.n_layer > MOST_BLOCKS or (numbers > MANY_NUMBERS and numbers > stored):
+    if config.depth > MOST_BLOCKS or (numbers > MANY_NUMBERS and numbers > stored):
         raise UserError(
-            f"{directory}: config.json asks for {config.n_layer:,} blocks and about {numbers:,} numbers, but the "
+            f"{directory}: config.json asks for {config.depth:,} blocks and {numbers:,} numbers, but the "
             f"weights have {stored:,} bytes; correct config.json, or download the model again"
         )
 
@@ -280,13 +200,13 @@ def _unpickled(file: Path) -> Iterator[tuple[str, Tensor]]:
     yield from state.items()
 
 
-def save_model(model: GPT, tokenizer: Tokenizer, directory: Path) -> None:
+def save_model(model: Model, tokenizer: Tokenizer, directory: Path) -> None:
     """Write `model` and its tokenizer so that `transformers.AutoModelForCausalLM` and ours load them equally."""
     directory.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().cpu() for name, value in to_hf_state_dict(model).items()}
     write_safetensors(state, directory / "model.safetensors", {"format": "pt"})
-    write_json(directory / "config.json", config_to_hf(model.config, tokenizer.end_of_text, model.wte.weight.dtype))
-    tokenizer.save(directory, model.config.block_size, model.config.vocab_size)
+    write_json(directory / "config.json", config_to_hf(model, tokenizer.end_of_text))
+    tokenizer.save(directory, model.longest, model.config.vocab_size)
 
 
 def write_safetensors(state: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -325,7 +245,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path} cannot be read as weights ({reason}); download or save it again") from None
 
 
-def weights_fingerprint(model: GPT) -> str:
+def weights_fingerprint(model: Model) -> str:
     """SHA-256 over shape and weights: two models with the same one compute the same."""
 
     def parts() -> Iterator[str | memoryview]:

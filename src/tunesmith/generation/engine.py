@@ -24,8 +24,8 @@ from tunesmith.generation.sampling import Sampling, check_counts, sample_tokens,
 from tunesmith.models.attention import Documents
 from tunesmith.models.cache import Cache
 from tunesmith.models.evaluation import evaluation_mode
-from tunesmith.models.gpt2 import GPT
 from tunesmith.models.linear import pack_for_good, packed_weights
+from tunesmith.models.model import Model
 from tunesmith.progress import STOP
 
 PREFILL_TOKENS = 2048  # prompt tokens in one forward pass, to bound its memory
@@ -47,7 +47,7 @@ class Answer:
 
 
 def generate(
-    model: GPT,
+    model: Model,
     tokenizer: Tokenizer,
     prompts: Sequence[Conversation],
     *,
@@ -76,19 +76,19 @@ def generate(
     return [answer.text for answer in answers]
 
 
-def prepare(model: GPT) -> GPT:
+def prepare(model: Model) -> Model:
     """Convert the weights in place to the form that decodes fastest on this device; returns the model.
 
     For a model that only answers and is scored: it can no longer be trained, moved or saved.
     """
-    for block in model.h:  # the head's plain weight is the embedding too
+    for block in model.blocks:  # the head's plain weight is the embedding too
         pack_for_good(block)
         return_freed_memory()
     return model
 
 
 def generate_answers(
-    model: GPT,
+    model: Model,
     tokenizer: Tokenizer,
     prompts: Sequence[Conversation],
     sampling: Sampling,
@@ -109,7 +109,7 @@ def generate_answers(
     """
     check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, samples=samples)
     sampling.check()
-    limit = model.config.block_size
+    limit = model.longest
     ids = read_prompts(tokenizer, prompts, positions=limit, max_new_tokens=max_new_tokens, too_long=too_long)
     wanted = [(i, n) for i in range(len(ids)) for n in range(samples)]
     answers: dict[tuple[int, int], Answer] = {}
@@ -131,7 +131,7 @@ def generate_answers(
 
 
 def stream(
-    model: GPT,
+    model: Model,
     tokenizer: Tokenizer,
     conversation: Conversation,
     sampling: Sampling,
@@ -143,7 +143,7 @@ def stream(
     A piece is held back while it could still be the beginning of a stop text or of a character.
     """
     check_counts(max_new_tokens=max_new_tokens)
-    limit = model.config.block_size
+    limit = model.longest
     (prompt,) = read_prompts(
         tokenizer, [conversation], positions=limit, max_new_tokens=max_new_tokens, too_long=too_long
     )
@@ -176,7 +176,7 @@ def _text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 
 
 def decode(
-    model: GPT,
+    model: Model,
     tokenizer: Tokenizer,
     prompts: Sequence[list[int]],
     sampling: Sampling,
@@ -194,7 +194,7 @@ def decode(
     stops: ids that end an answer; none: the end of text.
     """
     sampling.check()
-    device, limit = model.wte.weight.device, model.config.block_size
+    device, limit = model.device, model.longest
     numbers = samples or [0] * len(prompts)
     room = [min(max_new_tokens, limit - len(p)) for p in prompts]
     streams = [stream_of(sampling, n, p, max(room)) for p, n in zip(prompts, numbers, strict=True)]
@@ -230,7 +230,7 @@ def decode(
         logits = next_logits(tokens, cache) if fixed is None else fixed(tokens, left)
 
 
-def _next(model: GPT, tokens: Tensor, cache: Cache) -> Tensor:
+def _next(model: Model, tokens: Tensor, cache: Cache) -> Tensor:
     """Logits after one more token of every sequence. tokens: (B,) int64; the result: (B, V)."""
     with evaluation_mode(model):
         return model.lm_head(model(tokens[:, None], cache=cache)[:, 0])  # type: ignore[no-any-return]
@@ -246,7 +246,7 @@ def _groups(prompts: Sequence[list[int]]) -> Iterator[list[list[int]]]:
     yield group
 
 
-def _read(model: GPT, cache: Any, prompts: Sequence[list[int]], device: torch.device) -> Tensor:
+def _read(model: Model, cache: Any, prompts: Sequence[list[int]], device: torch.device) -> Tensor:
     """Fill the cache with packed prompts; logits after each prompt's last token, (B, V)."""
     documents = Documents.from_rows([[len(p) for p in prompts]], device)
     tokens = torch.tensor([list(chain.from_iterable(prompts))], device=device)

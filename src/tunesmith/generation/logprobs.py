@@ -15,8 +15,8 @@ from tunesmith.data.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
 from tunesmith.files.answers import ScoredAnswer
 from tunesmith.generation.context import fit
 from tunesmith.models.evaluation import evaluation_mode
-from tunesmith.models.gpt2 import GPT
 from tunesmith.models.head import target_logps
+from tunesmith.models.model import Model
 
 BATCH_TOKENS = 4096  # in one forward pass
 Array = np.ndarray[Any, Any]
@@ -59,20 +59,20 @@ def token_texts(tokenizer: Tokenizer, two: TwoAnswers) -> tuple[list[str], list[
     return texts[0], texts[1]
 
 
-def answer_logps(model: GPT, pairs: Sequence[TwoAnswers], end_of_text: int) -> list[tuple[list[float], list[float]]]:
+def answer_logps(model: Model, pairs: Sequence[TwoAnswers], end_of_text: int) -> list[tuple[list[float], list[float]]]:
     """Log-probability of every token of both answers to each prompt, the end included where there is one; nats.
 
     Many prompts share a forward pass, and a prompt is read once for its two answers. Tokens beyond the model's
     positions are left out at the end.
     """
-    device = model.wte.weight.device
-    cut = [two.cut(model.config.block_size) for two in pairs]
+    device = model.device
+    cut = [two.cut(model.longest) for two in pairs]
     lengths = [min(sum(map(len, parts)), BATCH_TOKENS) for parts, _ in cut]
     found: list[tuple[list[float], list[float]]] = [([], [])] * len(pairs)
     with evaluation_mode(model):
         for group in pack(lengths, BATCH_TOKENS):
             parts, ends = zip(*(cut[i] for i in group), strict=True)
-            batch = join_pairs(parts, ends, end_of_text, model.config.block_size).to(device)
+            batch = join_pairs(parts, ends, end_of_text, model.longest).to(device)
             logps = target_logps(model, batch).tolist()
             at = 0
             for n, i in enumerate(group):

@@ -13,12 +13,12 @@ from tunesmith.generation.chat import Note, Source
 from tunesmith.generation.context import fit, room_for_prompt
 from tunesmith.generation.engine import stream
 from tunesmith.generation.sampling import Sampling
-from tunesmith.models.gpt2 import GPT
+from tunesmith.models.model import Model
 
 
-def model_source(model: GPT, tokenizer: Tokenizer, sampling: Sampling, max_new_tokens: int) -> Source:
+def model_source(model: Model, tokenizer: Tokenizer, sampling: Sampling, max_new_tokens: int) -> Source:
     """Answers of a model for a `ChatSession`. The tries of a question are drawn as `sampling.sample` + 1, + 2, ..."""
-    room = room_for_prompt(model.config.block_size, max_new_tokens)
+    room = room_for_prompt(model.longest, max_new_tokens)
 
     def reply(messages: Sequence[Message], number: int) -> Generator[str | Note, None, FinishReason]:
         reading = fit(messages, lambda turns: len(encode_prompt(tokenizer, turns)), room)

@@ -17,13 +17,13 @@ from tunesmith.generation.engine import generate_answers
 from tunesmith.generation.sampling import Sampling
 from tunesmith.judge.answers import measures, reward_summary
 from tunesmith.judge.scoring import Scorer, load_scorer
-from tunesmith.models.gpt2 import GPT
+from tunesmith.models.model import Model
 from tunesmith.options.training import EvalOptions, GenerateOptions
 from tunesmith.train.trainee import Trainee
 
 
 def answer_prompts(
-    model: GPT,
+    model: Model,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     options: GenerateOptions,

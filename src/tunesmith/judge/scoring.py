@@ -24,6 +24,7 @@ from tunesmith.generation.context import Reading, fit_with_answer
 from tunesmith.jsontext import read_json
 from tunesmith.models.attention import Documents
 from tunesmith.models.evaluation import evaluation_mode
+from tunesmith.models.known import FAMILIES
 from tunesmith.models.scored import RewardModel
 from tunesmith.progress import STOP
 from tunesmith.stats import share_interval
@@ -57,7 +58,7 @@ def load_scorer(name: str, *, device: str = "auto", option: str = "--reward") ->
         directory, kind = read_model(name, lambda d: (d, None if is_adapter(d) else read_json(d / "config.json")))
     except UserError as error:
         raise UserError(f"{option} {name}: {error}") from None
-    if kind is None or kind.get("model_type") == "gpt2":
+    if kind is None or kind.get("model_type") in FAMILIES:
         return OwnScorer(name, device)
     if not is_reward_model(directory):
         found = ", ".join(kind.get("architectures") or ["no architecture"])
@@ -102,7 +103,7 @@ class OwnScorer:
 
     def score(self, prompts: Sequence[Question], answers: Sequence[str]) -> list[float]:
         """As `Scorer.score`; what is longer than the model can read is cut as told, with a note, by `generation.context`."""
-        limit, cuts = self.model.transformer.config.block_size, Cuts()
+        limit, cuts = self.model.trunk.longest, Cuts()
         ids = [self._encode(p, a, limit, cuts) for p, a in zip(prompts, answers, strict=True)]
         cuts.tell(self.name, limit, len(ids))
         return score_texts(self.model, ids)

@@ -40,7 +40,7 @@ class Cache(Protocol):
 
 @dataclass
 class KVCache:
-    """Keys and values of B growing sequences; made by `GPT.new_cache`.
+    """Keys and values of B growing sequences; made by `Model.new_cache`.
 
     All sequences end in the same column, so that their next tokens go into one column and what is read is one slice.
 

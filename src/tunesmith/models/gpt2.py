@@ -2,7 +2,7 @@
 
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Modules carry the names of the published
 checkpoints (wte wpe h ln_1 attn.c_attn attn.c_proj ln_2 mlp.c_fc mlp.c_proj ln_f), so that loading is a loop over
-equal keys; only the four linear weights of a block are stored transposed there (`weights.py`).
+equal keys; only the four linear weights of a block are stored transposed there.
 
 Shapes: B rows, T tokens a row, C width, H heads, D = C / H, N tokens in all rows together.
 """
@@ -10,26 +10,27 @@ Shapes: B rows, T tokens a row, C width, H heads, D = C / H, N tokens in all row
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from tunesmith.errors import UserError
-from tunesmith.models.attention import Documents, attend_documents, prepare_for_compiling
-from tunesmith.models.cache import ALIGNED_COLUMNS, Cache, KVCache
+from tunesmith.models.attention import Documents, attend_documents
+from tunesmith.models.cache import Cache
+from tunesmith.models.family import Family, Kept, Keys, LinearLayer
 from tunesmith.models.linear import Linear
-from tunesmith.models.recompute import Chain, plain, recomputed
+from tunesmith.models.model import Model
+from tunesmith.models.published import Setting, read_settings, refuse_unless
+from tunesmith.models.recompute import Chain, plain
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Shape of a GPT-2. The defaults are the 124 M model's; SIZES has all four."""
+    """Shape of a GPT-2. The defaults are the 124 M model's; GPT2.sizes has all four."""
 
     n_layer: int = 12
     n_head: int = 12
@@ -50,15 +51,58 @@ class GPTConfig:
         if problems:
             raise UserError(f"not a GPT-2 shape: {'; '.join(problems)}")
 
+    @property
+    def family(self) -> Family:
+        """GPT-2's."""
+        return GPT2
 
-SIZES = {
-    "gpt2": GPTConfig(),
-    "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
-    "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
-    "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
-}
+    @property
+    def width(self) -> int:
+        """Numbers in a token's hidden state."""
+        return self.n_embd
 
-MOST_COMPILED = 64  # versions of a block's code
+    @property
+    def heads(self) -> int:
+        """Attention heads."""
+        return self.n_head
+
+    @property
+    def depth(self) -> int:
+        """Blocks."""
+        return self.n_layer
+
+    @property
+    def key_heads(self) -> int:
+        """Every head of queries has keys and values of its own."""
+        return self.n_head
+
+    @property
+    def head_width(self) -> int:
+        """Numbers in a head's query, key or value."""
+        return self.n_embd // self.n_head
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text: the learned positions."""
+        return self.block_size
+
+    @property
+    def inner(self) -> int:
+        """Numbers between the two layers of the MLP."""
+        return self.n_inner or 4 * self.n_embd
+
+    def resized(
+        self,
+        *,
+        depth: int | None = None,
+        heads: int | None = None,
+        width: int | None = None,
+        longest: int | None = None,
+    ) -> GPTConfig:
+        """The same with other sizes; a new width has an MLP of 4 times as much. Raises: UserError if it is no shape."""
+        sizes: dict[str, Any] = {"n_layer": depth, "n_head": heads, "n_embd": width, "block_size": longest}
+        inner = self.n_inner if width is None else None
+        return replace(self, n_inner=inner, **{name: size for name, size in sizes.items() if size is not None})
 
 
 class Attention(nn.Module):
@@ -89,9 +133,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        inner = config.n_inner or 4 * config.n_embd
-        self.c_fc = Linear(config.n_embd, inner)
-        self.c_proj = Linear(inner, config.n_embd)
+        self.c_fc = Linear(config.n_embd, config.inner)
+        self.c_proj = Linear(config.inner, config.n_embd)
 
     def forward(self, x: Tensor, norm: nn.Module, chain: Chain) -> Tensor:
         """(..., C) -> (..., C), of what `norm` makes of x."""
@@ -129,32 +172,7 @@ class Block(nn.Module):
         return x + F.dropout(self.mlp(x, self.ln_2, chain), self.dropout, self.training)
 
 
-class _Tied(torch.autograd.Function):
-    """(tokens (...), weight (V, C)) -> the tokens' rows (..., C), and the weight for the head that is tied to them."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(tokens)
-        return F.embedding(tokens, weight), weight.view_as(weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_rows: Tensor, d_weight: Tensor) -> tuple[None, Tensor]:
-        (tokens,) = ctx.saved_tensors
-        return None, d_weight.index_put_((tokens.flatten(),), d_rows.flatten(0, -2), accumulate=True)
-
-
-def _mark_what_varies(rows: Tensor | None, documents: Documents | None) -> None:
-    """Tell torch.compile which lengths change from batch to batch: compiled for one, code would be made again for the next."""
-    varying = [rows]
-    if documents is not None:
-        varying += [documents.cu_seqlens, documents.cu_keys, documents.key_index]
-    for tensor in varying:
-        if tensor is not None:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
-
-
-class GPT(nn.Module):
+class GPT(Model):
     """GPT-2: token ids to hidden states; `lm_head` turns hidden states into logits.
 
     >>> model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=8, vocab_size=11, block_size=6))
@@ -162,123 +180,37 @@ class GPT(nn.Module):
     torch.Size([1, 4, 8])
     """
 
+    LIMIT = "the model has {:,} positions (a fixed part of its weights)"
+    config: GPTConfig
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing: bool | Literal["selective"] = False
-        self.compiled = False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
-        with torch.device("meta" if config.tied_head else torch.get_default_device()):  # no second matrix of that size
-            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tied_head:
-            self.lm_head.weight = self.wte.weight
+        self.add_head()
 
-    def forward(
-        self,
-        tokens: Tensor,
-        documents: Documents | Tensor | None = None,
-        *,
-        rows: Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> Tensor:
-        """Hidden states after the last norm.
+    @property
+    def embedding(self) -> nn.Embedding:
+        """Of the tokens: its weight is (V, C)."""
+        return self.wte
 
-        Args:
-            tokens: (B, T) int64, T at most `block_size` (unless packed documents are each that short).
-            documents: which tokens belong together: a Documents, or (B, T) int64 document numbers; tokens see only
-                their own document and positions restart in each. None: every row is one document.
-            rows: (n,) int64 indices into the B * T tokens. Only their states are computed in full: the last block's
-                projection, MLP and norm are left out for all others.
-            cache: filled with the keys and values of `tokens`, for generation.
-        Returns: (B, T, C), or (n, C) with `rows`. Logits are `model.lm_head(hidden)`.
-        Raises: UserError if a document is longer than `block_size`.
-        """
-        return self._states(self.wte(tokens), documents, rows, cache)
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """In the order in which they run."""
+        return self.h
 
-    def states_and_head(
-        self, tokens: Tensor, documents: Documents | None = None, *, rows: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """As calling the model, and the weight (V, C) that a loss of these states shall take for a tied head that learns.
+    @property
+    def norm(self) -> nn.Module:
+        """The last one, before the head."""
+        return self.ln_f
 
-        Of both together the gradient is made in one matrix: the embedding's is added to the rows of the head's that were
-        looked up, and none is filled with zeros for it. None: take the head's own.
-        """
-        tied = self.wte.weight
-        learns = self.config.tied_head and tied.requires_grad and torch.is_grad_enabled()
-        if not learns or tied.dtype is torch.bfloat16:  # whose rows would be summed up in bfloat16
-            return self._states(self.wte(tokens), documents, rows, None), None
-        embedded, head = _Tied.apply(tokens, tied)  # type: ignore[no-untyped-call]
-        return self._states(embedded, documents, rows, None), head
-
-    def _states(
-        self, embedded: Tensor, documents: Documents | Tensor | None, rows: Tensor | None, cache: Cache | None
-    ) -> Tensor:
-        if isinstance(documents, Tensor):
-            documents = Documents.from_ids(documents)
-        if cache is not None and documents is None:
-            positions, longest = cache.positions(), cache.reach
-        elif documents is not None:
-            positions, longest = documents.positions, documents.reach
-        else:
-            longest = embedded.shape[1]
-            positions = torch.arange(longest, device=embedded.device)[None]
-        if longest > self.config.block_size:
-            raise UserError(
-                f"a text has {longest:,} tokens; the model has {self.config.block_size:,} positions (a fixed part "
-                f"of its weights). Shorten the text, or cut it with --data.truncation keep_end."
-            )
-        exact = self.ln_f.weight.dtype  # of the residual stream; matrices may be kept in less
-        x = embedded.to(exact) + self.wpe(positions).to(exact)
-        x = F.dropout(x, self.config.dropout, self.training)  # (B, T, C)
-        chain = recomputed if self.activation_checkpointing == "selective" else plain
-        if self.compiled:
-            _mark_what_varies(rows, documents)
-        for i, block in enumerate(self.h):
-            wanted = rows if i == len(self.h) - 1 else None
-            if self.activation_checkpointing is True and self.training:
-                x = checkpoint(block, x, documents, wanted, use_reentrant=False)
-            else:
-                x = block(x, documents, wanted, cache, chain)
-        if cache is not None:
-            cache.advance(documents)
-        return self.ln_f(x)  # type: ignore[no-any-return]
-
-    def compile_blocks(self, **options: Any) -> None:
-        """Have the blocks compiled when they are first used; `options` as of `torch.compile`.
-
-        Compiled code is for training and estimates of a few batch shapes; what else varies is dynamic from the first
-        batch on. torch leaves a function that was compiled 8 times uncompiled from then on, without a word: training,
-        estimates, a last short batch and a reference pass together need more.
-        """
-        self.compiled = True
-        prepare_for_compiling()
-        dynamo: Any = torch._dynamo.config
-        dynamo.recompile_limit = max(dynamo.recompile_limit, MOST_COMPILED)
-        for block in self.h:
-            block.compile(**options)
-
-    def new_cache(self, lengths: Sequence[int], room: int, copies: Sequence[int] | None = None) -> KVCache:
-        """An empty cache, on the model's device and in its dtype, for prompts of these lengths and `room` tokens after each.
-
-        copies: for every prompt how many sequences go on from it; it is read once. None: one each.
-        """
-        c, weight = self.config, self.ln_f.weight
-        copies, end = copies or [1] * len(lengths), max(lengths)
-        starts = [end - n for n, times in zip(lengths, copies, strict=True) for _ in range(times)]
-        columns = math.ceil((end + room) / ALIGNED_COLUMNS) * ALIGNED_COLUMNS
-        shape = (len(starts), c.n_head, columns, c.n_embd // c.n_head)
-        keys = [weight.new_empty(shape) for _ in range(c.n_layer)]
-        values = [weight.new_empty(shape) for _ in range(c.n_layer)]
-        for held in (*keys, *values):
-            held[:, :, : max(starts)] = 0  # masked, but 0 times whatever lay there might be no number
-        first_columns, mask = torch.tensor(starts, device=weight.device), None
-        if any(starts):
-            before = torch.arange(columns, device=weight.device) < first_columns[:, None]
-            mask = weight.new_zeros(before.shape).masked_fill(before, -math.inf)[:, None, None]
-        return KVCache(keys, values, copies, starts, first_columns, end, mask)
+    def embed(self, embedded: Tensor, positions: Tensor) -> Tensor:
+        """(B, T, C), with the learned vectors of the positions."""
+        x = embedded.to(self.exact_dtype) + self.wpe(positions).to(self.exact_dtype)
+        return F.dropout(x, self.config.dropout, self.training)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """New weights as GPT-2's: normal 0.02, projections into the residual stream scaled by 1 / sqrt(2 n_layer)."""
@@ -291,6 +223,110 @@ class GPT(nn.Module):
                 depth = math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 1.0
                 nn.init.normal_(parameter, std=0.02 / depth, generator=generator)
 
-    def parameter_count(self) -> int:
-        """Numbers in the model; a tied head counts once."""
-        return sum(p.numel() for p in self.parameters())
+
+# ---- on disk and in memory -------------------------------------------------------------------------------------------
+
+COMPUTED = {  # settings of which only these values are computed here; without one transformers takes the first
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate", "gelu_python_tanh"),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+}
+SETTINGS = {  # ours -> GPT-2's name in config.json, and the general one that transformers takes as well
+    "n_layer": Setting("n_layer", "num_hidden_layers"),
+    "n_head": Setting("n_head", "num_attention_heads"),
+    "n_embd": Setting("n_embd", "hidden_size"),
+    "vocab_size": Setting("vocab_size"),
+    "block_size": Setting("n_positions", "max_position_embeddings", "n_ctx"),
+    "dropout": Setting("resid_pdrop", kind=float),
+    "layer_norm_epsilon": Setting("layer_norm_epsilon", kind=float),
+    "n_inner": Setting("n_inner", optional=True),
+    "tied_head": Setting("tie_word_embeddings", kind=bool),
+}
+
+
+def _from_hf(hf: Mapping[str, Any]) -> GPTConfig:
+    refuse_unless(hf, COMPUTED, "GPT-2")
+    return GPTConfig(**read_settings(hf, SETTINGS))
+
+
+def _to_hf(config: GPTConfig) -> dict[str, Any]:
+    return {
+        "activation_function": "gelu_new",
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "n_inner": config.n_inner,
+        "n_positions": config.block_size,
+        "n_ctx": config.block_size,
+        "vocab_size": config.vocab_size,
+        "layer_norm_epsilon": config.layer_norm_epsilon,
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        "tie_word_embeddings": config.tied_head,
+        "initializer_range": 0.02,
+    }
+
+
+def _recognises(hf: Mapping[str, Any]) -> bool:
+    """By its architecture, or by GPT-2's own names for sizes."""
+    stated = hf.get("architectures")
+    stated = stated if isinstance(stated, list) else []
+    return any(str(name).startswith("GPT2") for name in stated) or (not stated and {"n_embd", "n_layer"} <= hf.keys())
+
+
+def _linear_layers(config: GPTConfig) -> dict[str, LinearLayer]:
+    c, inner = config.n_embd, config.inner
+    return {
+        "attn.c_attn": LinearLayer(c, 3 * c),
+        "attn.c_proj": LinearLayer(c, c),
+        "mlp.c_fc": LinearLayer(c, inner),
+        "mlp.c_proj": LinearLayer(inner, c),
+    }
+
+
+def _kept(config: GPTConfig) -> tuple[Kept, ...]:
+    c, inner = config.n_embd, config.inner
+    norm = 4 * c + 8  # its input, mean and deviation
+    return (
+        Kept(exact=norm),
+        Kept(c, read_by=("attn.c_attn",), remade=True),
+        Kept(3 * c),  # queries, keys, values
+        Kept(c, exact=4 * config.n_head),  # what attention gives, and its log-sum-exp
+        Kept(c, read_by=("attn.c_proj",), late=True, joined=True),
+        Kept(exact=norm, late=True),
+        Kept(c, read_by=("mlp.c_fc",), late=True, remade=True),
+        Kept(inner, late=True),  # GELU's input
+        Kept(inner, read_by=("mlp.c_proj",), late=True, remade=True),
+    )
+
+
+GPT2 = Family(
+    name="gpt2",
+    title="GPT-2",
+    causal="GPT2LMHeadModel",
+    classifier="GPT2ForSequenceClassification",
+    build=GPT,
+    from_hf=_from_hf,
+    to_hf=_to_hf,
+    recognises=_recognises,
+    keys=Keys(
+        prefix="transformer.",
+        embedding="wte",
+        blocks="h",
+        transposed=("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"),  # Conv1D
+        unused=(".attn.bias", ".attn.masked_bias"),  # causal masks that old checkpoints carry
+    ),
+    linear_layers=_linear_layers,
+    vectors=lambda config: (config.n_embd,) * 4,
+    outside=lambda config: ((config.block_size, config.n_embd), (config.n_embd,), (config.n_embd,)),
+    kept=_kept,
+    sizes={
+        "gpt2": GPTConfig(),
+        "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
+        "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
+        "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
+    },
+    tokenizer="gpt2",
+)

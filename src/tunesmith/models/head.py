@@ -14,9 +14,9 @@ from torch import Tensor
 
 from tunesmith.device import Precision, autocast
 from tunesmith.models.attention import Documents
-from tunesmith.models.gpt2 import GPT
 from tunesmith.models.linear import product
 from tunesmith.models.lora import head_parts
+from tunesmith.models.model import Model
 
 LowRank = tuple[Tensor, Tensor]
 """(N, r) and (V, r), of which the first times the second transposed is added to the logits: an adapter on the head."""
@@ -269,7 +269,7 @@ class Targets(Protocol):
     def targets(self) -> Tensor: ...
 
 
-def states_and_head(model: GPT, batch: Targets) -> tuple[Tensor, Tensor, LowRank | None]:
+def states_and_head(model: Model, batch: Targets) -> tuple[Tensor, Tensor, LowRank | None]:
     """What a loss takes of a batch: hidden states of its targets (n, C), the head's weight (V, C), and what an adapter adds."""
     # Only the states of `rows` leave the last block: its projection, its MLP and the head are skipped for every token whose
     # prediction carries no loss. (Its attention is not: those tokens are still read by the others.)
@@ -286,7 +286,7 @@ def head_chunk(precision: Precision) -> int:
 
 
 @torch.no_grad()
-def target_logps(model: GPT, batch: Targets, precision: Precision = "fp32") -> Tensor:
+def target_logps(model: Model, batch: Targets, precision: Precision = "fp32") -> Tensor:
     """Log-probability of every target of a batch, in the order of `batch.targets`: (n,) float32, nats."""
     with autocast(batch.input_ids.device, precision):
         hidden, weight, low_rank = states_and_head(model, batch)

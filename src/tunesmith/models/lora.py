@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.errors import UserError
-
-HEAD = "lm_head"  # not among `all-linear`, as in PEFT
+from tunesmith.models.family import HEAD
 
 
 class LoRALinear(nn.Module):
@@ -83,7 +82,7 @@ class LoRALinear(nn.Module):
 def head_parts(head: nn.Module, hidden: Tensor, tied: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """A head's weight, and what an adapter adds (`low_rank` in `losses`): the head is never computed in full.
 
-    tied: what to take for its weight (`GPT.states_and_head`), or None.
+    tied: what to take for its weight (`Model.states_and_head`), or None.
     """
     if isinstance(head, LoRALinear):
         return head.base.weight, (head.low(hidden), head.lora_B) if head.active else None
@@ -111,7 +110,7 @@ def find_targets(model: nn.Module, targets: str) -> list[str]:
     unknown = []
     for part in (p.strip() for p in targets.split(",")):
         if part == "all-linear":
-            fitting = {name for name in layers if name != HEAD}
+            fitting = {name for name in layers if name != HEAD}  # as in PEFT
         elif any(c in part for c in "*?["):
             fitting = {name for name in layers if fnmatch.fnmatchcase(name, part)}
         else:
@@ -121,16 +120,17 @@ def find_targets(model: nn.Module, targets: str) -> list[str]:
         found |= fitting
     if unknown:
         ends = dict.fromkeys(short_name(name) for name in layers)
+        blocks = next((name.partition(".")[0] for name in layers if short_name(name) != name), "blocks")
         raise UserError(
             f"--lora.targets: no linear layer is called {', '.join(map(repr, unknown))}. There are {', '.join(ends)} "
-            "(in each block h.0, h.1, ...); or use all-linear, or patterns such as h.0.*"
+            f"(in each block {blocks}.0, {blocks}.1, ...); or use all-linear, or patterns such as {blocks}.0.*"
         )
     return [name for name in layers if name in found]
 
 
 def short_name(name: str) -> str:
     """A layer's name without its block: `h.3.attn.c_attn` -> `attn.c_attn`."""
-    return re.sub(r"^h\.\d+\.", "", name)
+    return re.sub(r"^\w+\.\d+\.", "", name)
 
 
 def apply_lora(

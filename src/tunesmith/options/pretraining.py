@@ -33,6 +33,10 @@ class NewModelOptions:
     """Dropout probability in training, in [0, 1)."""
 
 
+SHAPE = {"n_layer": "depth", "n_head": "heads", "n_embd": "width", "block_size": "longest"}
+"""Option of `--model` -> the name of that size in a model's configuration (`models.family.Config`)."""
+
+
 @dataclass(frozen=True)
 class TokenizerOptions:
     """The tokenizer of the new model"""

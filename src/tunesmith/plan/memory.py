@@ -7,9 +7,12 @@ step (`Memory.moments`). What the process itself needs (Python and torch, `PROCE
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
+
+from tunesmith.models.family import HEAD, Config
 
 SLOTS: Mapping[str, int] = {"adamw": 2, "adam": 2, "sgd": 0, "sgd-momentum": 1, "sgd-nesterov": 1, "adamw8bit": 2}
 """Numbers that an optimizer keeps per trained weight."""
@@ -18,26 +21,6 @@ BF16_UPDATE = (
     22  # bytes a number: the gradient, float32 copies of it and of the weight, and what rounding makes on the way
 )
 BF16_SLICE = 2**22  # numbers that are updated at a time (optim.SLICE); with 8-bit state a whole matrix
-LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-
-
-class Shape(Protocol):
-    """What is needed of a GPT's configuration."""
-
-    @property
-    def n_layer(self) -> int: ...
-    @property
-    def n_head(self) -> int: ...
-    @property
-    def n_embd(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def block_size(self) -> int: ...
-    @property
-    def n_inner(self) -> int | None: ...
-    @property
-    def tied_head(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -69,42 +52,30 @@ class Memory:
         return max(self.moments, key=self.moments.__getitem__)
 
 
-def linear_sizes(shape: Shape) -> dict[str, tuple[int, int]]:
-    """Name -> (inputs, outputs) of a block's four linear layers."""
-    c = shape.n_embd
-    inner = shape.n_inner or 4 * c
-    return {"attn.c_attn": (c, 3 * c), "attn.c_proj": (c, c), "mlp.c_fc": (c, inner), "mlp.c_proj": (inner, c)}
+def block_matrices(shape: Config) -> int:
+    """Numbers in the matrices of a block's linear layers: multiplications a token."""
+    return sum(layer.matrix for layer in shape.family.linear_layers(shape).values())
 
 
-def count_parameters(shape: Shape) -> int:
-    """Numbers in the model; a tied head counts once."""
-    c = shape.n_embd
-    block = sum(i * o + o for i, o in linear_sizes(shape).values()) + 4 * c
-    head = 0 if shape.tied_head else shape.vocab_size * c
-    return (shape.vocab_size + shape.block_size) * c + shape.n_layer * block + 2 * c + head
+def count_adapters(shape: Config, rank: int, targets: Sequence[str]) -> int:
+    """Numbers in LoRA adapters. targets: names of linear layers within a block, and the head's."""
+    return sum(adapter_sizes(shape, rank, targets))
 
 
-def count_adapters(shape: Shape, rank: int, targets: Sequence[str]) -> int:
-    """Numbers in LoRA adapters. targets: names of LINEARS, and `lm_head`."""
-    sizes = linear_sizes(shape)
-    head = rank * (shape.n_embd + shape.vocab_size) if "lm_head" in targets else 0
-    return shape.n_layer * sum(rank * sum(sizes[t]) for t in targets if t in sizes) + head
-
-
-def adapted_layers(targets: str) -> tuple[str, ...] | None:
+def adapted_layers(shape: Config, targets: str) -> tuple[str, ...] | None:
     """The layers that `--lora.targets` means, where it names them by kind; None for patterns of single blocks."""
-    found: list[str] = []
+    linear, named = shape.family.linear_layers(shape), list[str]()
     for part in (p.strip() for p in targets.split(",")):
         if part == "all-linear":
-            found += LINEARS
-        elif part == "lm_head":
-            found.append(part)
+            named += linear
+        elif part == HEAD:
+            named.append(part)
         else:
-            fitting = [name for name in LINEARS if f".{name}".endswith(f".{part}")]
+            fitting = [name for name in linear if f".{name}".endswith(f".{part}")]
             if not fitting:
                 return None
-            found += fitting
-    return tuple(dict.fromkeys(found))
+            named += fitting
+    return tuple(dict.fromkeys(named))
 
 
 @dataclass(frozen=True)
@@ -146,47 +117,43 @@ class Work:
         return not self.rank or name in self.targets
 
 
-def block_bytes(shape: Shape, work: Work, *, last: bool = False, selective: bool = False) -> int:
-    """Bytes that autograd keeps of one block between forward and backward.
+def block_bytes(shape: Config, work: Work, *, last: bool = False, selective: bool = False) -> int:
+    """Bytes that autograd keeps of one block between forward and backward: what its `Family.kept` lists.
 
-    The input of each norm with its mean and deviation, the input of each linear layer that learns, queries, keys and values,
-    what attention gave with its log-sum-exp, and the input of GELU. Where documents share a row, what attention gave is
-    there a second time, put together again for the projection. Half: matrix products keep halves, norms and the residual
-    stream floats. selective: what norms and GELU give is computed again.
+    Half: matrix products keep halves, norms and the residual stream floats. An adapter keeps what its A gave.
 
-    last: only tokens that carry loss leave its attention.
+    last: only tokens that carry loss leave its attention. selective: what norms and activations give is computed again.
     """
-    c, sizes, width = shape.n_embd, linear_sizes(shape), 2 if work.half else 4
-    inner = sizes["mlp.c_fc"][1]
+    width = 2 if work.half else 4
     fewer = last and work.supervised is not None
-    n, out = work.tokens, work.losses if fewer else work.tokens
-    low = 4 * work.rank
-    per_token = (4 * c + 8) + width * 4 * c + 4 * shape.n_head
-    per_token += (0 if selective else width * c) * work.learns("attn.c_attn") + low * ("attn.c_attn" in work.targets)
-    per_left = (4 * c + 8) + width * inner
-    if work.packed or fewer:
-        per_left += width * c * work.learns("attn.c_proj")
-    if not selective:
-        per_left += width * (c * work.learns("mlp.c_fc") + inner * work.learns("mlp.c_proj"))
-    per_left += low * sum(name in work.targets for name in LINEARS[1:])
-    weights = 2 * sum(i * o for i, o in sizes.values()) if work.half and not work.bf16_weights else 0
-    return n * per_token + out * per_left + 2 * width * c * work.shared_keys + weights
+    kept_bytes = 0
+    for kept in shape.family.kept(shape):
+        a_token = 4 * work.rank * sum(name in work.targets for name in kept.read_by)
+        needed = not kept.read_by or any(map(work.learns, kept.read_by))
+        made = work.packed or fewer if kept.joined else not (kept.remade and selective)
+        if needed and made:
+            a_token += kept.exact + width * kept.numbers
+        kept_bytes += a_token * (work.losses if kept.late and fewer else work.tokens)
+    keys = 2 * width * shape.key_heads * shape.head_width * work.shared_keys
+    # autocast's copies of the matrices in the type of the arithmetic live as long as the graph
+    return kept_bytes + keys + (2 * block_matrices(shape) if work.half and not work.bf16_weights else 0)
 
 
-def activation_bytes(shape: Shape, work: Work) -> int:
+def activation_bytes(shape: Config, work: Work) -> int:
     """Bytes that autograd keeps between forward and backward."""
-    c = shape.n_embd
-    ends = work.losses * ((4 * c + 8) + 4 * c)  # last norm, and the gradient that the head's loss keeps
+    c = shape.width
+    norm = shape.family.kept(shape)[0].exact  # the last one keeps what a block's first does
+    ends = work.losses * (norm + 4 * c)  # with the gradient that the head's loss keeps
     if work.checkpointing is True:
-        return shape.n_layer * work.tokens * 4 * c + ends
+        return shape.depth * work.tokens * 4 * c + ends
     selective = work.checkpointing == "selective"
-    blocks = [block_bytes(shape, work, last=i == shape.n_layer - 1, selective=selective) for i in range(shape.n_layer)]
+    blocks = [block_bytes(shape, work, last=i == shape.depth - 1, selective=selective) for i in range(shape.depth)]
     return sum(blocks) + ends - _unused(shape, work, 2 if work.half else 4)
 
 
-def backward_bytes(shape: Shape, work: Work, *, last: bool) -> int:
+def backward_bytes(shape: Config, work: Work, *, last: bool) -> int:
     """Bytes that come and go in the backward pass of one block: gradients on their way, and what is computed again."""
-    c, inner, width = shape.n_embd, linear_sizes(shape)["mlp.c_fc"][1], 2 if work.half else 4
+    c, inner, width = shape.width, shape.inner, 2 if work.half else 4
     tokens = work.losses if last else work.tokens
     passing = tokens * width * ((1 if work.rank else 2) * inner + c)
     if work.checkpointing is True:
@@ -194,23 +161,22 @@ def backward_bytes(shape: Shape, work: Work, *, last: bool) -> int:
     return passing + (tokens * width * inner if work.checkpointing == "selective" else 0)
 
 
-def _unused(shape: Shape, work: Work, width: int) -> int:
+def _unused(shape: Config, work: Work, width: int) -> int:
     """Bytes that the first block does not keep: with LoRA nothing in it learns before its first adapter."""
     if not work.rank:
         return 0
-    c, tokens = shape.n_embd, work.tokens
-    norm = tokens * (4 * c + 8)
-    if work.learns("attn.c_attn"):
-        return norm
-    own_result = width * c if work.learns("attn.c_proj") and not work.packed else 0
-    spared = norm + tokens * (width * 4 * c + 4 * shape.n_head - own_result)
-    if not work.learns("attn.c_proj"):
-        inner = linear_sizes(shape)["mlp.c_fc"][1]
-        spared += norm + (tokens * width * inner if not work.learns("mlp.c_fc") else 0)
-    return spared
+    a_token = 0
+    for kept in shape.family.kept(shape):
+        learns = any(map(work.learns, kept.read_by))
+        if learns and kept.joined and not work.packed:  # the layer's input is what attention gave, which is kept for it
+            a_token -= width * kept.numbers
+        if learns:
+            break
+        a_token += 0 if kept.read_by else kept.exact + width * kept.numbers
+    return a_token * work.tokens
 
 
-def state_bytes(shape: Shape, work: Work) -> int:
+def state_bytes(shape: Config, work: Work) -> int:
     """Bytes of optimizer state. In 8 bits: one byte a number, a float32 scale a block of 256; what is small stays float32."""
     slots = SLOTS[work.optimizer]
     sizes = [count_adapters(shape, work.rank, work.targets)] if work.rank else tensor_sizes(shape)
@@ -225,33 +191,43 @@ def _in_8_bits(n: int) -> bool:
     return n >= EIGHT_BIT_FROM and n % EIGHT_BIT_BLOCK == 0
 
 
-def tensor_sizes(shape: Shape) -> list[int]:
+def tensor_sizes(shape: Config) -> list[int]:
     """Numbers in each of the model's weights; a tied head counts once."""
-    c = shape.n_embd
-    block = [n for i, o in linear_sizes(shape).values() for n in (i * o, o)] + [c] * 4
-    ends = [shape.vocab_size * c, shape.block_size * c, c, c] + ([] if shape.tied_head else [shape.vocab_size * c])
-    return block * shape.n_layer + ends
+    linear = shape.family.linear_layers(shape).values()
+    block = [n for layer in linear for n in (layer.matrix, layer.outputs * layer.bias) if n] + list(
+        shape.family.vectors(shape)
+    )
+    ends = [shape.vocab_size * shape.width] * (1 if shape.tied_head else 2)
+    return block * shape.depth + ends + [math.prod(sizes) for sizes in shape.family.outside(shape)]
 
 
-def adapter_sizes(shape: Shape, rank: int, targets: Sequence[str]) -> list[int]:
+def _vectors(shape: Config) -> int:
+    """Numbers in norms and biases: what stays float32 with --train.weights bf16."""
+    family = shape.family
+    biases = sum(layer.outputs * layer.bias for layer in family.linear_layers(shape).values())
+    outside = sum(sizes[0] for sizes in family.outside(shape) if len(sizes) == 1)
+    return shape.depth * (biases + sum(family.vectors(shape))) + outside
+
+
+def adapter_sizes(shape: Config, rank: int, targets: Sequence[str]) -> list[int]:
     """Numbers in each matrix of the adapters."""
-    sizes = linear_sizes(shape)
-    block = [rank * n for name in targets if name in sizes for n in sizes[name]]
-    head = [rank * shape.n_embd, rank * shape.vocab_size] if "lm_head" in targets else []
-    return block * shape.n_layer + head
+    linear = shape.family.linear_layers(shape)
+    block = [rank * n for name in targets if name in linear for n in (linear[name].inputs, linear[name].outputs)]
+    head = [rank * shape.width, rank * shape.vocab_size] if HEAD in targets else []
+    return block * shape.depth + head
 
 
-def predict_memory(shape: Shape, work: Work) -> Memory:
+def predict_memory(shape: Config, work: Work) -> Memory:
     """Bytes of a training step.
 
     The moments: the head's loss at the end of forward, with the first logits; backward in the model's last block, in the one
     before it, and in its first, when the gradients of all others are there; the end of backward, when all are, and a tied
     embedding's in bfloat16 comes beside the head's; the update.
     """
-    vocabulary, c = shape.vocab_size * shape.n_embd, shape.n_embd
+    vocabulary = shape.vocab_size * shape.width
     sizes = tensor_sizes(shape)
     base, adapters = sum(sizes), count_adapters(shape, work.rank, work.targets)
-    matrices = base - (shape.n_layer * (sum(o for _, o in linear_sizes(shape).values()) + 4 * c) + 2 * c)
+    matrices = base - _vectors(shape)
     stored, exact = 2 if work.bf16_weights else 4, 2 if work.half else 4
     parameters = work.copies * (base * 4 - matrices * (4 - stored)) + 4 * adapters
     gradients = 4 * adapters if work.rank else base * 4 - matrices * (4 - stored)
@@ -273,7 +249,7 @@ def predict_memory(shape: Shape, work: Work) -> Memory:
     update = BF16_UPDATE * at_once if work.bf16_weights and whole else 0
     fixed = parameters + state
     waiting = earlier + (stored * vocabulary if head else 0)
-    ends = 8 * shape.n_embd * work.losses  # the last norm's input, and the gradient that the head's loss made
+    ends = 8 * shape.width * work.losses  # the last norm's input, and the gradient that the head's loss made
     moments = {
         "the head's loss": fixed + earlier + kept + head + converted + logits + product,
         "the beginning of backward": fixed + waiting + kept - ends + again,
@@ -281,17 +257,17 @@ def predict_memory(shape: Shape, work: Work) -> Memory:
         "the update": fixed + left + update,
     }
     selective = work.checkpointing == "selective"
-    if shape.n_layer > 1:
+    if shape.depth > 1:
         block = backward_bytes(shape, work, last=False)
-        made = 0 if work.rank or work.in_backward else stored * sum(i * o for i, o in linear_sizes(shape).values())
+        made = 0 if work.rank or work.in_backward else stored * block_matrices(shape)
         freed = [
-            shape.n_embd * 4 * work.tokens if work.checkpointing is True
+            shape.width * 4 * work.tokens if work.checkpointing is True
             else block_bytes(shape, work, last=last, selective=selective) for last in (True, False)
         ]  # fmt: skip
-        for name, done in {"the second block of backward": 1, "the last block of backward": shape.n_layer - 1}.items():
+        for name, done in {"the second block of backward": 1, "the last block of backward": shape.depth - 1}.items():
             left_over = kept - ends - freed[0] - (done - 1) * freed[1]
             moments[name] = fixed + waiting + max(0, left_over) + done * made + block
-    scratch = 0 if work.rank else work.tokens * exact * linear_sizes(shape)["mlp.c_fc"][1]
+    scratch = 0 if work.rank else work.tokens * exact * shape.inner
     return Memory(
         parameters, left, state, kept, logits, moments,
         heap=scratch + block_bytes(shape, work, selective=selective), largest=max(logits, head),

@@ -19,10 +19,10 @@ from typing import Any
 from tunesmith.data.cutting import block_size_of
 from tunesmith.device import has_lean_allocator, resident_memory, resolve_device, resolve_precision
 from tunesmith.errors import UsageError
-from tunesmith.models.gpt2 import GPTConfig
+from tunesmith.models.family import HEAD, Config
 from tunesmith.models.head import head_chunk
 from tunesmith.plan.cards import CARDS, CONTEXT, Card, card_seconds
-from tunesmith.plan.memory import Memory, Work, adapted_layers, count_parameters, predict_memory
+from tunesmith.plan.memory import Memory, Work, adapted_layers, predict_memory
 from tunesmith.plan.workload import Rows, forward_operations, shared_keys, step_operations
 from tunesmith.train.methods.method import Method
 from tunesmith.train.methods.table import method_of
@@ -60,7 +60,7 @@ class Setting:
     """A configuration with its counted memory. changes: options that differ from what was asked."""
 
     config: AnyConfig
-    shape: GPTConfig
+    shape: Config
     rows: Rows
     work: Work
     memory: Memory
@@ -77,7 +77,7 @@ class Setting:
         if self.config.train.allocator == "lean":
             return m.peak + libraries
         some, block, largest, activations = HOLES[self.work.rank > 0]
-        read = 4 * count_parameters(self.shape) if self.work.bf16_weights and not self.work.rank else 0
+        read = 4 * self.shape.family.count(self.shape) if self.work.bf16_weights and not self.work.rank else 0
         holes = some + block * m.heap + largest * m.largest + activations * m.activations + CONVERTED * read
         return m.peak + libraries + holes
 
@@ -139,22 +139,22 @@ def size_in_bytes(text: str) -> float:
     return float(match[1]) * float(step) ** {"b": 0, "k": 1, "m": 2, "g": 3}[unit]
 
 
-def make_setting(config: AnyConfig, shape: GPTConfig, rows: Rows, place: Place, changes: Mapping[str, Any]) -> Setting:
+def make_setting(config: AnyConfig, shape: Config, rows: Rows, place: Place, changes: Mapping[str, Any]) -> Setting:
     """A configuration, its defaults decided for `place` and with `changes` made, and its counted memory.
 
     Raises: UsageError if the LoRA targets name no whole kinds of layers, whose memory is not counted; UserError if the
         model has no positions for the block size.
     """
     method = method_of(config)
-    config = method.resolve(resolve_data(_changed(config, changes), shape.block_size))
+    config = method.resolve(resolve_data(_changed(config, changes), shape.longest))
     t = config.train
     if place.card:
         precision = place.card.precision if t.precision == "auto" else t.precision
     else:
-        precision = resolve_precision(t.precision, resolve_device(place.name), shape.n_embd)
+        precision = resolve_precision(t.precision, resolve_device(place.name), shape.width)
     config = _changed(config, {"train.precision": precision} | ({} if place.card else {"train.device": place.name}))
     rows = rows_of(config, rows)
-    work = work_of(config, rows)
+    work = work_of(config, shape, rows)
     return Setting(config, shape, rows, work, predict_memory(shape, work), place, changes)
 
 
@@ -167,14 +167,14 @@ def rows_of(config: AnyConfig, rows: Rows) -> Rows:
     return Rows(texts, 1.0 if everything else rows.supervised)
 
 
-def work_of(config: AnyConfig, rows: Rows) -> Work:
+def work_of(config: AnyConfig, shape: Config, rows: Rows) -> Work:
     """What decides the step's memory and time. Raises: UsageError, as `make_setting`."""
     t, d, lora = config.train, config.data, config.lora
-    targets = adapted_layers(lora.targets) if lora.rank else ()
+    targets = adapted_layers(shape, lora.targets) if lora.rank else ()
     if targets is None:
         raise UsageError(
-            f"--lora.targets {lora.targets}: a plan counts adapters per kind of layer; name the kinds (c_attn, attn.c_proj, "
-            "mlp.c_fc, mlp.c_proj, lm_head, all-linear)"
+            f"--lora.targets {lora.targets}: a plan counts adapters per kind of layer; name the kinds "
+            f"({', '.join((*shape.family.linear_layers(shape), HEAD, 'all-linear'))})"
         )
     tokens = t.batch_size * block_size_of(d)
     method, half = method_of(config), t.precision != "fp32"

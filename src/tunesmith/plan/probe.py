@@ -22,7 +22,7 @@ from tunesmith.data.pairs import join_pairs
 from tunesmith.device import resolve_compile
 from tunesmith.files.names import new_model
 from tunesmith.models.attention import Documents
-from tunesmith.models.gpt2 import GPTConfig
+from tunesmith.models.family import Config
 from tunesmith.plan.workload import Rows
 from tunesmith.train.methods.table import method_of
 from tunesmith.train.optim import OneByOne
@@ -45,10 +45,10 @@ class StepTime:
         return micro_batches * self.micro_batch + self.update
 
 
-def probe_step(config: AnyConfig, shape: GPTConfig, rows: Rows, *, budget: float = BUDGET) -> StepTime:
+def probe_step(config: AnyConfig, shape: Config, rows: Rows, *, budget: float = BUDGET) -> StepTime:
     """Time steps of a resolved configuration on its device, in about `budget` seconds (longer where a single step is)."""
-    few = min(BLOCKS, shape.n_layer)
-    steps = {n: make_step(config, dataclasses.replace(shape, n_layer=n), rows) for n in {1, few}}
+    few = min(BLOCKS, shape.depth)
+    steps = {n: make_step(config, shape.resized(depth=n), rows) for n in {1, few}}
     for step in steps.values():
         step()
     found: dict[int, list[StepTime]] = {n: [] for n in steps}
@@ -61,12 +61,12 @@ def probe_step(config: AnyConfig, shape: GPTConfig, rows: Rows, *, budget: float
 
     def whole(part: str) -> float:
         one, more = (float(statistics.median(getattr(t, part) for t in found[n])) for n in (1, few))
-        return one if few == 1 else max(one, one + (shape.n_layer - 1) * (more - one) / (few - 1))
+        return one if few == 1 else max(one, one + (shape.depth - 1) * (more - one) / (few - 1))
 
     return StepTime(whole("micro_batch"), whole("update"))
 
 
-def make_step(config: AnyConfig, shape: GPTConfig, rows: Rows, micro_batches: int = 1) -> Callable[[], StepTime]:
+def make_step(config: AnyConfig, shape: Config, rows: Rows, micro_batches: int = 1) -> Callable[[], StepTime]:
     """A model of this shape with random weights, and a function that trains it one step on random tokens and tells the time."""
     config, method = decided(config), method_of(config)
     gpt = new_model(shape, config.train.seed)
@@ -106,7 +106,7 @@ def decided(config: Any) -> AnyConfig:
     return changed
 
 
-def text_batch(config: AnyConfig, shape: GPTConfig, rows: Rows) -> Batch:
+def text_batch(config: AnyConfig, shape: Config, rows: Rows) -> Batch:
     """Random texts in rows as the configuration batches them; the end of each carries loss."""
     b, t = config.train.batch_size, block_size_of(config.data)
     generator = torch.Generator().manual_seed(1)
@@ -120,7 +120,7 @@ def text_batch(config: AnyConfig, shape: GPTConfig, rows: Rows) -> Batch:
     return Batch(ids, chosen, targets, documents)
 
 
-def pair_batch(config: AnyConfig, shape: GPTConfig, rows: Rows) -> Batch:
+def pair_batch(config: AnyConfig, shape: Config, rows: Rows) -> Batch:
     """Random pairs that fill the rows; the two answers have the share of each pair's tokens that carries loss."""
     block_size, draw = block_size_of(config.data), np.random.default_rng(1)
     parts = []

@@ -9,7 +9,7 @@ import torch
 
 from tunesmith.device import available_memory, resident_memory
 from tunesmith.errors import UsageError
-from tunesmith.models.gpt2 import GPTConfig
+from tunesmith.models.family import Config
 from tunesmith.options.planning import PlanOptions
 from tunesmith.plan.cards import CONTEXT
 from tunesmith.plan.planning import Place, as_options, candidates, choose, is_exact, make_setting
@@ -21,7 +21,7 @@ COMPILER_MODULES = 70e6  # bytes of torch._dynamo, which torch's optimizers load
 TEXTS = Rows(PlanOptions.text_tokens, PlanOptions.supervised)  # as `tunesmith plan` takes them where it is not told
 
 
-def memory_lines(config: AnyConfig, shape: GPTConfig, train: Countable) -> list[str]:
+def memory_lines(config: AnyConfig, shape: Config, train: Countable) -> list[str]:
     """What to say about memory before a training starts; nothing if the device does not report what is available.
 
     config: resolved; train: the batches that it trains on. Called when the weights are on the device and the data are read:

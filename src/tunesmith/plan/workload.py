@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tunesmith.plan.memory import Memory, Shape, Work, count_adapters, linear_sizes
+from tunesmith.models.family import Config
+from tunesmith.plan.memory import Memory, Work, block_matrices, count_adapters
 
 
 @dataclass(frozen=True)
@@ -23,20 +24,20 @@ def shared_keys(tokens: int, supervised: float) -> int:
     return round(tokens * (2 - supervised))
 
 
-def forward_operations(shape: Shape, *, attended: float, supervised: float = 1.0) -> float:
+def forward_operations(shape: Config, *, attended: float, supervised: float = 1.0) -> float:
     """Floating-point operations of a forward pass, a token.
 
     attended: mean length of the texts (causal attention computes half of both its products). supervised: share of the
         tokens that carry loss; only they go through the head and the last block's projection and MLP.
     """
-    sizes = linear_sizes(shape)
-    block = 2.0 * sum(i * o for i, o in sizes.values()) + 2.0 * attended * shape.n_embd
-    left_out = 2.0 * sum(i * o for name, (i, o) in sizes.items() if name != "attn.c_attn")
-    head = 2.0 * shape.vocab_size * shape.n_embd
-    return shape.n_layer * block - (1 - supervised) * left_out + supervised * head
+    linear, late = shape.family.linear_layers(shape), shape.family.late_layers(shape)
+    block = 2.0 * block_matrices(shape) + 2.0 * attended * shape.heads * shape.head_width
+    left_out = 2.0 * sum(layer.matrix for name, layer in linear.items() if name in late)
+    head = 2.0 * shape.vocab_size * shape.width
+    return shape.depth * block - (1 - supervised) * left_out + supervised * head
 
 
-def step_operations(shape: Shape, work: Work, *, attended: float, frozen_passes: int = 0) -> float:
+def step_operations(shape: Config, work: Work, *, attended: float, frozen_passes: int = 0) -> float:
     """Floating-point operations of a micro-batch, forward and backward, a token.
 
     Backward is two more products where all weights learn; a frozen weight has one, and an adapter's three are its own.
@@ -47,7 +48,7 @@ def step_operations(shape: Shape, work: Work, *, attended: float, frozen_passes:
     forward = forward_operations(shape, attended=attended, supervised=share)
     operations = 2 * forward + 6.0 * count_adapters(shape, work.rank, work.targets) if work.rank else 3 * forward
     if work.checkpointing is True:
-        operations += forward - share * 2.0 * shape.vocab_size * shape.n_embd
+        operations += forward - share * 2.0 * shape.vocab_size * shape.width
     return operations + forward * frozen_passes
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from tunesmith.data.cutting import block_size_of
 from tunesmith.device import resolve_device
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.names import known_shape
-from tunesmith.models.gpt2 import GPTConfig
+from tunesmith.models.family import Config
 from tunesmith.options.planning import PlanOptions
 from tunesmith.plan.cards import Card
 from tunesmith.plan.memory import Memory
@@ -46,9 +45,9 @@ class Seconds:
     source: str
 
 
-def shapes_of(plan: Plan) -> dict[str, GPTConfig | None]:
+def shapes_of(plan: Plan) -> dict[str, Config | None]:
     """The shape of every run's model; None for one that would have to be downloaded to be known."""
-    shapes: dict[str, GPTConfig | None] = {}
+    shapes: dict[str, Config | None] = {}
     for name, run in plan.runs.items():
         model = run.settings["model.name"]
         target = reference(model)
@@ -69,7 +68,7 @@ def forecasts_of(plan: Plan, configs: Mapping[str, AnyConfig]) -> dict[str, Fore
     return {name: forecast_of(configs[name], shape) if shape else None for name, shape in shapes_of(plan).items()}
 
 
-def forecast_of(config: AnyConfig, shape: GPTConfig) -> Forecast | None:
+def forecast_of(config: AnyConfig, shape: Config) -> Forecast | None:
     """A run of a model of this shape; None where the two do not go together."""
     try:
         device = resolve_device(config.train.device)
@@ -142,7 +141,7 @@ def probe(forecasts: Mapping[str, Forecast | None]) -> dict[str, float]:
     rates: dict[str, float] = {}
     for group in alike.values():
         least = min(group.values(), key=lambda s: s.work.tokens)
-        one = make_setting(least.config, dataclasses.replace(least.shape, n_layer=1), ROWS, least.place, {})
+        one = make_setting(least.config, least.shape.resized(depth=1), ROWS, least.place, {})
         seconds = probe_step(one.config, one.shape, one.rows, budget=BUDGET).step(one.work.micro_batches)
         rates |= dict.fromkeys(group, one.operations / seconds)
     return rates

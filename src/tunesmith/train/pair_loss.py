@@ -14,8 +14,8 @@ from torch import Tensor
 from tunesmith.data.batch import Batch
 from tunesmith.device import Precision, autocast
 from tunesmith.models.evaluation import evaluation_mode
-from tunesmith.models.gpt2 import GPT
 from tunesmith.models.head import head_chunk, sequence_loss_sum, states_and_head, sum_sequences, target_logps
+from tunesmith.models.model import Model
 from tunesmith.models.scored import RewardModel
 from tunesmith.train.choice import Sums
 from tunesmith.train.losses import bradley_terry_loss, dpo_loss
@@ -48,13 +48,13 @@ class PreferenceLoss:
 
 
 @torch.no_grad()
-def answer_logps(model: GPT, batch: Batch, precision: Precision = "fp32") -> Tensor:
+def answer_logps(model: Model, batch: Batch, precision: Precision = "fp32") -> Tensor:
     """Log-probabilities of the chosen and the rejected answers under `model`: (pairs, 2) float32, nats."""
     return sum_sequences(target_logps(model, batch, precision), batch.lengths).view(-1, 2)
 
 
 def dpo_loss_sum(
-    model: GPT, batch: Batch, reference: Tensor, settings: PreferenceLoss, precision: Precision = "fp32"
+    model: Model, batch: Batch, reference: Tensor, settings: PreferenceLoss, precision: Precision = "fp32"
 ) -> Tensor:
     """Algorithm 4 of the paper for one micro-batch: (5,) sums over its pairs of the loss and of OBSERVED.
 
@@ -90,7 +90,7 @@ def _sums(loss: Tensor, chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def estimate_dpo(
-    model: GPT,
+    model: Model,
     batches: Iterable[Batch],
     reference: Reference,
     settings: PreferenceLoss,
@@ -102,7 +102,7 @@ def estimate_dpo(
     sft_loss: the policy's loss on the chosen answers, nats per token.
     A batch that does not fit into memory is computed in pieces.
     """
-    device = model.wte.weight.device
+    device = model.device
 
     def look(batch: Batch) -> tuple[Tensor, int]:
         batch = batch.to(device)

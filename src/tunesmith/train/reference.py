@@ -27,8 +27,8 @@ from tunesmith.data.pairs import PairRows
 from tunesmith.data.tokenstore import cache_directory
 from tunesmith.device import Precision, put
 from tunesmith.models.evaluation import evaluation_mode
-from tunesmith.models.gpt2 import GPT
 from tunesmith.models.lora import disabled
+from tunesmith.models.model import Model
 from tunesmith.progress import Progress
 from tunesmith.train.pair_loss import Reference, answer_logps
 from tunesmith.train.splitting import within_memory
@@ -132,7 +132,7 @@ def cached(
     return reference, Fill(len(keys), len(missing))
 
 
-def adapter_off(model: GPT, precision: Precision) -> Reference:
+def adapter_off(model: Model, precision: Precision) -> Reference:
     """The policy without its adapters is the reference: no second model, a forward pass a batch."""
 
     def reference(batch: Batch) -> Tensor:
@@ -142,7 +142,7 @@ def adapter_off(model: GPT, precision: Precision) -> Reference:
     return reference
 
 
-def second_model(model: GPT, device: torch.device, precision: Precision) -> Reference:
+def second_model(model: Model, device: torch.device, precision: Precision) -> Reference:
     """A frozen copy of `model` as it is now, perhaps on another device."""
     frozen: Any = copy.deepcopy(model).to(device).eval().requires_grad_(False)
 

@@ -173,11 +173,11 @@ def resolve_data(config: Config, positions: int) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, block_size=block_size))
 
 
-def resolve_machine(config: Config, n_embd: int, command: Command) -> Config:
+def resolve_machine(config: Config, width: int, command: Command) -> Config:
     """The configuration, its data resolved, with every default decided that depends on the machine or on other options."""
     t, o, lora = config.train, config.optimizer, config.lora
     device = resolve_device(t.device)
-    precision = resolve_precision(t.precision, device, n_embd)
+    precision = resolve_precision(t.precision, device, width)
     if precision == "fp16" and (t.optimizer_in_backward or t.weights == "bf16"):
         raise UsageError(
             "--train.precision fp16 scales the loss and may have to skip an update, which works with neither "

@@ -14,33 +14,29 @@ from tunesmith.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.names import load_tokenizer, shape_of
 from tunesmith.files.run import Run
-from tunesmith.models.gpt2 import GPTConfig
-from tunesmith.options.pretraining import PretrainConfig, PretrainDataOptions
+from tunesmith.models.family import Config
+from tunesmith.options.pretraining import SHAPE, PretrainConfig, PretrainDataOptions
 
 NEW = "new"  # --tokenizer.name of one that is trained on the texts
 VOCAB_SIZE = 8192
 
 
-def resolve_shape(config: PretrainConfig) -> tuple[PretrainConfig, GPTConfig]:
+def resolve_shape(config: PretrainConfig) -> tuple[PretrainConfig, Config]:
     """The shape that is asked for, its numbers also in the configuration. Raises: UsageError if it is none."""
     m, data, tokenizer = config.model, config.data, config.tokenizer
-    asked = {k: v for k in ("n_layer", "n_head", "n_embd", "block_size") if (v := getattr(m, k)) is not None}
+    asked = {size: value for option, size in SHAPE.items() if (value := getattr(m, option)) is not None}
     try:
-        shape = dataclasses.replace(shape_of(m.name), dropout=m.dropout, **asked)
+        shape = dataclasses.replace(shape_of(m.name).resized(**asked), dropout=m.dropout)
     except UserError as error:
         raise UsageError(f"--model: {error}") from None
-    if m.n_embd is not None:
-        shape = dataclasses.replace(shape, n_inner=None)
-    numbers = {name: getattr(shape, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
+    numbers = {option: getattr(shape, size) for option, size in SHAPE.items()}
     if tokenizer.name == NEW:
         tokenizer = dataclasses.replace(tokenizer, vocab_size=tokenizer.vocab_size or VOCAB_SIZE)
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(m, **numbers),
         tokenizer=tokenizer,
-        data=dataclasses.replace(
-            data, block_size=shape.block_size if data.block_size in ("auto", 0) else data.block_size
-        ),
+        data=dataclasses.replace(data, block_size=shape.longest if data.block_size in ("auto", 0) else data.block_size),
     )
     return config, shape
 

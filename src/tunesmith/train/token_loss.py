@@ -17,8 +17,8 @@ from tunesmith.data.texts import TextRows
 from tunesmith.data.tokenstore import IGNORE_INDEX
 from tunesmith.device import Precision, autocast
 from tunesmith.models.evaluation import evaluation_mode
-from tunesmith.models.gpt2 import GPT
 from tunesmith.models.head import head_chunk, head_nll_sum, states_and_head, token_nll
+from tunesmith.models.model import Model
 from tunesmith.train.splitting import within_memory
 
 
@@ -52,7 +52,7 @@ class AnswerLoss:
     nats: float
 
 
-def nll_sum(model: GPT, batch: Batch, precision: Precision = "fp32") -> Tensor:
+def nll_sum(model: Model, batch: Batch, precision: Precision = "fp32") -> Tensor:
     """Summed -log p of a batch's targets: scalar float32, nats. Trunk and head run only where a target needs them."""
     with autocast(batch.input_ids.device, precision):
         hidden, weight, low_rank = states_and_head(model, batch)
@@ -60,19 +60,19 @@ def nll_sum(model: GPT, batch: Batch, precision: Precision = "fp32") -> Tensor:
         return head_nll_sum(hidden, weight, batch.targets, low_rank=low_rank, chunk=chunk, count=batch.count)
 
 
-def target_nll(model: GPT, batch: Batch, precision: Precision = "fp32") -> Tensor:
+def target_nll(model: Model, batch: Batch, precision: Precision = "fp32") -> Tensor:
     """-log p of each of a batch's targets: (count,) float32, nats. Without gradients."""
     with evaluation_mode(model), autocast(batch.input_ids.device, precision):
         hidden, weight, low_rank = states_and_head(model, batch)
         return token_nll(hidden, weight, batch.targets, low_rank=low_rank, chunk=head_chunk(precision))[: batch.count]
 
 
-def answer_losses(model: GPT, batches: Batches[TextRows], precision: Precision = "fp32") -> list[AnswerLoss]:
+def answer_losses(model: Model, batches: Batches[TextRows], precision: Precision = "fp32") -> list[AnswerLoss]:
     """The loss of every answer in packed `batches` whose loss is on the assistant's turns, in the order of the batches.
 
     An answer that was cut counts with what is left of it; turns are those of the whole dialogue.
     """
-    device, rows = model.wte.weight.device, batches.rows
+    device, rows = model.device, batches.rows
     store = rows.store
     found = []
     for batch, pieces in zip(batches.fixed(), rows.fixed_pieces(), strict=True):
@@ -93,12 +93,12 @@ def answer_losses(model: GPT, batches: Batches[TextRows], precision: Precision =
     return found
 
 
-def estimate_loss(model: GPT, batches: Iterable[Batch], precision: Precision = "fp32") -> LossEstimate:
+def estimate_loss(model: Model, batches: Iterable[Batch], precision: Precision = "fp32") -> LossEstimate:
     """Mean loss over `batches` (algorithm 2 of the paper), weighted by tokens.
 
     A batch that does not fit into memory is computed in pieces. Raises: ValueError if the batches hold no target.
     """
-    device = model.wte.weight.device
+    device = model.device
 
     def sums(batch: Batch) -> tuple[torch.Tensor, int]:
         return nll_sum(model, batch.to(device), precision), batch.count

@@ -13,15 +13,14 @@ from tunesmith.data.cutting import resolve_block_size
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.device import resolve_device, return_freed_memory
 from tunesmith.errors import UserError
-from tunesmith.files import adapters
 from tunesmith.files.adapters import load_adapter, read_adapter, save_adapter
 from tunesmith.files.bases import OWN_BASE
 from tunesmith.files.names import is_adapted, lasting_name, lasting_path, load_for_training
 from tunesmith.files.reward import load_reward_weights, save_reward_model, set_score
 from tunesmith.files.weights import from_hf_state_dict, save_model, stored_weights, weights_fingerprint
-from tunesmith.models.gpt2 import GPT
 from tunesmith.models.lora import apply_lora
-from tunesmith.models.scored import RewardModel
+from tunesmith.models.model import Model
+from tunesmith.models.scored import SCORE, RewardModel
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import DPOConfig, LoRAOptions, RewardConfig, SFTConfig
 from tunesmith.outofmemory import is_out_of_memory
@@ -40,7 +39,7 @@ class Trainee:
     """
 
     model: nn.Module
-    gpt: GPT
+    gpt: Model
     tokenizer: Tokenizer
     base: str
     fingerprint: str
@@ -48,10 +47,10 @@ class Trainee:
 
     def write(self, directory: Path) -> None:
         """The checkpoint of the model: Hugging Face layout, or with LoRA PEFT's."""
-        score = {adapters.SCORE: self.model.score.weight} if isinstance(self.model, RewardModel) else {}
+        score = {SCORE: self.model.score.weight} if isinstance(self.model, RewardModel) else {}
         if self.lora:
             save_adapter(self.gpt, directory, base=self.base, fingerprint=self.fingerprint, extra=score)
-            self.tokenizer.save(directory, self.gpt.config.block_size, self.gpt.config.vocab_size)
+            self.tokenizer.save(directory, self.gpt.longest, self.gpt.config.vocab_size)
         elif isinstance(self.model, RewardModel):
             save_reward_model(self.model, self.tokenizer, directory)
         else:
@@ -63,7 +62,7 @@ class Trainee:
             files = read_adapter(directory)
             load_adapter(self.gpt, files, fingerprint=self.fingerprint)
             if isinstance(self.model, RewardModel):
-                set_score(self.model, files.extra.get(adapters.SCORE), directory)
+                set_score(self.model, files.extra.get(SCORE), directory)
         elif isinstance(self.model, RewardModel):
             load_reward_weights(self.model, directory)
         else:
@@ -79,14 +78,14 @@ def load_trainee(config: TuningConfig, path: Path, *, scored: bool = False, fing
     """
     m, lora = config.model, config.lora
     gpt, tokenizer = load_for_training(m.name, init=m.init, dropout=m.dropout, seed=config.train.seed)
-    resolve_block_size(config.data.block_size, gpt.config.block_size, m.name)  # before anything is written
+    resolve_block_size(config.data.block_size, gpt.longest, m.name)  # before anything is written
     base = base_for_adapters(config, gpt, tokenizer, path) if lora.rank else m.name
     mark = weights_fingerprint(gpt) if fingerprint or lora.rank else ""
     model = equip(gpt, config, scored=scored)
     return Trainee(model, gpt, tokenizer, base, mark, bool(lora.rank))
 
 
-def equip(gpt: GPT, config: AnyConfig, *, scored: bool) -> nn.Module:
+def equip(gpt: Model, config: AnyConfig, *, scored: bool) -> nn.Module:
     """What a run trains: `gpt` with fresh adapters and a score layer where asked for, its matrices stored as the options say."""
     model: nn.Module = gpt
     seed, lora = config.train.seed, config.lora
@@ -100,7 +99,7 @@ def equip(gpt: GPT, config: AnyConfig, *, scored: bool) -> nn.Module:
     return model
 
 
-def base_for_adapters(config: TuningConfig, gpt: GPT, tokenizer: Tokenizer, path: Path) -> str:
+def base_for_adapters(config: TuningConfig, gpt: Model, tokenizer: Tokenizer, path: Path) -> str:
     """Where a run's adapters find their base, a name for `adapter_config.json`; `gpt` as loaded.
 
     Random weights, and those of an adapter merged into its own base, exist nowhere else: they are written once, into the
@@ -117,12 +116,12 @@ def base_for_adapters(config: TuningConfig, gpt: GPT, tokenizer: Tokenizer, path
 def store_in_bf16(model: nn.Module) -> None:
     """Keep the matrices of a model in bfloat16. Norms and biases, adapters and a score layer, all small, stay as they are."""
     for name, parameter in model.named_parameters():
-        if parameter.dim() >= 2 and not name.endswith(("lora_A", "lora_B")) and name != "score.weight":
+        if parameter.dim() >= 2 and not name.endswith(("lora_A", "lora_B")) and name != SCORE:
             parameter.data = parameter.data.to(torch.bfloat16)
     return_freed_memory()  # where the float32 weights were
 
 
-def prepare_model(model: nn.Module, gpt: GPT, config: AnyConfig) -> torch.device:
+def prepare_model(model: nn.Module, gpt: Model, config: AnyConfig) -> torch.device:
     """Put the model on its device and into training mode, compiled where that is resolved so. gpt: in `model`, or itself."""
     device = resolve_device(config.train.device)
     model.to(device).train()

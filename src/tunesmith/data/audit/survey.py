@@ -31,7 +31,7 @@ from tunesmith.data.readers import Report
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokenstore import tokenise
 from tunesmith.errors import UsageError, UserError
-from tunesmith.models.gpt2 import GPTConfig
+from tunesmith.models.known import SIZES
 from tunesmith.stats import Interval, share_interval
 
 Array = np.ndarray[Any, Any]
@@ -341,7 +341,7 @@ def _told_cut(cut: Cut, block_size: int) -> str:
         "without the beginning of the prompt": cut.prompt_start_lost, "without the end of the prompt": cut.prompt_end_lost,
     }  # fmt: skip
     cost = ", ".join(f"{n:,} {what}" for what, n in parts.items() if n) or "nothing is lost"
-    most = GPTConfig.block_size
+    most = SIZES["gpt2"].longest
     way = (
         f"--data.block_size {cut.longest:,} would fit them all"
         if cut.longest <= most

@@ -14,7 +14,7 @@ from tunesmith.options.training import DPOConfig
 from tunesmith.train.methods.method import LossSum, Method, StepWork
 
 if TYPE_CHECKING:
-    from tunesmith.models.gpt2 import GPT
+    from tunesmith.models.model import Model
     from tunesmith.train.pair_loss import PreferenceLoss, Reference
 
 BETAS = (1e-5, 1e3)  # between which a preference can be learned
@@ -72,7 +72,7 @@ def preference_loss(config: DPOConfig) -> PreferenceLoss:
     return PreferenceLoss(d.beta, d.loss, d.label_smoothing or 0.0)
 
 
-def live_reference(model: GPT, config: DPOConfig) -> Reference | None:
+def live_reference(model: Model, config: DPOConfig) -> Reference | None:
     """The reference that is computed in every step; None where its log-probabilities are kept. `model` is still untrained."""
     from tunesmith.device import resolve_device
     from tunesmith.train.reference import adapter_off, second_model
@@ -86,7 +86,7 @@ def live_reference(model: GPT, config: DPOConfig) -> Reference | None:
     return None
 
 
-def loss_sum(model: GPT, config: DPOConfig, reference: Reference | None = None) -> LossSum:
+def loss_sum(model: Model, config: DPOConfig, reference: Reference | None = None) -> LossSum:
     """DPO of a batch's pairs. reference: the live one, or where there is none zeros, which take the time of kept ones."""
     import torch
 

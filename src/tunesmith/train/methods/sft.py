@@ -12,11 +12,11 @@ from tunesmith.options.training import SFTConfig
 from tunesmith.train.methods.method import LossSum, Method
 
 if TYPE_CHECKING:
-    from tunesmith.models.gpt2 import GPT
+    from tunesmith.models.model import Model
     from tunesmith.options.pretraining import PretrainConfig
 
 
-def token_loss_sum(model: GPT, config: SFTConfig | PretrainConfig) -> LossSum:
+def token_loss_sum(model: Model, config: SFTConfig | PretrainConfig) -> LossSum:
     """The negative log-likelihood of a batch's targets."""
     from tunesmith.train.resolve import precision_of
     from tunesmith.train.token_loss import nll_sum

@@ -1,0 +1,37 @@
+"""The architectures that there are, and the models known by name. A new one is a line here and a file beside this one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tunesmith.errors import UserError
+from tunesmith.models.family import Config, Family
+from tunesmith.models.gpt2 import GPT2
+
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (GPT2,)}
+"""Hugging Face's `model_type` -> the family."""
+
+SIZES: Mapping[str, Config] = {name: size for family in FAMILIES.values() for name, size in family.sizes.items()}
+"""Name on the hub -> shape."""
+
+
+def titles() -> str:
+    """The names of all architectures, for messages."""
+    return " or ".join(family.title for family in FAMILIES.values())
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> Config:
+    """The shape in a Hugging Face `config.json`, read as transformers reads it: other names and missing ones included.
+
+    Raises: UserError if it is of no family that is known here, uses a variant that is not computed here, or holds a value
+        that is no size (each is named).
+    """
+    kind = hf.get("model_type")
+    if kind is None:
+        family = next((family for family in FAMILIES.values() if family.recognises(hf)), None)
+    else:
+        family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    if family is None:
+        raise UserError(f"config.json says model_type {kind!r}; tunesmith supports {', '.join(FAMILIES)} models")
+    return family.from_hf(hf)
