@@ -1,6 +1,7 @@
 """The house: which wing may import which, what stays out of `--help`, and how long a file may be."""
 
 import ast
+import re
 import resource
 import subprocess
 import sys
@@ -77,6 +78,28 @@ def test_every_folder_of_modules_is_a_wing_that_says_what_it_holds():
     assert {wing_of(m) for m in MODULES} == {GROUND, *WINGS, "__main__"}
     for folder in {p.parent for p in MODULES.values()} - {PACKAGE}:
         assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text())), f"{folder} has no docstring"
+
+
+OF_AN_ARCHITECTURE = re.compile(r"\b(wte|wpe|c_attn|c_proj|c_fc|n_embd|n_layer|n_head|Conv1D|ln_f)\b|\btransformer\.")
+MAY_NAME_THEM = {  # outside models/, and why
+    "options.pretraining": "option names of --model, promised by the interface",
+    "options.training": "help of --lora.targets",
+    "options.help": "examples, and the options shown first",
+    "commands.pretrain": "the example in its docstring",
+}
+
+
+def test_an_architectures_own_names_stand_in_its_file():
+    naming = {m for m, p in MODULES.items() if wing_of(m) != "models" and OF_AN_ARCHITECTURE.search(p.read_text())}
+    assert naming == MAY_NAME_THEM.keys()
+
+
+def test_only_the_table_of_families_imports_an_architecture():
+    architectures = IMPORTS["models.known"] - {"models.family", "errors"}
+    assert "models.gpt2" in architectures
+    assert {m: others & architectures for m, others in IMPORTS.items() if others & architectures} == {
+        "models.known": architectures
+    }
 
 
 def test_few_modules_lie_directly_in_the_package():
