@@ -77,7 +77,8 @@ class PairRows:
         return self._held(SAMPLE, limit)
 
     def _held(self, epoch: int, micro_batches: int) -> list[int]:
-        rows = min(micro_batches * self.layout.batch_size, self.rows_per_epoch)  # an epoch holds every pair
+        # After one epoch every pair has been seen, so later epochs add none and their plans need not be made.
+        rows = min(micro_batches * self.layout.batch_size, self.rows_per_epoch)
         plan = self.plan(epoch)
         return sorted(plan.members[: plan.borders[rows]].tolist())
 
@@ -88,6 +89,7 @@ class PairRows:
 
     def longer_chosen(self, numbers: Sequence[int]) -> float:
         """Share of these pairs whose chosen answer has more tokens, equal ones counting half: what length alone would score."""
+        # Of the answers as they were written, whatever was cut of them.
         lengths = self.store.lengths[self.pairs.pairs[list(numbers)]]
         chosen, rejected = lengths[:, 1], lengths[:, 2]
         return float(np.mean(np.where(chosen == rejected, 0.5, chosen > rejected)))
@@ -96,9 +98,10 @@ class PairRows:
         """SHA-256 of exactly what a model computes for a pair: its tokens as cut, and which ends are targets."""
         cut = self.pairs[number]
         end = self.store.store.end_of_text if any(cut.ends) else None
+        # Of the tokens themselves, not of the pair's number or file: the same pair in another order, epoch or data set is known.
         digest = hashlib.sha256(repr((cut.prompt, cut.stops, cut.ends, end)).encode())
         for part in self._parts(cut):
-            digest.update(part.astype("<i4").tobytes())
+            digest.update(part.astype("<i4").tobytes())  # the same bytes on every machine
         return digest.digest()
 
     def _parts(self, cut: CutPair) -> tuple[Array, Array, Array]:
@@ -108,6 +111,7 @@ class PairRows:
     def assemble(self, numbers: Sequence[int]) -> Batch:
         """The pairs of these numbers as one batch."""
         layout, unit = self.layout, 1
+        # Where shapes are to be steady packed batches have one width, or twice that where pairs are longer than their rows.
         if layout.fill_to > 1:
             unit = layout.batch_size * layout.block_size if layout.batching == "packed" else PAD_STEP
         cuts = [self.pairs[i] for i in numbers]
@@ -139,19 +143,22 @@ def join_pairs(
         block_size: longest stretch of padding.
         unit, fill_to: the row is padded to a multiple of `unit` tokens, the targets are filled up to one of `fill_to`.
     """
-    rows: list[Array] = []
+    rows: list[Array] = []  # which tokens predict an answer's, counted over the whole row
     targets: list[Array] = []
     last: list[int] = []
     end = np.array([end_of_text])
-    at = 0
+    at = 0  # where the pair begins
     for (prompt, *answers), ended in zip(parts, ends, strict=True):
+        # The prompt's last token predicts how either answer begins, so its state is computed once and read twice by the head.
         before, start = at + len(prompt) - 1, at + len(prompt)
         for answer, with_end in zip(answers, ended, strict=True):
+            # The end is only ever a target: it closes the answer, and nothing is computed from it. Without it (the answer was
+            # cut, or never ended) the last token predicts nothing, and its row is left out.
             predicted = np.concatenate([answer, end]) if with_end else answer
             rows.append(np.append(before, np.arange(start, start + len(answer)))[: len(predicted)])
             targets.append(predicted)
             start += len(answer)
-            last.append(start - 1 if len(answer) else before)
+            last.append(start - 1 if len(answer) else before)  # an empty answer is scored by its prompt
         at = start
     padding = -at % unit
     input_ids = np.concatenate([*(part for pair in parts for part in pair), np.full(padding, end_of_text)])

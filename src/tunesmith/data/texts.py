@@ -38,6 +38,7 @@ class Stream:
 
     def part(self, start: int, stop: int) -> Array:
         """Tokens [start, stop): (stop - start,) int64."""
+        # The stream never exists as a whole: its tokens stay in the memory-mapped file, and only these few texts are read.
         first, last = np.searchsorted(self.borders, (start, stop - 1), side="right") - 1
         store, parts = self.store, list[Any]()
         for row in self.rows[first : last + 1].tolist():
@@ -67,6 +68,7 @@ class WindowRows:
             )
         self.store, self.layout = store, layout
         self.stream = Stream(store, np.asarray(numbers, np.int64))
+        # There are no epochs, but estimates and `train.epochs` need a size: the windows that the stream would be cut into.
         self.rows_per_epoch = max(1, len(self.stream) // layout.block_size)
         if len(self.stream) <= layout.block_size:
             raise UserError(
@@ -80,13 +82,18 @@ class WindowRows:
     def batch(self, epoch: int, places: range) -> Batch:
         """The windows of these numbers: of the training's stream, or of SAMPLE's."""
         width, seed = self.layout.block_size, self.layout.seed
-        last = len(self.stream) - width
+        last = (
+            len(self.stream) - width
+        )  # itself never drawn: a window needs one more token after it, as its last target
         if epoch == SAMPLE:
+            # One stream for all windows of an estimate, read from its start each time: window n is the same at any batch size.
             starts = order_of(seed, SAMPLE).integers(last, size=places[-1] + 1)[places[0] :].tolist()
         else:
             starts = [int(order_of(seed, number).integers(last)) for number in places]
         ids = np.stack([self.stream.part(a, a + width + 1) for a in starts])
         inputs, targets = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy()).flatten()
+        # No documents: as in the paper, attention runs across the texts of a window. And so every batch has the same shape and
+        # the same host numbers, without which a step cannot be recorded (train/recorded.py).
         return Batch(inputs, torch.arange(len(targets)), targets)
 
 
@@ -101,6 +108,7 @@ class TextRows:
         self.store, self.layout = store, layout
         self.loss_on = resolve_loss_on(layout.loss_on, layout.batching)
         cut, self.truncations = cut_rows(store, numbers, layout.block_size, layout.truncation)
+        # A piece without a target (its answer was cut off) would take room in a row, and time, for nothing.
         self.pieces = cut if self.loss_on == "all" else cut.taken(np.flatnonzero(taught(store, cut)))
         if not len(self.pieces):
             raise UserError(
@@ -126,6 +134,7 @@ class TextRows:
     def batch(self, epoch: int, places: range) -> Batch:
         """The rows at these places of an epoch, and where shapes are to be steady empty ones for those that an epoch's end lacks."""
         rows = [self._row(epoch, place) for place in places]
+        # No more of them than an epoch has rows: a batch_size beyond the data would be padding for ever.
         if self.layout.fill_to > 1:
             rows += [[]] * (min(self.layout.batch_size, self.rows_per_epoch) - len(rows))
         return self._assemble(rows)
@@ -135,6 +144,7 @@ class TextRows:
         if self.layout.batching == "padded":
             longest = max(len(piece) for row in rows for piece in row)
             width = min(width, -(-longest // PAD_STEP) * PAD_STEP)
+        # What padding holds does not matter, as nothing attends to it; but it must be a token that the model has.
         input_ids = np.full((len(rows), width), self.store.end_of_text, np.int64)
         targets = np.full((len(rows), width), IGNORE_INDEX, np.int64)
         stretches, padding = [], []
@@ -146,8 +156,10 @@ class TextRows:
                     piece.row, self.loss_on, piece.start, piece.stop
                 )
                 at = stop
+            # Padding is a stretch like the others, for stretches have to add up to the row (`Documents.from_rows`).
             padding.append(width - at)
             stretches.append([len(piece) for piece in row] + ([width - at] if at < width else []))
+        # Found here on the host: a GPU would have to report how many there are before head and loss could be launched.
         supervised = np.flatnonzero(targets.ravel() != IGNORE_INDEX)
         return Batch.filled(
             torch.from_numpy(input_ids),
