@@ -61,7 +61,7 @@ def case(kind):
         return model, text_batches(batching, 64 if steady else 1), lambda batch: nll_sum(model, batch)
     batches = batches_of(batch_size=4)
     if kind == "dpo":
-        table = torch.randn(len(batches), 2, dtype=torch.float64) - 30
+        table = torch.randn(len(batches.rows), 2, dtype=torch.float64) - 30
         losses = PreferenceLoss(beta=0.3)
         return model, [batches[0], batches[1]], lambda b: dpo_loss_sum(model, b, table[list(b.pairs)], losses)
     scorer = RewardModel(model)
