@@ -14,7 +14,7 @@ from tunesmith.files.names import SAMPLE
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.models.scored import RewardModel
 from tunesmith.options.training import RewardConfig
-from tunesmith.study.figures import loss_curve
+from tunesmith.study.run_figures import loss_curve
 from tunesmith.train.optim import build_optimizer
 from tunesmith.train.pair_loss import estimate_reward, reward_loss_sum
 from tunesmith.train.resuming import OLD_DRAWS

@@ -8,11 +8,11 @@ import pytest
 from frozen_study import Writer, learning, write_adapter, write_study
 from tunesmith.errors import UserError
 from tunesmith.files.run import Run
-from tunesmith.study.lines import comparable
 from tunesmith.study.paper.claims import judge_all
 from tunesmith.study.paper.experiments import judged
 from tunesmith.study.read import KEPT, Point, is_study, read_log, read_study
 from tunesmith.study.select import finals, predicted_gb
+from tunesmith.study.units import comparable
 
 
 def continued(root, second):

@@ -15,7 +15,7 @@ from frozen_study import Writer, learning, scored, write_study
 from hanging import HANGS
 from tunesmith.__main__ import main
 from tunesmith.errors import UsageError, UserError
-from tunesmith.study.figures import COLOURS
+from tunesmith.study.look import COLOURS
 from tunesmith.study.read import read_study
 from tunesmith.study.report import render_study_report, write_report
 

@@ -8,9 +8,8 @@ from statistics import fmean
 from tunesmith.files.run import Run
 from tunesmith.jsontext import is_number
 from tunesmith.stats import Interval, bootstrap_interval, paired_difference, ratio_interval, wilson_interval
-from tunesmith.study.figures import loss_unit
-from tunesmith.study.lines import measured_on, rows_seed
 from tunesmith.study.select import rewards_by_prompt
+from tunesmith.study.units import loss_unit, measured_on, rows_seed
 from tunesmith.train.choice import Estimate, apart, choose, comparable, loss_difference, read_estimates
 
 Against = tuple[str, Interval | None]

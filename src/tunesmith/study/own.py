@@ -8,12 +8,12 @@ from itertools import combinations
 from statistics import fmean
 
 from tunesmith.stats import Interval, ratio_interval, share_interval, t_interval
-from tunesmith.study.figures import TOKEN
-from tunesmith.study.lines import by_unit, comparable, differing, members_of, rows_seed, unit_suffix
+from tunesmith.study.lines import members_of
 from tunesmith.study.outcome import ranked_by_reward
 from tunesmith.study.read import Experiment, Point
 from tunesmith.study.select import best_step, finals, mean_by_prompt, peaks, prompt_rewards
 from tunesmith.study.tables import Cell, Table, of_seeds
+from tunesmith.study.units import TOKEN, by_unit, comparable, differing, rows_seed, unit_suffix
 from tunesmith.study.verdicts import words
 
 ALL_PAIRS = 6  # labels up to which each is held against each; of more, each against the one with the lowest loss

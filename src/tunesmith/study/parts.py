@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tunesmith.files.answers import ENDINGS
-from tunesmith.study.figures import BLUE, GREEN, GRID, INK, ORANGE, PURPLE, SKY, VERMILLION, Plate
+from tunesmith.study.look import BLUE, GREEN, GRID, INK, ORANGE, PURPLE, SKY, VERMILLION, Plate
 from tunesmith.study.read import Point
 from tunesmith.study.tables import Cell, Table
 

@@ -18,13 +18,14 @@ from tunesmith.errors import UsageError, UserError
 from tunesmith.files.run import Run, write_atomically
 from tunesmith.page import render_page
 from tunesmith.progress import span
-from tunesmith.study.figures import Plate, loss_curve, preference_curves, reward_curve
+from tunesmith.study.look import Plate
 from tunesmith.study.outcome import accuracy_text, kind_of, result_of_run, result_of_runs
 from tunesmith.study.paper.claims import judge_all
 from tunesmith.study.paper.figures import draw_all
 from tunesmith.study.paper.tables import make_tables
 from tunesmith.study.parts import details, figure, notes, side_by_side
 from tunesmith.study.read import Study, is_study, read_log, read_study
+from tunesmith.study.run_figures import loss_curve, preference_curves, reward_curve
 from tunesmith.study.study_page import render_study
 from tunesmith.study.tables import Cell, Table, as_csv, as_latex
 

@@ -7,28 +7,24 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-import tunesmith.study.figures as look
+import tunesmith.study.look as look
 from tunesmith.files.run import Run
 from tunesmith.jsontext import is_number
 from tunesmith.stats import wilson_interval
-from tunesmith.study.figures import TOKEN, Plate
 from tunesmith.study.lines import (
     STEPS,
-    by_unit,
-    comparable,
     count_validations,
     curves,
     draw_line,
     finish,
     members_of,
     missing_notes,
-    rows_in_words,
     seeds_in_words,
-    unit_of,
-    unit_suffix,
 )
+from tunesmith.study.look import Plate
 from tunesmith.study.paper.experiments import FULL, OPTIMIZERS, judged, memory_rows, ranks
 from tunesmith.study.read import Experiment, Line, Study
+from tunesmith.study.run_figures import favoured
 from tunesmith.study.select import (
     PARTS,
     Judged,
@@ -40,6 +36,7 @@ from tunesmith.study.select import (
     present,
     scorer_words,
 )
+from tunesmith.study.units import TOKEN, by_unit, comparable, rows_in_words, unit_of, unit_suffix
 
 LOSS = f"loss, {TOKEN}"
 WIDE = 10.0  # largest over smallest value, from which on an axis is logarithmic
@@ -88,7 +85,7 @@ def both_losses(study: Study, spec: Spec) -> Drawn:
     count_validations(axes, next(s for line in held for s in line.seeds.values()))
     labels = [line.label for line in held] if len(held) > 1 else e.labels
     runs = members_of(e, labels)
-    notes = missing_notes(held) + comparable(runs) + look.favoured(Run(run.directory) for run in runs)
+    notes = missing_notes(held) + comparable(runs) + favoured(Run(run.directory) for run in runs)
     return look.to_plate(figure, spec.name, spec.title, f"{rows_in_words(runs)} {seeds_in_words(held)}", notes)
 
 
@@ -109,7 +106,7 @@ def by_label(
         rows = "Estimates on the same training rows at every step." if key == "train_loss" else rows_in_words(runs)
         notes = missing_notes(lines) + comparable(runs)
         if key == "train_loss":
-            notes += look.favoured(Run(run.directory) for run in runs)
+            notes += favoured(Run(run.directory) for run in runs)
         return look.to_plate(figure, spec.name, spec.title, f"{rows} {seeds_in_words(lines)}", notes)
 
     return draw

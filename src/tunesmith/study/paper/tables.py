@@ -7,12 +7,12 @@ from statistics import fmean
 
 from tunesmith.jsontext import is_number
 from tunesmith.stats import Interval, wilson_interval
-from tunesmith.study.lines import unit_of
 from tunesmith.study.own import own_tables
 from tunesmith.study.paper.experiments import BATCH_4, FULL, OPTIMIZERS, SPLIT, dpo_runs, judged, memory_rows, ranks
 from tunesmith.study.read import Point, RunRecord, Study, is_signed
 from tunesmith.study.select import PARTS, choice_of, finals, peaks, present
 from tunesmith.study.tables import Cell, Table, of_seeds, plain
+from tunesmith.study.units import unit_of
 
 PAPER_TABLE_1 = {"AdamW": (13.52, 200.0), "Adam": (13.52, 188.5), "SGD-Nesterov": (11.23, 183.5),
                  "SGD-momentum": (11.23, 181.8), "SGD": (8.41, 170.9)}  # fmt: skip
