@@ -6,7 +6,7 @@ import random
 import pytest
 
 from tunesmith.stats import Interval
-from tunesmith.study.verdicts import (
+from tunesmith.study.paper.verdicts import (
     FAILS,
     HOLDS,
     OPEN,

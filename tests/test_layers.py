@@ -70,6 +70,11 @@ def test_a_wing_imports_only_wings_below_it(capsys):
     assert not UPWARD, f"{report}\nthe order, lowest first: {GROUND}, {', '.join(WINGS)}"
 
 
+def test_what_is_special_to_the_paper_is_known_in_its_own_folder():
+    outside = {m for m, others in IMPORTS.items() for o in others if "study.paper" in o and "study.paper" not in m}
+    assert outside == {"study.report"}  # which hands it to the page
+
+
 def test_no_two_modules_import_each_other():
     tuple(TopologicalSorter(IMPORTS).static_order())  # raises CycleError, which names them
 

@@ -11,9 +11,8 @@ import pytest
 from frozen_study import Writer, learning, preferring, scored
 from made_studies import own_study, preference_study
 from tunesmith.stats import t_interval, t_quantile
-from tunesmith.study.own import conclusion, difference_over_batches, differences_of, own_tables
-from tunesmith.study.paper.figures import draw_all
-from tunesmith.study.paper.tables import overview
+from tunesmith.study.figures import draw_all, own_figures
+from tunesmith.study.own import conclusion, difference_over_batches, differences_of, overview, own_tables
 from tunesmith.study.read import Point, read_study
 from tunesmith.study.report import render_study_report
 from tunesmith.study.tables import as_csv, of_seeds
@@ -21,6 +20,10 @@ from tunesmith.study.tables import as_csv, of_seeds
 
 def trial(root):
     return read_study(root).experiment("trial")
+
+
+def drawn(study):
+    return draw_all(study, own_figures(study.experiment("trial")))["trial"]
 
 
 def said(tmp_path, last, **more):
@@ -217,11 +220,11 @@ def test_losses_of_tokens_and_of_pairs_stand_in_figures_of_their_own(tmp_path):
     for label in ("tuned", "aligned"):
         w.show("trial", "A trial", label, label, 1)
     study = read_study(w.finish())
-    drawn = {plate.name: plate.svg for plate in draw_all(study)["trial"]}
-    assert "nats per target token" in drawn["figure-trial-validation"]
-    assert "aligned" not in drawn["figure-trial-validation"]
-    assert "nats per pair" in drawn["figure-trial-validation-pairs"]
-    assert "tuned" not in drawn["figure-trial-validation-pairs"]
+    shown = {plate.name: plate.svg for plate in drawn(study)}
+    assert "nats per target token" in shown["figure-trial-validation"]
+    assert "aligned" not in shown["figure-trial-validation"]
+    assert "nats per pair" in shown["figure-trial-validation-pairs"]
+    assert "tuned" not in shown["figure-trial-validation-pairs"]
     told = conclusion(study.experiment("trial"))
     assert "Losses in nats per target token: the last validation loss of tuned" in told
     assert "Losses in nats per pair: the last validation loss of aligned" in told
@@ -234,15 +237,15 @@ def test_dpo_losses_of_different_strength_are_not_ranked_but_their_accuracies_ar
     assert told.startswith("The labels' losses cannot be compared, as they differ in dpo.beta.")
     assert "Pairs with the chosen answer ahead: weak 86.0 % [82.3, 89.1]; strong 86.0 % [82.3, 89.1]." in told
     assert any("not comparable: dpo.beta is 0.1: weak-s1, weak-s2; 0.5: strong-s1, strong-s2" in n
-               for plate in draw_all(read_study(root))["trial"] for n in plate.notes)  # fmt: skip
+               for plate in drawn(read_study(root)) for n in plate.notes)  # fmt: skip
 
 
 def test_losses_that_are_not_in_nats_are_not_called_so(tmp_path):
     root = preference_study(tmp_path / "study", settings={"strong": {"dpo.loss": "ipo"}})
-    drawn = {plate.name: plate.svg for plate in draw_all(read_study(root))["trial"]}
-    assert "loss, a pair (ipo)" in drawn["figure-trial-validation-ipo"]
-    assert "nats" not in drawn["figure-trial-validation-ipo"]
-    assert "loss, nats per pair" in drawn["figure-trial-validation-pairs"]
+    shown = {plate.name: plate.svg for plate in drawn(read_study(root))}
+    assert "loss, a pair (ipo)" in shown["figure-trial-validation-ipo"]
+    assert "nats" not in shown["figure-trial-validation-ipo"]
+    assert "loss, nats per pair" in shown["figure-trial-validation-pairs"]
 
 
 def test_the_robust_loss_may_be_negative(tmp_path):
@@ -252,13 +255,13 @@ def test_the_robust_loss_may_be_negative(tmp_path):
 
 def test_the_caption_says_whose_validation_rows_they_are(tmp_path):
     root = own_study(tmp_path / "study", {"a": [2.0, 2.1], "b": [2.1, 2.2]})
-    assert "with the same validation rows in all runs." in draw_all(read_study(root))["trial"][1].caption
+    assert "with the same validation rows in all runs." in drawn(read_study(root))[1].caption
     for config in root.glob("runs/*/config.yaml"):  # as studies were before
         config.write_text(config.read_text().replace("split_seed: 1", "split_seed: null"))
-    caption = draw_all(read_study(root))["trial"][1].caption
+    caption = drawn(read_study(root))[1].caption
     assert "different validation rows for each seed." in caption
     root = own_study(tmp_path / "two", {"a": [2.0], "b": [2.1]}, b={"data.name": "other"})
-    assert draw_all(read_study(root))["trial"][1].caption == "Estimates on the same rows at every step. One seed."
+    assert drawn(read_study(root))[1].caption == "Estimates on the same rows at every step. One seed."
 
 
 # ---- intervals -------------------------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ from frozen_study import Writer, learning, write_adapter, write_study
 from tunesmith.errors import UserError
 from tunesmith.files.run import Run
 from tunesmith.study.paper.claims import judge_all
-from tunesmith.study.paper.experiments import judged
+from tunesmith.study.paper.experiments import judged, lines_of, predicted_gb
 from tunesmith.study.read import KEPT, Point, is_study, read_log, read_study
-from tunesmith.study.select import finals, predicted_gb
+from tunesmith.study.select import finals
 from tunesmith.study.units import comparable
 
 
@@ -39,7 +39,7 @@ def counted_anew():
 @pytest.mark.parametrize("second", [counted_on, with_the_first_half, counted_anew])
 def test_two_halves_are_one_line_whatever_the_second_counts_from(tmp_path, second):
     study = continued(tmp_path, second())
-    (line,) = study.experiments["e1"].lines("eval", "validation_loss")
+    (line,) = lines_of(study.experiments["e1"], "eval", "validation_loss")
     assert [p.step for p in line.seeds[1]] == list(range(41))
     assert {p.run for p in line.seeds[1] if p.step > 20} == {"e1-on"}
     assert line.label == "first half, then continued"

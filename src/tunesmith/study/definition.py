@@ -16,7 +16,9 @@ from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
 from tunesmith.options.yamlfile import read_yaml
 
 COMMANDS: dict[str, Any] = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig}
-BUILT_IN = Path(__file__).parent / "built_in"
+BUILT_IN = {
+    path.stem: path for path in sorted(Path(__file__).parent.glob("*/*.yaml"))
+}  # each beside what is special to it
 NOT_YOURS = ("out", "resume", "resume_changes")  # options that the study sets itself
 BATCHINGS = ("paper", "ours", "as_set")
 TOP = ("name", "title", "batching", "seeds", "base", "runs", "experiments", "figures", "tables", "scales")
@@ -79,13 +81,10 @@ def study_path(name: str) -> Path:
     """The file of a study: the name of a built-in one, or a path. Raises: UsageError listing the built-in ones."""
     if Path(name).is_file():
         return Path(name)
-    built_in = BUILT_IN / f"{name}.yaml"
-    if built_in.is_file():
-        return built_in
-    known = sorted(p.stem for p in BUILT_IN.glob("*.yaml"))
-    raise UsageError(
-        f"study {name}: no such file, and no such built-in study{nearest(name, known) or '.'} Built in: {', '.join(known)}"
-    )
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    near = nearest(name, list(BUILT_IN)) or "."
+    raise UsageError(f"study {name}: no such file, and no such built-in study{near} Built in: {', '.join(BUILT_IN)}")
 
 
 def read_study(path: Path, scale: str | None = None, **changes: Any) -> StudyFile:
@@ -94,7 +93,7 @@ def read_study(path: Path, scale: str | None = None, **changes: Any) -> StudyFil
     Raises: UsageError with file and key for anything that is unknown, missing or of the wrong kind.
     """
     content = _load(path)
-    file = path.name if BUILT_IN in path.parents else str(path)
+    file = path.name if path in BUILT_IN.values() else str(path)
     scales = _mapping(content.pop("scales", {}), f"{file}: scales")
     if scale is not None and scale not in scales:
         there = f"{nearest(scale, list(scales)) or '.'} It has: {', '.join(scales)}" if scales else "; it has no scales"

@@ -80,7 +80,7 @@ def finish(axes: Any, ylabel: str, xlabel: str = STEPS) -> None:
 
 
 def count_validations(axes: Any, series: Series) -> None:
-    """A second axis on top that counts validations, as the paper does; step 0 is none."""
+    """A second axis on top that counts validations; step 0 is none."""
     steps = [p.step for p in series]
     every = steps[1] - steps[0] if len(steps) > 2 else 0
     if every > 0 and all(b - a == every for a, b in pairwise(steps[:-1])):

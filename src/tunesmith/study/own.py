@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean
 
+from tunesmith.jsontext import is_number
 from tunesmith.stats import Interval, ratio_interval, share_interval, t_interval
 from tunesmith.study.lines import members_of
 from tunesmith.study.outcome import ranked_by_reward
-from tunesmith.study.read import Experiment, Point
+from tunesmith.study.read import Experiment, Point, Study
 from tunesmith.study.select import best_step, finals, mean_by_prompt, peaks, prompt_rewards
-from tunesmith.study.tables import Cell, Table, of_seeds
-from tunesmith.study.units import TOKEN, by_unit, comparable, differing, rows_seed, unit_suffix
-from tunesmith.study.verdicts import words
+from tunesmith.study.tables import Cell, Table, interval_words, of_seeds
+from tunesmith.study.units import TOKEN, by_unit, comparable, differing, rows_seed, unit_of, unit_suffix
 
 ALL_PAIRS = 6  # labels up to which each is held against each; of more, each against the one with the lowest loss
 LOSS = "validation_loss"
@@ -169,6 +169,25 @@ def _lowest(last: Mapping[str, Mapping[int, Point]]) -> str:
     return min(last, key=lambda x: fmean(p.value for p in last[x].values()))
 
 
+def overview(study: Study) -> Table:
+    """Every run in one line."""
+    rows = []
+    for run in study.runs.values():
+        loss = run.series("eval", "validation_loss")
+        best = min(loss, key=lambda p: p.value, default=None)
+        steps = run.status.get("step")
+        figures = ((best, 3), (run.peak, 2), (run.minutes, 2))
+        rows.append((
+            Cell(run.name, run=run.name), Cell("not run yet" if run.state == "waiting" else run.state),
+            Cell(f"{steps:,}" if is_number(steps) else ""),
+            *(Cell(f"{p.value:,.{digits}f}", sources=(p,)) if p else Cell() for p, digits in figures),
+            Cell(unit_of(run)),
+        ))  # fmt: skip
+    names = ("run", "state", "steps", "best validation loss", "memory, GB", "time, min", "unit of the loss")
+    head = tuple((h, False) for h in names)
+    return Table("table-runs", "", "All runs", head, tuple(rows))
+
+
 # ---- the result in words ---------------------------------------------------------------------------------------------
 
 
@@ -212,8 +231,8 @@ def _by_loss(e: Experiment, labels: Sequence[str], unit: str) -> str:
     level = 1 - 0.05 / (len(last) - 1)  # the lowest was picked after looking at all of them (Bonferroni)
     found = differences_of(e, [(x, best) for x in last if x != best], level)
     apart, alike = [d for d in found if d.apart], [d for d in found if not d.apart]
-    more = "; ".join(f"{words(d.decisive)} less than {d.one}" for d in apart)
-    told = " and ".join(f"{d.one} ({words(d.decisive)} higher)" for d in alike)
+    more = "; ".join(f"{interval_words(d.decisive)} less than {d.one}" for d in apart)
+    told = " and ".join(f"{d.one} ({interval_words(d.decisive)} higher)" for d in alike)
     if not apart:
         text = (
             f"No difference between the labels is distinguishable from chance: {best} is lowest with {value}, "

@@ -15,7 +15,6 @@ from tunesmith.jsontext import Json, is_number, json_object
 
 KEPT = 2000  # training lines of a run that a figure needs; of longer runs every n-th is kept
 OVER = ("finished", "diverged", "failed", "stopped")
-FIRST, CONTINUED = "first half", "continued"
 
 
 @dataclass(frozen=True)
@@ -116,26 +115,6 @@ class Experiment:
         """Seed -> run."""
         return {m.seed: m.run for m in self.members if m.label == label}
 
-    def lines(self, event: str, key: str) -> list[Line]:
-        """One line a label; the two halves of a continued training are one."""
-        labels = self.labels
-        if FIRST in labels and CONTINUED in labels:
-            halves = [self.line(label, event, key) for label in (FIRST, CONTINUED)]
-            whole = {}
-            for seed in halves[0].seeds.keys() | halves[1].seeds.keys():
-                first, second = (half.seeds.get(seed, []) for half in halves)
-                whole[seed] = joined(first, second, self.runs(FIRST).get(seed), self.runs(CONTINUED).get(seed))
-            whole = dict(sorted(whole.items()))
-            merged = Line(
-                f"{FIRST}, then {CONTINUED}",
-                whole,
-                halves[0].partial | halves[1].partial,
-                halves[0].missing + halves[1].missing,
-                halves[0].signed or halves[1].signed,
-            )
-            return [merged, *(self.line(x, event, key) for x in labels if x not in (FIRST, CONTINUED))]
-        return [self.line(label, event, key) for label in labels]
-
     def line(self, label: str, event: str, key: str) -> Line:
         """The line of one label."""
         seeds, partial, missing = {}, set(), []
@@ -180,24 +159,15 @@ def is_signed(key: str, configs: Iterable[Json] = ()) -> bool:
     return not key.endswith("loss") or (robust and not key.endswith("sft_loss"))
 
 
-def joined(first: Series, second: Series, one: RunRecord | None, other: RunRecord | None) -> Series:
-    """One series from those of a run and of its continuation."""
-    if one is None or other is None or not first or not second:
-        return first or second
-    shift, end = shift_of(one, other), last_step(one)
-    return [*first, *(Point(p.step + shift, p.value, p.run, p.line) for p in second if p.step + shift > end)]
-
-
 def last_step(run: RunRecord) -> int:
     """The last step that a run has logged."""
     return max((r["step"] for records in run.lines.values() for r in records), default=0)
 
 
 def shift_of(first: RunRecord, second: RunRecord) -> int:
-    """What to add to the steps of a continuation: 0 where it counts on, or repeats the first half's lines.
+    """What to add to the steps of a continuation of `first`: 0 where it counts on, or repeats the lines of `first`.
 
-    One that counts from 0 again is told by a step-0 loss that is not the first half's, or by a count that never passes
-    the first half's end.
+    One that counts from 0 again shows by a step-0 loss that differs, or by a count that never passes the end of `first`.
     """
     starts = [
         next((p.value for p in run.series("eval", "validation_loss") if p.step == 0), None) for run in (first, second)

@@ -18,11 +18,11 @@ from tunesmith.errors import UsageError, UserError
 from tunesmith.files.run import Run, write_atomically
 from tunesmith.page import render_page
 from tunesmith.progress import span
+from tunesmith.study.figures import draw_all, own_figures
 from tunesmith.study.look import Plate
 from tunesmith.study.outcome import accuracy_text, kind_of, result_of_run, result_of_runs
-from tunesmith.study.paper.claims import judge_all
-from tunesmith.study.paper.figures import draw_all
-from tunesmith.study.paper.tables import make_tables
+from tunesmith.study.own import overview, own_tables
+from tunesmith.study.paper.page import known_of
 from tunesmith.study.parts import details, figure, notes, side_by_side
 from tunesmith.study.read import Study, is_study, read_log, read_study
 from tunesmith.study.run_figures import loss_curve, preference_curves, reward_curve
@@ -78,8 +78,11 @@ def write_files(folder: Path, plates: Iterable[Plate], tables: Iterable[Table]) 
 
 def render_study_report(study: Study) -> tuple[str, list[Plate], list[Table]]:
     """The page of a study as text, its figures and its tables; the same directory gives the same bytes."""
-    drawn, tables = draw_all(study), make_tables(study)
-    text = render_study(study, judge_all(study), drawn, tables)
+    known = known_of(study)
+    own = [e for key, e in study.experiments.items() if key not in known.experiments]
+    drawn = draw_all(study, [*known.figures, *(spec for e in own for spec in own_figures(e))])
+    tables = {"": [overview(study)], **known.tables, **{e.id: own_tables(e) for e in own}}
+    text = render_study(study, known, drawn, tables)
     plates = [plate for figures in drawn.values() for plate in figures if isinstance(plate, Plate)]
     return text, plates, [table for several in tables.values() for table in several]
 

@@ -10,8 +10,6 @@ from typing import Any
 from tunesmith.jsontext import Json, is_number
 from tunesmith.study.read import Experiment, Line, Point, RunRecord, Study, shift_of
 
-PARTS = ("parameters", "gradients", "optimizer_state", "activations", "logits")
-
 
 def rows_of_step(run: RunRecord) -> int:
     """Rows that one optimizer step of a run reads."""
@@ -180,12 +178,3 @@ def scorer_words(study: Study, name: str) -> str:
     """A scorer in words; one that the study trained itself by its run and not by where it lies."""
     run = name.rstrip("/").rpartition("/")[2].partition("@")[0]
     return f"this study's {run}" if run in study.runs else name
-
-
-def predicted_gb(memory: Any) -> dict[str, float]:
-    """Predicted GB by part from a run's plan: GB already, or the runner's own count, in bytes and with `optimizer` for its state."""
-    if not isinstance(memory, dict):
-        return {}
-    if "optimizer" in memory:
-        memory = {"optimizer_state" if k == "optimizer" else k: v / 1e9 for k, v in memory.items() if is_number(v)}
-    return {k: float(memory[k]) for k in PARTS if is_number(memory.get(k))}

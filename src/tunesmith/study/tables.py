@@ -55,6 +55,15 @@ def of_seeds(points: Sequence[Point], digits: int = 3, *, signed: bool = False) 
     return Cell(value=t_interval(values, at_least=-math.inf if signed else 0.0), digits=digits, sources=tuple(points))
 
 
+def interval_words(interval: Interval, digits: int = 3, unit: str = "") -> str:
+    """`0.012 [-0.003, 0.027] GB`; without an interval only the mean."""
+    unit = f" {unit}" if unit else ""
+    mean, low, high = (
+        f"{round(x, digits) + 0.0:.{digits}f}" for x in (interval.mean, interval.low, interval.high)
+    )  # + 0.0: no -0
+    return f"{mean}{unit}" if math.isnan(interval.low) else f"{mean} [{low}, {high}]{unit}"
+
+
 def plain(value: float | None, digits: int = 2) -> Cell:
     """A number without an interval."""
     return Cell("" if value is None else f"{value:,.{digits}f}")

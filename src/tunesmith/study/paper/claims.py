@@ -10,8 +10,19 @@ from statistics import fmean
 
 from tunesmith.jsontext import Json, is_number
 from tunesmith.stats import Interval, t_interval
-from tunesmith.study import verdicts
-from tunesmith.study.paper.experiments import BATCH_1, BATCH_4, FULL, OPTIMIZERS, SPLIT, dpo_runs, judged, ranks
+from tunesmith.study.paper import verdicts
+from tunesmith.study.paper.experiments import (
+    BATCH_1,
+    BATCH_4,
+    FULL,
+    OPTIMIZERS,
+    SPLIT,
+    dpo_runs,
+    judged,
+    lines_of,
+    ranks,
+)
+from tunesmith.study.paper.verdicts import FAILS, HOLDS, OPEN, Verdict
 from tunesmith.study.read import Experiment, Line, Point, RunRecord, Study
 from tunesmith.study.select import (
     best_step,
@@ -25,7 +36,6 @@ from tunesmith.study.select import (
     rewarded_steps,
     scorer_words,
 )
-from tunesmith.study.verdicts import FAILS, HOLDS, OPEN, Verdict
 
 VISIBLE = 0.05  # of what the loss falls in all: two curves closer than that are one line in a figure
 HARDLY = 0.05  # of the memory
@@ -99,7 +109,7 @@ def _overfits(experiment: str, between: tuple[float, float]) -> Callable[[Study]
     def judge(study: Study) -> Finding:
         e = study.experiment(experiment)
         validation, train = (
-            next(iter(e.lines("eval", key)), Line("", {})) for key in ("validation_loss", "train_loss")
+            next(iter(lines_of(e, "eval", key)), Line("", {})) for key in ("validation_loss", "train_loss")
         )
         if not validation.seeds.keys() - validation.partial:
             return Finding(Verdict(OPEN, "no finished training"), (), validation.missing)

@@ -2,12 +2,47 @@
 
 from __future__ import annotations
 
-from tunesmith.study.read import CONTINUED, FIRST, Experiment, Point, RunRecord, Study
-from tunesmith.study.select import Judged, predicted_gb, present, whole_training
+from typing import Any
+
+from tunesmith.jsontext import is_number
+from tunesmith.study.read import Experiment, Line, Point, RunRecord, Series, Study, last_step, shift_of
+from tunesmith.study.select import Judged, present, whole_training
+
+EXPERIMENTS = ("e1", "e1b", "e2", "e4", "e5", "e6", "e7", "e8")
+FIRST, CONTINUED = "first half", "continued"  # labels of the two halves of E1's training
+PARTS = ("parameters", "gradients", "optimizer_state", "activations", "logits")
 
 OPTIMIZERS = ("AdamW", "Adam", "SGD-Nesterov", "SGD-momentum", "SGD")
 BATCH_1, BATCH_4, SPLIT = "batch 1", "batch 4", "batch 4 = 4 x 1"
 FULL = "full"
+
+
+def lines_of(e: Experiment, event: str, key: str) -> list[Line]:
+    """One line a label; the two halves of a continued training are one."""
+    labels = e.labels
+    if not {FIRST, CONTINUED} <= set(labels):
+        return [e.line(label, event, key) for label in labels]
+    halves = [e.line(label, event, key) for label in (FIRST, CONTINUED)]
+    whole = {}
+    for seed in sorted(halves[0].seeds.keys() | halves[1].seeds.keys()):
+        first, second = (half.seeds.get(seed, []) for half in halves)
+        whole[seed] = joined(first, second, e.runs(FIRST).get(seed), e.runs(CONTINUED).get(seed))
+    merged = Line(
+        f"{FIRST}, then {CONTINUED}",
+        whole,
+        halves[0].partial | halves[1].partial,
+        halves[0].missing + halves[1].missing,
+        halves[0].signed or halves[1].signed,
+    )
+    return [merged, *(e.line(x, event, key) for x in labels if x not in (FIRST, CONTINUED))]
+
+
+def joined(first: Series, second: Series, one: RunRecord | None, other: RunRecord | None) -> Series:
+    """One series from those of a run and of its continuation."""
+    if one is None or other is None or not first or not second:
+        return first or second
+    shift, end = shift_of(one, other), last_step(one)
+    return [*first, *(Point(p.step + shift, p.value, p.run, p.line) for p in second if p.step + shift > end)]
 
 
 def ranks(experiment: Experiment) -> list[str]:
@@ -49,3 +84,12 @@ def memory_rows(study: Study) -> list[tuple[str, dict[str, float], list[Point]]]
         parts = next((gb for r in runs if (gb := predicted_gb(r.plan.get("memory")))), {})
         rows.append((label, parts, [r.peak for r in runs if r.peak and r.state == "finished"]))
     return [row for row in rows if row[1] or row[2]]
+
+
+def predicted_gb(memory: Any) -> dict[str, float]:
+    """Predicted GB by part from a run's plan: GB already, or the runner's own count, in bytes and with `optimizer` for its state."""
+    if not isinstance(memory, dict):
+        return {}
+    if "optimizer" in memory:
+        memory = {"optimizer_state" if k == "optimizer" else k: v / 1e9 for k, v in memory.items() if is_number(v)}
+    return {k: float(memory[k]) for k in PARTS if is_number(memory.get(k))}

@@ -1,4 +1,4 @@
-"""The tables of a study: the paper's two, and those that this project adds."""
+"""The report's two tables, and those that this project adds for its experiments."""
 
 from __future__ import annotations
 
@@ -7,12 +7,20 @@ from statistics import fmean
 
 from tunesmith.jsontext import is_number
 from tunesmith.stats import Interval, wilson_interval
-from tunesmith.study.own import own_tables
-from tunesmith.study.paper.experiments import BATCH_4, FULL, OPTIMIZERS, SPLIT, dpo_runs, judged, memory_rows, ranks
+from tunesmith.study.paper.experiments import (
+    BATCH_4,
+    FULL,
+    OPTIMIZERS,
+    PARTS,
+    SPLIT,
+    dpo_runs,
+    judged,
+    memory_rows,
+    ranks,
+)
 from tunesmith.study.read import Point, RunRecord, Study, is_signed
-from tunesmith.study.select import PARTS, choice_of, finals, peaks, present
+from tunesmith.study.select import choice_of, finals, peaks, present
 from tunesmith.study.tables import Cell, Table, of_seeds, plain
-from tunesmith.study.units import unit_of
 
 PAPER_TABLE_1 = {"AdamW": (13.52, 200.0), "Adam": (13.52, 188.5), "SGD-Nesterov": (11.23, 183.5),
                  "SGD-momentum": (11.23, 181.8), "SGD": (8.41, 170.9)}  # fmt: skip
@@ -195,41 +203,18 @@ def memory_parts(study: Study) -> Table | None:
     return Table("table-memory", "e4", "Memory by part, in GB of 10⁹ bytes", head, tuple(rows), caption)
 
 
-def overview(study: Study) -> Table:
-    """Every run in one line."""
-    rows = []
-    for run in study.runs.values():
-        loss = run.series("eval", "validation_loss")
-        best = min(loss, key=lambda p: p.value, default=None)
-        steps = run.status.get("step")
-        figures = ((best, 3), (run.peak, 2), (run.minutes, 2))
-        rows.append((
-            Cell(run.name, run=run.name), Cell("not run yet" if run.state == "waiting" else run.state),
-            Cell(f"{steps:,}" if is_number(steps) else ""),
-            *(Cell(f"{p.value:,.{digits}f}", sources=(p,)) if p else Cell() for p, digits in figures),
-            Cell(unit_of(run)),
-        ))  # fmt: skip
-    names = ("run", "state", "steps", "best validation loss", "memory, GB", "time, min", "unit of the loss")
-    head = tuple((h, False) for h in names)
-    return Table("table-runs", "", "All runs", head, tuple(rows))
-
-
 TABLES: dict[str, tuple[str, Callable[[Study], Table | None]]] = {
     "table-1": ("e4", optimizers), "table-2": ("e5", lora_ranks), "table-prompts": ("e2", prompts), "table-choices": ("e2", choices),
     "table-accumulation": ("e7", accumulation), "table-dpo": ("e8", preference), "table-memory": ("e4", memory_parts),
 }  # fmt: skip
-PAPER_EXPERIMENTS = ("e1", "e1b", "e2", "e4", "e5", "e6", "e7", "e8")
 
 
-def make_tables(study: Study) -> dict[str, list[Table]]:
-    """Experiment -> its tables; the table of all runs stands under ""."""
-    found: dict[str, list[Table]] = {"": [overview(study)]}
+def tables_of(study: Study) -> dict[str, list[Table]]:
+    """Experiment -> its tables, for those of the report's experiments that a study has."""
+    made: dict[str, list[Table]] = {}
     for name, (key, make) in TABLES.items():
         unwanted = study.tables and name in ("table-1", "table-2") and name not in study.tables
-        there = study.experiment(key).members or (key == "e2" and study.experiment("e1").members)
-        if there and not unwanted and (table := make(study)):
-            found.setdefault(key, []).append(table)
-    for key, e in study.experiments.items():
-        if key not in PAPER_EXPERIMENTS:
-            found.setdefault(key, []).extend(own_tables(e))
-    return found
+        present_in_study = study.experiment(key).members or (key == "e2" and study.experiment("e1").members)
+        if present_in_study and not unwanted and (table := make(study)):
+            made.setdefault(key, []).append(table)
+    return made

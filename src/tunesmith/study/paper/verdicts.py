@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from tunesmith.stats import Interval, paired_difference, share_interval, t_interval
+from tunesmith.study.tables import interval_words
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 SEEDS = 2  # below, nothing is known of how much another seed would change
@@ -26,15 +27,6 @@ class Verdict:
 
     verdict: str
     evidence: str
-
-
-def words(interval: Interval, digits: int = 3, unit: str = "") -> str:
-    """`0.012 [-0.003, 0.027] GB`; without an interval only the mean."""
-    unit = f" {unit}" if unit else ""
-    mean, low, high = (
-        f"{round(x, digits) + 0.0:.{digits}f}" for x in (interval.mean, interval.low, interval.high)
-    )  # + 0.0: no -0
-    return f"{mean}{unit}" if math.isnan(interval.low) else f"{mean} [{low}, {high}]{unit}"
 
 
 def over_seeds(values: Sequence[float], resolution: float = 0.0, level: float = 0.95) -> Interval:
@@ -61,7 +53,7 @@ def all_greater(
         empty = ", ".join(name for name, values in differences.items() if not values)
         return Verdict(OPEN, f"no value to compare{': ' + empty if empty else ''}")
     found = {name: over_seeds(values, resolution) for name, values in differences.items()}
-    told = "; ".join(f"{name}: {words(x, digits, unit)}" for name, x in found.items()) + _seeds(found.values())
+    told = "; ".join(f"{name}: {interval_words(x, digits, unit)}" for name, x in found.items()) + _seeds(found.values())
     if few := _too_few(found.values()):
         return Verdict(OPEN, told + few)
     if any(over_seeds(values, resolution, 1 - 0.05 / len(found)).high < 0 for values in differences.values()):
@@ -83,7 +75,7 @@ def alike(
     if not differences or not all(differences.values()):
         return Verdict(OPEN, "no value to compare")
     found = {name: over_seeds(values, resolution) for name, values in differences.items()}
-    told = "; ".join(f"{name}: {words(x, digits, unit)}" for name, x in found.items()) + _seeds(found.values())
+    told = "; ".join(f"{name}: {interval_words(x, digits, unit)}" for name, x in found.items()) + _seeds(found.values())
     told += f"; alike means within ±{margin:.{digits}f}{' ' + unit if unit else ''}"
     if few := _too_few(found.values()):
         return Verdict(OPEN, told + few)
@@ -150,7 +142,8 @@ def overfits(
     end = apart(n - 1)
     base = steps[0] == 0  # the estimate before the training is no validation of it
     same = ", paired over the same batches" if difference and difference(n - 1, low) else ""
-    told = f"lowest at validation {low + (not base)} of {n - base} (step {steps[low]:,.0f}), {words(end)} above that at the end{same}"
+    lowest = f"lowest at validation {low + (not base)} of {n - base} (step {steps[low]:,.0f})"
+    told = f"{lowest}, {interval_words(end)} above that at the end{same}"
     if n - 1 - low < WINDOW:
         before = fmean(validation[-2 * WINDOW : -WINDOW]) - fmean(validation[-WINDOW:])
         if before > margin:
@@ -194,9 +187,7 @@ def falls_after_best(rewards: Mapping[int, Sequence[float]], *, between: Place |
     if best == [last, last]:
         return Verdict(FAILS, f"the last of {len(steps)} checkpoints (step {last:,}) has the best reward")
     interval = paired_difference(falls, [0.0] * len(falls))
-    told = (
-        f"best at step {top:,} of {last:,}; from there to the end it falls by {words(interval)} ({n} prompts, paired)"
-    )
+    told = f"best at step {top:,} of {last:,}; from there to the end it falls by {interval_words(interval)} ({n} prompts, paired)"
     if interval.low <= 0:
         return Verdict(FAILS if interval.high < 0 else OPEN, told)
     level = [s for s in steps if paired_difference(rewards[top], rewards[s]).low <= 0]
@@ -233,7 +224,7 @@ def above_chance(accuracies: Sequence[float], margins: Sequence[float], pairs: i
         return Verdict(OPEN, "no estimate on validation pairs")
     share = share_interval(fmean(accuracies) * pairs, pairs)
     margin = fmean(margins)
-    told = f"accuracy {words(share)} of {pairs} pairs, mean margin {margin:.3f}"
+    told = f"accuracy {interval_words(share)} of {pairs} pairs, mean margin {margin:.3f}"
     if share.low > 0.5 and margin > 0:
         return Verdict(HOLDS, told)
     if share.high < 0.5 or (share.low > 0.5 and margin < 0):
@@ -246,7 +237,7 @@ def better_paired(a: Sequence[float], b: Sequence[float], name: str) -> Verdict:
     if len(a) != len(b) or len(a) < 2:
         return Verdict(OPEN, f"{min(len(a), len(b))} prompts with a reward from both; 2 are needed")
     interval = paired_difference(a, b)
-    told = f"{name} {words(interval)} ({len(a)} prompts, paired)"
+    told = f"{name} {interval_words(interval)} ({len(a)} prompts, paired)"
     if interval.low > 0:
         return Verdict(HOLDS, told)
     return Verdict(FAILS, told) if interval.high < 0 else Verdict(OPEN, told + "; the interval includes 0")
@@ -259,7 +250,7 @@ def alike_paired(a: Sequence[float], b: Sequence[float], name: str) -> Verdict:
     mean = fmean(b)
     margin = math.sqrt(fmean((x - mean) ** 2 for x in b)) / 2
     interval = paired_difference(a, b)
-    told = f"{name} {words(interval)} ({len(a)} prompts, paired); equally good means within ±{margin:.3f}"
+    told = f"{name} {interval_words(interval)} ({len(a)} prompts, paired); equally good means within ±{margin:.3f}"
     if -margin <= interval.low and interval.high <= margin:
         return Verdict(HOLDS, told)
     if interval.low > margin or interval.high < -margin:
