@@ -1,4 +1,5 @@
-"""What a YAML file gives twice is an error with both lines, wherever it stands: the last one would win without a word."""
+"""What a YAML file gives twice is an error with both lines, wherever it stands: the last one would win without a word. A key that is
+no text is one with its line."""
 
 import pytest
 
@@ -55,6 +56,38 @@ def test_so_is_a_study(tmp_path, capsys, first, more, told):
     assert f"{file}: {told}; keep one" in capsys.readouterr().err
     file.write_text(STUDY.format(first="train.seed: 3", more=""))
     assert main(["study", str(file), "--dry_run", "--out", str(tmp_path / "out")]) == 0
+
+
+NO_TEXT = {
+    "on": ("train:\n  on: 1\n", "key on in line 2 is read as true or false"),
+    "number": ("train: {steps: 2}\n1: {steps: 3}\n", "key 1 in line 2 is read as a number"),
+    "decimal": ("data:\n  name:\n  - {1.5: 2}\n", "key 1.5 in line 3 is read as a number"),
+    "null": ("null: 3\n", "key null in line 1 is read as nothing"),
+    "empty": ("train: {steps: 2}\n?\n: 3\n", "empty key in line 2 is read as nothing"),
+    "date": ("model: {2026-01-01: x}\n", "key 2026-01-01 in line 1 is read as a date"),
+    "list": ("a: 1\n? [b, c]\n: 3\n", "key in line 2 is a list or a mapping"),
+    "mapping": ("? {b: c}\n: 3\n", "key in line 1 is a list or a mapping"),
+    "twice in a list": (
+        "data:\n  name:\n  - a: 1\n  - - a: 1\n      a: 2\n",
+        '"a" appears in line 4 and again in line 5',
+    ),
+}
+
+
+@pytest.mark.parametrize("what", NO_TEXT)
+@pytest.mark.parametrize("command", [["sft", "--config"], ["study"]])
+def test_a_key_that_is_no_text_is_refused_with_its_line(tmp_path, capsys, what, command):
+    text, told = NO_TEXT[what]
+    file = tmp_path / "my.yaml"
+    file.write_text(text)
+    assert main([*command, str(file)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"tunesmith: {file}: ")
+    assert told in line
+
+
+def test_a_key_in_quotes_is_a_name():
+    assert read_yaml("'on': 1\n'1': 2\n", "f") == {"on": 1, "1": 2}
 
 
 def test_what_is_merged_in_or_stands_in_different_places_is_not_twice():

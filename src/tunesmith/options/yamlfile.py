@@ -1,4 +1,4 @@
-"""YAML as people write it by hand: what is given twice is an error instead of the last one winning, and `1e-4` can be a number."""
+"""YAML as people write it by hand: what is given twice, or a key that is no text, is an error; and `1e-4` can be a number."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import yaml
 
 from tunesmith.errors import UsageError
 
-MERGE = "tag:yaml.org,2002:merge"
+MERGE, TEXT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"
+NO_TEXT = {"bool": "true or false", "int": "a number", "float": "a number", "null": "nothing", "timestamp": "a date"}
+"""What YAML 1.1 takes a key without quotes for, by the end of its tag: `on` and `no`, 1, null or ~, 2026-01-01."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -26,7 +28,7 @@ def read_yaml(text: IO[str] | str, name: str, *, exponents: bool = True) -> Any:
     """The one document in a text. name: what messages call it; exponents: whether `1e-4` is a number.
 
     Raises: UsageError with both lines for a key that is given twice in one mapping, or a value by a dotted name too
-        (`train.steps: 3` beside `train: {steps: 4}`); yaml.YAMLError.
+        (`train.steps: 3` beside `train: {steps: 4}`), and with its line for a key that is no text; yaml.YAMLError.
     """
     loader = _Loader(text) if exponents else yaml.SafeLoader(text)
     try:
@@ -47,6 +49,8 @@ def _check(node: yaml.Node, name: str, above: list[yaml.Node]) -> None:
         for item in node.value:
             _check(item, name, [*above, node])
     if isinstance(node, yaml.MappingNode):
+        for key, _ in node.value:
+            _check_key(key, name)
         keys = [(key.value, key.start_mark.line + 1) for key, _ in _pairs(node)]
         for given in (keys, list(_values(node, "", above))):
             seen: dict[str, int] = {}
@@ -58,9 +62,21 @@ def _check(node: yaml.Node, name: str, above: list[yaml.Node]) -> None:
             _check(value, name, [*above, node])
 
 
+def _check_key(key: yaml.Node, name: str) -> None:
+    line = key.start_mark.line + 1
+    if not isinstance(key, yaml.ScalarNode):
+        raise UsageError(f"{name}: the key in line {line} is a list or a mapping, expected a name")
+    if key.tag not in (TEXT, MERGE):
+        read_as = NO_TEXT.get(key.tag.rpartition(":")[2], "no text")
+        shown = f"key {key.value}" if key.value else "empty key"
+        raise UsageError(
+            f'{name}: the {shown} in line {line} is read as {read_as}, expected a name; as a name it needs quotes: "{key.value}"'
+        )
+
+
 def _pairs(node: yaml.MappingNode) -> Iterator[tuple[yaml.ScalarNode, yaml.Node]]:
-    """Its keys that are words, and what they name; what is merged in may be given again."""
-    return ((key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode) and key.tag != MERGE)
+    """Its keys and what they name; what is merged in may be given again."""
+    return ((key, value) for key, value in node.value if key.tag != MERGE)
 
 
 def _values(node: yaml.MappingNode, prefix: str, above: list[yaml.Node]) -> Iterator[tuple[str, int]]:
