@@ -139,6 +139,20 @@ def test_steps_given_later_take_the_place_of_a_presets_epochs(tmp_path, capsys):
     assert asked(capsys, "--config", str(steps), "--train.steps", "null", "--train.epochs", "0.5") == (None, 0.5)
 
 
+def test_what_does_not_count_is_said(tmp_path, capsys):
+    file = tmp_path / "steps.yaml"
+    file.write_text("train: {steps: 5}\n")
+    for argv, names in (
+        (["--config", "paper/e8", "--train.steps", "3"], ("train.epochs", "train.steps")),
+        (["--config", str(file), "--train.epochs", "2"], ("train.steps", "train.epochs")),
+        (["--config", str(file), "--train.steps", "3"], ()),
+    ):
+        assert main(["dpo", "--model", "nowhere", *argv, "--data.name", "nowhere.jsonl"]) != 0
+        notes = [row for row in capsys.readouterr().out.splitlines() if row.startswith("note: train")]
+        words = "note: {} of a configuration file does not count, as {} was given after it"
+        assert notes == ([words.format(*names)] if names else [])
+
+
 def test_both_at_once_are_refused(tmp_path, capsys):
     both = tmp_path / "both.yaml"
     both.write_text("train: {steps: 5, epochs: 2}\n")

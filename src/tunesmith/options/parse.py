@@ -60,6 +60,11 @@ def parse(
     except jsonargparse.ArgumentError as error:
         raise UsageError(_told(str(error), options, files, prog, positionals)) from None
     config = options(**{f.name: built[f.name] for f in dataclasses.fields(options)})  # type: ignore[arg-type]
+    if not show:
+        for name in replaced:
+            print(
+                f"note: {name} of a configuration file does not count, as {LENGTHS[1 - LENGTHS.index(name)]} was given after it"
+            )
     if HISTORY in built and not (show or config.resume):  # type: ignore[attr-defined]
         _tell_history(built[HISTORY], files)
     if show:
@@ -115,13 +120,13 @@ def _read_files(options: type[Any], argv: Sequence[str]) -> tuple[list[str], str
         raise UsageError(f"unknown option --{HISTORY}")
     found, files, layers = [], [], list[Mapping[str, Any]]()
     for before, word in zip(["", *argv], argv, strict=False):
-        joined = word.startswith("--config=")
-        if before == "--config" or joined:
-            file = preset_path(word.removeprefix("--config=") if joined else word)
+        in_one = word.startswith("--config=")
+        if before == "--config" or in_one:
+            file = preset_path(word.removeprefix("--config=") if in_one else word)
             files.append(file)
             content, text = _check_file(file, options)
             layers.append(_lengths_of(content))
-            word = ("--config=" if joined else "") + (text or file)
+            word = ("--config=" if in_one else "") + (text or file)
         found.append(word)
     here = [name for name in LENGTHS if any(word.split("=")[0] == f"--{name}" for word in argv)]
     together = later_length(*layers, dict.fromkeys(here, 0))
