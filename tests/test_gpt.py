@@ -296,3 +296,24 @@ def test_without_gradients_or_a_tied_head_the_loss_takes_the_heads_own_weight():
         assert tied.states_and_head(tokens)[1] is None
     assert apart.states_and_head(tokens)[1] is None
     assert torch.equal(tied.states_and_head(tokens)[0], tied(tokens))
+
+
+def test_with_several_threads_a_tied_embeddings_gradient_is_the_same_at_every_run():
+    """Threads that add to one row in the order in which they come round differently each time: no run could be repeated."""
+    shape = GPTConfig(n_layer=1, n_head=2, n_embd=64, vocab_size=50, block_size=1024)
+    model, tokens = GPT(shape), torch.randint(50, (4, 1024), generator=torch.Generator().manual_seed(0))
+    model.init_weights(torch.Generator().manual_seed(0))
+
+    def gradient():
+        model.zero_grad()
+        states, head = model.states_and_head(tokens)
+        (states @ head.t()).square().mean().backward()
+        return model.wte.weight.grad.clone()
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first = gradient()
+        assert all(torch.equal(gradient(), first) for _ in range(30))
+    finally:
+        torch.set_num_threads(threads)
