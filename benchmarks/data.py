@@ -90,13 +90,14 @@ def hh_dialogues(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, 
 
 def tokenise_rates(data: Path, texts: list[str], rounds: int) -> dict[str, float]:
     from tunesmith.data.datasets import open_dataset
-    from tunesmith.data.dialogue import parse_transcript
+    from tunesmith.data.encoding import encode_rows
+    from tunesmith.data.hh_template import HH, parse_transcript
     from tunesmith.data.tokenizer import Tokenizer
-    from tunesmith.data.tokenstore import encode_rows, stored_rows, tokenise
+    from tunesmith.data.tokenstore import stored_rows, tokenise
     from tunesmith.options.training import DataOptions
 
     tokenizer, rust, rows_only, ours, tokens = Tokenizer.gpt2(), [], [], [], 0
-    rows = [stored_rows(parse_transcript(text))[0] for text in texts]
+    rows = [stored_rows(parse_transcript(text), HH)[0] for text in texts]
     for _ in range(rounds):
         start = time.perf_counter()
         encoded = tokenizer._backend.encode_batch_fast(texts, add_special_tokens=False)

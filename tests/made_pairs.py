@@ -23,7 +23,7 @@ def made_store(pairs) -> PairStore:
     offsets = np.cumsum([0, *map(len, rows)])
     tokens = np.array([t for row in rows for t in row], np.uint16)
     empty = np.zeros(0, np.uint8)
-    return PairStore(TokenStore(tokens, empty, offsets, empty, empty, places, END, source, "train", Report(), ""))
+    return PairStore(TokenStore(tokens, empty, offsets, empty, empty, places, END, END, source, "train", Report(), ""))
 
 
 def random_pairs(shapes, seed=0, vocabulary=500):

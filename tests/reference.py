@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -11,6 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.data.batch import Batch
+from tunesmith.data.encoding import END, NEXT
+from tunesmith.data.hh_template import HH
+from tunesmith.data.template import Segment
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.models.gpt2 import GPT, Documents, GPTConfig
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transformers stores these as (in, out)
@@ -41,6 +46,11 @@ def scripted_model(script: Mapping[int, Sequence[float]], block_size: int, vocab
         for position, logits in script.items():
             model.lm_head.weight[:, position] = torch.tensor(logits) / model.ln_f(model.wpe.weight)[0, 0]
     return model.eval()
+
+
+def silent(*stops: int) -> SimpleNamespace:
+    """A tokenizer with these stops for `decode`, whose tokens are no text."""
+    return SimpleNamespace(stops=frozenset(stops), template=HH, decode=lambda ids: "")
 
 
 def saying(ids: Sequence[int], prompt_length: int, block_size: int = 64, vocab_size: int = 6144) -> GPT:
@@ -153,6 +163,19 @@ def numpy_optimizer(
             p = p - lr * {"sgd": g, "sgd-momentum": buffer, "sgd-nesterov": g + momentum * buffer}[name]
         path.append(p)
     return path
+
+
+def marked(row: Sequence[Segment], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Ids of one row, each segment encoded by itself, and the bits of what each of them teaches."""
+    ids: list[int] = []
+    flags: list[int] = []
+    for segment in row:
+        part = [tokenizer.special_id(segment.text)] if segment.special else tokenizer.encode_batch([segment.text])[0]
+        if segment.loss and ids:
+            flags[-1] |= NEXT | (END if segment.special else 0)
+        ids += part
+        flags += [NEXT if segment.loss else 0] * (len(part) - 1) + [END if segment.closes else 0]
+    return ids, flags
 
 
 def chi_square(counts: Sequence[int], probabilities: Sequence[float]) -> float:

@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.data.datasets import open_dataset
-from tunesmith.data.dialogue import Message, segments
+from tunesmith.data.dialogue import Message
+from tunesmith.data.encoding import IGNORE_INDEX
 from tunesmith.data.epochs import Batches, BatchLayout
+from tunesmith.data.hh_template import HH
 from tunesmith.data.packing import pack
 from tunesmith.data.texts import Stream, text_rows
-from tunesmith.data.tokenstore import IGNORE_INDEX, tokenise
+from tunesmith.data.tokenstore import tokenise
 from tunesmith.errors import UserError
 from tunesmith.options.training import DataOptions
 
@@ -78,9 +80,9 @@ def plain_rows(rows, tokenizer, loss_on="assistant"):
     expected = {}
     for row in rows:
         ids, teaches = [], []
-        for piece, answer in segments(row):
-            ids += tokenizer.encode(piece)
-            teaches += [answer] * (len(ids) - len(teaches))
+        for piece in HH.segments(row, False):
+            ids += tokenizer.encode(piece.text)
+            teaches += [piece.loss] * (len(ids) - len(teaches))
         following, next_teaches = [*ids[1:], tokenizer.end_of_text], [*teaches[1:], False]
         targets = [
             following[t] if loss_on == "all" or next_teaches[t]
@@ -254,7 +256,7 @@ def test_windows_are_slices_of_the_stream_with_ends_shifted_by_one(rows, tokeniz
     store = store_of(documents, tokenizer, tmp_path_factory, form="texts")
     stream = []
     for row in rows:
-        stream += [*tokenizer.encode("".join(piece for piece, _ in segments(row))), tokenizer.end_of_text]
+        stream += [*tokenizer.encode(HH.text(row)), tokenizer.end_of_text]
     spelled = ",".join(map(str, stream))
     batches = batches_of(store, batching="windows", loss_on="auto", block_size=64, batch_size=3)
     starts = set()

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tunesmith as ts
 from tiny_runs import tiny_config
 from tunesmith.data.datasets import open_dataset
-from tunesmith.data.dialogue import ROLE_NAMES, STOP_TEXTS, Message, Preference, cut_at_stop, render, segments
+from tunesmith.data.dialogue import ROLE_NAMES, Message, Preference
+from tunesmith.data.hh_template import HH
 from tunesmith.data.prompts import encode_prompt
 from tunesmith.data.readers import Report
 from tunesmith.data.tokenizer import Tokenizer
@@ -69,7 +70,7 @@ def check_dialogues(source, tokenizer, theirs, least):
         asked = as_messages(prompt)
         assert asked
         assert their_prompt(theirs, asked) == encode_prompt(tokenizer, asked) == encode_prompt(tokenizer, prompt)
-        assert theirs.apply_chat_template(asked, tokenize=False) == render(prompt)
+        assert theirs.apply_chat_template(asked, tokenize=False) == HH.text(prompt)
     assert seen >= least
 
 
@@ -99,8 +100,7 @@ def test_any_turns_are_rendered_alike(theirs, turns):
     messages = [{"role": role, "content": content} for role, content in turns]
     assert their_prompt(theirs, messages) == encode_prompt(Tokenizer.load(SAMPLE), messages)
     ours = [Message(ROLE_NAMES[role.lower()], content) for role, content in turns]
-    assert theirs.apply_chat_template(messages, tokenize=False) == render(ours)
-    assert theirs.apply_chat_template(messages, tokenize=False) == "".join(text for text, _ in segments(ours))
+    assert theirs.apply_chat_template(messages, tokenize=False) == HH.text(ours)
 
 
 def test_a_role_that_is_none_is_refused_there_too(theirs):
@@ -131,7 +131,7 @@ def test_transformers_gives_our_answers_and_stops_where_we_stop(tmp_path):
     model, tokenizer = ts.load("sample", device="cpu")
     save_model(model, tokenizer, tmp_path)
     theirs, other = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), AutoTokenizer.from_pretrained(tmp_path)
-    stops = {"stop_strings": list(STOP_TEXTS), "tokenizer": other}
+    stops = {"stop_strings": list(HH.stop_texts), "tokenizer": other}
     talks = [
         list(m[: max(i for i, t in enumerate(m) if t.role == "assistant")])
         for m in itertools.islice(dialogues(DataOptions(name="sample")), 8)
@@ -142,7 +142,7 @@ def test_transformers_gives_our_answers_and_stops_where_we_stop(tmp_path):
         prompt = torch.tensor([their_prompt(other, as_messages(talk))])
         said = theirs.generate(prompt, max_new_tokens=60, do_sample=False, **stops)[0, prompt.shape[1] :]
         assert len(said) == ours.tokens
-        assert cut_at_stop(tokenizer.decode(said.tolist()))[0].removeprefix(" ") == ours.text
+        assert HH.words(tokenizer.decode(said.tolist())) == ours.text
         reasons.add(ours.finish_reason)
     assert "stop" in reasons
 
@@ -183,6 +183,6 @@ def test_a_role_marker_stops_an_answer_in_transformers_too(tmp_path):
     (ours,) = generate_answers(loaded, tokenizer, [[{"role": "user", "content": "hi"}]], Sampling(0, 1, 0, 1), 20)
     assert (ours.text, ours.finish_reason, ours.tokens) == ("yes", "stop", len(says) - len(tokenizer.encode(" no")))
     theirs, other = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    stops = {"stop_strings": list(STOP_TEXTS), "tokenizer": other}
+    stops = {"stop_strings": list(HH.stop_texts), "tokenizer": other}
     said = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, **stops)
     assert said[0, len(prompt) :].tolist() == says[: ours.tokens]

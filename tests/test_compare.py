@@ -13,13 +13,14 @@ from rich.style import Style
 from judge_server import Reply, longer, serving, verdict
 from reference import random_model
 from tunesmith.__main__ import main
-from tunesmith.commands.compare import COLOURS, coloured
-from tunesmith.data.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
-from tunesmith.files.answers import ScoredAnswer
+from tunesmith.commands.compare import COLOURS, coloured, with_logps
+from tunesmith.data.tokenizer import ByteRuns, Tokenizer
+from tunesmith.files.answers import ANSWER_END, ScoredAnswer
 from tunesmith.files.names import SAMPLE, load
 from tunesmith.files.reward import save_reward_model
 from tunesmith.files.weights import save_model
 from tunesmith.generation.logprobs import answer_logps, encode_answers, token_texts
+from tunesmith.judge.comparison import Row
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.models.scored import RewardModel
 from tunesmith.stats import Interval
@@ -120,6 +121,16 @@ def test_tokens_beyond_the_models_positions_are_left_out_at_the_end(tmp_path):
     assert room < len(pairs[0].answers[0])
 
 
+def test_what_no_model_has_positions_for_is_shown_without_colour(tmp_path):
+    name = str(directory(tmp_path / "short", 1, block_size=32))
+    answers = both(ANSWERS[3])
+    (row,) = with_logps((name, name), load(name, device="cpu")[1], [Row(*answers)], "cpu")
+    assert row.unscored[0].startswith(" very very")
+    assert row.unscored[1] == ""
+    for logps, rest, answer in zip(row.logps, row.unscored, answers, strict=True):
+        assert coloured(logps, rest).plain.removesuffix("[end]") == answer.answer
+
+
 def test_log_probabilities_are_of_the_conversation_that_the_models_read(compare, models, tmp_path):
     """Of a talk that is longer than the model can read the first turns are left out, for its answer and for the figures."""
     turns = [{"role": "user", "content": "word " * 400}, {"role": "assistant", "content": "Yes."}]
@@ -134,7 +145,7 @@ def test_log_probabilities_are_of_the_conversation_that_the_models_read(compare,
 def test_texts_of_the_tokens_are_the_answer_and_characters_stay_whole(tokenizer):
     for row in ANSWERS:
         for text, answer in zip(token_texts(tokenizer, encode_answers(tokenizer, *both(row))), both(row), strict=True):
-            end = END_OF_TEXT if answer.finish_reason == "stop" else ""
+            end = ANSWER_END if answer.finish_reason == "stop" else ""
             assert "".join(text) == (f" {answer.answer}" if answer.answer else "") + end
             assert not any("\ufffd" in piece for piece in text)
     cut = tokenizer.encode("🙂")[:-1]
@@ -166,10 +177,9 @@ def test_equal_models_change_nothing(compare, models):
 
 
 def test_colours_of_the_terminal():
-    answer = ScoredAnswer("p", "", "up down same é rest", "stop", 5)
     logps = [(" up", -3.0, -1.0), (" down", -1.0, -1.75), (" same", -1.0, -1.0), ("", -1.0, -0.875), (" é", -1.0, -0.875),
-             (END_OF_TEXT, -1.0, -1.5)]  # fmt: skip
-    text = coloured(answer, logps)
+             (ANSWER_END, -1.0, -1.5)]  # fmt: skip
+    text = coloured(logps, " rest")
     assert text.plain == "up down same é[end] rest"
     spans = {text.plain[s.start : s.end]: s.style for s in text.spans}
     assert spans == {"up": COLOURS[3], " down": COLOURS[-2], " é": COLOURS[1], "[end]": COLOURS[-2]}

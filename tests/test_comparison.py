@@ -10,8 +10,7 @@ from dataclasses import replace
 import pytest
 
 from hanging import HANGS
-from tunesmith.data.tokenizer import END_OF_TEXT
-from tunesmith.files.answers import ScoredAnswer
+from tunesmith.files.answers import ANSWER_END, ScoredAnswer
 from tunesmith.judge.comparison import (
     Comparison,
     Row,
@@ -20,7 +19,6 @@ from tunesmith.judge.comparison import (
     level,
     model_rows,
     notes,
-    rest_of,
     result_line,
     versus_rows,
 )
@@ -210,12 +208,6 @@ def test_levels_of_change(change, strength):
     assert level(change) == strength
 
 
-def test_what_no_model_has_positions_for_is_shown_without_colour():
-    answer = ScoredAnswer("p", "", "one two three", "length", 3)
-    assert rest_of(answer, [(" one", 0.0, 0.0), (" two", 0.0, 0.0)]) == " three"
-    assert rest_of(answer, [(" one two", 0.0, 0.0), (" three", 0.0, 0.0), (END_OF_TEXT, 0.0, 0.0)]) == ""
-
-
 # ---- the page ------------------------------------------------------------------------------------------------------
 
 
@@ -223,8 +215,8 @@ def test_what_no_model_has_positions_for_is_shown_without_colour():
 def full():
     """Everything that a page can show, with text that wants to be markup."""
     logps = (
-        [(" <b>", -1.0, -3.0), ("", -1.0, -1.5), (" é", -2.0, -1.75), (END_OF_TEXT, -0.5, -0.45)],
-        [(" B & co", -5.0, -4.7), (END_OF_TEXT, -1.0, -0.2)],
+        [(" <b>", -1.0, -3.0), ("", -1.0, -1.5), (" é", -2.0, -1.75), (ANSWER_END, -0.5, -0.45)],
+        [(" B & co", -5.0, -4.7), (ANSWER_END, -1.0, -0.2)],
     )
     first = Row(
         ScoredAnswer("Is <i>it</i>?", "odd & even", "<b> é", "stop", 4, 0.5),
@@ -234,7 +226,7 @@ def full():
     )
     second = Row(
         ScoredAnswer("And?", "", "cut of", "length", 2, -1.0), ScoredAnswer("And?", "", "", "stop", 1, -1.0),
-        Judgement(("a", "b"), ("x", "y")), ([(" cut", -1.0, -1.0)], [(END_OF_TEXT, -1.0, -1.0)]),
+        Judgement(("a", "b"), ("x", "y")), ([(" cut", -1.0, -1.0)], [(ANSWER_END, -1.0, -1.0)]), (" of", ""),
     )  # fmt: skip
     return Comparison(("runs/a", "runs/b@<3>"), [first, second], "a scorer", "gpt-judge", "greedy")
 

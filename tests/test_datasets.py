@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunesmith.data.datasets import holdout_rows, open_dataset, parse_row
-from tunesmith.data.dialogue import BadRow, Dialogue, Message, Preference, Text, render
+from tunesmith.data.dialogue import BadRow, Dialogue, Message, Preference, Text
+from tunesmith.data.hh_template import HH
 from tunesmith.data.readers import Report
 from tunesmith.errors import UserError
 from tunesmith.options.training import DataOptions
@@ -92,7 +93,7 @@ def test_system_turn_and_several_turns_stay_in_order():
     turns = [("system", "Be brief."), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     found = parse_row({"messages": [{"role": r, "content": c} for r, c in turns]})
     assert [(m.role, m.content) for m in found.messages] == turns
-    assert render(found.messages).startswith("\n\nSystem: Be brief.\n\nHuman: a\n\nAssistant: b")
+    assert HH.text(found.messages).startswith("\n\nSystem: Be brief.\n\nHuman: a\n\nAssistant: b")
 
 
 def test_directories_give_train_and_test(tmp_path):

@@ -1,11 +1,9 @@
 """Recorded decoding steps against plain ones. What stands for a CUDA graph is as strict as one: see taped.py."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from reference import greedy, random_model
+from reference import greedy, random_model, silent
 from taped import Tape
 from tunesmith.data.prompts import encode_prompt
 from tunesmith.data.tokenizer import Tokenizer
@@ -20,7 +18,7 @@ from tunesmith.models.gpt2 import GPTConfig
 SHAPE = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=6144, block_size=96)
 GREEDY, SAMPLED = Sampling(temperature=0), Sampling(1.0, 0.95)
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15], [16], [16], [17, 18]]
-ENDLESS = SimpleNamespace(end_of_text=-1, decode=lambda ids: "")
+ENDLESS = silent()
 
 
 class Recorder:
@@ -110,7 +108,7 @@ def test_rows_end_at_different_steps_and_a_recording_outlives_them(model, record
     end = max(range(6144), key=lambda t: len({row.index(t) for row in endless if t in row}))
     expected = [greedy(model, p, 40, end) for p in prompts]
     assert len({len(row) for row in expected}) > 4
-    assert decoded(model, SimpleNamespace(end_of_text=end, decode=lambda ids: ""), prompts, GREEDY, 40) == expected
+    assert decoded(model, silent(end), prompts, GREEDY, 40) == expected
     assert recorded.made[0]["rows"] == sum(len(row) > 1 for row in expected) > 20
     ends = {len(row) for row in expected if 1 < len(row) <= recorded.made[0]["replays"]}
     assert len(ends) > 3
@@ -216,7 +214,7 @@ def test_attention_reads_masks_keys_and_values_where_the_memory_efficient_kernel
         end = next(t for t in expected[0][5:] if t not in [*expected[5], *expected[6]])
         expected = [row[: row.index(end) + 1] if end in row else row for row in expected]
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spied)
-    found = decoded(model.to(dtype), SimpleNamespace(end_of_text=end, decode=lambda ids: ""), prompts, GREEDY, 60)
+    found = decoded(model.to(dtype), silent(end), prompts, GREEDY, 60)
     assert [len(row) for row in found] == [len(row) for row in expected]
     assert found == expected or dtype is not torch.float32
     first = (

@@ -1,4 +1,4 @@
-"""Text form, segments, mask and stop rule: nothing is lost or added, and exactly the answers are supervised."""
+"""The HH form, its segments, mask and stop rule: nothing is lost or added, and exactly the answers are supervised."""
 
 import json
 
@@ -7,22 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.data.datasets import open_dataset
-from tunesmith.data.dialogue import (
-    BadRow,
-    Dialogue,
-    Message,
-    Preference,
-    cut_at_stop,
-    parse_messages,
-    parse_transcript,
-    prompt_segments,
-    render,
-    segments,
-)
+from tunesmith.data.dialogue import BadRow, Dialogue, Message, Preference, parse_messages
+from tunesmith.data.encoding import IGNORE_INDEX
+from tunesmith.data.hh_template import HH, parse_transcript
 from tunesmith.data.prompts import encode_prompt
-from tunesmith.data.tokenstore import IGNORE_INDEX, TokenStore, tokenise
+from tunesmith.data.tokenstore import TokenStore, tokenise
 from tunesmith.options.training import DataOptions
 
+NAMES = {"user": "Human", "assistant": "Assistant", "system": "System"}
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 ODD_TRANSCRIPTS = [
@@ -73,13 +65,13 @@ def store_of(dialogues, directory, tokenizer) -> TokenStore:
 
 @pytest.mark.parametrize("text", ODD_TRANSCRIPTS)
 def test_odd_transcripts_come_back_byte_for_byte(text):
-    assert render(parse_transcript(text).messages) == text
+    assert HH.text(parse_transcript(text).messages) == text
 
 
 @settings(max_examples=500)
 @given(text=transcripts)
 def test_any_transcript_comes_back_byte_for_byte(text):
-    assert render(parse_transcript(text).messages) == text
+    assert HH.text(parse_transcript(text).messages) == text
 
 
 @settings(max_examples=300)
@@ -180,10 +172,13 @@ def test_answers_without_a_prompt_are_no_preference():
 @settings(max_examples=300)
 @given(turns=st.lists(messages, max_size=8))
 def test_segments_joined_are_the_text_and_answers_are_the_assistants_words(turns):
-    pieces = segments(turns)
-    assert "".join(text for text, _ in pieces) == render(turns)
+    plain = "".join(f"\n\n{NAMES[m.role]}:{m.lead}{m.content}" for m in turns)
+    pieces = HH.segments(turns, False)
+    assert "".join(piece.text for piece in pieces) == HH.text(turns) == plain
     words = [m.lead + m.content for m in turns if m.role == "assistant"]
-    assert [text for text, is_answer in pieces if is_answer] == [w for w in words if w]
+    assert [piece.text for piece in pieces if piece.loss] == [w for w in words if w]
+    assert [piece.loss for piece in pieces] == [piece.closes for piece in pieces]
+    assert not any(piece.special for piece in pieces)
 
 
 @settings(max_examples=40)
@@ -194,7 +189,7 @@ def test_supervised_tokens_are_exactly_the_answers_each_with_one_end(tokenizer, 
     assert len(store) == len(dialogues)
     for index, turns in enumerate(dialogues):
         tokens, targets = store.row(index, "assistant")
-        assert tokenizer.decode(tokens) == render(turns)
+        assert tokenizer.decode(tokens) == HH.text(turns)
         answers, current = [], []
         for target in targets[targets != IGNORE_INDEX].tolist():
             if target == tokenizer.end_of_text:
@@ -213,10 +208,10 @@ def test_targets_equal_a_plain_reconstruction(tokenizer, tmp_path_factory, dialo
     store = store_of(dialogues, tmp_path_factory.mktemp("rows"), tokenizer)
     for index, turns in enumerate(dialogues):
         ids, teaches = [], []
-        for text, is_answer in segments(turns):
-            piece = tokenizer.encode(text)
+        for segment in HH.segments(turns, False):
+            piece = tokenizer.encode(segment.text)
             ids += piece
-            teaches += [is_answer] * len(piece)
+            teaches += [segment.loss] * len(piece)
         expected = []
         for t in range(len(ids)):
             if t + 1 < len(ids) and teaches[t + 1]:
@@ -259,8 +254,8 @@ def test_prompt_ids_are_a_prefix_of_the_training_ids(tokenizer, tmp_path_factory
 @settings(max_examples=200)
 @given(turns=st.lists(messages, max_size=6))
 def test_a_prompt_ends_in_the_marker_without_a_space(turns):
-    text = "".join(prompt_segments(turns))
-    assert text == render(turns) + ASSISTANT
+    text = "".join(piece.text for piece in HH.segments(turns, True))
+    assert text == HH.text(turns) + ASSISTANT
 
 
 def test_a_trailing_space_would_mistokenise_every_prompt_of_the_sample(tokenizer):
@@ -288,4 +283,4 @@ def test_a_trailing_space_would_mistokenise_every_prompt_of_the_sample(tokenizer
     ],
 )  # fmt: skip
 def test_an_answer_ends_before_the_first_marker(answer, kept, stopped):
-    assert cut_at_stop(answer) == (kept, stopped)
+    assert HH.cut_at_stop(answer) == (kept, stopped)

@@ -5,9 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.data.dialogue import Message, segments
+from reference import marked
+from tunesmith.data.dialogue import Message
+from tunesmith.data.encoding import encode_rows
+from tunesmith.data.hh_template import HH
+from tunesmith.data.template import Segment
 from tunesmith.data.tokenizer import Tokenizer
-from tunesmith.data.tokenstore import encode_rows, mark_targets
 from tunesmith.data.words import Words
 from tunesmith.files.names import SAMPLE
 
@@ -21,15 +24,19 @@ messages = st.lists(
 
 
 def one_by_one(rows, tokenizer):
-    marked = [mark_targets([(tokenizer.encode(text), answer) for text, answer in row]) for row in rows]
-    return [i for ids, _ in marked for i in ids], [f for _, flags in marked for f in flags], [len(i) for i, _ in marked]
+    plain = [marked(row, tokenizer) for row in rows]
+    return (
+        [i for ids, _ in plain for i in ids],
+        [f for _, flags in plain for f in flags],
+        [len(ids) for ids, _ in plain],
+    )
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(max_examples=400)
 @given(st.lists(messages, min_size=1, max_size=4))
 def test_equals_piece_by_piece(name, dialogues):
-    rows = [segments(d) for d in dialogues]
+    rows = [HH.segments(d, False) for d in dialogues]
     found = encode_rows(rows, TOKENIZERS[name])
     for ours, plain in zip(found, one_by_one(rows, TOKENIZERS[name]), strict=True):
         assert ours.tolist() == plain
@@ -37,7 +44,7 @@ def test_equals_piece_by_piece(name, dialogues):
 
 def test_ordinary_dialogues_take_the_fast_path(monkeypatch):
     rows = [
-        segments([Message("user", f"Hello {i}"), Message("assistant", "Hi there."), Message("user", "Bye")])
+        HH.segments([Message("user", f"Hello {i}"), Message("assistant", "Hi there."), Message("user", "Bye")], False)
         for i in range(9)
     ]
     calls, words = [], Words(TOKENIZERS["gpt2"])
@@ -48,12 +55,16 @@ def test_ordinary_dialogues_take_the_fast_path(monkeypatch):
     assert len(calls) == 1
     encode_rows(rows, TOKENIZERS["gpt2"], words)
     assert len(calls) == 1, "and never again"
-    encode_rows([segments([Message("assistant", "Odd", "")])], TOKENIZERS["gpt2"], words)
+    encode_rows([HH.segments([Message("assistant", "Odd", "")], False)], TOKENIZERS["gpt2"], words)
     assert calls[2:] == [["\n\nAssistant:", "Odd"]], "piece by piece"
 
 
+def learned(text):
+    return Segment(text, loss=True, closes=True)
+
+
 def test_plain_text_is_supervised_from_its_second_token_to_its_end():
-    ids, flags, counts = encode_rows([[("one two three", True)], [("four", True)]], TOKENIZERS["gpt2"])
+    ids, flags, counts = encode_rows([[learned("one two three")], [learned("four")]], TOKENIZERS["gpt2"])
     assert counts.tolist() == [3, 1]
     assert flags.tolist() == [1, 1, 2, 2]
     assert np.array_equal(ids, TOKENIZERS["gpt2"].encode("one two three") + TOKENIZERS["gpt2"].encode("four"))

@@ -11,9 +11,11 @@ import tunesmith as ts
 from tiny_runs import tiny_config
 from tunesmith.__main__ import main
 from tunesmith.commands.reward import train_reward_model
-from tunesmith.data.dialogue import Message, segments
+from tunesmith.data.dialogue import Message
+from tunesmith.data.hh_template import HH
+from tunesmith.data.prompts import encode_answered
 from tunesmith.files.names import load_reward
-from tunesmith.judge.scoring import encode_answer, load_scorer
+from tunesmith.judge.scoring import load_scorer
 from tunesmith.options.training import DPOConfig, RewardConfig
 from tunesmith.stats import wilson_interval
 
@@ -55,12 +57,9 @@ def figures(argv, tmp_path):
 @torch.no_grad()
 def plain_answer(model, tokenizer, before, answer):
     """-log p of an answer and its end after the turns before it, by one full forward of this text alone."""
-    prompt = encode_answer(tokenizer, [Message(*m) for m in before], "x")[:-1]
-    ids = encode_answer(tokenizer, [Message(*m) for m in before], answer)
-    while ids[: len(prompt)] != prompt:
-        prompt = prompt[:-1]
-    logps = model.lm_head(model(torch.tensor([ids])))[0].double().log_softmax(1)
-    targets = [*ids[len(prompt) :], tokenizer.end_of_text]
+    prompt, said = encode_answered(tokenizer, [Message(*m) for m in before], answer)
+    logps = model.lm_head(model(torch.tensor([prompt + said])))[0].double().log_softmax(1)
+    targets = [*said, tokenizer.end_of_text]
     return -sum(logps[len(prompt) - 1 + i, t].item() for i, t in enumerate(targets)), len(targets)
 
 
@@ -92,9 +91,9 @@ def test_losses_in_all_by_turn_and_by_length_are_those_of_a_plain_loop(tiny_dire
     assert 0 < len(short) < len(answers)
     assert found["by_length"]["1-16"]["loss"] == pytest.approx(loss(short), rel=1e-5)
     assert sum(v["answers"] for v in found["by_length"].values()) == 8
-    whole = [tokenizer.encode("".join(text for text, _ in segments([Message(*m) for m in turns]))) for turns in TALK]
+    whole = [tokenizer.encode(HH.text([Message(*m) for m in turns])) for turns in TALK]
     assert found["all"]["tokens"] == pytest.approx(sum(map(len, whole)), abs=10)  # pieces are encoded one by one
-    read = sum(len("".join(text for text, _ in segments([Message(*m) for m in turns])).encode()) for turns in TALK)
+    read = sum(len(HH.text([Message(*m) for m in turns]).encode()) for turns in TALK)
     first = sum(len(tokenizer.decode([ids[0]]).encode()) for ids in whole)
     bits = found["all"]["loss"] * found["all"]["tokens"] / math.log(2) / (read - first)
     assert found["all"]["bits_per_byte"] == pytest.approx(bits, rel=1e-6)

@@ -8,8 +8,9 @@ import pytest
 
 from tunesmith.data.columns import parse_columns
 from tunesmith.data.datasets import open_dataset
-from tunesmith.data.dialogue import BadRow, Dialogue, Message, Preference, Text, parse_messages, render
+from tunesmith.data.dialogue import BadRow, Dialogue, Message, Preference, Text, parse_messages
 from tunesmith.data.forms import Reader, parse_pair, parse_row
+from tunesmith.data.hh_template import HH
 from tunesmith.data.readers import Report
 from tunesmith.data.tokenstore import tokenise
 from tunesmith.errors import UsageError, UserError
@@ -34,14 +35,14 @@ def said(text, **more):
 
 
 TURNS = [user(Q), said(A)]
-HH, HH_WORSE = f"\n\nHuman: {Q}\n\nAssistant: {A}", f"\n\nHuman: {Q}\n\nAssistant: {B}"
+HH_TEXT, HH_WORSE = f"\n\nHuman: {Q}\n\nAssistant: {A}", f"\n\nHuman: {Q}\n\nAssistant: {B}"
 HH_PROMPT = f"\n\nHuman: {Q}\n\nAssistant:"
 BRIEF_TURNS = [{"role": "system", "content": "Be brief."}, *TURNS]
 
 FORMS = {
     "messages": ({"messages": TURNS}, DIALOGUE),
     "messages as JSON text": ({"messages": json.dumps(TURNS)}, DIALOGUE),
-    "messages as a transcript": ({"messages": HH}, DIALOGUE),
+    "messages as a transcript": ({"messages": HH_TEXT}, DIALOGUE),
     "messages as columns of turns": ({"messages": {"role": ["user", "assistant"], "content": [Q, A]}}, DIALOGUE),
     "a bare list of turns": (TURNS, DIALOGUE),
     "roles in other letters": ({"messages": [{"role": "User ", "content": Q}, {"role": "ASSISTANT", "content": A}]}, DIALOGUE),
@@ -71,14 +72,14 @@ FORMS = {
     ),
     "one turn as an object": ({"prompt": user(Q), "chosen": said(A), "rejected": said(B)}, PAIR),
     "turns as JSON text": ({"prompt": Q, "chosen": json.dumps([said(A)]), "rejected": json.dumps(said(B))}, PAIR),
-    "HH": ({"chosen": HH, "rejected": HH_WORSE}, PAIR),
-    "HH without the blank lines": ({"chosen": HH.lstrip(), "rejected": HH_WORSE.lstrip()}, PAIR),
-    "HH with Windows' lines": ({"chosen": HH.replace("\n", "\r\n"), "rejected": HH_WORSE.replace("\n", "\r\n")}, PAIR),
-    "HH after one kind of line, with the other": ({"text": HH.replace("\n\nA", "\r\n\r\nA")}, DIALOGUE),
+    "HH": ({"chosen": HH_TEXT, "rejected": HH_WORSE}, PAIR),
+    "HH without the blank lines": ({"chosen": HH_TEXT.lstrip(), "rejected": HH_WORSE.lstrip()}, PAIR),
+    "HH with Windows' lines": ({"chosen": HH_TEXT.replace("\n", "\r\n"), "rejected": HH_WORSE.replace("\n", "\r\n")}, PAIR),
+    "HH after one kind of line, with the other": ({"text": HH_TEXT.replace("\n\nA", "\r\n\r\nA")}, DIALOGUE),
     "HH with single breaks": ({"text": f"Human: {Q}\nAssistant: {A}"}, DIALOGUE),
-    "HH with a system turn": ({"text": f"\n\nSystem: Be brief.{HH}"}, BRIEF),
+    "HH with a system turn": ({"text": f"\n\nSystem: Be brief.{HH_TEXT}"}, BRIEF),
     "HH and a system column": ({"system": "Be brief.", "prompt": HH_PROMPT, "completion": f" {A}"}, BRIEF),
-    "text, HH": ({"text": HH.lstrip()}, DIALOGUE),
+    "text, HH": ({"text": HH_TEXT.lstrip()}, DIALOGUE),
     "text with one marker": ({"text": "Human: beings are many.\n\nSo."}, Text("Human: beings are many.\n\nSo.")),
     "text": ({"text": "Once."}, Text("Once.")),
     "KTO, good": ({"prompt": Q, "completion": A, "label": True}, DIALOGUE),
@@ -88,8 +89,8 @@ FORMS = {
     "prompt and system in turns": ({"prompt": [user(Q)], "chosen": BRIEF_TURNS, "rejected": [*BRIEF_TURNS[:2], said(B)]}, BRIEF_PAIR),
     "system of the prompt, turns": ({"prompt": BRIEF_TURNS[:2], "completion": TURNS}, BRIEF),
     "last question of a dialogue": ({"prompt": Q, "completion": [user("Hi"), said("Hello"), *TURNS]}, LONGER),
-    "HH prompt in HH": ({"prompt": HH_PROMPT, "chosen": HH, "rejected": HH_WORSE}, PAIR),
-    "plain prompt in HH": ({"prompt": Q, "chosen": HH, "rejected": HH_WORSE}, PAIR),
+    "HH prompt in HH": ({"prompt": HH_PROMPT, "chosen": HH_TEXT, "rejected": HH_WORSE}, PAIR),
+    "plain prompt in HH": ({"prompt": Q, "chosen": HH_TEXT, "rejected": HH_WORSE}, PAIR),
     "HH prompt in turns": ({"prompt": HH_PROMPT, "chosen": TURNS, "rejected": [user(Q), said(B)]}, PAIR),
     "marker twice": ({"prompt": HH_PROMPT, "completion": f"\n\nAssistant: {A}"}, DIALOGUE),
     "plain prompt in plain text": ({"prompt": Q, "chosen": f"{Q} {A}", "rejected": f"{Q}\n{B}"}, PAIR),
@@ -276,7 +277,7 @@ def test_rendered_dialogues_come_back_as_they_were():
     for row, _ in FORMS.values():
         dialogue = parse_row(row)
         if isinstance(dialogue, Dialogue):
-            assert parse_row({"text": render(dialogue.messages)}) == dialogue
+            assert parse_row({"text": HH.text(dialogue.messages)}) == dialogue
 
 
 @pytest.mark.parametrize("depth", [500, 900])

@@ -3,14 +3,13 @@
 import contextlib
 import itertools
 import warnings
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import tunesmith as ts
-from reference import chi_square, greedy, in_transformers, kept_tokens, random_model, saying, scripted_model
+from reference import chi_square, greedy, in_transformers, kept_tokens, random_model, saying, scripted_model, silent
 from tunesmith.data.dialogue import Message
 from tunesmith.data.prompts import encode_prompt
 from tunesmith.data.tokenizer import Tokenizer
@@ -105,7 +104,7 @@ def test_rows_leave_the_batch_as_they_end_and_the_others_do_not_notice(monkeypat
     assert len({len(row) for row in expected}) > 4
     sizes = []
     monkeypatch.setattr(engine, "sample_tokens", lambda x, *a: (sizes.append(len(x)), sample_tokens(x, *a))[1])
-    assert decoded(model, SimpleNamespace(end_of_text=end, decode=lambda ids: ""), prompts, GREEDY, 30) == expected
+    assert decoded(model, silent(end), prompts, GREEDY, 30) == expected
     assert sizes == [sum(len(row) > step for row in expected) for step in range(max(map(len, expected)))]
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from reference import in_transformers, oriented, random_model
-from tunesmith.data.tokenstore import IGNORE_INDEX
+from tunesmith.data.encoding import IGNORE_INDEX
 from tunesmith.errors import UserError
 from tunesmith.models.attention import Documents
 from tunesmith.models.gpt2 import GPT, GPTConfig

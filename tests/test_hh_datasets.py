@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tunesmith.data.datasets import open_dataset
-from tunesmith.data.dialogue import Preference, render
+from tunesmith.data.dialogue import Preference
 from tunesmith.data.hh import HH_SUBSETS
+from tunesmith.data.hh_template import HH
 from tunesmith.data.readers import Report
 from tunesmith.data.tokenstore import tokenise
 from tunesmith.errors import UserError
@@ -41,7 +42,7 @@ def chosen(name, split="train", **options):
     source = open_dataset(DataOptions(name=name, **options))
     rows = [located.value for located in source.rows(split, report)]
     assert all(isinstance(row, Preference) for row in rows)
-    return [render(row.chosen.messages) for row in rows], report
+    return [HH.text(row.chosen.messages) for row in rows], report
 
 
 def texts(subsets, split):
@@ -61,7 +62,7 @@ def test_hh_subset_is_that_subset(hh_root, subset):
 def test_hh_rows_keep_their_rejected_answer(hh_root):
     source = open_dataset(DataOptions(name="hh", root=str(hh_root)))
     first = next(source.rows("train", Report())).value
-    assert render(first.rejected.messages) == pair(HH_SUBSETS[0], "train", 0)["rejected"]
+    assert HH.text(first.rejected.messages) == pair(HH_SUBSETS[0], "train", 0)["rejected"]
 
 
 def test_unknown_subset_lists_the_right_ones(hh_root):

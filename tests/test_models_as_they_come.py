@@ -6,7 +6,6 @@ import shutil
 import sys
 import warnings
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,13 +13,15 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import tunesmith as ts
+from reference import marked
 from tiny_runs import tiny_config
 from tokenizer_kinds import KINDS, TEXTS, change_json
 from tunesmith.__main__ import main
-from tunesmith.data.dialogue import Message, render, segments
+from tunesmith.data.dialogue import Message
+from tunesmith.data.encoding import encode_rows
+from tunesmith.data.hh_template import HH
 from tunesmith.data.prompts import encode_prompt
 from tunesmith.data.tokenizer import Tokenizer
-from tunesmith.data.tokenstore import encode_rows, mark_targets
 from tunesmith.errors import Note, UserError, note
 from tunesmith.files.names import SAMPLE
 from tunesmith.files.weights import load_model
@@ -222,19 +223,16 @@ def test_pieces_of_a_row_are_encoded_as_the_whole_is_and_marked_exactly(made, ki
         [Message("user", a), Message("assistant", b), Message("user", b), Message("assistant", a)]
         for a, b in itertools.product(said, said)
     ]
-    rows = [segments(talk) for talk in talks]
-    begun = [[(tokenizer.beginning(row[0][0]), row[0][1]), *row[1:]] for row in rows]
-    ids, flags, counts = encode_rows(begun, tokenizer)
-    expected = [
-        mark_targets(list(zip(tokenizer.encode_pieces([t for t, _ in row]), (a for _, a in row), strict=True)))
-        for row in rows
-    ]
+    rows = [tokenizer.begun(HH.segments(talk, False)) for talk in talks]
+    assert tokenizer.prefix_space == rows[0][0].text.startswith(" ")
+    ids, flags, counts = encode_rows(rows, tokenizer)
+    expected = [marked(row, tokenizer) for row in rows]
     assert counts.tolist() == [len(row) for row, _ in expected]
     assert ids.tolist() == list(itertools.chain.from_iterable(row for row, _ in expected))
-    assert flags.tolist() == np.concatenate([marks for _, marks in expected]).tolist()
+    assert flags.tolist() == list(itertools.chain.from_iterable(marks for _, marks in expected))
     plain = [Message("user", "hello"), Message("assistant", "good day"), Message("user", "and you?")]
-    pieces = itertools.chain.from_iterable(tokenizer.encode_pieces([t for t, _ in segments(plain)]))
-    assert list(pieces) == tokenizer.encode(render(plain))
+    pieces = tokenizer.encode_segments(tokenizer.begun(HH.segments(plain, False)))
+    assert list(itertools.chain.from_iterable(pieces)) == tokenizer.encode(HH.text(plain))
 
 
 def test_a_pad_token_that_has_no_embedding_is_harmless(made, published):

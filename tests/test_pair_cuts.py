@@ -93,7 +93,7 @@ def test_splitting_and_windows_are_no_way_to_treat_pairs():
 
 def key_of(pair, other=(), end=END, **changes):
     rows = batches_of([*other, pair], **({"block_size": 64} | changes)).rows
-    rows.store = PairStore(dataclasses.replace(rows.store.store, end_of_text=end))
+    rows.store = PairStore(dataclasses.replace(rows.store.store, end_of_answer=end))
     return rows.key(len(other))
 
 

@@ -11,8 +11,8 @@ import torch
 
 from made_pairs import PAIRS, SHAPES, batches_of, random_pairs, read_back, whole
 from tunesmith.data.datasets import open_dataset
-from tunesmith.data.dialogue import parse_transcript, segments
 from tunesmith.data.epochs import Batches, BatchLayout
+from tunesmith.data.hh_template import HH, parse_transcript
 from tunesmith.data.pairs import PairRows
 from tunesmith.data.pairstore import PairStore
 from tunesmith.data.tokenstore import tokenise
@@ -92,7 +92,7 @@ def test_odd_rows_are_encoded_piece_by_piece_and_decode_to_their_texts(tokenizer
         assert tokenizer.end_of_text not in batch.input_ids, "only ever a target"
         ((prompt, *answers),) = read_back(batch)
         text, *_ = ODD[batch.sources[0]]
-        pieces = [piece for piece, _ in segments(parse_transcript(text + "x").messages)[:-1]]
+        pieces = [piece.text for piece in HH.segments(parse_transcript(text + "x").messages, False)[:-1]]
         assert prompt == [i for piece in pieces for i in tokenizer.encode(piece)]
         assert [targets[-1] for _, targets in answers] == [tokenizer.end_of_text] * 2
         decoded.add((tokenizer.decode(prompt), *(tokenizer.decode(targets[:-1]) for _, targets in answers)))
@@ -101,18 +101,18 @@ def test_odd_rows_are_encoded_piece_by_piece_and_decode_to_their_texts(tokenizer
 
 # ---- rows that are no pairs ----------------------------------------------------------------------------------------
 
-HH = "\n\nHuman: a\n\nAssistant: b"
+HH_TEXT = "\n\nHuman: a\n\nAssistant: b"
 GOOD = {"prompt": "What?", "chosen": "Tea.", "rejected": "No."}
 BAD = [
-    ({"chosen": HH, "rejected": "\n\nHuman: x\n\nAssistant: c"}, "the prompts of chosen and rejected differ"),
-    ({"chosen": HH, "rejected": "\n\nHuman: a \n\nAssistant: c"}, "the prompts of chosen and rejected differ"),
+    ({"chosen": HH_TEXT, "rejected": "\n\nHuman: x\n\nAssistant: c"}, "the prompts of chosen and rejected differ"),
+    ({"chosen": HH_TEXT, "rejected": "\n\nHuman: a \n\nAssistant: c"}, "the prompts of chosen and rejected differ"),
     ({**GOOD, "chosen": " \n"}, "empty chosen answer"),
     ({**GOOD, "rejected": ""}, "empty rejected answer"),
     ({**GOOD, "rejected": "Tea."}, "chosen and rejected are the same"),
-    ({"chosen": HH + "\n\nHuman: c", "rejected": HH}, "chosen does not end with an answer"),
+    ({"chosen": HH_TEXT + "\n\nHuman: c", "rejected": HH_TEXT}, "chosen does not end with an answer"),
     ({"chosen": "\n\nAssistant: b", "rejected": "\n\nAssistant: c"}, "no prompt before the answers"),
     ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "no pair (columns chosen and rejected)"),
-    ({"chosen": HH, "rejected": None}, "no pair (columns chosen and rejected)"),
+    ({"chosen": HH_TEXT, "rejected": None}, "no pair (columns chosen and rejected)"),
 ]  # fmt: skip
 
 

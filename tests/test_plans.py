@@ -14,7 +14,7 @@ from made_pairs import random_pairs
 from test_packing import pack_plainly
 from tunesmith.data.cutting import Truncation, cut_rows
 from tunesmith.data.datasets import Source
-from tunesmith.data.dialogue import END, NEXT
+from tunesmith.data.encoding import END, NEXT
 from tunesmith.data.epochs import BatchLayout
 from tunesmith.data.readers import Report
 from tunesmith.data.texts import TextRows, WindowRows
@@ -36,7 +36,7 @@ def made_store(lengths, seed=0):
     source = Source("made", "rows", {"train": (Path("made.jsonl"),)})
     return TokenStore(
         tokens=rng.integers(1, 500, offsets[-1]).astype(np.uint16), flags=flags, offsets=offsets,
-        taught=np.array(taught, np.int32), plain=rng.random(len(lengths)) < 0.3, places=places, end_of_text=0,
+        taught=np.array(taught, np.int32), plain=rng.random(len(lengths)) < 0.3, places=places, end_of_text=0, end_of_answer=0,
         source=source, split="train", report=Report(), fingerprint="",
     )  # fmt: skip
 

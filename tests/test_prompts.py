@@ -5,9 +5,8 @@ import json
 import pytest
 
 from tunesmith.data.dialogue import Message
-from tunesmith.data.prompts import Prompt, conversation, encode_prompt, load_prompts
+from tunesmith.data.prompts import Prompt, conversation, encode_answered, encode_prompt, load_prompts
 from tunesmith.errors import UserError
-from tunesmith.judge.scoring import encode_answer
 
 Q, A = "What is love?", "A feeling."
 ASKED, ANSWERED = {"role": "user", "content": Q}, {"role": "assistant", "content": A}
@@ -63,8 +62,8 @@ def test_what_is_scored_is_what_was_asked(tokenizer):
     (prompt,) = SEVERAL
     assert tuple(conversation(prompt.text)) == LONGER
     asked = encode_prompt(tokenizer, prompt.conversation)
-    assert encode_answer(tokenizer, prompt.text, A)[: len(asked)] == asked
-    assert encode_answer(tokenizer, Q, A) == encode_answer(tokenizer, [ASKED], A)
+    assert encode_answered(tokenizer, conversation(prompt.text), A) == (asked, tokenizer.encode(f" {A}"))
+    assert conversation(Q) == conversation([ASKED])
 
 
 @pytest.mark.parametrize(

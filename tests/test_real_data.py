@@ -7,8 +7,9 @@ from itertools import islice
 import pytest
 
 from tunesmith.data.datasets import open_dataset, parse_row
-from tunesmith.data.dialogue import Dialogue, Preference, parse_transcript, render, segments
+from tunesmith.data.dialogue import Dialogue, Preference
 from tunesmith.data.epochs import Batches, BatchLayout
+from tunesmith.data.hh_template import HH, parse_transcript
 from tunesmith.data.readers import Report
 from tunesmith.data.texts import text_rows
 from tunesmith.data.tokenstore import tokenise
@@ -114,7 +115,7 @@ def test_every_hh_text_is_parsed_and_rendered_to_its_exact_bytes(shared_data):
     texts = [row[key] for rows in hh_rows(shared_data).values() for row in rows for key in ("chosen", "rejected")]
     assert len(texts) == 2 * 1500
     for text in texts:
-        assert render(parse_transcript(text).messages).encode() == text.encode()
+        assert HH.text(parse_transcript(text).messages).encode() == text.encode()
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -157,7 +158,7 @@ def test_trailing_space_would_mistokenise_every_hh_prompt(shared_data, tokenizer
         text = rows[int(store.places[index, 1]) - 1]["chosen"]
         prompt = text[: text.rindex("\n\nAssistant:") + len("\n\nAssistant:")]
         tokens = store.row(index, "assistant")[0].tolist()
-        ids = [i for piece, _ in segments(parse_transcript(prompt).messages) for i in tokenizer.encode(piece)]
+        ids = [i for s in HH.segments(parse_transcript(prompt).messages, False) for i in tokenizer.encode(s.text)]
         ours += tokens[: len(ids)] != ids
         with_space = [*ids[:-1], *tokenizer.encode(": ")] if prompt.endswith(":") else []
         spaced += tokens[: len(with_space)] != with_space
@@ -188,13 +189,13 @@ def test_every_row_comes_through_whole(shared_data, tokenizer, name):
     assert all(isinstance(dialogue, Dialogue) for dialogue in dialogues)
     rows = []
     for dialogue, (_, text) in zip(dialogues, good, strict=True):
-        pieces = segments(dialogue.messages)
-        assert "".join(piece for piece, _ in pieces) == text
+        pieces = HH.segments(dialogue.messages, False)
+        assert "".join(piece.text for piece in pieces) == text
         answers = [" " + m.content for m in dialogue.messages if m.role == "assistant"]
-        assert [piece for piece, answer in pieces if answer] == answers
+        assert [piece.text for piece in pieces if piece.loss] == answers
         rows.append((pieces, text))
     rows = rows[:: ENCODED_EVERY.get(name, 1)]
-    encoded = iter(tokenizer.encode_batch([piece for pieces, _ in rows for piece, _ in pieces]))
+    encoded = iter(tokenizer.encode_batch([piece.text for pieces, _ in rows for piece in pieces]))
     for pieces, text in rows:
         ids = [i for piece in islice(encoded, len(pieces)) for i in piece]
         assert tokenizer.decode(ids) == text

@@ -14,12 +14,13 @@ import pytest
 
 import tunesmith
 from hanging import HANGS
+from reference import marked
 from tunesmith.data import tokenstore
 from tunesmith.data.datasets import open_dataset
-from tunesmith.data.dialogue import END, NEXT, Text
+from tunesmith.data.dialogue import Text
 from tunesmith.data.readers import Report
 from tunesmith.data.tokenizer import Tokenizer
-from tunesmith.data.tokenstore import mark_targets, stored_rows, tokenise
+from tunesmith.data.tokenstore import stored_rows, tokenise
 from tunesmith.errors import UserError
 from tunesmith.options.training import DataOptions
 
@@ -240,15 +241,11 @@ def test_a_cache_with_a_missing_or_damaged_file_is_made_again(file, tokenizer, c
 
 def plain_store(rows, tokenizer):
     """The columns as they were made before, in memory and a row at a time; kept as the reference."""
-    marked = [
-        mark_targets([(tokenizer.encode(text), answer) for text, answer in pieces])
-        for row in rows
-        for pieces in stored_rows(row.value)
-    ]
-    flags = np.concatenate([flags for _, flags in marked])
-    ids = [i for ids, _ in marked for i in ids]
-    offsets = np.cumsum([0, *(len(ids) for ids, _ in marked)])
-    targets = [np.count_nonzero(f & NEXT) + np.count_nonzero(f & END) for _, f in marked]
+    plain = [marked(segments, tokenizer) for row in rows for segments in stored_rows(row.value, tokenizer.template)]
+    flags = np.array([flag for _, flags in plain for flag in flags], np.uint8)
+    ids = [i for ids, _ in plain for i in ids]
+    offsets = np.cumsum([0, *(len(ids) for ids, _ in plain)])
+    targets = [np.count_nonzero(flags) for _, flags in plain]
     return {
         "tokens": np.array(ids, np.uint16), "flags": flags, "offsets": offsets.astype(np.int64),
         "taught": np.array(targets, np.int32), "plain": np.array([isinstance(row.value, Text) for row in rows]),

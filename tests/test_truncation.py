@@ -7,9 +7,10 @@ import pytest
 
 from tunesmith.data.cutting import cut_rows
 from tunesmith.data.datasets import open_dataset
+from tunesmith.data.encoding import IGNORE_INDEX
 from tunesmith.data.epochs import Batches, BatchLayout
 from tunesmith.data.texts import text_rows
-from tunesmith.data.tokenstore import IGNORE_INDEX, tokenise
+from tunesmith.data.tokenstore import tokenise
 from tunesmith.errors import UserError
 from tunesmith.options.training import DataOptions
 

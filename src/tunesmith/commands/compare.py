@@ -14,10 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.data.prompts import Prompt, each_once, load_prompts
-from tunesmith.data.tokenizer import END_OF_TEXT, Tokenizer
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.device import keep_freed_memory
 from tunesmith.errors import UsageError, UserError
-from tunesmith.files.answers import ENDINGS, ScoredAnswer
+from tunesmith.files.answers import ANSWER_END, ENDINGS, ScoredAnswer
 from tunesmith.files.bases import base_at
 from tunesmith.files.names import find_model, load, load_tokenizer, shape_of
 from tunesmith.files.run import write_atomically
@@ -35,7 +35,6 @@ from tunesmith.judge.comparison import (
     model_rows,
     notes,
     number,
-    rest_of,
     versus_rows,
 )
 from tunesmith.judge.comparison_page import render_comparison
@@ -87,8 +86,7 @@ def answered(a: str, b: str, options: CompareCommand) -> Comparison:
     rows = [Row(x, y) for x, y in zip(of_a, of_b, strict=True)]
     if tokenizer:
         room = room_for_prompt(min(shape_of(name).longest for name in (a, b)), options.generate.max_new_tokens)
-        found = token_logps((a, b), tokenizer, rows, options.device, room)
-        rows = [replace(row, logps=logps) for row, logps in zip(rows, found, strict=True)]
+        rows = with_logps((a, b), tokenizer, rows, options.device, room)
     return Comparison((a, b), rows, scorer.description if scorer else "", settings=in_words(options.generate))
 
 
@@ -127,26 +125,28 @@ def shared_tokenizer(a: str, b: str) -> Tokenizer:
     return of_a
 
 
-def token_logps(
+def with_logps(
     names: tuple[str, str], tokenizer: Tokenizer, rows: Sequence[Row], device: str = "auto", room: int | None = None
-) -> list[tuple[TokenLogps, TokenLogps]]:
-    """For each prompt the tokens of A's and of B's answer with their log-probabilities under both; one model in memory.
+) -> list[Row]:
+    """The rows with the tokens of A's and of B's answer and their log-probabilities under both; one model in memory.
 
     room: tokens that a prompt may have, for both.
     """
     pairs = [encode_answers(tokenizer, row.a, row.b, room) for row in rows]
-    under_a, under_b = (_under(name, pairs, tokenizer.end_of_text, device) for name in names)
-    found: list[tuple[TokenLogps, TokenLogps]] = []
-    for two, by_a, by_b in zip(pairs, under_a, under_b, strict=True):
-        first, second = (list(zip(*x, strict=False)) for x in zip(token_texts(tokenizer, two), by_a, by_b, strict=True))
-        found.append((first, second))
-    return found
+    under_a, under_b = (_under(name, pairs, tokenizer.end_of_answer, device) for name in names)
+    filled = []
+    for row, two, by_a, by_b in zip(rows, pairs, under_a, under_b, strict=True):
+        texts = token_texts(tokenizer, two)
+        first, second = (list(zip(*x, strict=False)) for x in zip(texts, by_a, by_b, strict=True))
+        a, b = ("".join(some[len(logps) : len(ids)]) for some, logps, ids in zip(texts, by_a, two.answers, strict=True))
+        filled.append(replace(row, logps=(first, second), unscored=(a, b)))
+    return filled
 
 
 def _under(
-    name: str, pairs: Sequence[TwoAnswers], end_of_text: int, device: str
+    name: str, pairs: Sequence[TwoAnswers], end_of_answer: int, device: str
 ) -> list[tuple[list[float], list[float]]]:
-    return answer_logps(load(name, device=device)[0], pairs, end_of_text)
+    return answer_logps(load(name, device=device)[0], pairs, end_of_answer)
 
 
 # ---- the judge -------------------------------------------------------------------------------------------------------
@@ -224,27 +224,28 @@ def side_by_side(comparison: Comparison) -> Table:
         group = [row.a.group] if row.a.group else []
         prompt = Text(row.a.prompt).append("".join(f"\n{line}" for line in (*group, *told)), "dim")
         logps = row.logps or (None, None)
-        table.add_row(prompt, *(_cell(x, tokens) for x, tokens in zip((row.a, row.b), logps, strict=True)))
+        sides = zip((row.a, row.b), logps, row.unscored, strict=True)
+        table.add_row(prompt, *(_cell(answer, tokens, rest) for answer, tokens, rest in sides))
     return table
 
 
-def _cell(answer: ScoredAnswer, logps: TokenLogps | None) -> Text:
+def _cell(answer: ScoredAnswer, logps: TokenLogps | None, unscored: str) -> Text:
     told = [] if answer.finish_reason == "stop" else [ENDINGS[answer.finish_reason]]
     told += [] if answer.reward is None else [f"reward {number(answer.reward)}"]
-    text = coloured(answer, logps) if logps else Text(re.sub(r"\n\s*\n", "\n", answer.answer.strip()))
+    text = coloured(logps, unscored) if logps else Text(re.sub(r"\n\s*\n", "\n", answer.answer.strip()))
     return text.append(f"\n({', '.join(told)})" if told else "", "dim")
 
 
-def coloured(answer: ScoredAnswer, logps: TokenLogps) -> Text:
-    """An answer, each token in the colour of its change."""
+def coloured(logps: TokenLogps, unscored: str) -> Text:
+    """An answer, each token in the colour of its change, and without colour what has no log-probabilities."""
     text, waiting = Text(), 0.0
     for shown, a, b in logps:
         waiting += b - a
         if shown:  # "": a character that goes on in the next token
-            shown = "[end]" if shown == END_OF_TEXT else shown if text else shown.lstrip()
+            shown = "[end]" if shown == ANSWER_END else shown if text else shown.lstrip()
             text.append(shown, COLOURS.get(level(waiting)))
             waiting = 0.0
-    return text.append(rest_of(answer, logps))
+    return text.append(unscored)
 
 
 def colour_key() -> Text:

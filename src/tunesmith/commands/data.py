@@ -17,10 +17,12 @@ from tunesmith.data.audit.rows import DIALOGUES, PAIRS, TEXTS
 from tunesmith.data.audit.survey import Audit, SplitAudit, audit
 from tunesmith.data.cutting import USUAL_BLOCK, block_size_of, cut_rows, resolve_block_size
 from tunesmith.data.datasets import Source, beside, open_dataset
+from tunesmith.data.encoding import IGNORE_INDEX
 from tunesmith.data.texts import resolve_loss_on
-from tunesmith.data.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
-from tunesmith.data.tokenstore import IGNORE_INDEX, TokenStore, tokenise
+from tunesmith.data.tokenizer import ByteRuns, Tokenizer
+from tunesmith.data.tokenstore import TokenStore, tokenise
 from tunesmith.errors import UsageError, UserError
+from tunesmith.files.answers import ANSWER_END
 from tunesmith.files.names import known_shape, load_tokenizer
 from tunesmith.options.commands import DataCommand
 from tunesmith.options.training import DataOptions
@@ -108,7 +110,7 @@ def _show_rows(source: Source, data: DataOptions, tokenizer: Tokenizer, count: i
         end = "[white on red]end of answer, also a target[/white on red]"
         console.print(f"\n[dim]context[/dim]  [black on green]carries loss[/black on green]  {end}")
     else:
-        console.print(f"\n[...] carries loss; {END_OF_TEXT}: end of an answer, also a target", markup=False)
+        console.print(f"\n[...] carries loss; {ANSWER_END}: end of an answer, also a target", markup=False)
 
 
 def _has_colour(console: Console) -> bool:
@@ -266,8 +268,8 @@ def coloured(store: TokenStore, index: int, loss_on: str, tokenizer: Tokenizer) 
     previous = IGNORE_INDEX
     for token, target in zip(tokens.tolist(), targets.tolist(), strict=True):
         text.append(decoder(token), style="black on green" if previous == token else "dim")
-        if target == store.end_of_text:
-            text.append(END_OF_TEXT, style="white on red")
+        if target in (store.end_of_text, store.end_of_answer):
+            text.append(ANSWER_END, style="white on red")
         previous = target
     return text
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.data.dialogue import END
+from tunesmith.data.encoding import END
 from tunesmith.data.tokenstore import TokenStore
 from tunesmith.errors import UsageError, UserError
 from tunesmith.options.training import BlockSize, DataOptions

@@ -1,27 +1,12 @@
-r"""Dialogues as text and as tokens: roles, the prompt form, the mask and the stop rule, in one place for all commands.
-
-The form is that of HH-RLHF, byte for byte: `\n\nHuman: hello\n\nAssistant: hi`. A prompt ends in `\n\nAssistant:`
-*without* a space, because the space belongs to the answer's first token; one trailing space would tokenise nearly
-every prompt in a way that was never trained.
-
-Tokens. A dialogue is cut into segments, context and answer in turn, and each segment is encoded by itself; the same
-cut serves training, chat and scoring, so a prompt at inference has exactly the ids that it had in training.
-
-Loss. The supervised tokens are exactly the assistant's answers, each with the end-of-text token as its last target.
-The end-of-text token is only ever a *target*: the input stays in the published form, and yet every answer, also one in
-the middle of a dialogue, teaches the model to stop.
-"""
+"""Dialogues, texts and preferences as rows hold them, and the lists of turns that they are read from."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tunesmith.jsontext import parse_json
 
-MARKERS = {"user": "\n\nHuman:", "assistant": "\n\nAssistant:", "system": "\n\nSystem:"}
 ROLE_NAMES = {
     "user": "user", "human": "user", "prompter": "user",
     "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant",
@@ -42,17 +27,6 @@ TOOL_ROLES = (
     "ipython",
 )
 NO_TOOLS = "tool calls are not supported; remove them, or write their content into the neighbouring turns"
-STOP_TEXTS = (MARKERS["user"], MARKERS["assistant"], MARKERS["system"])
-"""An answer ends at the end-of-text token or before any of these, whichever comes first."""
-
-_TURN = re.compile(r"\n\n(Human|Assistant):")
-_ROLE_OF_MARKER = {"Human": "user", "Assistant": "assistant"}
-_OPENING = re.compile(r"\s*(?:Human|Assistant|System):")
-_ONE_BREAK = re.compile(r"\n(?=(?:Human|Assistant):)")
-
-# What a token teaches, as bits of one byte a token (see `encode_rows`)
-NEXT = 1  # its target is the token after it, which belongs to an answer
-END = 2  # its target is the end-of-text token: the answer is over
 
 
 class BadRow(ValueError):
@@ -61,8 +35,9 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `lead` stands between the marker's colon and the content: a space, but for a few odd HH rows.
+    """One turn.
 
+    lead: what stood between a transcript's marker and the content: a space, but for a few odd rows of HH-RLHF.
     weight: of the loss on an answer: 1, or 0 for an answer that is read but not learned.
     """
 
@@ -142,49 +117,6 @@ def check_text(text: str) -> str:
     except UnicodeEncodeError:
         raise BadRow("half a character (a lone surrogate)") from None
     return text
-
-
-def as_transcript(text: str) -> str | None:
-    r"""A transcript in the HH form, byte for byte if it has it already; None for any other text.
-
-    Read as one too: no blank lines before the first marker, Windows' line ends, a system turn first, and single line breaks
-    between all turns.
-
-    >>> as_transcript("Human: hi\r\n\r\nAssistant: hello")
-    '\n\nHuman: hi\n\nAssistant: hello'
-    """
-    whole = text.startswith(("\n\nHuman:", "\n\nAssistant:"))
-    if whole and ("\r" not in text or ("\r\n\r\nAssistant:" not in text and "\r\n\r\nHuman:" not in text)):
-        return text
-    if not whole and not _OPENING.match(text):
-        return None
-    text = "\n\n" + text.replace("\r\n", "\n").lstrip()
-    markers = len(_TURN.findall(text))
-    if text.startswith("\n\nSystem:"):
-        return text if markers else None
-    return text if markers > 1 else text[:1] + _ONE_BREAK.sub("\n\n", text[1:])[1:]
-
-
-def parse_transcript(text: str) -> Dialogue:
-    r"""A dialogue from the HH form. `render(parse_transcript(text).messages) == text` for every text it accepts.
-
-    >>> [m.content for m in parse_transcript("\n\nHuman: hi\n\nAssistant: hello").messages]
-    ['hi', 'hello']
-
-    Raises: BadRow if the text does not begin with a role marker.
-    """
-    pieces = _TURN.split(check_text(text))
-    opening = pieces[0].removeprefix(MARKERS["system"])
-    if (pieces[0] and opening == pieces[0]) or len(pieces) == 1:
-        raise BadRow("no role marker at the beginning")
-    messages = [_after_marker("system", opening)] if pieces[0] else []
-    for marker, body in zip(pieces[1::2], pieces[2::2], strict=True):
-        messages.append(_after_marker(_ROLE_OF_MARKER[marker], body))
-    return Dialogue(tuple(messages))
-
-
-def _after_marker(role: str, body: str) -> Message:
-    return Message(role, body[1:]) if body[:1] == " " else Message(role, body, "")
 
 
 # ---- lists of turns ------------------------------------------------------------------------------------------------
@@ -312,15 +244,6 @@ def turn_weight(weight: Any) -> float:
     return value
 
 
-def render(messages: Sequence[Message]) -> str:
-    r"""The dialogue as text.
-
-    >>> render([Message("user", "hi"), Message("assistant", "hello")])
-    '\n\nHuman: hi\n\nAssistant: hello'
-    """
-    return "".join(MARKERS[m.role] + m.lead + m.content for m in messages)
-
-
 def prose(row: Row) -> str:
     r"""What a base model is trained on: a text as it is, a dialogue (or the chosen one) without roles.
 
@@ -329,37 +252,3 @@ def prose(row: Row) -> str:
     """
     dialogue = row.chosen if isinstance(row, Preference) else row
     return dialogue.text if isinstance(dialogue, Text) else "\n\n".join(m.content for m in dialogue.messages)
-
-
-def segments(messages: Sequence[Message]) -> list[tuple[str, bool]]:
-    r"""The dialogue as (text, carries loss) pieces that are encoded one by one; joined they are `render(messages)`.
-
-    >>> segments([Message("user", "hi"), Message("assistant", "hello")])
-    [('\n\nHuman: hi\n\nAssistant:', False), (' hello', True)]
-    """
-    pieces: list[tuple[str, bool]] = []
-    context = ""
-    for m in messages:
-        if m.role == "assistant":
-            pieces += [(context + MARKERS["assistant"], False), (m.lead + m.content, m.weight != 0)]
-            context = ""
-        else:
-            context += MARKERS[m.role] + m.lead + m.content
-    if context:
-        pieces.append((context, False))
-    return [piece for piece in pieces if piece[0]]
-
-
-def prompt_segments(messages: Sequence[Message]) -> list[str]:
-    r"""What a model reads before it answers; the last piece ends in `\n\nAssistant:`.
-
-    >>> prompt_segments([Message("user", "hi")])
-    ['\n\nHuman: hi\n\nAssistant:']
-    """
-    return [text for text, _ in segments([*messages, Message("assistant", "", "")])]
-
-
-def cut_at_stop(answer: str) -> tuple[str, bool]:
-    """The answer up to the first role marker, and whether there was one."""
-    found = [at for at in (answer.find(stop) for stop in STOP_TEXTS) if at >= 0]
-    return (answer[: min(found)], True) if found else (answer, False)

@@ -16,17 +16,15 @@ from tunesmith.data.dialogue import (
     Row,
     Seen,
     Text,
-    as_transcript,
     check_text,
     is_turns,
     parse_messages,
-    parse_transcript,
     turn_weight,
 )
+from tunesmith.data.hh_template import HH, HH_ROLES, as_transcript, dialogue_in, parse_transcript
 
 LONG_PROMPT = 6, 40  # words or characters from which on an answer that repeats the prompt is no chance
 FALSE, TRUE = ("false", "0", "0.0", "no"), ("true", "1", "1.0", "yes")
-HH_ROLES = {"user": "Human", "assistant": "Assistant", "system": "System"}
 
 
 @dataclass
@@ -163,8 +161,8 @@ class Reader:
             raise BadRow(
                 "one turn per row (text and role): join the turns of each dialogue into `messages`, following parent_id for OpenAssistant"
             )
-        transcript = as_transcript(value)
-        if transcript is not None and (value.startswith("\n\nHuman:") or "\n\nAssistant:" in transcript[2:]):
+        transcript = dialogue_in(value)
+        if transcript is not None:
             self.facts["transcripts"] += 1
             return self._taken_apart(transcript)
         return Text(check_text(value))
@@ -215,10 +213,10 @@ class Reader:
         return turns, rest is not None
 
     def _taken_apart(self, transcript: str) -> Dialogue:
-        found = parse_transcript(transcript)
-        if "Human" not in self.seen.roles or found.messages[0].role == "system":
-            self.seen.roles |= {HH_ROLES[turn.role]: turn.role for turn in found.messages}
-        return found
+        dialogue = parse_transcript(transcript)
+        if HH_ROLES["user"] not in self.seen.roles or dialogue.messages[0].role == "system":
+            self.seen.roles |= {HH_ROLES[turn.role]: turn.role for turn in dialogue.messages}
+        return dialogue
 
     def _turns(self, value: Any, role: str) -> list[Message]:
         if value is None:
@@ -369,7 +367,7 @@ def prompt_turns(row: Any, mapped: Columns = ()) -> list[Message]:
     if isinstance(row, str):
         row = {"prompt": row}
     if isinstance(row, dict) and recognise(frozenset(k for k, v in row.items() if v is not None), mapped) is None:
-        row = {**row, "completion": "\n\nAssistant: ?"}  # a prompt has no answer yet
+        row = {**row, "completion": HH.text([Message("assistant", "?")])}  # a prompt has no answer yet
     read = Reader(mapped).read(row)
     if isinstance(read, Text):
         raise BadRow("a text without roles")

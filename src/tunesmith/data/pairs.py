@@ -97,7 +97,7 @@ class PairRows:
     def key(self, number: int) -> bytes:
         """SHA-256 of exactly what a model computes for a pair: its tokens as cut, and which ends are targets."""
         cut = self.pairs[number]
-        end = self.store.store.end_of_text if any(cut.ends) else None
+        end = self.store.store.end_of_answer if any(cut.ends) else None
         # Of the tokens themselves, not of the pair's number or file: the same pair in another order, epoch or data set is known.
         digest = hashlib.sha256(repr((cut.prompt, cut.stops, cut.ends, end)).encode())
         for part in self._parts(cut):
@@ -118,7 +118,7 @@ class PairRows:
         batch = join_pairs(
             [self._parts(cut) for cut in cuts],
             [cut.ends for cut in cuts],
-            self.store.store.end_of_text,
+            self.store.store.end_of_answer,
             layout.block_size,
             unit=unit,
             fill_to=layout.fill_to,
@@ -129,7 +129,7 @@ class PairRows:
 def join_pairs(
     parts: Sequence[tuple[Array, Array, Array]],
     ends: Sequence[tuple[bool, bool]],
-    end_of_text: int,
+    end_of_answer: int,
     block_size: int,
     *,
     unit: int = 1,
@@ -139,14 +139,15 @@ def join_pairs(
 
     Args:
         parts: prompt and the two answers of every pair, each (n,) int64; an answer may be empty.
-        ends: whether the end-of-text token is the last target of each answer.
+        ends: whether the end of an answer is the last target of each.
+        end_of_answer: its id, and that of padding, which nobody learns.
         block_size: longest stretch of padding.
         unit, fill_to: the row is padded to a multiple of `unit` tokens, the targets are filled up to one of `fill_to`.
     """
     rows: list[Array] = []  # which tokens predict an answer's, counted over the whole row
     targets: list[Array] = []
     last: list[int] = []
-    end = np.array([end_of_text])
+    end = np.array([end_of_answer])
     at = 0  # where the pair begins
     for (prompt, *answers), ended in zip(parts, ends, strict=True):
         # The prompt's last token predicts how either answer begins, so its state is computed once and read twice by the head.
@@ -161,7 +162,7 @@ def join_pairs(
             last.append(start - 1 if len(answer) else before)  # an empty answer is scored by its prompt
         at = start
     padding = -at % unit
-    input_ids = np.concatenate([*(part for pair in parts for part in pair), np.full(padding, end_of_text)])
+    input_ids = np.concatenate([*(part for pair in parts for part in pair), np.full(padding, end_of_answer)])
     return Batch.filled(
         torch.from_numpy(input_ids)[None],
         torch.from_numpy(np.concatenate(rows)),

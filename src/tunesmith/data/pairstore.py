@@ -25,7 +25,7 @@ class PairStore:
         return len(self.store) // 3
 
     def tokens(self, pair: int) -> tuple[Array, Array, Array]:
-        """Prompt, chosen and rejected answer of a pair; each (n,) int64. The end-of-text token is not among them."""
+        """Prompt, chosen and rejected answer of a pair; each (n,) int64. The end of an answer is not among them."""
         cuts = self.store.offsets[3 * pair : 3 * pair + 4]
         prompt, chosen, rejected = (self.store.tokens[a:b].astype(np.int64) for a, b in pairwise(cuts))
         return prompt, chosen, rejected
@@ -44,7 +44,7 @@ class PairStore:
 class CutPair:
     """What is used of a pair: the prompt from `start` on, and the beginnings of the answers up to `stops`.
 
-    Where a stop is the answer's length, its end is learned too: the end-of-text token is its last target.
+    Where a stop is the answer's length, its end is learned too, as its last target.
     """
 
     pair: int

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from tunesmith.data.dialogue import (
-    BadRow,
-    Message,
-    as_transcript,
-    parse_messages,
-    parse_transcript,
-    prompt_segments,
-    render,
-)
+from tunesmith.data.dialogue import BadRow, Message, parse_messages
 from tunesmith.data.forms import prompt_turns
+from tunesmith.data.hh_template import HH, as_transcript, asks_for_answers, parse_transcript
 from tunesmith.data.readers import SUFFIXES, Report, read_file, read_text, suffix_of
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UsageError, UserError, note, path_meant
 
 EMBEDDED = Path(__file__).parents[1] / "sample" / "prompts.jsonl"
-_OPEN_END = re.compile(r"\n\nAssistant:\s*(?:\Z|\n\nHuman:)")
 Conversation = Sequence[Message] | Sequence[Mapping[str, str]]
 
 
@@ -50,7 +41,7 @@ class Prompt:
 def load_prompts(file: str | None = None, limit: int | None = None, option: str = "--prompts") -> list[Prompt]:
     """The embedded prompts, or those of a file: of its rows in any form of data, else one prompt a line.
 
-    A text file in the HH form holds conversations; each ends with `Assistant:`.
+    A text file in the HH form holds conversations; each ends where an answer would begin.
     Raises: UserError naming file and line.
     """
     if limit is not None and limit < 1:
@@ -97,9 +88,9 @@ def _of_rows(path: Path) -> list[Prompt]:
 
 
 def _of_text(text: str) -> list[Prompt]:
-    """Prompts of a text: a line each; of a transcript each conversation up to its `Assistant:`."""
+    """Prompts of a text: a line each; of a transcript each conversation up to an open answer."""
     transcript = as_transcript(text)
-    if transcript is None or not _OPEN_END.search(transcript):
+    if transcript is None or not asks_for_answers(transcript):
         lines = filter(None, map(str.strip, text.split("\n")))  # splitlines would also cut at U+2028 and its like
         return [_prompt(prompt_turns(line)) for line in lines]
     prompts: list[list[Message]] = [[]]
@@ -115,7 +106,7 @@ def _prompt(turns: Sequence[Message], group: str = "") -> Prompt:
     """A conversation as a prompt."""
     if len(turns) == 1 and turns[0].role == "user":
         return Prompt(turns[0].content, group)
-    return Prompt(render(turns).lstrip("\n"), group, tuple(turns))
+    return Prompt(HH.text(turns).lstrip("\n"), group, tuple(turns))  # the form in which `conversation` reads it back
 
 
 def conversation(prompt: str | Conversation) -> list[Message]:
@@ -127,8 +118,17 @@ def conversation(prompt: str | Conversation) -> list[Message]:
 
 
 def encode_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
-    """Ids of a conversation up to and including `Assistant:`, the same as in training. Raises: as `turns_of`."""
-    return list(chain.from_iterable(tokenizer.encode_pieces(prompt_segments(turns_of(conversation)))))
+    """Ids of what a model reads of a conversation before it answers, the same as in training. Raises: as `turns_of`."""
+    segments = tokenizer.template.segments(turns_of(conversation), True)
+    return list(chain.from_iterable(tokenizer.encode_segments(tokenizer.begun(segments))))
+
+
+def encode_answered(tokenizer: Tokenizer, turns: Sequence[Message], answer: str) -> tuple[list[int], list[int]]:
+    """Ids of a conversation, and of an answer to it without its end, the same as in training."""
+    prompt, words = tokenizer.template.answered([*turns, Message("assistant", answer)])
+    parts = tokenizer.encode_segments(tokenizer.begun([*prompt, *words]))
+    before, after = parts[: len(prompt)], parts[len(prompt) :]
+    return list(chain.from_iterable(before)), list(chain.from_iterable(after))
 
 
 def turns_of(conversation: Conversation) -> list[Message]:

@@ -118,3 +118,16 @@ def ends_of_answers(directory: Path) -> tuple[int, ...]:
 def with_ends(tokens: SpecialTokens, ends: tuple[int, ...]) -> SpecialTokens:
     """The same tokens with other ends of an answer."""
     return dataclasses.replace(tokens, ends=ends)
+
+
+def generation_settings(ends: list[int], pad: int, begin: int) -> dict[str, Any]:
+    """A generation_config.json with which `generate` stops where our answers end by themselves.
+
+    The role markers, before which our answers stop too, are left out on purpose: with `stop_strings` in this file every
+    `generate` without `tokenizer=`, that of `pipeline` among them, is an error.
+    """
+    return {
+        "bos_token_id": begin,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends,
+        "pad_token_id": pad,
+    }

@@ -10,8 +10,9 @@ import torch
 
 from tunesmith.data.batch import PAD_STEP, Batch
 from tunesmith.data.cutting import Piece, cut_rows, taught
+from tunesmith.data.encoding import IGNORE_INDEX
 from tunesmith.data.epochs import SAMPLE, BatchLayout, epoch_plans, order_of
-from tunesmith.data.tokenstore import IGNORE_INDEX, TokenStore
+from tunesmith.data.tokenstore import TokenStore
 from tunesmith.errors import UsageError, UserError
 from tunesmith.models.attention import Documents
 

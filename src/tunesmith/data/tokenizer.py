@@ -14,30 +14,42 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from tunesmith.data.chat_template import chat_template, generation_settings
 from tunesmith.data.fingerprint import content_hash
-from tunesmith.data.special_tokens import SpecialTokens, read_special_tokens
+from tunesmith.data.hh_template import HH
+from tunesmith.data.special_tokens import SpecialTokens, generation_settings, read_special_tokens
+from tunesmith.data.template import Segment, Template
 from tunesmith.errors import UserError
 from tunesmith.jsontext import read_json, write_json
 
 END_OF_TEXT = "<|endoftext|>"
 OTHER_ENDS = ("</s>", "<|im_end|>", "<eos>", "<|end_of_text|>", "[EOS]")  # of tokenizers that name no eos_token
 SMALLEST_VOCABULARY = 257  # the bytes and the end of text
+TEMPLATES = {template.name: template for template in (HH,)}
 
 
 class Tokenizer:
-    """A model's tokenizer.
+    """A model's tokenizer, and the template that says what it encodes of a dialogue.
 
-    end_of_text: the id that ends a text and an answer in training: the model's `eos_token`. stops: all ids that end an answer.
+    template: the form that the model is trained with. It is decided here, where a tokenizer is made or loaded, and nowhere
+        else: who has a tokenizer knows the form. Today it is the HH form for every model.
+    end_of_text: the id that ends a text in training: the model's `eos_token`. end_of_answer: that ends an answer in the
+        template. stops: all ids that end an answer.
     vocab_size: the largest id and one more.
-    The string `<|endoftext|>` (or any special token's) inside a text is encoded as the letters it is made of; the
-    end-of-text token is only ever added by `dialogue.py` and `texts.py`, as the id `end_of_text`.
+    The string `<|endoftext|>` (or any special token's) inside a text is encoded as the letters it is made of. Special
+    tokens come from a template's special segments alone, and the end of text from `tokenstore.py` and `texts.py`, by its id.
     """
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, where: str = "tokenizer", special: SpecialTokens | None = None
+        self,
+        backend: tokenizers.Tokenizer,
+        where: str = "tokenizer",
+        special: SpecialTokens | None = None,
+        template: Template = HH,
     ) -> None:
-        """special: what is known beside `backend`. Raises: UserError if there is no end-of-text token."""
+        """special: what is known beside `backend`.
+
+        Raises: UserError if there is no end-of-text token, or none of those that end an answer in the template.
+        """
         self.special = special or SpecialTokens()
         backend = _with_tokens(backend, self.special, where)
         cutter = json.loads(backend.pre_tokenizer.__getstate__()) if backend.pre_tokenizer is not None else {}
@@ -46,6 +58,8 @@ class Tokenizer:
         self._stored = self._backend = _plain(_with_prefix_space(backend, False) if opens_with_space else backend)
         self.vocab_size: int = max(backend.get_vocab().values(), default=-1) + 1
         self.end_of_text: int = self._end_of_text(where)
+        self.template = template
+        self.end_of_answer: int = self.special_id(template.end) if template.end else self.end_of_text
 
     def _end_of_text(self, where: str) -> int:
         """The token that ends a text: the one that is named, GPT-2's, the first that ends an answer, or a usual one."""
@@ -64,8 +78,12 @@ class Tokenizer:
 
     @property
     def stops(self) -> frozenset[int]:
-        """Ids that end an answer: the end of text, and those with which transformers' `generate` ends one."""
-        return frozenset({self.end_of_text, *self.special.ends})
+        """Ids that end an answer: the template's, the end of text, and those with which transformers' `generate` ends one."""
+        return frozenset(self._ends)
+
+    @property
+    def _ends(self) -> list[int]:
+        return list(dict.fromkeys([self.end_of_answer, self.end_of_text, *self.special.ends]))
 
     @staticmethod
     def load(directory: Path) -> Tokenizer:
@@ -153,9 +171,22 @@ class Tokenizer:
         """Ids of one text; no special token is added or recognised."""
         return self._backend.encode(self.beginning(text), add_special_tokens=False).ids
 
-    def encode_pieces(self, pieces: Sequence[str]) -> list[list[int]]:
-        """Ids of the pieces of one text, each encoded by itself."""
-        return self.encode_batch([self.beginning(piece) if i == 0 else piece for i, piece in enumerate(pieces)])
+    def begun(self, segments: Sequence[Segment]) -> list[Segment]:
+        """The segments of one text, the first with its `beginning`."""
+        first, *rest = segments
+        return [first if first.special else first._replace(text=self.beginning(first.text)), *rest]
+
+    def encode_segments(self, segments: Sequence[Segment]) -> list[list[int]]:
+        """Ids of many segments as they stand (see `begun`), each encoded by itself. Raises: as `special_id`."""
+        words = iter(self.encode_batch([s.text for s in segments if not s.special]))
+        return [[self.special_id(s.text)] if s.special else next(words) for s in segments]
+
+    def special_id(self, text: str) -> int:
+        """The id of a special token. Raises: UserError if there is none."""
+        number: int | None = self._backend.token_to_id(text)
+        if number is None:
+            raise UserError(f"the tokenizer has no token {text}, which the model's form of a dialogue needs")
+        return number
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many texts as they stand (see `beginning`), on all cores."""
@@ -209,11 +240,10 @@ class Tokenizer:
         return _with_prefix_space(backend, True) if self.prefix_space else backend
 
     def same_tokens(self, other: Tokenizer) -> bool:
-        """Whether every id stands for the same text in both, and the end of text is the same."""
+        """Whether every id stands for the same text in both, and the ends of a text and of an answer are the same."""
         ours, theirs = self._backend, other._backend
-        return self.end_of_text == other.end_of_text and (
-            self.fingerprint == other.fingerprint or ours.get_vocab() == theirs.get_vocab()
-        )
+        same_ends = (self.end_of_text, self.end_of_answer) == (other.end_of_text, other.end_of_answer)
+        return same_ends and (self.fingerprint == other.fingerprint or ours.get_vocab() == theirs.get_vocab())
 
     def save(self, directory: Path, block_size: int, embeddings: int | None = None) -> None:
         """Write what transformers needs to encode, to render a dialogue and to stop as this project does.
@@ -225,9 +255,8 @@ class Tokenizer:
         (directory / "tokenizer.json").write_text(self._in_force(self._stored).to_str(pretty=True), encoding="utf-8")
         write_json(directory / "tokenizer_config.json", self._config(block_size))
         room = embeddings or self.vocab_size
-        ends = [self.end_of_text, *(end for end in self.special.ends if end != self.end_of_text)]
         begin = self._id_of("bos_token")
-        settings = generation_settings(ends, self.pad(room), self.end_of_text if begin is None else begin)
+        settings = generation_settings(self._ends, self.pad(room), self.end_of_text if begin is None else begin)
         write_json(directory / "generation_config.json", settings)
 
     def _config(self, block_size: int) -> dict[str, Any]:
@@ -247,7 +276,7 @@ class Tokenizer:
             **roles,
             **extra,
             "add_prefix_space": self.prefix_space,
-            "chat_template": chat_template(),
+            "chat_template": self.template.jinja,
         }
 
     def _id_of(self, role: str) -> int | None:
@@ -355,12 +384,12 @@ def bits_per_byte(nats: float, size: int) -> float:
 
 
 def text_bytes(tokenizer: Tokenizer, targets: Sequence[int] | np.ndarray[Any, Any]) -> int:
-    """Bytes of UTF-8 that target tokens stand for. The end of a text is a target too, and has none.
+    """Bytes of UTF-8 that target tokens stand for. The end of a text or an answer is a target too, and has none.
 
     Raises: ValueError if the tokenizer is not byte-level: its tokens' bytes are not known one by one.
     """
     ids = np.asarray(targets, np.int64)
-    sizes = tokenizer.token_bytes[ids[ids != tokenizer.end_of_text]]
+    sizes = tokenizer.token_bytes[ids[(ids != tokenizer.end_of_text) & (ids != tokenizer.end_of_answer)]]
     if (sizes < 0).any():
         raise ValueError("not a byte-level tokenizer")
     return int(sizes.sum())

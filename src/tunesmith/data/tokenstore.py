@@ -10,32 +10,31 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from tunesmith.data.datasets import Source
-from tunesmith.data.dialogue import END, NEXT, Preference, Row, Text, prose, render, segments
+from tunesmith.data.dialogue import Preference, Row, Text, prose
+from tunesmith.data.encoding import encode_rows, targets_of
 from tunesmith.data.fingerprint import content_hash
 from tunesmith.data.readers import Located, Report
+from tunesmith.data.template import Segment, Template
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.words import Words
 from tunesmith.errors import UserError
 from tunesmith.jsontext import json_object
 
-IGNORE_INDEX = -100  # the target of a token that carries no loss, as torch and transformers have it
 VERSION = 6  # raise it when the meaning of a stored byte changes
 CHARACTERS_AT_A_TIME = 1 << 20  # what is encoded takes some fifty times its size for a moment
 COLUMNS = ("tokens", "flags", "offsets", "taught", "plain", "places")
 
 Array = np.ndarray[Any, Any]
 Form = Literal["dialogues", "texts", "pairs", "prose"]
-Pieces = list[tuple[str, bool]]
 
 
 @dataclass(frozen=True)
@@ -43,11 +42,12 @@ class TokenStore:
     """The rows of one split as tokens.
 
     tokens: (N,) uint16 or int32, all rows one after the other.
-    flags: (N,) uint8, bits NEXT and END of `dialogue.py`.
+    flags: (N,) uint8, bits NEXT and END of `encoding.py`.
     offsets: (rows + 1,) int64, where each row begins.
     taught: (rows,) int32, targets of each row with the loss on the assistant: what its flags add up to.
     plain: (rows,) bool, True for plain text.
     places: (rows, 2) int32, file number and line of each row.
+    end_of_text, end_of_answer: the tokenizer's.
     fingerprint: of the content of the split's files and what is made of them (`Source.fingerprint`), whatever the tokenizer.
     digests: name of each file that was read -> SHA-256 of its content.
     """
@@ -59,6 +59,7 @@ class TokenStore:
     plain: Array
     places: Array
     end_of_text: int
+    end_of_answer: int
     source: Source
     split: str
     report: Report
@@ -76,18 +77,13 @@ class TokenStore:
     def row(self, index: int, loss_on: str, start: int = 0, stop: int | None = None) -> tuple[Array, Array]:
         """Tokens and targets of a row, or of the stretch [start, stop) of it; each (n,) int64.
 
-        Targets are shifted here and nowhere else: `targets[t]` is what the model should say after `tokens[t]`, or
-        IGNORE_INDEX. loss_on: `assistant` (answers and their ends) or `all` (every next token and the text's end).
+        `targets[t]` is what the model should say after `tokens[t]`, or IGNORE_INDEX. loss_on: `assistant` (answers and
+        their ends) or `all` (every next token and the text's end).
         """
         a, b = int(self.offsets[index]), int(self.offsets[index + 1])
-        tokens, flags = self.tokens[a:b].astype(np.int64), self.flags[a:b]
-        following = np.append(tokens[1:], self.end_of_text)
-        if loss_on == "all":
-            targets = following
-        else:
-            targets = np.where(flags & NEXT, following, IGNORE_INDEX)
-            targets[(flags & END) != 0] = self.end_of_text
-        return tokens[start:stop], targets[start:stop]
+        tokens = self.tokens[a:b].astype(np.int64)
+        flags = None if loss_on == "all" else self.flags[a:b]
+        return tokens[start:stop], targets_of(tokens, flags, self.end_of_text)[start:stop]
 
     def place(self, index: int) -> str:
         """`file:line` of a row."""
@@ -115,7 +111,7 @@ def tokenise(source: Source, split: str, tokenizer: Tokenizer, *, form: Form = "
     """
     digests = source.digests(split)
     content = source.fingerprint(split, digests)
-    key = content_hash([repr((VERSION, content, tokenizer.fingerprint, form))])
+    key = content_hash([repr((VERSION, content, tokenizer.fingerprint, tokenizer.template.name, form))])
     directory = cache_directory() / "tokens" / key[:32]
 
     def write(aside: Path) -> None:
@@ -125,10 +121,10 @@ def tokenise(source: Source, split: str, tokenizer: Tokenizer, *, form: Form = "
             (aside / "report.json").write_text(json.dumps(dataclasses.asdict(report)), encoding="utf-8")
 
     arrays, report = _read(directory) or _make(directory, write)
-    end = tokenizer.end_of_text
     return TokenStore(
-        **arrays, end_of_text=end, source=source, split=split, report=report, fingerprint=content, digests=digests
-    )
+        **arrays, end_of_text=tokenizer.end_of_text, end_of_answer=tokenizer.end_of_answer, source=source, split=split,
+        report=report, fingerprint=content, digests=digests,
+    )  # fmt: skip
 
 
 Stored = tuple[dict[str, Array], Report]
@@ -251,9 +247,9 @@ def _encode(rows: Iterator[Located], tokenizer: Tokenizer, form: Form, directory
 
 @dataclass
 class _Block:
-    """Some rows to encode: their pieces, which of them are plain text, and their file and line."""
+    """Some rows to encode: their segments, which of them are plain text, and their file and line."""
 
-    pieces: list[Pieces]
+    segments: list[list[Segment]]
     plain: list[bool]
     places: list[tuple[int, int]]
 
@@ -262,22 +258,23 @@ def _blocks(rows: Iterator[Located], tokenizer: Tokenizer, form: Form) -> Iterat
     """The rows in blocks of about CHARACTERS_AT_A_TIME."""
     block, size = _Block([], [], []), 0
     for located in rows:
-        for pieces in begun(stored_rows(located.value, form), tokenizer):
-            block.pieces.append(pieces)
+        first, *rest = stored_rows(located.value, tokenizer.template, form)
+        for segments in (tokenizer.begun(first), *rest):
+            block.segments.append(segments)
             block.plain.append(form == "prose" or isinstance(located.value, Text))
             block.places.append((located.file, located.line))
-            size += sum([len(text) for text, _ in pieces])
+            size += sum([len(segment.text) for segment in segments])
         if size >= CHARACTERS_AT_A_TIME:
             yield block
             block, size = _Block([], [], []), 0
-    if block.pieces:
+    if block.segments:
         yield block
 
 
 def _encoded(block: _Block, words: Words) -> dict[str, Array]:
     """The columns of a block; `lengths` in place of offsets."""
-    ids, flags, lengths = encode_rows(block.pieces, words.tokenizer, words)
-    before = np.append(0, np.cumsum((flags & NEXT) // NEXT + (flags & END) // END, dtype=np.int64))
+    ids, flags, lengths = encode_rows(block.segments, words.tokenizer, words)
+    before = np.append(0, np.cumsum(flags != 0, dtype=np.int64))
     return {
         "tokens": ids, "flags": flags, "lengths": lengths, "taught": np.diff(before[np.cumsum(lengths)], prepend=0),
         "plain": np.array(block.plain), "places": np.array(block.places),
@@ -296,93 +293,15 @@ def _ahead(blocks: Iterator[_Block], compute: Callable[[_Block], dict[str, Array
             yield waiting.result()
 
 
-def stored_rows(row: Row, form: Form = "dialogues") -> list[Pieces]:
-    """What is stored of a row, as (text, carries loss) pieces; of a preference as a dialogue, the chosen one."""
+def stored_rows(row: Row, template: Template, form: Form = "dialogues") -> list[list[Segment]]:
+    """What is stored of a row, as segments; of a preference as a dialogue, the chosen one."""
     if form == "pairs":
         assert isinstance(row, Preference)
-        *prompt, chosen = segments(row.chosen.messages)
-        return [prompt, [chosen], [segments(row.rejected.messages)[-1]]]
+        prompt, chosen = template.answered(row.chosen.messages)
+        return [prompt, chosen, template.answered(row.rejected.messages)[1]]
     if form == "prose":
-        return [[(prose(row), True)]]
+        return [[Segment(prose(row), loss=True, closes=True)]]
     dialogue = row.chosen if isinstance(row, Preference) else row
     if isinstance(dialogue, Text):
-        return [[(dialogue.text, True)]]
-    return [[(render(dialogue.messages), False)] if form == "texts" else segments(dialogue.messages)]
-
-
-def begun(rows: list[Pieces], tokenizer: Tokenizer) -> list[Pieces]:
-    """What is stored of one row, its first piece as the beginning of a text (`Tokenizer.beginning`)."""
-    (text, answer), *rest = rows[0]
-    return [[(tokenizer.beginning(text), answer), *rest], *rows[1:]]
-
-
-def encode_rows(rows: Sequence[Pieces], tokenizer: Tokenizer, words: Words | None = None) -> tuple[Array, Array, Array]:
-    """Tokens of many rows, as if every piece were encoded by itself, at nearly the cost of encoding whole rows.
-
-    Each row is encoded once as a whole. A byte-level token has a known number of bytes, so the tokens' running sum
-    shows where each piece ends. Where every end falls between two tokens the whole's tokens are the pieces' tokens:
-    no merge crossed a border, and before an answer's space and before a marker's line break the pre-tokeniser cuts
-    anyway. Rows for which this does not hold (odd white space, answers without a space) are encoded piece by piece.
-
-    words: an encoder with a memory, of this tokenizer.
-
-    Returns: ids (N,) int64 and flags (N,) uint8 of all rows one after the other, and tokens a row (rows,) int64.
-    """
-    texts = ["".join(text for text, _ in row) for row in rows]
-    ids, counts = (words or Words(tokenizer)).encode(texts)
-    sizes, unknown = _known_sizes(tokenizer.token_bytes[ids], counts, texts)
-    token_ends = np.cumsum(sizes)
-    pieces = [piece for row in rows for piece in row]
-    first = np.array([i == 0 for row in rows for i in range(len(row))])
-    supervised = np.array([answer for _, answer in pieces])
-    piece_ends = np.cumsum([len(text) if text.isascii() else len(text.encode()) for text, _ in pieces])
-    stops = np.searchsorted(token_ends, piece_ends)  # the token with which each piece ends
-    on_border = token_ends[np.minimum(stops, len(ids) - 1)] == piece_ends
-    safe = on_border & (first | ~supervised | np.array([text.startswith(" ") for text, _ in pieces]))
-    row_of_piece = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-    slow = np.union1d(row_of_piece[~safe], unknown)
-    flags = np.zeros(len(ids), np.uint8)
-    fast = supervised & ~np.isin(row_of_piece, slow)
-    starts = np.concatenate([[-1], stops[:-1]])  # the token before each piece
-    change = np.zeros(len(ids) + 1, np.int64)
-    np.add.at(change, starts[fast] + first[fast], 1)  # a row's first token is nobody's target
-    np.add.at(change, stops[fast], -1)
-    flags[np.cumsum(change[:-1]) > 0] |= NEXT
-    flags[stops[fast]] |= END
-    if len(slow):
-        borders = np.cumsum(counts)[:-1]
-        ids_of, flags_of = np.split(ids, borders), np.split(flags, borders)
-        for row in slow:
-            parts = tokenizer.encode_batch([text for text, _ in rows[row]])
-            marked = mark_targets(list(zip(parts, (answer for _, answer in rows[row]), strict=True)))
-            ids_of[row], flags_of[row] = np.array(marked[0], np.int64), marked[1]
-            counts[row] = len(marked[0])
-        ids, flags = np.concatenate(ids_of), np.concatenate(flags_of)
-    return ids, flags, counts
-
-
-def _known_sizes(sizes: Array, counts: Array, texts: Sequence[str]) -> tuple[Array, Array]:
-    """Bytes a token, and the rows where they are not known of every token; such a row's bytes are all at its last token."""
-    row_of_token = np.repeat(np.arange(len(counts)), counts)
-    unknown = np.unique(row_of_token[sizes < 0])
-    if len(unknown):
-        sizes = np.where(np.isin(row_of_token, unknown), 0, sizes)
-        sizes[np.cumsum(counts)[unknown] - 1] = [len(texts[row].encode()) for row in unknown]
-    return sizes, unknown
-
-
-def mark_targets(pieces: Sequence[tuple[list[int], bool]]) -> tuple[list[int], Array]:
-    """Ids of a row and the bits of each token, from its encoded (ids, carries loss) pieces.
-
-    The token before a supervised one gets NEXT; the last token of a supervised piece gets END.
-    """
-    ids = list(chain.from_iterable(piece for piece, _ in pieces))
-    marks = np.zeros(len(ids), np.uint8)
-    start = 0
-    for piece, supervised in pieces:
-        stop = start + len(piece)
-        if supervised and stop > start:
-            marks[max(start - 1, 0) : stop - 1] |= NEXT
-            marks[stop - 1] |= END
-        start = stop
-    return ids, marks
+        return [[Segment(dialogue.text, loss=True, closes=True)]]
+    return [template.whole(dialogue.messages) if form == "texts" else template.segments(dialogue.messages, False)]

@@ -20,6 +20,8 @@ FinishReason = Literal["stop", "length", "context"]
 ENDINGS: dict[FinishReason, str] = {
     "stop": "ended by itself", "length": "cut at the token limit", "context": "cut where the model's context ends"
 }  # fmt: skip
+ANSWER_END = "<|endoftext|>"
+"""How the end of an answer is written among the texts of its tokens, in records and on pages, whichever token it is."""
 _LEAK = re.compile(rf"^\s*({'|'.join(ROLE_NAMES)})\s*:", re.IGNORECASE | re.MULTILINE)
 
 
@@ -36,7 +38,7 @@ class ScoredAnswer:
 
     @property
     def leaks(self) -> bool:
-        """Whether a line of it begins like a turn of the dialogue (`Human:`), which a reader should never see."""
+        """Whether a line of it begins like a turn of a dialogue, a role and a colon, which a reader should never see."""
         return bool(_LEAK.search(self.answer))
 
 

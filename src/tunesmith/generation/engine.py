@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, groupby
@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunesmith.data.dialogue import STOP_TEXTS, cut_at_stop
 from tunesmith.data.prompts import Conversation
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.device import return_freed_memory
@@ -31,7 +30,6 @@ from tunesmith.progress import STOP
 PREFILL_TOKENS = 2048  # prompt tokens in one forward pass, to bound its memory
 PACK_STEPS = 64  # decoding steps from which on packing the weights is paid back
 TOO_LONG: dict[bool, TooLong] = {False: "refuse", True: "cut"}
-STOP_TAIL = 12  # tokens that surely hold the longest stop text
 
 
 @dataclass(frozen=True)
@@ -120,9 +118,7 @@ def generate_answers(
             new: list[list[int]] = [[] for _ in group]
             ended: list[bool] = [False] * len(group)
             texts, numbers = [ids[i] for i, _ in group], [n for _, n in group]
-            for row, token, stopped in decode(
-                model, tokenizer, texts, sampling, max_new_tokens, numbers, tokenizer.stops
-            ):
+            for row, token, stopped in decode(model, tokenizer, texts, sampling, max_new_tokens, numbers):
                 new[row].append(token)
                 ended[row] = stopped
             for row, which in enumerate(group):
@@ -149,14 +145,10 @@ def stream(
     )
     new: list[int] = []
     sent, ended = 0, False
-    for _, token, ended in decode(model, tokenizer, [prompt], sampling, max_new_tokens, stops=tokenizer.stops):
+    for _, token, ended in decode(model, tokenizer, [prompt], sampling, max_new_tokens):
         new.append(token)
-        text = _text(tokenizer, new)
-        safe = len(text.rstrip("\ufffd"))
-        for stop in STOP_TEXTS:
-            longest = min(len(stop), safe)
-            held = next((n for n in range(longest, 0, -1) if text[:safe].endswith(stop[:n])), 0)
-            safe = safe if ended else safe - held
+        text = _text(tokenizer, new).rstrip("\ufffd")
+        safe = len(text) if ended else tokenizer.template.settled(text)
         if safe > sent:
             yield text[sent:safe]
             sent = safe
@@ -172,7 +164,7 @@ def _answer(tokenizer: Tokenizer, ids: Sequence[int], stopped: bool, short: bool
 
 
 def _text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    return cut_at_stop(tokenizer.decode(ids))[0].removeprefix(" ")
+    return tokenizer.template.words(tokenizer.decode(ids))
 
 
 def decode(
@@ -182,16 +174,15 @@ def decode(
     sampling: Sampling,
     max_new_tokens: int,
     samples: Sequence[int] | None = None,
-    stops: Collection[int] = (),
 ) -> Iterator[tuple[int, int, bool]]:
     """New tokens of a batch of prompts as they are made: (row, token, whether the row's answer ended itself with it).
 
+    An answer ends with one of the tokenizer's `stops`, or with the token that completes a stop text of its template.
     Prompts are read packed, without padding, and a prompt that is repeated beside itself is read once. A finished row
     leaves the batch, so that the last long answer does not pay for the short ones. On a CUDA device steps are recorded
     and replayed (`recorded`).
 
     samples: what is added to `sampling.sample` for each prompt; None: nothing.
-    stops: ids that end an answer; none: the end of text.
     """
     sampling.check()
     device, limit = model.device, model.longest
@@ -208,15 +199,16 @@ def decode(
             logits = logits.repeat_interleave(torch.tensor([n for _, n in read], device=device), 0)  # (B, V)
     next_logits = partial(_next, model)
     fixed = None if record is None else recorded.FixedSteps(next_logits, cache, logits, record)
-    rows, ends = list(range(len(prompts))), stops or {tokenizer.end_of_text}
+    rows, ends, template = list(range(len(prompts))), tokenizer.stops, tokenizer.template
     tails: list[list[int]] = [[] for _ in prompts]
+    kept = template.longest_stop + 1  # tokens that surely hold a whole stop text: none of them has less than a byte
     for step in range(max_new_tokens):
         STOP.check()
         tokens = sample_tokens(logits, draws[:, step], sampling)
         done = []
         for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
-            tails[row] = [*tails[row][-STOP_TAIL:], token]
-            stopped = token in ends or cut_at_stop(tokenizer.decode(tails[row]))[1]
+            tails[row] = [*tails[row], token][-kept:]
+            stopped = token in ends or template.cut_at_stop(tokenizer.decode(tails[row]))[1]
             yield row, token, stopped
             if stopped or step + 1 == room[row]:
                 done.append(i)

@@ -10,9 +10,9 @@ import numpy as np
 
 from tunesmith.data.packing import pack
 from tunesmith.data.pairs import join_pairs
-from tunesmith.data.prompts import conversation, encode_prompt
-from tunesmith.data.tokenizer import END_OF_TEXT, ByteRuns, Tokenizer
-from tunesmith.files.answers import ScoredAnswer
+from tunesmith.data.prompts import conversation, encode_answered, encode_prompt
+from tunesmith.data.tokenizer import ByteRuns, Tokenizer
+from tunesmith.files.answers import ANSWER_END, ScoredAnswer
 from tunesmith.generation.context import fit
 from tunesmith.models.evaluation import evaluation_mode
 from tunesmith.models.head import target_logps
@@ -47,19 +47,21 @@ def encode_answers(tokenizer: Tokenizer, a: ScoredAnswer, b: ScoredAnswer, room:
     if room is not None:
         turns = fit(turns, lambda some: len(encode_prompt(tokenizer, some)), room).messages
     prompt = encode_prompt(tokenizer, turns)
-    ids = [tokenizer.encode(f" {x.answer}") if x.answer else [] for x in (a, b)]
+    ids = [encode_answered(tokenizer, turns, x.answer)[1] if x.answer else [] for x in (a, b)]
     return TwoAnswers(prompt, (ids[0], ids[1]), (a.finish_reason == "stop", b.finish_reason == "stop"))
 
 
 def token_texts(tokenizer: Tokenizer, two: TwoAnswers) -> tuple[list[str], list[str]]:
     """The text of every target, answer by answer; "" where a character goes on in the next token."""
     texts = [
-        ByteRuns(tokenizer).pieces(ids) + [END_OF_TEXT] * end for ids, end in zip(two.answers, two.ends, strict=True)
+        ByteRuns(tokenizer).pieces(ids) + [ANSWER_END] * end for ids, end in zip(two.answers, two.ends, strict=True)
     ]
     return texts[0], texts[1]
 
 
-def answer_logps(model: Model, pairs: Sequence[TwoAnswers], end_of_text: int) -> list[tuple[list[float], list[float]]]:
+def answer_logps(
+    model: Model, pairs: Sequence[TwoAnswers], end_of_answer: int
+) -> list[tuple[list[float], list[float]]]:
     """Log-probability of every token of both answers to each prompt, the end included where there is one; nats.
 
     Many prompts share a forward pass, and a prompt is read once for its two answers. Tokens beyond the model's
@@ -72,7 +74,7 @@ def answer_logps(model: Model, pairs: Sequence[TwoAnswers], end_of_text: int) ->
     with evaluation_mode(model):
         for group in pack(lengths, BATCH_TOKENS):
             parts, ends = zip(*(cut[i] for i in group), strict=True)
-            batch = join_pairs(parts, ends, end_of_text, model.longest).to(device)
+            batch = join_pairs(parts, ends, end_of_answer, model.longest).to(device)
             logps = target_logps(model, batch).tolist()
             at = 0
             for n, i in enumerate(group):

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tunesmith.data.tokenizer import END_OF_TEXT
 from tunesmith.files.answers import ScoredAnswer
 from tunesmith.judge.answers import LIKE_LENGTH, alike, compare_rewards, interval_record, measures, reward_summary
 from tunesmith.judge.language_model import Judgement
@@ -36,20 +35,18 @@ def level(change: float) -> int:
     return strength if change > 0 else -strength
 
 
-def rest_of(answer: ScoredAnswer, logps: TokenLogps) -> str:
-    """What of an answer's text has no log-probabilities, because a model has no positions for it; else ""."""
-    shown = "".join(text for text, _, _ in logps if text != END_OF_TEXT)
-    return f" {answer.answer}"[len(shown) :] if answer.answer else ""
-
-
 @dataclass(frozen=True)
 class Row:
-    """One prompt. judgement: where a judge was asked. logps: of A's answer and of B's, where asked for."""
+    """One prompt. judgement: where a judge was asked. logps: of A's answer and of B's, where asked for.
+
+    unscored: what of the two answers' texts has no log-probabilities, because a model has no positions for it.
+    """
 
     a: ScoredAnswer
     b: ScoredAnswer
     judgement: Judgement | None = None
     logps: tuple[TokenLogps, TokenLogps] | None = None
+    unscored: tuple[str, str] = ("", "")
 
     @property
     def difference(self) -> float | None:

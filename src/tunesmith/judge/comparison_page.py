@@ -5,8 +5,7 @@ from __future__ import annotations
 import html
 from typing import Any
 
-from tunesmith.data.tokenizer import END_OF_TEXT
-from tunesmith.files.answers import ENDINGS, ScoredAnswer
+from tunesmith.files.answers import ANSWER_END, ENDINGS, ScoredAnswer
 from tunesmith.judge.comparison import (
     VERSUS,
     Comparison,
@@ -21,7 +20,6 @@ from tunesmith.judge.comparison import (
     model_rows,
     notes,
     number,
-    rest_of,
     result_line,
     versus_rows,
 )
@@ -132,7 +130,7 @@ def _interval(text: str) -> str:
 
 def _article(row: Row, count: int, found: Comparison) -> str:
     sides = "".join(
-        _side(side, name, answer, row.logps[i] if row.logps else None)
+        _side(side, name, answer, row.logps[i] if row.logps else None, row.unscored[i])
         for i, (side, name, answer) in enumerate(zip("ab", found.names, (row.a, row.b), strict=True))
     )
     told = []
@@ -147,8 +145,8 @@ def _article(row: Row, count: int, found: Comparison) -> str:
     )
 
 
-def _side(side: str, name: str, answer: ScoredAnswer, logps: TokenLogps | None) -> str:
-    text = _tokens(logps) + _e(rest_of(answer, logps)) if logps else _e(answer.answer.strip())
+def _side(side: str, name: str, answer: ScoredAnswer, logps: TokenLogps | None, unscored: str) -> str:
+    text = _tokens(logps) + _e(unscored) if logps else _e(answer.answer.strip())
     ended = ENDINGS[answer.finish_reason]
     told = [ended, f"{answer.tokens} tokens"] + ([] if answer.reward is None else [f"reward {number(answer.reward)}"])
     if logps:
@@ -172,7 +170,7 @@ def _tokens(logps: TokenLogps) -> str:
         waiting, change = (0.0, 0.0), b - a
         title = f"{number(change, signed=True)} nats: log p {number(a)} under A, {number(b)} under B"
         kind = KINDS[level(change)]
-        shown = '<span class="end">[end]</span>' if text == END_OF_TEXT else _e(text if cells else text.lstrip())
+        shown = '<span class="end">[end]</span>' if text == ANSWER_END else _e(text if cells else text.lstrip())
         cells.append(f'<span class="token {kind}" title="{title}">{shown}</span>')
     return "".join(cells)
 

@@ -12,9 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
-from tunesmith.data.dialogue import Message, segments
-from tunesmith.data.prompts import conversation
-from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.data.dialogue import Message
+from tunesmith.data.prompts import conversation, encode_answered
 from tunesmith.device import resolve_device
 from tunesmith.errors import UserError, note
 from tunesmith.files.names import is_adapter, load_reward, read_model
@@ -109,24 +108,18 @@ class OwnScorer:
         return score_texts(self.model, ids)
 
     def _encode(self, prompt: Question, answer: str, limit: int, cuts: Cuts) -> list[int]:
-        ids = encode_answer(self.tokenizer, prompt, answer)
-        if len(ids) <= limit:
-            return ids
-        spoken = len(self.tokenizer.encode(f" {answer}"))
+        turns = conversation(prompt)
+        before, spoken = encode_answered(self.tokenizer, turns, answer)
+        if len(before) + len(spoken) <= limit:
+            return before + spoken
 
-        def before(turns: Sequence[Message]) -> int:
-            return len(encode_answer(self.tokenizer, turns, answer)) - spoken
+        def length(some: Sequence[Message]) -> int:
+            return len(encode_answered(self.tokenizer, some, answer)[0])
 
-        reading = fit_with_answer(conversation(prompt), before, spoken, limit)
-        ids = encode_answer(self.tokenizer, reading.messages, answer)
+        reading = fit_with_answer(turns, length, len(spoken), limit)
+        ids = encode_answered(self.tokenizer, reading.messages, answer)[0] + spoken
         cuts.add(reading, answer=len(ids) > limit)
         return ids[:limit]
-
-
-def encode_answer(tokenizer: Tokenizer, prompt: Question, answer: str) -> list[int]:
-    """Ids of prompt and answer, cut into pieces as in training, without an end-of-text token."""
-    pieces = segments([*conversation(prompt), Message("assistant", answer)])
-    return list(chain.from_iterable(tokenizer.encode_pieces([text for text, _ in pieces])))
 
 
 def score_texts(model: RewardModel, texts: Sequence[Sequence[int]]) -> list[float]:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from tunesmith.data.batch import Batch
-from tunesmith.data.dialogue import END
+from tunesmith.data.encoding import END, IGNORE_INDEX
 from tunesmith.data.epochs import Batches
 from tunesmith.data.texts import TextRows
-from tunesmith.data.tokenstore import IGNORE_INDEX
 from tunesmith.device import Precision, autocast
 from tunesmith.models.evaluation import evaluation_mode
 from tunesmith.models.head import head_chunk, head_nll_sum, states_and_head, token_nll
@@ -82,8 +81,9 @@ def answer_losses(model: Model, batches: Batches[TextRows], precision: Precision
             flags = store.flags[int(store.offsets[piece.row]) :][: piece.stop]
             turn = 1 + int(np.count_nonzero(flags[: piece.start] & END))
             _, targets = store.row(piece.row, rows.loss_on, piece.start, piece.stop)
-            targets = targets[targets != IGNORE_INDEX]
-            ends = np.flatnonzero(targets == store.end_of_text) + 1
+            learned = targets != IGNORE_INDEX
+            ends = np.flatnonzero(flags[piece.start :][learned] & END) + 1
+            targets = targets[learned]
             for answer in np.split(nll[at : at + len(targets)], ends):
                 if len(answer):
                     found.append(AnswerLoss(piece.row, turn, len(answer), float(answer.sum())))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from tunesmith.data.audit.rows import PAIRS, prompt_of
 from tunesmith.data.cutting import Piece, cut_rows
-from tunesmith.data.dialogue import END, NEXT, Message, Preference, render, segments
+from tunesmith.data.dialogue import Preference
+from tunesmith.data.encoding import END, NEXT
 from tunesmith.data.pairstore import PairStore, cut_pairs
+from tunesmith.data.template import Segment
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokenstore import TokenStore
 
@@ -58,12 +61,18 @@ def cut_pairs_end(
     cut, same = list(map(store.place, over)), [store.place(i) for i in over if _alike(store, i, block_size - prompt[i])]
     end_lost, prompt_end_lost = int((prompt + chosen + 1 > block_size).sum()), int((prompt > block_size).sum())
     most = int(longest.max(initial=0))
+    template = tokenizer.template
+
+    def ids_of(segments: Sequence[Segment]) -> list[int]:
+        return list(chain.from_iterable(tokenizer.encode_segments(tokenizer.begun(segments))))
+
     for row, place in skipped:
-        texts = [render(dialogue.messages) for dialogue in (row.chosen, row.rejected)]
-        left, right = ([*tokenizer.encode(text), store.store.end_of_text] for text in texts)
-        before = segments((*prompt_of(row.chosen.messages), Message("assistant", "", "")))
+        left, right = (
+            [*ids_of(template.whole(dialogue.messages)), tokenizer.end_of_answer]
+            for dialogue in (row.chosen, row.rejected)
+        )
         end_lost += len(left) > block_size
-        prompt_end_lost += sum(map(len, tokenizer.encode_pieces([text for text, _ in before]))) > block_size
+        prompt_end_lost += len(ids_of(template.segments(prompt_of(row.chosen.messages), True))) > block_size
         most = max(most, len(left), len(right))
         cut += [place] if max(len(left), len(right)) > block_size else []
         same += [place] if left[:block_size] == right[:block_size] else []
@@ -77,7 +86,7 @@ def _alike(store: PairStore, pair: int, room: int) -> bool:
     """Whether the two answers, each with its end, begin with the same `room` tokens."""
     if room <= 0:
         return True
-    _, a, b = (np.append(part, store.store.end_of_text)[:room] for part in store.tokens(pair))
+    _, a, b = (np.append(part, store.store.end_of_answer)[:room] for part in store.tokens(pair))
     return np.array_equal(a, b)
 
 

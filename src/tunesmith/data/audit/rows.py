@@ -1,7 +1,7 @@
-r"""What can be wrong with the text of one row: nothing to learn from, or a border that the tokenizer sees differently.
+"""What can be wrong with the text of one row: nothing to learn from, or a border that the tokenizer sees differently.
 
-Borders matter because `\n\nAssistant: yes` is `...Assistant` `:` ` yes`: the space belongs to the answer's first token.
-A space at the end of a prompt, none before an answer, or two, make tokens that the model never meets when it answers.
+Borders matter because in the HH form the space before an answer belongs to its first token. A space at the end of a prompt,
+none before an answer, or two, make tokens that the model never meets when it answers.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.data.dialogue import Message, Preference, Row, Text
+from tunesmith.data.hh_template import HH_ROLES, marker_inside
 
 PAIRS, DIALOGUES, TEXTS = FORMS = ("pairs", "dialogues", "texts")
 
@@ -49,14 +50,13 @@ CHECKS = {
     "place: strip the prompt"),
     "turn_start": Check(
         "turn without one space before it", TURNS,
-        "its first token differs from other turns': put one space after the marker `Assistant:`, none at the start "
+        f"its first token differs from other turns': put one space after the marker `{HH_ROLES['assistant']}:`, none at the start "
         "of `content` or `completion`",
     ),
     "answer_end": Check("answer ends in white space", TURNS, "the model learns to write it before it stops: strip the answer"),
 }  # fmt: skip
 UNREADABLE = "they are skipped: repair or delete them; docs/data.md lists the row formats"
 
-_ROLE_MARKER = re.compile(r"(?:^|\n)[ \t]*(?:Human|Assistant):|\n\nSystem:|\bAssistant:\s*\Z")
 _TEMPLATE = re.compile(r"<\|[a-z_]+\|>|\A<s>|</s>\s*\Z|\[/?INST\]|<(?:start|end)_of_turn>")
 
 
@@ -111,8 +111,7 @@ def _turn_defects(turns: tuple[Message, ...], empty: str) -> set[str]:
 def _text_defects(texts: Iterable[str]) -> set[str]:
     found = set()
     for text in texts:
-        # plain `in` first: most texts have none of these, and it is far cheaper than a search
-        if ("Human:" in text or "Assistant:" in text or "System:" in text) and _ROLE_MARKER.search(text):
+        if marker_inside(text):
             found.add("role_marker")
         if ("<" in text or "[" in text) and _TEMPLATE.search(text):
             found.add("template_text")

@@ -1,0 +1,92 @@
+"""What a dialogue is to a model: how turns become text and tokens, which of these carry loss, and what ends an answer.
+
+A `Template` cuts a dialogue into segments, and a tokenizer makes ids of each by itself. One cut serves training, chat and
+scoring, so what a model reads before an answer has exactly the ids that it had in training.
+
+A new form is one file that ends in its `Template`, as `hh_template.py` does, and one line in `tokenizer.TEMPLATES`;
+tests/test_template.py then holds it to the laws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
+
+from tunesmith.data.dialogue import Message
+
+
+class Segment(NamedTuple):
+    """A stretch of a dialogue that is encoded by itself.
+
+    text: its words; of a `special` one the text of a single special token, which becomes that token's id. Words never do,
+        whatever they say.
+    loss: its tokens are targets. A special token that is one ends an answer.
+    closes: behind its last token the end of text is a target, but does not stand in the row: no later token reads it.
+    """
+
+    text: str
+    loss: bool = False
+    special: bool = False
+    closes: bool = False
+
+
+@dataclass(frozen=True)
+class Template:
+    """The form of a dialogue that a model is trained with.
+
+    name: under which it stands in `tokenizer.TEMPLATES`; part of the key of stored tokens.
+    segments: (messages, whether an answer is to follow) -> the dialogue in pieces; with True they end where the answer's
+        words begin. Laws, for any messages: before each answer stand the segments of its prompt, and those with loss are
+        the words of the answers that have weight, each with its end.
+    jinja: the same form for transformers' `apply_chat_template`.
+    end: text of the special token that ends an answer; "": the tokenizer's end of text does.
+    stop_texts: an answer also ends before any of these.
+    lead: what an answer's text begins with before its first word.
+    """
+
+    name: str
+    segments: Callable[[Sequence[Message], bool], list[Segment]]
+    jinja: str
+    end: str = ""
+    stop_texts: tuple[str, ...] = ()
+    lead: str = ""
+
+    def text(self, messages: Sequence[Message]) -> str:
+        """The dialogue as a person reads it, special tokens by their names."""
+        return "".join([s.text for s in self.segments(messages, False)])
+
+    def whole(self, messages: Sequence[Message]) -> list[Segment]:
+        """The dialogue without loss, in as few segments as there can be: one where the form has no special tokens."""
+        joined: list[Segment] = []
+        for special, run in groupby(self.segments(messages, False), lambda s: s.special):
+            texts = [s.text for s in run]
+            joined += [Segment(text, special=True) for text in texts] if special else [Segment("".join(texts))]
+        return joined
+
+    def answered(self, messages: Sequence[Message]) -> tuple[list[Segment], list[Segment]]:
+        """A dialogue that ends with an answer of weight 1: what stands before that, and its words, without their end."""
+        prompt = self.segments(messages[:-1], True)
+        return prompt, [s for s in self.segments(messages, False)[len(prompt) :] if s.loss and not s.special]
+
+    def cut_at_stop(self, answer: str) -> tuple[str, bool]:
+        """An answer up to the first stop text, and whether there was one."""
+        places = [at for at in (answer.find(stop) for stop in self.stop_texts) if at >= 0]
+        return (answer[: min(places)], True) if places else (answer, False)
+
+    def words(self, decoded: str) -> str:
+        """What an answer says. decoded: the text of its tokens."""
+        return self.cut_at_stop(decoded)[0].removeprefix(self.lead)
+
+    def settled(self, answer: str) -> int:
+        """How many characters of an answer's beginning stay, however it goes on: its end could become a stop text."""
+        safe = len(answer)
+        for stop in self.stop_texts:
+            safe -= next((n for n in range(min(len(stop), safe), 0, -1) if answer[:safe].endswith(stop[:n])), 0)
+        return safe
+
+    @property
+    def longest_stop(self) -> int:
+        """Bytes of the longest stop text, and so the most tokens that it can take."""
+        return max((len(stop.encode()) for stop in self.stop_texts), default=0)
