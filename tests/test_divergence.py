@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 import tunesmith as ts
-from tiny_runs import comparable, tiny_config
+from tiny_runs import comparable, digest, tiny_config
 from tunesmith.__main__ import main
+from tunesmith.commands import sft
+from tunesmith.errors import UserError
 from tunesmith.options.training import DPOConfig
-from tunesmith.train.divergence import Watch, batches_to_judge_by
+from tunesmith.train.choice import Estimate
+from tunesmith.train.divergence import Watch, batches_to_judge_by, sound_steps
 
 SHAPES = json.loads((Path(__file__).parent / "loss_shapes.json").read_text())
 """What 200 real runs showed (the file says how they were made): how the loss on a sample of the rows went, relative to step 0, and how
@@ -91,6 +94,15 @@ def test_a_suspicion_is_looked_into_once_and_then_the_window_begins_anew():
     assert Watch(0, None, look_at=9).look_at is None
 
 
+def test_an_estimate_is_sound_if_its_loss_had_not_risen_before_the_divergence_showed():
+    estimates = [Estimate(step, loss, 1.0) for step, loss in ((0, 2.0), (5, 1.5), (10, 2.05), (15, 2.2), (20, 0.1))]
+    assert sound_steps(estimates, 99.0, diverged_at=20) == {0, 5, 10}, "step 0 is of the same rows"
+    assert sound_steps(estimates[1:], 1.5, diverged_at=20) == {5}
+    assert sound_steps(estimates[1:], None, diverged_at=20) == {5, 10, 15}, "nobody measured the start"
+    assert sound_steps([Estimate(5, None, 1.0)], 1.0, diverged_at=20) == {5}
+    assert sound_steps([], 1.0, diverged_at=20) == set()
+
+
 # Real runs
 
 
@@ -120,6 +132,43 @@ def test_a_short_run_that_ends_far_above_its_start_has_diverged(tiny_directory, 
     assert main(["dpo" if kind else "sft", "--resume", "--out", str(run.path)]) == 1
     assert capsys.readouterr().err == f"tunesmith: {told}\n"
     assert comparable(run) == before
+
+
+@pytest.mark.parametrize("at_start", [True, False])
+def test_a_run_that_diverges_at_its_end_names_the_checkpoint_to_use(tiny_directory, tmp_path, capsys, at_start):
+    """Its newest checkpoint, of the diverged weights, has the only estimate where none was made at the start."""
+    options = {"optimizer__lr": 1.0, "train__steps": 3, "eval__every": 1000, "checkpoint__every": 1000}
+    run = ts.sft(tiny_config(tiny_directory, tmp_path / "r", **options, eval__at_start=at_start))
+    assert capsys.readouterr().out.splitlines()[-1] == f"diverged at step 3: {run.status['reason']}"
+    assert [step for step, _ in run.checkpoints()] == [0, 3][not at_start :]
+    if at_start:
+        assert run.status["reason"].endswith(f"; the best checkpoint from before is {run.path}@0")
+        assert (run.status["best_step"], run.status["choice"]["best_step"]) == (0, 0)
+        assert run.status["best_validation_loss"] == run.metrics("eval")[0]["validation_loss"]
+        assert digest(run.best_checkpoint()) == digest(tiny_directory)
+        return
+    assert run.status["reason"].endswith(
+        f"; it has no good checkpoint: go on from {tiny_directory}, with which it began"
+    )
+    assert (run.status["best_step"], run.status["best_validation_loss"]) == (None, None)
+    assert "choice" not in run.status
+    with pytest.raises(UserError, match=f"{run.path} has diverged and left no good checkpoint: .*{run.path}@3"):
+        ts.load(str(run.path), device="cpu")
+    assert ts.load(f"{run.path}@3", device="cpu")
+
+
+def test_a_run_that_breaks_off_keeps_its_choice_of_the_estimates_before(tiny_directory, tmp_path, monkeypatch):
+    plain, calls = sft.nll_sum, []
+
+    def poisoned(*args):
+        calls.append(1)
+        return plain(*args) * (float("nan") if len(calls) == 6 else 1.0)
+
+    monkeypatch.setattr(sft, "nll_sum", poisoned)
+    options = {"eval__every": 2, "checkpoint__every": 1, "eval__at_start": False, "optimizer__lr": 3e-3}
+    run = ts.sft(tiny_config(tiny_directory, tmp_path / "r", **options))
+    assert run.status["reason"].endswith(f"; the best checkpoint from before is {run.path}@4")
+    assert (run.status["state"], run.status["step"], run.status["best_step"]) == ("diverged", 5, 4)
 
 
 def test_a_lengthened_run_is_judged_on_the_rows_it_began_with(tiny_directory, tmp_path):

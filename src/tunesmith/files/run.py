@@ -205,12 +205,21 @@ class Run:
         return f"tunesmith {command} --out {shlex.quote(str(self.path))} --resume"
 
     def best_checkpoint(self) -> Path:
-        """The checkpoint with the lowest validation loss; the last checkpoint if none was estimated."""
-        best = self.status.get("best_step")
-        found = dict(self.checkpoints())
-        if not found:
-            raise UserError(f"{self.path} has no checkpoint yet (its state is {self.status['state']!r})")
-        return found[best if best in found else max(found)]
+        """The checkpoint with the lowest validation loss; the last checkpoint if none was estimated.
+
+        Raises: UserError if there is none, or if the run has diverged and left none from before that is known to be good.
+        """
+        status, checkpoints = self.status, dict(self.checkpoints())
+        best = status.get("best_step")
+        if not checkpoints:
+            raise UserError(f"{self.path} has no checkpoint yet (its state is {status['state']!r})")
+        if best not in checkpoints and status["state"] == "diverged":
+            steps = ", ".join(f"{self.path}@{step}" for step in checkpoints)
+            raise UserError(
+                f"{self.path} has diverged and left no good checkpoint: use the model that it began with, or name one of "
+                f"its checkpoints by the step ({steps})"
+            )
+        return checkpoints[best if best in checkpoints else max(checkpoints)]
 
 
 def is_run(path: Path) -> bool:

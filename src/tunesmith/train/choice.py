@@ -141,9 +141,13 @@ def read_rewards(run: Run) -> dict[int, list[float]]:
     return found
 
 
-def choose_checkpoint(run: Run, available: Collection[int]) -> Choice | None:
-    """`choose` on what a run has logged."""
-    return choose(read_estimates(run), read_rewards(run), available)
+def choose_checkpoint(run: Run, available: Collection[int], *, among: Collection[int] | None = None) -> Choice | None:
+    """`choose` on what a run has logged; with `among`, on what it has logged of these steps, and none but these."""
+    estimates, by_prompt = read_estimates(run), read_rewards(run)
+    if among is not None:
+        estimates = [e for e in estimates if e.step in among]
+        by_prompt = {step: values for step, values in by_prompt.items() if step in among}
+    return choose(estimates, by_prompt, available)
 
 
 def choice_lines(choice: Choice, estimates: Sequence[Estimate]) -> list[str]:

@@ -16,6 +16,7 @@ from torch.amp import GradScaler
 
 from tunesmith.files.run import Run
 from tunesmith.train.checkpoint import stored_state
+from tunesmith.train.choice import Estimate
 from tunesmith.train.step import StepStats
 
 SMALLEST_SCALE = 2.0**-20  # fp16 gradients may overflow and are then scaled anew; below this they are simply infinite
@@ -41,6 +42,21 @@ def batches_judged_by(path: Path, resume: bool, micro_batches: int) -> int:
 def above(loss: float, before: float, by: float) -> bool:
     """Whether a loss is above another one `by` times that, or no number."""
     return not loss <= before + (by - 1) * abs(before)
+
+
+def sound_steps(estimates: Iterable[Estimate], loss_before: float | None, diverged_at: int) -> set[int]:
+    """The estimated steps from before a divergence: those at which the training loss had not risen itself.
+
+    Args:
+        loss_before: on the rows to judge by, before the first step; the yardstick where step 0 was not estimated. It is of
+            other rows than the estimates, so a step that is hardly better than the start may be taken for a worse one.
+        diverged_at: the step that showed the divergence. It is not sound whatever its estimate says.
+    """
+    losses = {e.step: e.train_loss for e in estimates if e.step < diverged_at}
+    start = losses.get(0, loss_before)
+    return {
+        step for step, loss in losses.items() if loss is None or start is None or not above(loss, start, DIVERGED_BY)
+    }
 
 
 def broken(stats: StepStats, scaler: GradScaler | None) -> str:

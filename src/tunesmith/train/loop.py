@@ -29,10 +29,10 @@ from tunesmith.errors import Interrupted
 from tunesmith.files.run import RunLog
 from tunesmith.progress import STOP, Progress
 from tunesmith.train.checkpoint import load_state, prune, save_checkpoint
-from tunesmith.train.choice import choice_lines, choose_checkpoint, read_estimates
+from tunesmith.train.choice import Choice, choice_lines, choose_checkpoint, read_estimates
 from tunesmith.train.clock import seconds_between
 from tunesmith.train.course import Timetable, TrainingState
-from tunesmith.train.divergence import Watch, batches_to_judge_by, broken
+from tunesmith.train.divergence import Watch, batches_to_judge_by, broken, sound_steps
 from tunesmith.train.launch import Launched, Launcher
 from tunesmith.train.method import B, Task
 from tunesmith.train.outlook import Outlook
@@ -80,7 +80,8 @@ def fit(
 class Training(Generic[B]):
     """A training on its way from where `state` stands. `run` is all there is to call.
 
-    trouble: why it has diverged; "" while it has not. stopped: a signal has ended it, and the status says so.
+    trouble: why it has diverged, "" while it has not; diverged_at: the step that showed it.
+    stopped: a signal has ended it, and the status says so.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Training(Generic[B]):
         )
         self.bar = Progress(timetable.steps, state.step)
         self.waiting: deque[Launched[B]] = deque()  # launched and not read, oldest first; at most two
-        self.trouble, self.stopped = "", False
+        self.trouble, self.diverged_at, self.stopped = "", 0, False
 
     def run(self) -> None:
         """Train to the end, whatever that is; status.json then tells it."""
@@ -235,7 +236,7 @@ class Training(Generic[B]):
         self.waiting.clear()
 
     def _diverged(self, number: int, reason: str, or_else: str = "", **observed: float) -> None:
-        lr = self.timetable.learning_rate(number)
+        lr, self.diverged_at = self.timetable.learning_rate(number), number
         self.log.record("diverged", number, **observed, lr=lr)
         self.trouble = f"{reason}; lower --optimizer.lr (now {lr:g}){or_else}"
 
@@ -304,20 +305,40 @@ class Training(Generic[B]):
             if reason := self.watch.found_at_end(loss):
                 self._diverged(self.state.step, f"{reason} after step {self.state.step:,}", loss=loss)
         if self.trouble:
-            self._end("diverged", self.trouble)
+            self._end_diverged()
         elif self._patience_is_over():
             patience, since = self.timetable.patience, self.state.lowest_step
-            self._end("finished", f"the validation loss has not fallen for {patience} estimates, since step {since:,}")
+            reason = f"the validation loss has not fallen for {patience} estimates, since step {since:,}"
+            self._end("finished", reason, self._choice())
         else:
-            self._end("finished")
+            self._end("finished", "", self._choice())
 
     def _stop(self) -> None:
         self.stopped = True
-        self._end("stopped", f"{STOP.reason}; continue it with: {self.log.run.resume_command}")
+        reason = f"{STOP.reason}; continue it with: {self.log.run.resume_command}"
+        self._end("stopped", reason, self._choice())
 
-    def _end(self, kind: str, reason: str = "") -> None:
+    def _choice(self) -> Choice | None:
+        return choose_checkpoint(self.log.run, self._saved_steps())
+
+    def _end_diverged(self) -> None:
+        """The checkpoint of a step that showed the divergence is the newest, and may be the only one: it is never the one to use."""
+        run, state = self.log.run, self.state
+        sound = sound_steps(read_estimates(run), state.loss_before, self.diverged_at).intersection(self._saved_steps())
+        choice = choose_checkpoint(run, sound, among=sound)
+        state.best_step = choice.best_step if choice else None
+        state.best_loss = min((e.validation_loss for e in read_estimates(run) if e.step in sound), default=None)
+        if choice:
+            way_out = f"the best checkpoint from before is {run.path}@{choice.best_step}"
+        elif self.trainee.base:
+            way_out = f"it has no good checkpoint: go on from {run.config['model']['name']}, with which it began"
+        else:
+            way_out = "it has no good checkpoint"
+        self._end("diverged", f"{self.trouble}; {way_out}", choice)
+
+    def _end(self, kind: str, reason: str, choice: Choice | None) -> None:
         """Write the last status and say it, with the checkpoint to use."""
-        state, choice = self.state, choose_checkpoint(self.log.run, self._saved_steps())
+        state = self.state
         optional: dict[str, Any] = {"choice": choice.as_dict()} if choice else {}
         if state.split_limit:
             optional["split_limit"] = state.split_limit
