@@ -72,7 +72,7 @@ PAGES = {
         "Direct preference optimisation on pairs of answers: all weights, or LoRA adapters with --lora.rank. MODEL is "
         "usually a run of tunesmith sft.",
         ("tunesmith dpo --model sample --data sample --optimizer.lr 2e-5",),
-        ("model.name", "data.name", "dpo.beta", "dpo.loss", *TRAINING, "lora.rank", "out"),
+        ("model.name", "data.name", "dpo.beta", *TRAINING, "lora.rank", "out", "resume"),
     ),
     "evaluate": Page(
         "Loss and perplexity of a model on a data set, by turn and by length; on pairs, how often it prefers the chosen "
