@@ -128,7 +128,11 @@ BAD_FILES = {
     "blank.jsonl": (b"\n\n\n", ["blank.jsonl", "it is empty", "messages"]),
     "empty.parquet": (b"", ["empty.parquet", "cannot be read as Parquet", "again"]),
     "columns.jsonl": (lines({"q": "a"}) * 5, ["5 skipped", "found q", "prompt + completion", "columns.jsonl:1"]),
-    "latin.jsonl": (b'{"text": "\xe9"}\n' * 5, ["5 skipped", "invalid UTF-8", "latin.jsonl:1"]),
+    "latin.jsonl": (b'{"text": "\xe9"}\n' * 5, ["5 skipped", "invalid UTF-8", "save the file as UTF-8", "latin.jsonl:1"]),
+    "latin.csv": (b"prompt,completion\na,\xe9\n", ["latin.csv", "is not UTF-8", "byte 20", "save it as UTF-8"]),
+    "latin.txt": (b"a\n\xe9\n", ["latin.txt", "is not UTF-8 text", "byte 2", "save it as UTF-8"]),
+    "no mark.csv": ("prompt,completion\na,b\n".encode("utf-16-le"), ["no mark.csv", "zero bytes", "save it as UTF-8"]),
+    "no mark.txt": ("a b\n".encode("utf-16-le"), ["no mark.txt", "zero bytes", "not a text file"]),
     "latin.json": (b'[{"text": "\xe9"}]', ["latin.json", "is not UTF-8", "byte 11", "save it as UTF-8"]),
     "broken.json": (b'[{"text": "a"},\n{"text": ', ["broken.json", "not valid JSON", "line 2"]),
     "cut.jsonl.gz": (
@@ -159,9 +163,13 @@ def test_one_bad_row_is_counted_and_an_error_when_strict(fails, sft, tmp_path, c
     file = tmp_path / "rows.jsonl"
     file.write_bytes(lines(GOOD) * 4 + b'{"text": "\xff"}\n' + lines(GOOD) * 2)
     assert main(["data", str(file)]) == 0
-    assert "1 skipped: invalid UTF-8 (invalid start byte) (rows.jsonl:5)" in capfd.readouterr().out
+    assert (
+        "1 skipped: invalid UTF-8 (invalid start byte): save the file as UTF-8 (rows.jsonl:5)" in capfd.readouterr().out
+    )
     assert main([*map(str, sft), "--data.name", str(file)]) == 0
-    assert "1 skipped: invalid UTF-8 (invalid start byte) (rows.jsonl:5)" in capfd.readouterr().out
+    assert (
+        "1 skipped: invalid UTF-8 (invalid start byte): save the file as UTF-8 (rows.jsonl:5)" in capfd.readouterr().out
+    )
     fails(["data", file, "--data.strict", "true"], 1, "--data.strict", "invalid UTF-8", "rows.jsonl:5")
     fails([*sft, "--out", tmp_path / "2", "--data.name", file, "--data.strict"], 1, "invalid UTF-8", "rows.jsonl:5")
 

@@ -234,7 +234,7 @@ class _Reading:
                 text = text.lstrip(_MARK)
             value = parse_json(text)
         except UnicodeDecodeError as error:
-            self._bad(line, f"invalid UTF-8 ({error.reason})")
+            self._bad(line, f"invalid UTF-8 ({error.reason}): save the file as UTF-8")
         except json.JSONDecodeError as error:
             several = joined_values(text)  # none in an empty line
             if several is None:

@@ -34,6 +34,8 @@ def csv_rows(path: Path, lines: Iterable[str], tabs: bool) -> Iterator[tuple[int
     """
     lines = iter(lines)
     header = next((line for line in lines if line.strip("\ufeff \t\r\n")), "").lstrip("\ufeff")
+    if "\0" in header:
+        raise UserError(f"{path} holds zero bytes, as UTF-16 without its mark does; save it as UTF-8")
     delimiter = "\t" if tabs else max(DELIMITERS, key=lambda d: (header.count(d), d == ","))
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST_CELL))
     names = next(csv.reader([header], delimiter=delimiter), [])

@@ -225,8 +225,8 @@ def _check_file(file: str, options: type[Any]) -> tuple[dict[str, Any], str]:
         with Path(file).open(encoding="utf-8") as text:
             content = read_yaml(text, file, exponents=False)  # from the file, so that errors name it
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text ({error.reason})"
-        raise UsageError(f"--config {file}: {reason}; give a YAML file as --print_config prints it") from None
+        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text ({error.reason}); save it as UTF-8"
+        raise UsageError(f"--config {file}: {reason}. Give a YAML file as --print_config prints it") from None
     except yaml.YAMLError as error:
         raise UsageError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
     groups = {name.split(".")[0] for name in option_types(options) if "." in name}

@@ -111,8 +111,8 @@ def _load(path: Path) -> dict[str, Any]:
         with path.open(encoding="utf-8") as text:
             content = read_yaml(text, str(path))
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text ({error.reason})"
-        raise UsageError(f"study {path}: {reason}; give a YAML file like those in docs/study.md") from None
+        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text ({error.reason}); save it as UTF-8"
+        raise UsageError(f"study {path}: {reason}. Give a YAML file like those in docs/study.md") from None
     except yaml.YAMLError as error:
         raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     return _mapping(content, f"{path}: a study")
