@@ -128,7 +128,10 @@ BAD_FILES = {
     "blank.jsonl": (b"\n\n\n", ["blank.jsonl", "it is empty", "messages"]),
     "empty.parquet": (b"", ["empty.parquet", "cannot be read as Parquet", "again"]),
     "columns.jsonl": (lines({"q": "a"}) * 5, ["5 skipped", "found q", "prompt + completion", "columns.jsonl:1"]),
-    "latin.jsonl": (b'{"text": "\xe9"}\n' * 5, ["5 skipped", "invalid UTF-8", "save the file as UTF-8", "latin.jsonl:1"]),
+    "latin.jsonl": (
+        b'{"text": "\xe9"}\n' * 5,
+        ["5 skipped", "invalid UTF-8", "save the file as UTF-8", "latin.jsonl:1"],
+    ),
     "latin.csv": (b"prompt,completion\na,\xe9\n", ["latin.csv", "is not UTF-8", "byte 20", "save it as UTF-8"]),
     "latin.txt": (b"a\n\xe9\n", ["latin.txt", "is not UTF-8 text", "byte 2", "save it as UTF-8"]),
     "no mark.csv": ("prompt,completion\na,b\n".encode("utf-16-le"), ["no mark.csv", "zero bytes", "save it as UTF-8"]),

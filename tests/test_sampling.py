@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from reference import kept_tokens
-from tunesmith.generation.sampling import Sampling, sample_tokens
+from tunesmith.generation.sampling import Sampling, sample_tokens, stream_of
 
 GRID = 4000
 
@@ -54,3 +54,14 @@ def test_a_flat_row_beside_a_peaked_one_and_wider_than_all_first_looks_gets_its_
         kept = kept_tokens(row, 1.0, 0, 0.9)
         edges = np.cumsum(list(kept.values()))
         assert column.tolist() == [list(kept)[i] for i in np.searchsorted(edges, uniform.numpy(), side="right")]
+
+
+def test_a_stream_is_made_of_the_seed_the_prompts_tokens_and_the_number_of_the_answer():
+    """As the help of `generate.seed` says: the place of a prompt among others is nothing to it."""
+    stream = stream_of(Sampling(seed=1), 0, [5, 6, 7], 4).tolist()
+    assert stream_of(Sampling(seed=1), 0, (5, 6, 7), 4).tolist() == stream
+    others = [
+        stream_of(Sampling(seed=s), n, tokens, 4).tolist()
+        for s, n, tokens in ((2, 0, [5, 6, 7]), (1, 1, [5, 6, 7]), (1, 0, [5, 6]))
+    ]
+    assert all(set(other).isdisjoint(stream) for other in others)

@@ -54,9 +54,10 @@ class DataOptions:
     holdout: float = 0.05
     """Share of rows held out for validation if a data set has no test split."""
     seed: int = 1234
-    """Seed for the order of the rows, and for what data.split_seed decides unless that is given."""
+    """Seed for the order of the rows, for which of them the training loss is estimated on, and for what data.split_seed decides
+    unless that is given."""
     split_seed: int | None = None
-    """Seed for which rows are drawn (hh-pairs, mixtures), held out and estimated on; default: data.seed."""
+    """Seed for which rows are drawn (hh-pairs, mixtures), held out and used for the validation loss; default: data.seed."""
     strict: bool = field(default=False, metadata=OPEN)  # refuses rows, never changes them
     """Treat any bad, cut or skipped row as an error."""
 
@@ -99,7 +100,7 @@ class TrainOptions:
     allocator: Literal["fast", "lean"] = field(default="fast", metadata=OPEN)  # where memory lies, not what is in it
     """On a CPU. fast: freed memory is kept for the next step; lean: it is returned at once, which saves memory and costs time."""
     seed: int = 1234
-    """Seed for new weights (adapters and score layers too) and for dropout."""
+    """Seed for new weights (adapters and score layers too), for dropout and for stochastic rounding (train.weights bf16)."""
     device: str = field(
         default="auto", metadata=ROUNDING
     )  # other kernels; each kind of device has its own random numbers
@@ -180,7 +181,7 @@ class EvalOptions:
     prompts: str | None = field(default=None, metadata=CONTENT)
     """With eval.reward: prompt file, one per line or rows with `prompt` and optionally `group`; default: the embedded 40."""
     samples: int = 1
-    """With eval.reward: answers per prompt."""
+    """With eval.reward: answers per prompt, drawn as by tunesmith score with its defaults (seed 1234), the same at every estimate."""
     max_new_tokens: int = 128
     """With eval.reward: longest answer, in tokens."""
 
@@ -280,5 +281,5 @@ class GenerateOptions:
     top_k: int = 0
     """Keep only the k most likely tokens; 0 = all."""
     seed: int = 1234
-    """Decides every draw, together with the words of the prompt and the number of the answer to it: other prompts and their
-    order change nothing, and a prompt given twice gets the same answer twice."""
+    """Decides every draw, together with the tokens of the prompt (earlier turns included) and the number of the answer to it:
+    other prompts and their order change nothing, and a prompt given twice gets the same answer twice."""
