@@ -26,7 +26,7 @@ from tunesmith.train.optim import OneByOne, decides_on_device, set_learning_rate
 from tunesmith.train.recorded import RecordedStep, recorder
 from tunesmith.train.resolve import precision_of
 from tunesmith.train.splitting import Split, Splitting, step_in_memory
-from tunesmith.train.step import Seen, StepStats, Unread, optimizer_step, step_on_device
+from tunesmith.train.step import DeviceStats, StepStats, Unread, optimizer_step, step_on_device
 from tunesmith.train.trainee import AnyConfig, make_optimizer
 
 READ_LATE_ON = ("cuda",)  # devices that would have nothing to do while the host reads a step's numbers
@@ -98,7 +98,7 @@ def make_launcher(
         return Launcher(device, optimizer, scaler, step_at_once, False, splitting)
     assert isinstance(optimizer, Optimizer)
     halted = torch.zeros((), device=device)  # one for the whole run: what was launched after a bad step must see it
-    step: Callable[[Sequence[B]], Seen] = partial(
+    step: Callable[[Sequence[B]], DeviceStats] = partial(
         step_on_device, model, loss_sum=loss_sum, optimizer=optimizer, max_norm=max_norm, halted=halted
     )
     if config.train.cuda_graphs is True:

@@ -50,6 +50,7 @@ class PreferenceLoss:
 @torch.no_grad()
 def answer_logps(model: Model, batch: Batch, precision: Precision = "fp32") -> Tensor:
     """Log-probabilities of the chosen and the rejected answers under `model`: (pairs, 2) float32, nats."""
+    # Summed, not averaged: DPO's margin is that of whole answers, and a mean would take their lengths out of it.
     return sum_sequences(target_logps(model, batch, precision), batch.lengths).view(-1, 2)
 
 
@@ -66,6 +67,7 @@ def dpo_loss_sum(
             hidden, weight, batch.targets, batch.lengths, lambda logps, which: settings(logps, reference[which])[0],
             low_rank=low_rank, chunk=head_chunk(precision),
         )  # fmt: skip
+    # A second time, for the rewards and without a graph: it is about two numbers a pair, nothing beside the head.
     _, chosen, rejected = settings(policy, reference)
     return _sums(loss, chosen, rejected)
 
@@ -80,11 +82,14 @@ def reward_loss_sum(model: RewardModel, batch: Batch, precision: Precision = "fp
 def pair_scores(model: RewardModel, batch: Batch, precision: Precision = "fp32") -> Tensor:
     """Scores of the chosen and the rejected answers, each after its prompt: (pairs, 2) float32."""
     assert batch.last is not None
+    # The score is read where the answer ends; it has seen the prompt and this answer, and nothing of the other.
     with autocast(batch.input_ids.device, precision):
         return model(batch.input_ids, batch.documents, rows=batch.last).view(-1, 2)  # type: ignore[no-any-return]
 
 
 def _sums(loss: Tensor, chosen: Tensor, rejected: Tensor) -> Tensor:
+    # One tensor, so that a step reads all of it in its one wait for the device. A tie counts as wrong, for a model that gives
+    # both answers the same has not preferred one.
     better = (chosen > rejected).to(chosen.dtype)
     return torch.stack([loss, *(t.sum() for t in (better, chosen - rejected, chosen, rejected))])
 
@@ -106,20 +111,23 @@ def estimate_dpo(
 
     def look(batch: Batch) -> tuple[Tensor, int]:
         batch = batch.to(device)
-        policy, held = answer_logps(model, batch, precision), reference(batch)
-        losses, chosen, rejected = settings(policy, held)
+        policy, base = answer_logps(model, batch, precision), reference(batch)
+        losses, chosen, rejected = settings(policy, base)
         better = (chosen > rejected).to(losses.dtype)
-        drift = policy - held
-        found = torch.stack([losses, better, chosen - rejected, chosen, rejected, *drift.t(), -policy[:, 0]])
-        return found, sum(batch.lengths[::2])
+        drift = policy - base
+        # Nothing is read here, so that a GPU works through all batches without a wait. The last row is not a mean over pairs
+        # but over tokens, as the loss of `sft` on the same answers is.
+        columns = torch.stack([losses, better, chosen - rejected, chosen, rejected, *drift.t(), -policy[:, 0]])
+        return columns, sum(batch.lengths[::2])
 
     with evaluation_mode(model):
         pieces = [piece for pieces in within_memory(batches, look) for piece in pieces]
-    found, tokens = torch.cat([found for found, _ in pieces], 1).double(), sum(n for _, n in pieces)  # (8, pairs)
-    *means, _ = found.mean(1).tolist()
+    # In float64: a mean over thousands of pairs, of which the same rows are compared from estimate to estimate.
+    table, tokens = torch.cat([columns for columns, _ in pieces], 1).double(), sum(n for _, n in pieces)  # (8, pairs)
+    *means, _ = table.mean(1).tolist()
     names = ("loss", *OBSERVED, "drift_chosen", "drift_rejected")
-    named = dict(zip(names, means, strict=True)) | {"sft_loss": found[-1].sum().item() / tokens}
-    return named, [(loss, 1) for loss in found[0].tolist()]
+    named = dict(zip(names, means, strict=True)) | {"sft_loss": table[-1].sum().item() / tokens}
+    return named, [(loss, 1) for loss in table[0].tolist()]
 
 
 def all_pair_scores(model: RewardModel, batches: Iterable[Batch], precision: Precision = "fp32") -> Tensor:

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from tunesmith.capture import capture, reason_of
-from tunesmith.train.step import Seen
+from tunesmith.train.step import DeviceStats
 
 B = TypeVar("B")
-Record = Callable[[Callable[[], Seen]], Callable[[], Seen]]
+Record = Callable[[Callable[[], DeviceStats]], Callable[[], DeviceStats]]
 """Work that is recorded, not done -> what does it once more on the same memory, at every call."""
 
 WARM_UP = 3  # plain steps of one signature before it is recorded: by then kernels are chosen, compiled and loaded
@@ -35,7 +35,7 @@ class Recording(Generic[B]):
 
     signature: object
     inputs: Sequence[B]
-    replay: Callable[[], Seen]
+    replay: Callable[[], DeviceStats]
 
 
 class RecordedStep(Generic[B]):
@@ -52,7 +52,7 @@ class RecordedStep(Generic[B]):
 
     def __init__(
         self,
-        step: Callable[[Sequence[B]], Seen],
+        step: Callable[[Sequence[B]], DeviceStats],
         optimizer: Optimizer,
         record: Record,
         device: torch.device,
@@ -66,7 +66,7 @@ class RecordedStep(Generic[B]):
         for group in optimizer.param_groups:
             group["lr"] = torch.tensor(float(group["lr"]), device=device)
 
-    def __call__(self, micro_batches: Sequence[B]) -> Seen:
+    def __call__(self, micro_batches: Sequence[B]) -> DeviceStats:
         signature = [signature_of(batch) for batch in micro_batches]
         if self.recording is None or self.recording.signature != signature:
             self.repeats, self.last = self.repeats + 1 if signature == self.last else 0, signature
@@ -129,7 +129,7 @@ def capturable(optimizer: Optimizer) -> Iterator[None]:
 def recorder(device: torch.device) -> Record:
     """Records on a CUDA device, each recording in memory of its own."""
 
-    def record(work: Callable[[], Seen]) -> Callable[[], Seen]:
+    def record(work: Callable[[], DeviceStats]) -> Callable[[], DeviceStats]:
         return capture(work, device, torch.cuda.graph_pool_handle(), rehearse=False)
 
     return record

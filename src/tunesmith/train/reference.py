@@ -33,6 +33,7 @@ from tunesmith.progress import Progress
 from tunesmith.train.pair_loss import Reference, answer_logps
 from tunesmith.train.splitting import within_memory
 
+# float32, as the model gives them: nothing is lost by keeping them. The key is a SHA-256, so pairs need not be stored.
 RECORD = np.dtype([("key", "V32"), ("logps", "<f4", (2,))])
 DIGEST = 32  # bytes of the SHA-256 of the records, with which the file begins
 SAVE_EVERY = 4096  # pairs computed between two writes, so that an interrupted pass is not lost
@@ -56,14 +57,15 @@ class LogpStore:
             return
         payload = content[DIGEST:]
         if hashlib.sha256(payload).digest() != content[:DIGEST] or len(payload) % RECORD.itemsize:
-            return  # damaged: made anew
+            return  # damaged: computed anew, for a wrong reference would go unnoticed
         records = np.frombuffer(payload, RECORD)
         for key, (chosen, rejected) in zip(records["key"], records["logps"].tolist(), strict=True):
+            # Never overwritten: the numbers that a run has begun with are those that it ends with.
             self.known.setdefault(key.tobytes(), (chosen, rejected))
 
     def save(self) -> None:
         """Write everything known, including what other processes have added meanwhile."""
-        self._read()
+        self._read()  # between this and the replacing another's records may still be lost: they would be computed again
         if not self.known:  # broken off before the first
             return
         records = np.zeros(len(self.known), RECORD)
@@ -72,13 +74,14 @@ class LogpStore:
         payload = records.tobytes()
         with contextlib.suppress(OSError):  # a cache that cannot be written is no reason to stop
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Beside the file and then in its place: a reader finds the old one or the new one whole.
             handle, aside = tempfile.mkstemp(dir=self.path.parent, prefix=".writing-")
             try:
                 with os.fdopen(handle, "wb") as file:
                     file.write(hashlib.sha256(payload).digest() + payload)
                 Path(aside).replace(self.path)
             except BaseException:
-                Path(aside).unlink(missing_ok=True)
+                Path(aside).unlink(missing_ok=True)  # also at Ctrl-C
                 raise
 
 
@@ -105,9 +108,11 @@ def cached(
 
     compute: the untrained model's log-probabilities of a batch, on the CPU, (pairs, 2).
     """
+    # By content: what another run or epoch has met, under whatever number, is known already.
     keys = {i: rows.key(i) for i in numbers}
     missing = [i for i in numbers if keys[i] not in store.known]
     if missing:
+        # About a micro-batch of training, so it fits; but no less than 1,024 tokens, or there would be many small passes.
         size = min(max(rows.layout.batch_size * rows.layout.block_size, 1024), 8192)
         with Progress(len(missing), unit="reference pair") as bar:
             done = saved = 0
@@ -123,10 +128,12 @@ def cached(
                         saved = done
             finally:
                 store.save()  # an interrupted pass keeps what it has
+    # NaN where nothing was computed: a pair that was not asked for then shows at once, as a loss that is not finite.
     table = torch.full((len(rows), 2), float("nan"))
     table[list(numbers)] = torch.tensor([store.known[keys[i]] for i in numbers])
 
     def reference(batch: Batch) -> Tensor:
+        # Gathered on the host by host numbers: nothing waits, and a step carries two numbers a pair to the device.
         return put(table[list(batch.pairs)], batch.input_ids.device)
 
     return reference, Fill(len(keys), len(missing))
@@ -136,6 +143,7 @@ def adapter_off(model: Model, precision: Precision) -> Reference:
     """The policy without its adapters is the reference: no second model, a forward pass a batch."""
 
     def reference(batch: Batch) -> Tensor:
+        # Without dropout as well: the reference is the model before training, not a random part of it.
         with evaluation_mode(model), disabled(model):
             return answer_logps(model, batch, precision)
 
@@ -144,10 +152,12 @@ def adapter_off(model: Model, precision: Precision) -> Reference:
 
 def second_model(model: Model, device: torch.device, precision: Precision) -> Reference:
     """A frozen copy of `model` as it is now, perhaps on another device."""
+    # Copied now, before the first step, while the policy still is the reference. It takes the weights' memory once more, but
+    # neither gradients nor optimizer state.
     frozen: Any = copy.deepcopy(model).to(device).eval().requires_grad_(False)
 
     def reference(batch: Batch) -> Tensor:
-        home = batch.input_ids.device
+        home = batch.input_ids.device  # the policy's: there the loss needs the result
         return answer_logps(frozen, batch.to(device), precision).to(home)
 
     return reference

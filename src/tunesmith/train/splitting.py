@@ -67,11 +67,11 @@ class Split:
 
 def split_to(batches: Iterable[B], limit: int | None) -> list[B]:
     """The same in pieces of at most `limit` tokens, or of one document where that is longer; order kept."""
-    found: list[B] = []
+    pieces: list[B] = []
     for batch in batches:
         halves = None if limit is None or batch.size <= limit else batch.halves()
-        found += [batch] if halves is None else split_to(halves, limit)
-    return found
+        pieces += [batch] if halves is None else split_to(halves, limit)
+    return pieces
 
 
 def step_in_memory(
@@ -79,7 +79,7 @@ def step_in_memory(
     step: Callable[[Sequence[B]], T],
     optimizer: Optimizer | OneByOne,
     splitting: Splitting,
-    told: Callable[[Split], None],
+    on_split: Callable[[Split], None],
     device: torch.device,
 ) -> T:
     """`step(micro_batches)`, in smaller ones where these do not fit; the limit that was found stays in `splitting`.
@@ -88,13 +88,16 @@ def step_in_memory(
 
     Args:
         step: micro-batches -> `step.optimizer_step` of them.
-        told: hears of every split.
+        on_split: called for every size that did not fit.
     Raises: UserError if one document does not fit, if the update does not, or if the step cannot be repeated.
     """
     restore = _random_state(device)
+    # What did not fit once is not tried again: each failure costs a part of a step, and on a CPU perhaps the process. A step
+    # that updates inside backward has to be one micro-batch, so it is taken as it comes.
     batches: Sequence[B] = split_to(micro_batches, splitting.limit) if splitting.repeatable else micro_batches
     while True:
         # The traceback of the error holds the frames, and they the graph: all of it must be gone before anything is freed.
+        # So nothing of the error but its text leaves the block, and the work is done below it.
         try:
             return step(batches)
         except OutOfMemory as error:
@@ -102,7 +105,8 @@ def step_in_memory(
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            failed, text = None, _first_line(error)
+            failed, text = None, _first_line(error)  # in no micro-batch, so in the update after them
+        # Gradients of the micro-batches before the failed one: they would be added a second time.
         optimizer.zero_grad(set_to_none=True)
         _free_memory()
         if failed is None:
@@ -115,10 +119,11 @@ def step_in_memory(
         halves = failed.halves() if splitting.repeatable else None
         if halves is None:
             raise UserError(_no_way_on(failed, splitting, text))
+        # Split is all that is larger, not the failed one alone: another of its size that fitted before it did so by luck.
         splitting.limit = max(half.size for half in halves)
-        told(_split(micro_batches, failed, splitting))
+        on_split(_split(micro_batches, failed, splitting))
         batches = split_to(batches, splitting.limit)
-        restore()
+        restore()  # so that the masks of a step do not depend on how often it was tried
 
 
 def within_memory(batches: Iterable[B], compute: Callable[[B], T]) -> Iterator[list[T]]:
@@ -130,10 +135,11 @@ def within_memory(batches: Iterable[B], compute: Callable[[B], T]) -> Iterator[l
     limit = None
     for batch in batches:
         STOP.check()
-        waiting, found = split_to([batch], limit), []
+        # Pieces done are kept: a forward pass moves nothing, so only the failed piece is computed again.
+        waiting, results = split_to([batch], limit), []
         while waiting:
             try:
-                found.append(compute(waiting[0]))
+                results.append(compute(waiting[0]))
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -141,7 +147,7 @@ def within_memory(batches: Iterable[B], compute: Callable[[B], T]) -> Iterator[l
             else:
                 del waiting[0]
                 continue
-            _free_memory()
+            _free_memory()  # outside of the block again, for the traceback's sake
             halves = waiting[0].halves()
             if halves is None:
                 raise UserError(
@@ -150,12 +156,14 @@ def within_memory(batches: Iterable[B], compute: Callable[[B], T]) -> Iterator[l
                 )
             limit = max(half.size for half in halves)
             waiting = split_to(waiting, limit)
-        yield found
+        yield results
 
 
 def _split(micro_batches: Sequence[B], failed: B, splitting: Splitting) -> Split:
     limit, rows = splitting.limit, len(micro_batches) * splitting.batch_size
     assert limit is not None
+    # Settings with the same rows a step, so that whoever starts that way gets the same training: divisors of the rows only.
+    # Padded rows differ in width from batch to batch; the widest of this step stands for all.
     per_row = max(batch.size for batch in micro_batches) / splitting.batch_size
     fitting = [n for n in range(1, rows + 1) if rows % n == 0 and n * per_row <= limit]
     choice = (
@@ -190,18 +198,19 @@ def _first_line(error: BaseException) -> str:
 
 def _free_memory() -> None:
     """Give back what a failed try has left behind: cycles of frames, cached blocks, freed memory of the C library."""
-    gc.collect()
+    gc.collect()  # frames and closures in a cycle hold tensors that counting references alone would not free
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # cached blocks are of the sizes that failed: given back, they can be cut anew
     if torch.mps.is_available():
         torch.mps.empty_cache()
-    return_freed_memory()
+    return_freed_memory()  # by default the C library keeps what is freed (`device.keep_freed_memory`)
 
 
 def _random_state(device: torch.device) -> Callable[[], None]:
     """A function that puts the random state back as it is now."""
+    # Five kilobytes, copied before every step: when a step has failed it is too late. On the host even for a GPU: no device sync.
     cpu = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None  # on the host: no device sync
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     mps = torch.mps.get_rng_state() if device.type == "mps" else None
 
     def restore() -> None:

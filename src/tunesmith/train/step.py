@@ -70,19 +70,21 @@ def optimizer_step(
         (unless the optimizer updates in backward).
     """
     numbers = _gradients(model, micro_batches, loss_sum, optimizer, max_norm, scaler)
-    grad_norm, mean, *observed = numbers.tolist()  # the one wait for the device in a step
+    # The one wait for the device in a step: all numbers come in one tensor, and the update may depend on them.
+    grad_norm, mean, *observed = numbers.tolist()
     updated = bool(_finite(torch.tensor([mean, grad_norm])))
     if scaler:
         scaler.step(optimizer)  # type: ignore[arg-type]  # skips the update by itself where a gradient overflowed, and lowers the scale
         scaler.update()
     elif updated:
         optimizer.step()
+    # None and not zeros: the next backward then writes its gradients, where it would otherwise read, add and write.
     optimizer.zero_grad(set_to_none=True)
     return StepStats(mean, _count(micro_batches), grad_norm, updated, tuple(observed))
 
 
 @dataclass(frozen=True)
-class Seen:
+class DeviceStats:
     """What a step on the device saw, still there. numbers: (3 + k,) float64: halted, gradient norm, loss, k observed."""
 
     numbers: Tensor
@@ -97,7 +99,7 @@ def step_on_device(
     *,
     max_norm: float,
     halted: Tensor,
-) -> Seen:
+) -> DeviceStats:
     """The same step with nothing for the host to wait for: whether to update is decided on the device.
 
     Args:
@@ -107,21 +109,25 @@ def step_on_device(
     Raises: as `optimizer_step`.
     """
     numbers = _gradients(model, micro_batches, loss_sum, optimizer, max_norm)
+    # In place, as a recorded step knows only the address; and a maximum, as a verdict once given must hold: the host reads it
+    # a step later, when more steps have been launched, and each of them finds it here.
     halted.copy_(torch.maximum(halted, (~_finite(numbers[:2])).to(halted.dtype)))
     optimizer.found_inf = halted  # type: ignore[attr-defined]  # where GradScaler puts its verdict too
     try:
         optimizer.step()
     finally:
-        del optimizer.found_inf  # type: ignore[attr-defined]
+        del optimizer.found_inf  # type: ignore[attr-defined]  # for this update only
     optimizer.zero_grad(set_to_none=True)
-    return Seen(torch.cat([halted.double()[None], numbers]), _count(micro_batches))
+    return DeviceStats(torch.cat([halted.double()[None], numbers]), _count(micro_batches))
 
 
 class Unread:
     """What a step on the device saw, on its way to the host."""
 
-    def __init__(self, seen: Seen) -> None:
-        numbers, self.count = seen.numbers, seen.count
+    def __init__(self, stats: DeviceStats) -> None:
+        numbers, self.count = stats.numbers, stats.count
+        # The copy goes into pinned memory, or it would wait; and it goes now, because a recording's next replay writes its
+        # numbers to the same place.
         self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=numbers.is_cuda)
         self._host.copy_(numbers, non_blocking=True)
         self._copied = torch.cuda.current_stream(numbers.device).record_event() if numbers.is_cuda else None
@@ -145,18 +151,21 @@ def _gradients(
     """Forward, backward, clip: gradients are left, clipped. Returns (2 + k,) float64: their norm before, loss, k observed."""
     in_backward = isinstance(optimizer, OneByOne) and optimizer.in_backward
     assert not in_backward or (len(micro_batches) == 1 and max_norm == 0 and scaler is None)
+    # Counted before the first forward, so that each micro-batch's gradients arrive with their final weight, and its graph can
+    # be freed before the next one's is made: a step needs the memory of its largest micro-batch.
     count = _count(micro_batches)
-    total: Tensor | None = None
+    total: Tensor | None = None  # stays on the device, as do the sums it is made of
     for number, batch in enumerate(micro_batches):
         with in_micro_batch(number):
             sums = loss_sum(batch).reshape(-1)
             scaled = sums[0] / count
             total = sums.detach() if total is None else total + sums.detach()
+            # Backward would move the weights at once. Asking costs a wait, so only this mode asks here.
             if in_backward and not torch.isfinite(scaled):
                 break
             (scaler.scale(scaled) if scaler else scaled).backward()  # type: ignore[no-untyped-call]
     assert total is not None
-    if scaler:
+    if scaler:  # before clipping: the norm that is clipped and logged is that of the true gradients
         scaler.unscale_(optimizer)  # type: ignore[arg-type]
     norm = optimizer.take_norm() if isinstance(optimizer, OneByOne) and in_backward else clip(model, max_norm)
     return torch.cat([norm.double()[None].to(total.device), total.double() / count])
@@ -178,7 +187,7 @@ def clip(model: nn.Module, max_norm: float) -> Tensor:
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not any(g.dtype is torch.bfloat16 for g in gradients):
         return nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
-    # torch would round the norms of bfloat16 gradients to three digits
+    # torch would take each norm in the gradient's own type, which in bfloat16 has three digits.
     norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     if max_norm > 0:

@@ -53,6 +53,7 @@ class AnswerLoss:
 
 def nll_sum(model: Model, batch: Batch, precision: Precision = "fp32") -> Tensor:
     """Summed -log p of a batch's targets: scalar float32, nats. Trunk and head run only where a target needs them."""
+    # The head is inside too: its products are in half precision, and the loss goes back to float32 at the logits.
     with autocast(batch.input_ids.device, precision):
         hidden, weight, low_rank = states_and_head(model, batch)
         chunk = head_chunk(precision)
@@ -73,24 +74,28 @@ def answer_losses(model: Model, batches: Batches[TextRows], precision: Precision
     """
     device, rows = model.device, batches.rows
     store = rows.store
-    found = []
+    answers = []
+    # In whole batches, as pieces and targets are matched by their order: one that does not fit is not split here.
     for batch, pieces in zip(batches.fixed(), rows.fixed_pieces(), strict=True):
+        # In float64 before anything is added: these are summed by answer, by turn and over all the data.
         nll = target_nll(model, batch.to(device), precision).double().cpu().numpy()
-        at = 0
+        at = 0  # targets of the batch that the pieces so far account for
         for piece in pieces:
             flags = store.flags[int(store.offsets[piece.row]) :][: piece.stop]
+            # Answers that end before the piece begins were cut off or are in another piece; they count in the turn's number.
             turn = 1 + int(np.count_nonzero(flags[: piece.start] & END))
             _, targets = store.row(piece.row, rows.loss_on, piece.start, piece.stop)
+            # An answer's last target carries END: what follows the last one is the answer inside which the piece was cut, or nothing.
             learned = targets != IGNORE_INDEX
             ends = np.flatnonzero(flags[piece.start :][learned] & END) + 1
             targets = targets[learned]
             for answer in np.split(nll[at : at + len(targets)], ends):
                 if len(answer):
-                    found.append(AnswerLoss(piece.row, turn, len(answer), float(answer.sum())))
+                    answers.append(AnswerLoss(piece.row, turn, len(answer), float(answer.sum())))
                     turn += 1
             at += len(targets)
-        assert at == batch.count
-    return found
+        assert at == batch.count  # else losses would have gone to the wrong answers
+    return answers
 
 
 def estimate_loss(model: Model, batches: Iterable[Batch], precision: Precision = "fp32") -> LossEstimate:
@@ -104,11 +109,13 @@ def estimate_loss(model: Model, batches: Iterable[Batch], precision: Precision =
         return nll_sum(model, batch.to(device), precision), batch.count
 
     with evaluation_mode(model):
-        pieces = list(within_memory(batches, sums))
-    every = [nats for found in pieces for nats, _ in found]
-    nats = torch.stack(every).tolist() if every else []  # one wait for a GPU in all
+        results = list(within_memory(batches, sums))
+    # The sums stay on the device until the last batch is launched: one wait for a GPU in all, not one a batch.
+    on_device = [nats for pieces in results for nats, _ in pieces]
+    nats = torch.stack(on_device).tolist() if on_device else []
     each = iter(nats)
-    parts = [(sum(next(each) for _ in found), sum(n for _, n in found)) for found in pieces]
+    # Pieces are put together again, so that the parts are those of the same batches whatever did not fit.
+    parts = [(sum(next(each) for _ in pieces), sum(n for _, n in pieces)) for pieces in results]
     count = sum(n for _, n in parts)
     if not count:
         raise ValueError("no target in any batch")
