@@ -64,6 +64,7 @@ class Batch:
     @property
     def count(self) -> int:
         """What the loss is a mean over: pairs, or for texts supervised tokens."""
+        # A pair's two answers make one term of its loss, however long they are; a text's every token makes one.
         return len(self.pairs) if self.pairs else len(self.targets) - self.filler
 
     @property

@@ -52,6 +52,7 @@ class EpochRows(Protocol):
         """The rows at these places of an epoch, or of SAMPLE, as one batch."""
 
 
+# Covariant: whoever takes batches of texts or windows takes batches of texts.
 R = TypeVar("R", bound=EpochRows, covariant=True)
 
 
@@ -89,6 +90,7 @@ class Batches(Generic[R]):
 
     def fixed(self, limit: int | None = None) -> Iterator[Batch]:
         """At most `limit` batches that are the same at every call: each row once, and only here the last may be short."""
+        # Shuffled, epoch 0's order is a random one already: its first few batches are a fair sample of all rows.
         return self._few(0, limit)
 
     def sample(self, limit: int) -> Iterator[Batch]:

@@ -52,6 +52,7 @@ class PairRows:
             raise UserError(
                 f"no pair of {store.store.source.name} ({store.store.split}) is left to learn from: {'; '.join(self.cuts.lines())}"
             )
+        # By what goes through the model, prompt and both answers, while block_size bounds the prompt and one answer.
         self.plan = epoch_plans(self.pairs.lengths, layout)
         self.rows_per_epoch = len(self.plan(0))
 
@@ -85,7 +86,7 @@ class PairRows:
     def of(self, numbers: Sequence[int], tokens: int) -> Iterator[Batch]:
         """Batches of about `tokens` tokens that hold these pairs once, in whatever order packs best."""
         for group in grouped(np.asarray(numbers, np.int64), self.pairs.lengths, tokens):
-            yield self.assemble(group.tolist())
+            yield self.assemble(group.tolist())  # order is free here: each pair's numbers are kept under its own key
 
     def longer_chosen(self, numbers: Sequence[int]) -> float:
         """Share of these pairs whose chosen answer has more tokens, equal ones counting half: what length alone would score."""
@@ -161,6 +162,7 @@ def join_pairs(
             start += len(answer)
             last.append(start - 1 if len(answer) else before)  # an empty answer is scored by its prompt
         at = start
+    # As in a row of texts, padding only has to be a token that the model has.
     padding = -at % unit
     input_ids = np.concatenate([*(part for pair in parts for part in pair), np.full(padding, end_of_answer)])
     return Batch.filled(

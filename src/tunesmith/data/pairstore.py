@@ -122,20 +122,21 @@ def cut_pairs(
     """
     if rule == "split":
         raise UsageError("--data.truncation split is for plain texts; for pairs use keep_end, keep_start or drop")
-    told, numbers = PairCuts(block_size), np.asarray(rows, np.int64)
+    cuts, numbers = PairCuts(block_size), np.asarray(rows, np.int64)
     lengths = store.lengths[numbers]
     starts, prompts, stops = np.zeros(len(numbers), np.int64), lengths[:, 0].copy(), lengths[:, 1:].copy()
     kept = np.ones(len(numbers), np.bool_)
+    # A loop over the long pairs alone, which are few: the rest keep what the arrays began with, whole prompt and whole answers.
     for i in np.flatnonzero(prompts + stops.max(1) > block_size).tolist():
         row = int(numbers[i])
         kind, cut = _cut_pair(store, row, lengths[i].tolist(), block_size, rule)
-        told.add(kind, store.place(row))
+        cuts.add(kind, store.place(row))
         if cut is None:
             kept[i] = False
         else:
             starts[i], prompts[i], stops[i] = cut
-    ends = stops == lengths[:, 1:]
-    return CutPairs(numbers[kept], starts[kept], prompts[kept], stops[kept], ends[kept]), told
+    ends = stops == lengths[:, 1:]  # of an answer that was cut the model is not taught that it ends there
+    return CutPairs(numbers[kept], starts[kept], prompts[kept], stops[kept], ends[kept]), cuts
 
 
 def _cut_pair(
@@ -148,6 +149,7 @@ def _cut_pair(
     if rule == "keep_start":
         stops = (min(chosen, block_size - prompt), min(rejected, block_size - prompt))
         _, a, b = store.tokens(row)
+        # Cut to the same tokens, a pair says that a text is better than itself: the two gradients cancel, and it only counts.
         same_end = (stops[0] == chosen) == (stops[1] == rejected)
         if prompt >= block_size or (same_end and np.array_equal(a[: stops[0]], b[: stops[1]])):
             return "answers become identical, left out", None

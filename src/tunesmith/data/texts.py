@@ -32,7 +32,8 @@ class Stream:
 
     def __init__(self, store: TokenStore, rows: Array) -> None:
         self.store, self.rows = store, rows
-        self.borders = np.append(0, np.cumsum(store.lengths[rows] + 1))  # where each text begins
+        # Where each text begins. The end-of-text token is not in the store: it counts here, and is put in as a part is read.
+        self.borders = np.append(0, np.cumsum(store.lengths[rows] + 1))
 
     def __len__(self) -> int:
         return int(self.borders[-1])
@@ -117,6 +118,7 @@ class TextRows:
                 f"block_size {layout.block_size}"
             )
         self.plan = epoch_plans(self.pieces.lengths, layout)
+        # As many in every epoch: how many rows packing needs depends on the lengths, not on which piece has which.
         self.rows_per_epoch = len(self.plan(0))
 
     def cut_lines(self) -> list[str]:
@@ -128,6 +130,7 @@ class TextRows:
 
     def fixed_pieces(self) -> Iterator[list[Piece]]:
         """The pieces of each batch of `Batches.fixed`, in the order in which they stand there."""
+        # A batch says which rows it holds, but not which stretch of them: the loss of a single answer needs both.
         for start in range(0, self.rows_per_epoch, self.layout.batch_size):
             stop = min(start + self.layout.batch_size, self.rows_per_epoch)
             yield [piece for place in range(start, stop) for piece in self._row(0, place)]

@@ -138,6 +138,8 @@ def _head_loss(
     chunk: int,
     outer: Outer,
 ) -> Tensor:
+    # An adapter on the head comes as two more terms. Merged into the weight it would be one more matrix of the head's size in
+    # every step, and autograd would have to find its gradient in one of that size.
     terms = (hidden, weight, *(low_rank or ()))
     return _HeadLoss.apply(targets, groups, chunk, outer, *terms)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -198,6 +200,7 @@ def sequence_loss_sum(
         nats. Backward may be called once.
     """
     examples, groups = _group([sum(lengths[i : i + size]) for i in range(0, len(lengths), size)], chunk)
+    # Filler is in no group: no logits are made for it, and its gradient keeps the zeros that it began with.
     sums_of_groups: list[Tensor] = []  # for what is logged beside the loss, so that no second forward is needed
 
     def outer(logps: Tensor, number: int) -> tuple[Tensor, Tensor]:

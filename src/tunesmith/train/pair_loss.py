@@ -138,6 +138,7 @@ def all_pair_scores(model: RewardModel, batches: Iterable[Batch], precision: Pre
         return pair_scores(model, batch.to(device), precision)
 
     with evaluation_mode(model):
+        # The order of pairs survives the splitting: pieces of a batch come one after the other.
         return torch.cat([scores for pieces in within_memory(batches, score) for scores in pieces])
 
 

@@ -77,9 +77,9 @@ def made_ahead(make: Callable[[int], B], device: torch.device) -> Iterator[Calla
         ahead.close()
 
 
-def tensors_of(held: Any) -> Iterator[Tensor]:
+def tensors_of(batch: Any) -> Iterator[Tensor]:
     """The tensors of a batch: its own, and those of the objects in it."""
-    for value in vars(held).values():
+    for value in vars(batch).values():
         if isinstance(value, Tensor):
             yield value
         elif hasattr(value, "__dict__"):

@@ -49,6 +49,7 @@ class Splitting:
     repeatable: False where a step that failed may have moved weights (the optimizer steps inside backward).
     """
 
+    # Not frozen: a limit found in one step holds for all later ones, and for the run that resumes this one.
     setup: str
     smaller: str
     batch_size: int
@@ -116,6 +117,7 @@ def step_in_memory(
                 "already have changed, the step is not repeated. Use an optimizer with less state "
                 "(--optimizer.name), or train fewer weights (--lora.rank, if the command has it)"
             )
+        # Halves: an allocator says how much it could not give, which is no measure of how many tokens would have fitted.
         halves = failed.halves() if splitting.repeatable else None
         if halves is None:
             raise UserError(_no_way_on(failed, splitting, text))
@@ -177,6 +179,7 @@ def _split(micro_batches: Sequence[B], failed: B, splitting: Splitting) -> Split
 
 
 def _no_way_on(failed: Splittable, splitting: Splitting, text: str) -> str:
+    # A step that cannot be repeated is not cut even where it could be: its weights have begun to move.
     why = (
         "which cannot be split further"
         if splitting.repeatable

@@ -76,7 +76,7 @@ def optimizer_step(
     if scaler:
         scaler.step(optimizer)  # type: ignore[arg-type]  # skips the update by itself where a gradient overflowed, and lowers the scale
         scaler.update()
-    elif updated:
+    elif updated:  # a moment of Adam that took in one NaN would hold it for the rest of the run
         optimizer.step()
     # None and not zeros: the next backward then writes its gradients, where it would otherwise read, add and write.
     optimizer.zero_grad(set_to_none=True)
@@ -157,7 +157,7 @@ def _gradients(
     total: Tensor | None = None  # stays on the device, as do the sums it is made of
     for number, batch in enumerate(micro_batches):
         with in_micro_batch(number):
-            sums = loss_sum(batch).reshape(-1)
+            sums = loss_sum(batch).reshape(-1)  # the loss, and what is only observed
             scaled = sums[0] / count
             total = sums.detach() if total is None else total + sums.detach()
             # Backward would move the weights at once. Asking costs a wait, so only this mode asks here.
@@ -186,6 +186,7 @@ def clip(model: nn.Module, max_norm: float) -> Tensor:
     parameters = [p for p in model.parameters() if p.grad is not None]
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not any(g.dtype is torch.bfloat16 for g in gradients):
+        # The norm is logged, and decides whether to update, even where nothing is clipped.
         return nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
     # torch would take each norm in the gradient's own type, which in bfloat16 has three digits.
     norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]

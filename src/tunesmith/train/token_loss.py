@@ -35,7 +35,7 @@ class LossEstimate:
     @property
     def perplexity(self) -> float:
         """exp(loss); infinite where that overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return math.exp(self.loss) if self.loss < 700 else math.inf  # float64 ends at exp(709.8), where Python raises
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ def target_nll(model: Model, batch: Batch, precision: Precision = "fp32") -> Ten
     """-log p of each of a batch's targets: (count,) float32, nats. Without gradients."""
     with evaluation_mode(model), autocast(batch.input_ids.device, precision):
         hidden, weight, low_rank = states_and_head(model, batch)
+        # The filler is computed, for the shape's sake, and cut off.
         return token_nll(hidden, weight, batch.targets, low_rank=low_rank, chunk=head_chunk(precision))[: batch.count]
 
 
