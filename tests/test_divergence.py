@@ -12,7 +12,7 @@ from tiny_runs import comparable, digest, tiny_config
 from tunesmith.__main__ import main
 from tunesmith.commands import sft
 from tunesmith.errors import UserError
-from tunesmith.options.training import DPOConfig
+from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
 from tunesmith.train.choice import Estimate
 from tunesmith.train.divergence import Watch, batches_to_judge_by, sound_steps
 
@@ -91,6 +91,9 @@ def test_a_suspicion_is_looked_into_once_and_then_the_window_begins_anew():
     assert Watch(3, 1.0, look_at=9).found_at_end(1.06), "a suspicion at the last step"
     assert not Watch(3, 1.0).found_at_end(1.4)
     assert Watch(3, 1.0).found_at_end(float("nan"))
+    assert Watch(3, 1.0, recent=[1.0, 2.5]).found_at_end(1.06), "a mean of 1.75"
+    assert not Watch(3, 1.0, recent=[1.0, 2.5]).found_at_end(1.04)
+    assert not Watch(3, 1.0, recent=[1.0, 1.5]).found_at_end(1.4)
     assert Watch(0, None, look_at=9).look_at is None
 
 
@@ -132,6 +135,26 @@ def test_a_short_run_that_ends_far_above_its_start_has_diverged(tiny_directory, 
     assert main(["dpo" if kind else "sft", "--resume", "--out", str(run.path)]) == 1
     assert capsys.readouterr().err == f"tunesmith: {told}\n"
     assert comparable(run) == before
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("kind", [SFTConfig, DPOConfig, RewardConfig])
+def test_ten_steps_at_an_absurd_rate_have_diverged(tiny_directory, tmp_path, kind, seed):
+    """Of a reward model also where the loss comes back to nearly log 2: the scores of a wrecked one are all alike."""
+    options = {"train__steps": 10, "optimizer__lr": 1.0, "data__seed": seed, "eval__at_start": False, "eval__iters": 1}
+    train = {SFTConfig: ts.sft, DPOConfig: ts.dpo, RewardConfig: ts.train_reward_model}[kind]
+    run = train(tiny_config(tiny_directory, tmp_path / "r", kind, **options))
+    assert run.status["state"] == "diverged"
+    before = {SFTConfig: 8.7, DPOConfig: 0.693, RewardConfig: 0.66}[kind]
+    assert run.metrics("diverged")[0]["loss"] > 1.05 * before
+
+
+@pytest.mark.parametrize("kind", [DPOConfig, RewardConfig])
+def test_a_few_good_steps_on_pairs_end_as_finished(tiny_directory, tmp_path, kind):
+    options = {"train__steps": 5, "train__batch_size": 1, "eval__at_start": False, "eval__iters": 1}
+    train = ts.dpo if kind is DPOConfig else ts.train_reward_model
+    run = train(tiny_config(tiny_directory, tmp_path / "r", kind, **options))
+    assert run.status["state"] == "finished"
 
 
 @pytest.mark.parametrize("at_start", [True, False])

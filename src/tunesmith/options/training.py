@@ -107,7 +107,7 @@ class TrainOptions:
     """auto, cpu, cuda, cuda:1, mps."""
     diverge_after: int = 50  # closed, as eval.patience: it may end the run at another step
     """Stop as diverged when the mean loss of this many steps is 5 % above that of step 0 and so is the loss on the rows it was
-    measured on then; or at the end, when that loss is 1.5 times what it was. 0 = never."""
+    measured on then; or at the end, when that loss is 1.5 times what it was, or 5 % above it with a mean of 1.5 times. 0 = never."""
 
 
 @dataclass(frozen=True)

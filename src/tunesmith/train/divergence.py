@@ -21,7 +21,9 @@ from tunesmith.train.step import StepStats
 
 SMALLEST_SCALE = 2.0**-20  # fp16 gradients may overflow and are then scaled anew; below this they are simply infinite
 DIVERGED_BY = 1.05  # a loss above that of step 0 by so much, both in the mean of the window and on the rows of step 0
-ENDED_BY = 1.5  # what a run may end above it: a few steps at a high rate overshoot before they learn
+ENDED_BY = (
+    1.5  # what a run may end above it if nothing was suspected: a few steps at a high rate overshoot before they learn
+)
 MOST_BATCHES = 32  # micro-batches that are looked at
 
 
@@ -114,8 +116,14 @@ class Watch:
         return ""
 
     def found_at_end(self, now: float) -> str:
-        """What is wrong with the end of a run, or nothing: also of one that was shorter than the window."""
+        """What is wrong with the end of a run, or nothing: also of one that was shorter than the window.
+
+        A loss of pairs begins at that of a coin toss, log 2, and a reward model that a high rate has wrecked comes back to
+        nearly that: its scores are all alike then. What gives it away are the steps, whose losses were many times as high.
+        Where even the loss on the rows is back at log 2 the run is not worse than it began, and has not diverged.
+        """
         assert self.before is not None
-        if above(now, self.before, ENDED_BY if self.look_at is None else DIVERGED_BY):
+        suspected = self.look_at is not None or (len(self.losses) > 0 and above(self.mean, self.before, ENDED_BY))
+        if above(now, self.before, DIVERGED_BY if suspected else ENDED_BY):
             return f"the loss was {self.before:.3f} before the first step and is, on the same rows, {now:.3f}"
         return ""
