@@ -16,7 +16,8 @@ from tunesmith.data.encoding import END, NEXT
 from tunesmith.data.hh_template import HH
 from tunesmith.data.template import Segment
 from tunesmith.data.tokenizer import Tokenizer
-from tunesmith.models.gpt2 import GPT, Documents, GPTConfig
+from tunesmith.models.attention import Documents
+from tunesmith.models.gpt2 import GPT, GPTConfig
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transformers stores these as (in, out)
 

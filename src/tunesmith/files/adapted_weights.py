@@ -19,10 +19,6 @@ from tunesmith.models.family import HEAD
 from tunesmith.models.known import FAMILIES
 from tunesmith.models.model import Model
 
-ENDS = {
-    keys.theirs(f"{name}.weight") for keys in (f.keys for f in FAMILIES.values()) for name in (keys.embedding, HEAD)
-}
-
 
 @dataclass(frozen=True)
 class AdaptedWeights:
@@ -58,10 +54,16 @@ def take(name: str, value: Tensor, config: Mapping[str, Any], found: AdaptedWeig
     plain = re.sub(r"\.modules_to_save(\.\w+)?(?=\.)", "", name)
     module = plain.rpartition(".")[0]
     saved = any(f".{module}.".find(f".{asked}.") >= 0 for asked in config.get("modules_to_save") or [])
-    if saved or plain in ENDS:  # these PEFT adds by itself when the vocabulary has grown
+    if saved or plain in _ends():  # these PEFT adds by itself when the vocabulary has grown
         found.whole[plain] = value
         return True
     return False
+
+
+def _ends() -> set[str]:
+    """What the embedding and the head are called, in any family."""
+    every = [family.keys for family in FAMILIES.values()]
+    return {keys.theirs(f"{name}.weight") for keys in every for name in (keys.embedding, HEAD)}
 
 
 def _tokens_of(module: str, indices: Any) -> list[int]:

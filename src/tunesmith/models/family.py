@@ -89,7 +89,8 @@ class Kept:
 
     numbers: in the type of the arithmetic, 2 or 4 bytes. exact: bytes that do not depend on it (the residual stream that a
     norm reads is float32, like a norm's statistics and attention's log-sum-exp).
-    read_by: the linear layers whose input this is: it is kept if one of them learns; empty: always kept.
+    read_by: the linear layers (or norms) whose weights need it for their gradient: it is kept if one of them learns; empty:
+    always kept.
     late: comes after attention, which in the last block only tokens that carry loss leave.
     remade: cheap to compute again: not kept with activation checkpointing "selective".
     joined: a copy of attention's result, made where documents share a row or only some tokens leave attention.

@@ -203,8 +203,8 @@ class GPT(Model):
         return self.h
 
     @property
-    def norm(self) -> nn.Module:
-        """The last one, before the head."""
+    def last_norm(self) -> nn.Module:
+        """Before the head."""
         return self.ln_f
 
     def embed(self, embedded: Tensor, positions: Tensor) -> Tensor:

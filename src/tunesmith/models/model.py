@@ -49,8 +49,9 @@ class Model(nn.Module):
     """Token ids to hidden states; `lm_head` turns hidden states into logits.
 
     An architecture's own class makes the modules, under the names of its published checkpoints, and says which of them are
-    the `embedding`, the `blocks` and the last `norm`, and what an embedded token gets before the first block (`embed`).
-    A block is called as `block(x, documents, rows, cache, chain)`: (B, T, C) -> (B, T, C), or (n, C) with `rows`.
+    the `embedding`, the `blocks` and the `last_norm`, and what an embedded token gets before the first block (`embed`).
+    A block is called as `block(x, documents, rows, cache, chain, *for_blocks(positions))`: (B, T, C) -> (B, T, C), or
+    (n, C) with `rows`.
     """
 
     LIMIT: ClassVar[str]
@@ -83,13 +84,17 @@ class Model(nn.Module):
         raise NotImplementedError
 
     @property
-    def norm(self) -> nn.Module:
-        """The last one, before the head."""
+    def last_norm(self) -> nn.Module:
+        """Before the head."""
         raise NotImplementedError
 
     def embed(self, embedded: Tensor, positions: Tensor) -> Tensor:
         """What the first block gets: (B, T, C), in the exact type. embedded: (B, T, C); positions: (1 or B, T) int64."""
         raise NotImplementedError
+
+    def for_blocks(self, positions: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG002
+        """What all blocks need to know of the positions, made once: angles of a rotary embedding, say. By default nothing."""
+        return ()
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw new weights as the architecture's publication does."""
@@ -118,7 +123,7 @@ class Model(nn.Module):
     @property
     def exact_dtype(self) -> torch.dtype:
         """Of the norms and of the residual stream: matrices may be kept in less."""
-        return next(self.norm.parameters()).dtype
+        return next(self.last_norm.parameters()).dtype
 
     def forward(
         self,
@@ -174,19 +179,19 @@ class Model(nn.Module):
                 f"a text has {longest:,} tokens; {self.LIMIT.format(self.longest)}. Shorten the text, or cut it with "
                 f"--data.truncation keep_end."
             )
-        x = self.embed(embedded, positions)
+        x, more = self.embed(embedded, positions), self.for_blocks(positions)
         chain: Chain = recomputed if self.activation_checkpointing == "selective" else plain
         if self.compiled:
             _mark_what_varies(rows, documents)
         for i, block in enumerate(self.blocks):
             wanted = rows if i == len(self.blocks) - 1 else None
             if self.activation_checkpointing is True and self.training:
-                x = checkpoint(block, x, documents, wanted, use_reentrant=False)
+                x = checkpoint(block, x, documents, wanted, None, plain, *more, use_reentrant=False)
             else:
-                x = block(x, documents, wanted, cache, chain)
+                x = block(x, documents, wanted, cache, chain, *more)
         if cache is not None:
             cache.advance(documents)
-        return self.norm(x)  # type: ignore[no-any-return]
+        return self.last_norm(x)  # type: ignore[no-any-return]
 
     def compile_blocks(self, **options: Any) -> None:
         """Have the blocks compiled when they are first used; `options` as of `torch.compile`.
