@@ -68,7 +68,7 @@ def run_ours(
     keep_freed_memory()  # as the commands do by themselves
     from tunesmith.data.tokenizer import Tokenizer
     from tunesmith.files.weights import load_model
-    from tunesmith.generation import recorded as decoding
+    from tunesmith.generation import token_graph as decoding
     from tunesmith.generation.engine import decode, prepare
     from tunesmith.generation.sampling import Sampling
     from tunesmith.models import linear

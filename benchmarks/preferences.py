@@ -122,8 +122,8 @@ def run_ours(work: Path, steps: int, warmup: int, tuned: bool, reference: str, p
 
     keep_freed_memory()  # as `tunesmith dpo` does by itself
     from tunesmith.files.weights import load_model
-    from tunesmith.models.evaluation import evaluation_mode
     from tunesmith.models.lora import apply_lora
+    from tunesmith.models.modes import evaluation_mode
     from tunesmith.train.optim import build_optimizer
     from tunesmith.train.pair_loss import PreferenceLoss, answer_logps, dpo_loss_sum
     from tunesmith.train.reference import LogpStore, adapter_off, cached

@@ -13,7 +13,7 @@ from tunesmith.data.texts import text_rows
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.files.names import SAMPLE
 from tunesmith.models.gpt2 import GPTConfig
-from tunesmith.models.scored import RewardModel
+from tunesmith.models.reward_head import RewardModel
 from tunesmith.train.pair_loss import PreferenceLoss, dpo_loss_sum, reward_loss_sum
 from tunesmith.train.splits import load_splits
 from tunesmith.train.token_loss import nll_sum

@@ -129,5 +129,5 @@ class Card(TorchDispatchMode):
         tape.replay()
 
     def record(self, work: Callable[[], Any]) -> Callable[[], Any]:
-        """As `train.recorded.recorder` and `generation.recorded.cuda_graphs`."""
+        """As `train.step_graph.recorder` and `generation.token_graph.cuda_graphs`."""
         return capture.capture(work, torch.device("cpu"), (0, 7), rehearse=False)

@@ -6,7 +6,15 @@ import pytest
 
 from tunesmith.errors import UserError
 from tunesmith.files.answers import ScoredAnswer, read_answers, rewards, write_answers
-from tunesmith.judge.answers import alike, best_rewards, compare_rewards, distinct, measures, repetition, reward_summary
+from tunesmith.judge.measures import (
+    alike,
+    best_rewards,
+    compare_rewards,
+    distinct,
+    measures,
+    repetition,
+    reward_summary,
+)
 
 
 def answer(prompt="p", text="a b", reward=None, group="", tokens=3, reason="stop"):

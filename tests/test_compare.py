@@ -17,12 +17,12 @@ from tunesmith.commands.compare import COLOURS, coloured, with_logps
 from tunesmith.data.tokenizer import ByteRuns, Tokenizer
 from tunesmith.files.answers import ANSWER_END, ScoredAnswer
 from tunesmith.files.names import SAMPLE, load
-from tunesmith.files.reward import save_reward_model
+from tunesmith.files.reward_models import save_reward_model
 from tunesmith.files.weights import save_model
 from tunesmith.generation.logprobs import answer_logps, encode_answers, token_texts
-from tunesmith.judge.comparison import Row
+from tunesmith.judge.two_models import Row
 from tunesmith.models.gpt2 import GPTConfig
-from tunesmith.models.scored import RewardModel
+from tunesmith.models.reward_head import RewardModel
 from tunesmith.stats import Interval
 
 FEW = ["--device", "cpu", "--limit", "6", "--generate.max_new_tokens", "12"]
@@ -242,7 +242,7 @@ def test_swapped_order_is_the_mirrored_table(compare, models):
 
 
 def test_rewards_are_the_scorers_own(compare, models):
-    from tunesmith.judge.scoring import load_scorer
+    from tunesmith.judge.scorers import load_scorer
 
     _, records, page, printed = compare(*models[:2], "--reward", models[2])
     scorer = load_scorer(str(models[2]), device="cpu")

@@ -11,7 +11,8 @@ import pytest
 
 from hanging import HANGS
 from tunesmith.files.answers import ANSWER_END, ScoredAnswer
-from tunesmith.judge.comparison import (
+from tunesmith.judge.language_model import Judgement
+from tunesmith.judge.two_models import (
     Comparison,
     Row,
     interval_text,
@@ -22,8 +23,7 @@ from tunesmith.judge.comparison import (
     result_line,
     versus_rows,
 )
-from tunesmith.judge.comparison_page import render_comparison
-from tunesmith.judge.language_model import Judgement
+from tunesmith.judge.two_models_page import render_comparison
 
 
 def row(n, a, b, *, group="g", tokens=(10, 10), orders=None, logps=None):

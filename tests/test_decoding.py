@@ -9,10 +9,10 @@ from tunesmith.data.prompts import encode_prompt
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.files.names import SAMPLE
 from tunesmith.generation import engine
-from tunesmith.generation import recorded as decoding
+from tunesmith.generation import token_graph as decoding
 from tunesmith.generation.engine import decode, generate_answers
-from tunesmith.generation.recorded import ENOUGH_STEPS, FixedSteps, recorder
 from tunesmith.generation.sampling import Sampling
+from tunesmith.generation.token_graph import ENOUGH_STEPS, FixedSteps, recorder
 from tunesmith.models.gpt2 import GPTConfig
 
 SHAPE = GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=6144, block_size=96)
@@ -22,7 +22,7 @@ ENDLESS = silent()
 
 
 class Recorder:
-    """Records as `recorded.cuda_graphs` does, and remembers: (rows, columns read, replays) of every recording."""
+    """Records as `token_graph.cuda_graphs` does, and remembers: (rows, columns read, replays) of every recording."""
 
     def __init__(self, fail_at=None):
         self.made, self.tried, self.fail_at = [], 0, fail_at

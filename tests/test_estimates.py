@@ -12,7 +12,7 @@ from tiny_runs import tiny_config
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.files.names import SAMPLE
 from tunesmith.models.gpt2 import GPTConfig
-from tunesmith.models.scored import RewardModel
+from tunesmith.models.reward_head import RewardModel
 from tunesmith.options.training import RewardConfig
 from tunesmith.study.run_figures import loss_curve
 from tunesmith.train.optim import build_optimizer

@@ -15,7 +15,7 @@ from tunesmith.data.dialogue import Message
 from tunesmith.data.hh_template import HH
 from tunesmith.data.prompts import encode_answered
 from tunesmith.files.names import load_reward
-from tunesmith.judge.scoring import load_scorer
+from tunesmith.judge.scorers import load_scorer
 from tunesmith.options.training import DPOConfig, RewardConfig
 from tunesmith.stats import wilson_interval
 

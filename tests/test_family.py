@@ -14,7 +14,7 @@ from toy_family import TOY, Toy, ToyConfig
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.files.names import SAMPLE, load_adapted, load_plain
-from tunesmith.files.reward import load_reward_model, save_reward_model
+from tunesmith.files.reward_models import load_reward_model, save_reward_model
 from tunesmith.files.weights import save_model
 from tunesmith.generation.engine import decode
 from tunesmith.generation.sampling import Sampling
@@ -22,7 +22,7 @@ from tunesmith.models import known
 from tunesmith.models.attention import Documents
 from tunesmith.models.gpt2 import GPT2
 from tunesmith.models.lora import apply_lora, find_targets
-from tunesmith.models.scored import RewardModel
+from tunesmith.models.reward_head import RewardModel
 from tunesmith.options.training import DPOConfig
 from tunesmith.plan.memory import Work, activation_bytes, adapted_layers, predict_memory
 
@@ -33,7 +33,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch):
     families = MappingProxyType({"gpt2": GPT2, "llama": TOY})
-    for module in ("models.known", "judge.scoring", "files.adapted_weights"):
+    for module in ("models.known", "judge.scorers", "files.adapted_weights"):
         monkeypatch.setattr(f"tunesmith.{module}.FAMILIES", families)
     assert known.FAMILIES is families
 

@@ -10,7 +10,7 @@ from tunesmith.__main__ import main
 from tunesmith.files.names import known_shape
 from tunesmith.models.gpt2 import SIZES
 from tunesmith.options.parse import from_settings
-from tunesmith.options.planning import PlanOptions
+from tunesmith.options.plans import PlanOptions
 from tunesmith.plan.planning import find_place, make_setting
 from tunesmith.plan.workload import Rows
 from tunesmith.study.forecast import forecast_of

@@ -82,9 +82,9 @@ def test_answers_that_differ_are_counted_with_their_distance(benchmark, model):
 def test_a_gpus_contestants_answer_alike_where_there_is_none(benchmark, tmp_path, monkeypatch):
     """Each in this process and on the processor: with recorded steps, without, and transformers' own three ways."""
     pytest.importorskip("transformers")
-    from tunesmith.generation import recorded
+    from tunesmith.generation import token_graph
 
-    monkeypatch.setattr(recorded, "recorder", recorded.recorder)  # one contestant takes it away
+    monkeypatch.setattr(token_graph, "recorder", token_graph.recorder)  # one contestant takes it away
     monkeypatch.setattr(sys.modules["tunesmith.device"], "keep_freed_memory", lambda: False)  # as this process has it
     benchmark.save_weights(tmp_path, "small")
     prompts, found = [[1, 2, 3], [4, 5, 6, 7, 8]], {}
@@ -93,7 +93,7 @@ def test_a_gpus_contestants_answer_alike_where_there_is_none(benchmark, tmp_path
         found[name] = run(tmp_path, prompts, 5, 1, tuned, "cpu")
     assert all(len(row) == 5 for row in found["tunesmith"]["rows"])
     assert all(result["rows"] == found["tunesmith"]["rows"] for result in found.values())
-    assert recorded.recorder(torch.device("cuda"), 1000) is None  # the one without
+    assert token_graph.recorder(torch.device("cuda"), 1000) is None  # the one without
     assert found["tunesmith"]["read_gb_per_s"] > 0
 
 

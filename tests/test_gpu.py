@@ -28,8 +28,8 @@ from tunesmith.train import prefetch
 from tunesmith.train.optim import OneByOne, build_optimizer, set_learning_rate
 from tunesmith.train.pair_loss import PreferenceLoss, dpo_loss_sum
 from tunesmith.train.prefetch import made_ahead
-from tunesmith.train.recorded import WARM_UP, RecordedStep, recorder
 from tunesmith.train.step import Unread, step_on_device
+from tunesmith.train.step_graph import WARM_UP, RecordedStep, recorder
 from tunesmith.train.token_loss import nll_sum
 
 pytestmark = needs_card

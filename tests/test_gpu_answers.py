@@ -10,7 +10,7 @@ from reference import random_model
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.files.names import SAMPLE
 from tunesmith.generation import engine
-from tunesmith.generation import recorded as decoding
+from tunesmith.generation import token_graph as decoding
 from tunesmith.generation.engine import decode
 from tunesmith.generation.sampling import Sampling
 from tunesmith.models.gpt2 import GPTConfig

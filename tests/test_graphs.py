@@ -21,9 +21,9 @@ from tunesmith.models.lora import apply_lora
 from tunesmith.options.training import DPOConfig, SFTConfig
 from tunesmith.train import launch, resolve
 from tunesmith.train.optim import build_optimizer, set_learning_rate
-from tunesmith.train.recorded import WARM_UP, RecordedStep
 from tunesmith.train.resolve import resolve_cuda_graphs
 from tunesmith.train.step import Unread, optimizer_step, step_on_device
+from tunesmith.train.step_graph import WARM_UP, RecordedStep
 from tunesmith.train.token_loss import nll_sum
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=64, block_size=32, tied_head=False)

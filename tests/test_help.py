@@ -12,7 +12,7 @@ from tunesmith.__main__ import COMMANDS, GROUPS, main
 from tunesmith.options import commands as command_options
 from tunesmith.options.help import PAGES, all_options, help_text
 from tunesmith.options.parse import option_types, parse
-from tunesmith.options.planning import PLANS
+from tunesmith.options.plans import PLANS
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.shortforms import Positional
 from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig

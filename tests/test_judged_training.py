@@ -12,10 +12,10 @@ from tunesmith.data.prompts import load_prompts
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.answers import read_answers, rewards
 from tunesmith.files.run import step_name
-from tunesmith.judge import rewards as rewards_module
-from tunesmith.judge.answers import MEASURES
-from tunesmith.judge.rewards import answer_prompts
-from tunesmith.judge.scoring import load_scorer
+from tunesmith.judge import answering
+from tunesmith.judge.answering import answer_prompts
+from tunesmith.judge.measures import MEASURES
+from tunesmith.judge.scorers import load_scorer
 from tunesmith.options.training import DPOConfig, RewardConfig
 from tunesmith.train.choice import choose_checkpoint, read_rewards
 
@@ -149,7 +149,7 @@ def test_answers_of_a_compiled_model_compile_nothing(tiny_directory, reward_mode
         seen.append((before, graphs["unique_graphs"]))
         return answers
 
-    monkeypatch.setattr(rewards_module, "answer_prompts", counted)
+    monkeypatch.setattr(answering, "answer_prompts", counted)
     torch._dynamo.reset()
     options = {"train__compile": True, "train__steps": 2, "data__max_rows": 12, "eval__iters": 1}
     ts.sft(judged(tiny_directory, tmp_path / "c", reward_model, prompts, **options))

@@ -18,7 +18,7 @@ GROUND = "ground"  # the modules that lie directly in the package; `__main__`, w
 ORDER = {wing: height for height, wing in enumerate((GROUND, *WINGS, "__main__"))}
 AT_MOST_ON_THE_GROUND = 12
 WITHOUT_TORCH = {  # what reads runs and text or only knows options; a wing means every module of it
-    "options", "study", "files.run", "files.answers", "generation.chat", "train.choice", "judge.comparison_page", "judge.endpoint",
+    "options", "study", "files.run", "files.answers", "generation.chat", "train.choice", "judge.two_models_page", "judge.endpoint",
     "plan.cards", "data.datasets", "data.prompts", "commands.chat_terminal",
 }  # fmt: skip
 WITH_TORCH = {"study.forecast"}  # times a step

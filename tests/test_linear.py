@@ -6,10 +6,10 @@ import torch.nn.functional as F
 
 from reference import random_model
 from tunesmith.models import linear
-from tunesmith.models.evaluation import evaluation_mode
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.models.linear import Linear, pack_for_good, packable, packed_weights
 from tunesmith.models.lora import apply_lora
+from tunesmith.models.modes import evaluation_mode
 
 needs_onednn = pytest.mark.skipif(not packable(Linear(2, 2)), reason="no oneDNN with a kernel for this processor")
 

@@ -13,7 +13,7 @@ from made_studies import own_study, preference_study
 from tunesmith.stats import t_interval, t_quantile
 from tunesmith.study.figures import draw_all, own_figures
 from tunesmith.study.own import conclusion, difference_over_batches, differences_of, overview, own_tables
-from tunesmith.study.read import Point, read_study
+from tunesmith.study.records import Point, read_study
 from tunesmith.study.report import render_study_report
 from tunesmith.study.tables import as_csv, of_seeds
 

@@ -13,12 +13,12 @@ from frozen_study import PROMPTS, Writer, learning, scored
 from made_studies import keep_batches, preference_study
 from tunesmith.files.answers import ScoredAnswer
 from tunesmith.files.run import Run
-from tunesmith.judge.comparison import Comparison, Row
-from tunesmith.judge.comparison_page import render_comparison
 from tunesmith.judge.language_model import Judgement
+from tunesmith.judge.two_models import Comparison, Row
+from tunesmith.judge.two_models_page import render_comparison
 from tunesmith.page import STYLE
 from tunesmith.study.outcome import result_of_run, result_of_runs
-from tunesmith.study.read import read_study
+from tunesmith.study.records import read_study
 from tunesmith.study.report import render_report, render_study_report, tables_of
 
 LONG = "wordwithoutend" * 5  # the 67 characters of the first page on which this went wrong, and a few more

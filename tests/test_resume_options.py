@@ -12,9 +12,9 @@ import tunesmith as ts
 from tiny_runs import comparable, last_digest, tiny_config, train_losses, write_dialogues
 from tunesmith.__main__ import main
 from tunesmith.errors import UserError
+from tunesmith.options.marks import marked_options
 from tunesmith.options.parse import option_types
 from tunesmith.options.pretraining import PretrainConfig
-from tunesmith.options.resuming import marked_options
 from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
 from tunesmith.train.resolve import as_dict
 from tunesmith.train.resuming import as_begun, option_changes

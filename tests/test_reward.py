@@ -24,11 +24,11 @@ from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.files.adapters import CONFIG, WEIGHTS
 from tunesmith.files.names import SAMPLE
-from tunesmith.files.reward import save_reward_model
+from tunesmith.files.reward_models import save_reward_model
 from tunesmith.files.weights import save_model
 from tunesmith.models.attention import Documents
 from tunesmith.models.gpt2 import GPTConfig
-from tunesmith.models.scored import RewardModel
+from tunesmith.models.reward_head import RewardModel
 from tunesmith.options.training import PairDataOptions, RewardConfig
 from tunesmith.train.losses import bradley_terry_loss
 from tunesmith.train.pair_loss import OBSERVED, pair_scores, reward_loss_sum

@@ -12,7 +12,7 @@ from tunesmith.__main__ import main
 from tunesmith.commands.reward import train_reward_model
 from tunesmith.commands.score import score
 from tunesmith.files.answers import read_answers, rewards
-from tunesmith.judge.scoring import load_scorer
+from tunesmith.judge.scorers import load_scorer
 from tunesmith.options.commands import ScoreCommand
 from tunesmith.options.training import GenerateOptions, RewardConfig
 

@@ -11,7 +11,7 @@ from tiny_runs import tiny_config
 from tunesmith.commands.reward import train_reward_model
 from tunesmith.errors import Note, UserError
 from tunesmith.files.names import load_reward
-from tunesmith.judge.scoring import load_scorer
+from tunesmith.judge.scorers import load_scorer
 from tunesmith.options.training import RewardConfig
 
 
@@ -31,7 +31,7 @@ def test_deberta_scores_as_a_plain_loop_of_transformers_does(deberta):
 def test_scores_do_not_depend_on_what_else_is_scored(deberta, monkeypatch):
     scorer = load_scorer(str(deberta), device="cpu")
     whole = scorer.score(PROMPTS, ANSWERS)
-    monkeypatch.setattr("tunesmith.judge.scoring.PADDED_TOKENS", 1)
+    monkeypatch.setattr("tunesmith.judge.scorers.PADDED_TOKENS", 1)
     assert scorer.score(PROMPTS, ANSWERS) == pytest.approx(whole, abs=1e-5)
     assert scorer.score([], []) == []
 
@@ -77,7 +77,7 @@ def test_conversations_and_texts_longer_than_the_model_can_read(reward_run, monk
     whole = scorer.score([long, "Hi"], ["Yes", "Hello"])
     assert whole == pytest.approx([scorer.score([long], ["Yes"])[0], scorer.score(["Hi"], ["Hello"])[0]], abs=1e-5)
     assert abs(scorer.score([long], ["No!"])[0] - whole[0]) > 1e-4, "the beginning is lost, not the answer"
-    monkeypatch.setattr("tunesmith.judge.scoring.PACKED_TOKENS", 1)
+    monkeypatch.setattr("tunesmith.judge.scorers.PACKED_TOKENS", 1)
     assert scorer.score([long, "Hi"], ["Yes", "Hello"]) == pytest.approx(whole, abs=1e-5)
 
 

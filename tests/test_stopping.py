@@ -20,7 +20,7 @@ from tunesmith.commands import dpo as dpo_command
 from tunesmith.commands import sft as sft_command
 from tunesmith.errors import Interrupted
 from tunesmith.generation import engine
-from tunesmith.judge import scoring
+from tunesmith.judge import scorers
 from tunesmith.options.training import DPOConfig, RewardConfig
 from tunesmith.progress import STOP, Progress
 from tunesmith.train import launch
@@ -137,7 +137,7 @@ def test_a_stop_before_the_first_step_leaves_a_run_that_can_be_resumed(tiny_dire
     assert last_digest(run) == last_digest(whole)
 
 
-@pytest.mark.parametrize(("module", "call"), [(engine, "sample_tokens"), (scoring, "score_texts")])
+@pytest.mark.parametrize(("module", "call"), [(engine, "sample_tokens"), (scorers, "score_texts")])
 def test_answers_and_their_scores_are_broken_off_and_made_again(tiny_directory, tmp_path, monkeypatch, module, call):
     judge = ts.train_reward_model(tiny_config(tiny_directory, tmp_path / "judge", RewardConfig, train__steps=1))
     options = {"eval__reward": str(judge.path), "eval__max_new_tokens": 3, "train__steps": 3, "eval__at_start": False}
@@ -314,7 +314,7 @@ def test_a_second_signal_ends_the_process_in_its_estimate_and_the_run_goes_on_as
 
 @pytest.mark.parametrize(
     ("place", "name"),
-    [("tunesmith.commands.dpo.answer_logps", "SIGINT"), ("tunesmith.judge.rewards.scored", "SIGTERM")],
+    [("tunesmith.commands.dpo.answer_logps", "SIGINT"), ("tunesmith.judge.answering.scored", "SIGTERM")],
 )
 def test_a_real_process_is_broken_off_in_a_reference_pass_and_in_scoring(tiny_directory, tmp_path, place, name):
     module, _, call = place.rpartition(".")

@@ -10,7 +10,7 @@ from tunesmith.errors import UserError
 from tunesmith.files.run import Run
 from tunesmith.study.paper.claims import judge_all
 from tunesmith.study.paper.experiments import judged, lines_of, predicted_gb
-from tunesmith.study.read import KEPT, Point, is_study, read_log, read_study
+from tunesmith.study.records import KEPT, Point, is_study, read_log, read_study
 from tunesmith.study.select import finals
 from tunesmith.study.units import comparable
 

@@ -16,7 +16,7 @@ from hanging import HANGS
 from tunesmith.__main__ import main
 from tunesmith.errors import UsageError, UserError
 from tunesmith.study.look import COLOURS
-from tunesmith.study.read import read_study
+from tunesmith.study.records import read_study
 from tunesmith.study.report import render_study_report, write_report
 
 GOLDEN = Path(__file__).parent / "golden" / "study.txt"

@@ -352,7 +352,7 @@ KNOWS_THE_END_OF_TEXT = {
     "data/tokenstore.py": "hands it on",
     "data/texts.py": "stands between the texts of windows, and pads",
     "files/weights.py": "eos_token_id of config.json",
-    "files/reward.py": "the same",
+    "files/reward_models.py": "the same",
     "commands/data.py": "shows it",
 }
 

@@ -21,7 +21,7 @@ from tunesmith.data.prompts import encode_prompt, load_prompts
 from tunesmith.files.names import load
 from tunesmith.generation.engine import decode
 from tunesmith.generation.sampling import Sampling
-from tunesmith.judge.answers import words
+from tunesmith.judge.measures import words
 from tunesmith.options.commands import DemoCommand
 
 SEEDS = (1, 2, 3)

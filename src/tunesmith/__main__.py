@@ -152,7 +152,7 @@ def _chat(argv: Argv) -> None:
 
 def _plan(argv: Argv) -> None:
     from tunesmith.options.parse import parse
-    from tunesmith.options.planning import PLANS
+    from tunesmith.options.plans import PLANS
 
     command = argv[0] if argv and argv[0] in PLANS else "sft"
     rest = argv[1:] if argv and argv[0] == command else argv

@@ -1,4 +1,4 @@
-"""Work recorded as a CUDA graph: steps of training (`train.recorded`) and of decoding (`generation.recorded`)."""
+"""Work recorded as a CUDA graph: steps of training (`train.step_graph`) and of decoding (`generation.token_graph`)."""
 
 from __future__ import annotations
 

@@ -24,7 +24,11 @@ from tunesmith.files.run import write_atomically
 from tunesmith.generation.context import room_for_prompt
 from tunesmith.generation.engine import prepare
 from tunesmith.generation.logprobs import TwoAnswers, answer_logps, encode_answers, token_texts
-from tunesmith.judge.comparison import (
+from tunesmith.judge.answering import answer_prompts
+from tunesmith.judge.endpoint import KEY_VARIABLE, Endpoint
+from tunesmith.judge.language_model import Judge
+from tunesmith.judge.scorers import Scorer, load_scorer
+from tunesmith.judge.two_models import (
     VERSUS,
     Comparison,
     Row,
@@ -37,11 +41,7 @@ from tunesmith.judge.comparison import (
     number,
     versus_rows,
 )
-from tunesmith.judge.comparison_page import render_comparison
-from tunesmith.judge.endpoint import KEY_VARIABLE, Endpoint
-from tunesmith.judge.language_model import Judge
-from tunesmith.judge.rewards import answer_prompts
-from tunesmith.judge.scoring import Scorer, load_scorer
+from tunesmith.judge.two_models_page import render_comparison
 from tunesmith.options.commands import CompareCommand
 from tunesmith.options.training import GenerateOptions
 from tunesmith.progress import Progress

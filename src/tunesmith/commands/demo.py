@@ -22,8 +22,8 @@ from tunesmith.data.prompts import load_prompts
 from tunesmith.errors import UserError
 from tunesmith.files.answers import read_answers, write_answers
 from tunesmith.files.run import Run, step_name
-from tunesmith.judge.comparison_page import render_comparison
-from tunesmith.judge.scoring import load_scorer
+from tunesmith.judge.scorers import load_scorer
+from tunesmith.judge.two_models_page import render_comparison
 from tunesmith.options.commands import CompareCommand, DemoCommand, ScoreCommand
 from tunesmith.options.training import (
     CheckpointOptions,

@@ -24,8 +24,8 @@ from tunesmith.data.pairs import PairRows
 from tunesmith.data.texts import TextRows
 from tunesmith.device import resolve_device
 from tunesmith.files.run import Run
-from tunesmith.judge.rewards import rewards_at_steps
-from tunesmith.models.evaluation import evaluation_mode
+from tunesmith.judge.answering import rewards_at_steps
+from tunesmith.models.modes import evaluation_mode
 from tunesmith.options.training import DPOConfig
 from tunesmith.plan.room import memory_lines
 from tunesmith.train.choice import Sums

@@ -37,13 +37,13 @@ from tunesmith.files.bases import base_at
 from tunesmith.files.names import gives_scores, load, run_and_step
 from tunesmith.files.places import located
 from tunesmith.files.run import Run
-from tunesmith.judge.answers import interval_record
-from tunesmith.judge.comparison import interval_text
+from tunesmith.judge.measures import interval_record
 from tunesmith.judge.preferences import firsts, preference_record
-from tunesmith.judge.scoring import OwnScorer, load_scorer
+from tunesmith.judge.scorers import OwnScorer, load_scorer
 from tunesmith.judge.trained_rows import trained_rows, training_runs
-from tunesmith.models.evaluation import evaluation_mode
+from tunesmith.judge.two_models import interval_text
 from tunesmith.models.model import Model
+from tunesmith.models.modes import evaluation_mode
 from tunesmith.options.commands import EvaluateCommand
 from tunesmith.options.training import DataOptions
 from tunesmith.stats import ratio_interval

@@ -24,7 +24,7 @@ from tunesmith.files.bases import base_at
 from tunesmith.files.names import known_shape, nearest_model, shape_of
 from tunesmith.models.family import Config
 from tunesmith.models.known import SIZES
-from tunesmith.options.planning import PlanDPO, PlanPretrain, PlanReward, PlanSFT
+from tunesmith.options.plans import PlanDPO, PlanPretrain, PlanReward, PlanSFT
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.plan.planning import (
     Setting,

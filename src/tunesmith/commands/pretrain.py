@@ -18,7 +18,7 @@ from tunesmith.data.tokenizer import Tokenizer, bits_per_byte, text_bytes
 from tunesmith.errors import UserError
 from tunesmith.files.names import new_model
 from tunesmith.files.run import Run
-from tunesmith.judge.rewards import rewards_at_steps
+from tunesmith.judge.answering import rewards_at_steps
 from tunesmith.models.family import Config
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.plan.room import memory_lines

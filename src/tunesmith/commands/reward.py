@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tunesmith.files.run import Run
-from tunesmith.models.scored import RewardModel
+from tunesmith.models.reward_head import RewardModel
 from tunesmith.options.training import RewardConfig
 from tunesmith.plan.room import memory_lines
 from tunesmith.train.choice import Sums

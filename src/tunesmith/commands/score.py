@@ -28,10 +28,10 @@ from tunesmith.files.bases import base_at
 from tunesmith.files.names import checkpoints_of, find_model, load, run_and_step
 from tunesmith.files.run import step_name, write_atomically
 from tunesmith.generation.engine import prepare
-from tunesmith.judge.answers import best_rewards, compare_rewards, interval_record, measures, reward_summary
-from tunesmith.judge.comparison import interval_text
-from tunesmith.judge.rewards import answer_prompts
-from tunesmith.judge.scoring import load_scorer
+from tunesmith.judge.answering import answer_prompts
+from tunesmith.judge.measures import best_rewards, compare_rewards, interval_record, measures, reward_summary
+from tunesmith.judge.scorers import load_scorer
+from tunesmith.judge.two_models import interval_text
 from tunesmith.options.commands import ScoreCommand
 from tunesmith.stats import bootstrap_interval
 from tunesmith.train.choice import choice_lines, choose, read_estimates

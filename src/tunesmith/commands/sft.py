@@ -13,7 +13,7 @@ import dataclasses
 from pathlib import Path
 
 from tunesmith.files.run import Run
-from tunesmith.judge.rewards import rewards_at_steps
+from tunesmith.judge.answering import rewards_at_steps
 from tunesmith.options.training import SFTConfig
 from tunesmith.plan.room import memory_lines
 from tunesmith.train.choice import Sums

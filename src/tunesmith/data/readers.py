@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from tunesmith.data.documents import document_rows, joined_values, parse_document, rows_of, values
-from tunesmith.data.tables import arrow_rows, csv_rows, parquet_rows
+from tunesmith.data.tabular import arrow_rows, csv_rows, parquet_rows
 from tunesmith.errors import UserError
 from tunesmith.jsontext import parse_json, parse_json_from
 

@@ -95,7 +95,7 @@ class WindowRows:
         ids = np.stack([self.stream.part(a, a + width + 1) for a in starts])
         inputs, targets = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy()).flatten()
         # No documents: as in the paper, attention runs across the texts of a window. And so every batch has the same shape and
-        # the same host numbers, without which a step cannot be recorded (train/recorded.py).
+        # the same host numbers, without which a step cannot be recorded (train/step_graph.py).
         return Batch(inputs, torch.arange(len(targets)), targets)
 
 

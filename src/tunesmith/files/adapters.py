@@ -20,7 +20,7 @@ from tunesmith.jsontext import read_json, write_json
 from tunesmith.models.known import titles
 from tunesmith.models.lora import LoRALinear, freeze_base, lora_layers, replace_layer, short_name
 from tunesmith.models.model import Model
-from tunesmith.models.scored import SCORE
+from tunesmith.models.reward_head import SCORE
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 FINGERPRINT = "base_sha256"  # in the metadata of adapter_model.safetensors, which PEFT does not mind

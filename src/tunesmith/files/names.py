@@ -18,7 +18,7 @@ from tunesmith.errors import UsageError, UserError, note, path_meant
 from tunesmith.files import adapters
 from tunesmith.files.adapters import AdapterFiles, load_adapter, read_adapter
 from tunesmith.files.bases import SAMPLE, asked_base, holds_model, may_be_on_hub, places_of_base
-from tunesmith.files.reward import is_reward_model, load_reward_model, set_score
+from tunesmith.files.reward_models import is_reward_model, load_reward_model, set_score
 from tunesmith.files.run import STEP_NAME, Run
 from tunesmith.files.weights import load_model, weights_fingerprint
 from tunesmith.hub import download_model
@@ -27,7 +27,7 @@ from tunesmith.models.family import Config
 from tunesmith.models.known import SIZES, config_from_hf
 from tunesmith.models.lora import merge, strip
 from tunesmith.models.model import Model, build_model
-from tunesmith.models.scored import SCORE, RewardModel
+from tunesmith.models.reward_head import SCORE, RewardModel
 
 T = TypeVar("T")
 

@@ -17,14 +17,14 @@ from tunesmith.data.prompts import Conversation
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.device import return_freed_memory
 from tunesmith.files.answers import FinishReason
-from tunesmith.generation import recorded
+from tunesmith.generation import token_graph
 from tunesmith.generation.context import TooLong, read_prompts
 from tunesmith.generation.sampling import Sampling, check_counts, sample_tokens, stream_of
 from tunesmith.models.attention import Documents
 from tunesmith.models.cache import Cache
-from tunesmith.models.evaluation import evaluation_mode
 from tunesmith.models.linear import pack_for_good, packed_weights
 from tunesmith.models.model import Model
+from tunesmith.models.modes import evaluation_mode
 from tunesmith.progress import STOP
 
 PREFILL_TOKENS = 2048  # prompt tokens in one forward pass, to bound its memory
@@ -180,7 +180,7 @@ def decode(
     An answer ends with one of the tokenizer's `stops`, or with the token that completes a stop text of its template.
     Prompts are read packed, without padding, and a prompt that is repeated beside itself is read once. A finished row
     leaves the batch, so that the last long answer does not pay for the short ones. On a CUDA device steps are recorded
-    and replayed (`recorded`).
+    and replayed (`token_graph`).
 
     samples: what is added to `sampling.sample` for each prompt; None: nothing.
     """
@@ -191,14 +191,14 @@ def decode(
     streams = [stream_of(sampling, n, p, max(room)) for p, n in zip(prompts, numbers, strict=True)]
     draws = torch.tensor(np.stack(streams), device=device)  # (B, steps): a copy a step would wait for a GPU
     read = [(prompt, len(list(same))) for prompt, same in groupby(prompts)]
-    record = recorded.recorder(device, max(room))
+    record = token_graph.recorder(device, max(room))
     with evaluation_mode(model):  # not around the yields: the caller's modes are the caller's
         cache = model.new_cache([len(p) for p, _ in read], max(room), [copies for _, copies in read])
         logits = torch.cat([_read(model, cache, group, device) for group in _groups([p for p, _ in read])])
         if len(read) < len(prompts):
             logits = logits.repeat_interleave(torch.tensor([n for _, n in read], device=device), 0)  # (B, V)
     next_logits = partial(_next, model)
-    fixed = None if record is None else recorded.FixedSteps(next_logits, cache, logits, record)
+    fixed = None if record is None else token_graph.FixedSteps(next_logits, cache, logits, record)
     rows, ends, template = list(range(len(prompts))), tokenizer.stops, tokenizer.template
     tails: list[list[int]] = [[] for _ in prompts]
     kept = template.longest_stop + 1  # tokens that surely hold a whole stop text: none of them has less than a byte

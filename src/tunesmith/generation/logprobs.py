@@ -14,9 +14,9 @@ from tunesmith.data.prompts import conversation, encode_answered, encode_prompt
 from tunesmith.data.tokenizer import ByteRuns, Tokenizer
 from tunesmith.files.answers import ANSWER_END, ScoredAnswer
 from tunesmith.generation.context import fit
-from tunesmith.models.evaluation import evaluation_mode
 from tunesmith.models.head import target_logps
 from tunesmith.models.model import Model
+from tunesmith.models.modes import evaluation_mode
 
 BATCH_TOKENS = 4096  # in one forward pass
 Array = np.ndarray[Any, Any]

@@ -9,7 +9,7 @@ import numpy as np
 
 from tunesmith.data.pairstore import PairStore
 from tunesmith.data.tokenstore import TokenStore
-from tunesmith.judge.answers import alike, interval_record
+from tunesmith.judge.measures import alike, interval_record
 from tunesmith.stats import clustered_share, ratio_interval
 
 Array = np.ndarray[Any, Any]

@@ -22,7 +22,7 @@ layer. So a cache has a multiple of these columns, and a mask is read from such 
 
 
 class Cache(Protocol):
-    """What the model needs of keys and values that are held for growing sequences: a KVCache, or `generation.recorded.FixedSteps`."""
+    """What the model needs of keys and values that are held for growing sequences: a KVCache, or `generation.token_graph.FixedSteps`."""
 
     @property
     def reach(self) -> int:

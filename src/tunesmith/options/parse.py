@@ -18,7 +18,7 @@ import yaml
 from tunesmith.errors import UsageError, did_you_mean, path_meant
 from tunesmith.options.beside import placed
 from tunesmith.options.help import PAGES, asked_for_help, help_text
-from tunesmith.options.resuming import HISTORY, checked_history
+from tunesmith.options.marks import HISTORY, checked_history
 from tunesmith.options.shortforms import Positional, expand_groups, expand_positionals
 from tunesmith.options.yamlfile import read_yaml
 

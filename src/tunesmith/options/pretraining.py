@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tunesmith.options.resuming import AS_BEGUN, CONTENT, FIXED
+from tunesmith.options.marks import AS_BEGUN, CONTENT, FIXED
 from tunesmith.options.training import (
     BlockSize,
     CheckpointOptions,

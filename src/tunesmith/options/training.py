@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tunesmith.options.resuming import AS_BEGUN, CONTENT, FIXED, LENGTH, OPEN, ROUNDING
+from tunesmith.options.marks import AS_BEGUN, CONTENT, FIXED, LENGTH, OPEN, ROUNDING
 
 Switch = Literal["auto"] | bool
 BlockSize = Literal["auto"] | int

@@ -10,7 +10,7 @@ import torch
 from tunesmith.device import available_memory, resident_memory
 from tunesmith.errors import UsageError
 from tunesmith.models.family import Config
-from tunesmith.options.planning import PlanOptions
+from tunesmith.options.plans import PlanOptions
 from tunesmith.plan.cards import CONTEXT
 from tunesmith.plan.planning import Place, as_options, candidates, choose, is_exact, make_setting
 from tunesmith.plan.workload import Rows

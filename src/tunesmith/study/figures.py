@@ -21,7 +21,7 @@ from tunesmith.study.lines import (
     seeds_in_words,
 )
 from tunesmith.study.look import Plate
-from tunesmith.study.read import Experiment, Line, Study
+from tunesmith.study.records import Experiment, Line, Study
 from tunesmith.study.run_figures import favoured
 from tunesmith.study.select import Judged, alone, best_step, choice_of, mean_curve, over_rows, scorer_words
 from tunesmith.study.units import by_unit, comparable, rows_in_words, unit_of, unit_suffix

@@ -12,7 +12,7 @@ from tunesmith.device import resolve_device
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.names import known_shape
 from tunesmith.models.family import Config
-from tunesmith.options.planning import PlanOptions
+from tunesmith.options.plans import PlanOptions
 from tunesmith.plan.cards import Card
 from tunesmith.plan.memory import Memory
 from tunesmith.plan.planning import Place, Setting, estimate_passes, make_setting

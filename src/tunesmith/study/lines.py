@@ -9,7 +9,7 @@ from typing import Any
 
 import tunesmith.study.look as look
 from tunesmith.stats import t_interval
-from tunesmith.study.read import Experiment, Line, RunRecord, Series
+from tunesmith.study.records import Experiment, Line, RunRecord, Series
 from tunesmith.study.select import mean_curve
 
 STEPS = "optimizer step"  # what most figures count on their x axis

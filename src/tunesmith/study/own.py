@@ -11,7 +11,7 @@ from tunesmith.jsontext import is_number
 from tunesmith.stats import Interval, ratio_interval, share_interval, t_interval
 from tunesmith.study.lines import members_of
 from tunesmith.study.outcome import ranked_by_reward
-from tunesmith.study.read import Experiment, Point, Study
+from tunesmith.study.records import Experiment, Point, Study
 from tunesmith.study.select import best_step, finals, mean_by_prompt, peaks, prompt_rewards
 from tunesmith.study.tables import Cell, Table, interval_words, of_seeds
 from tunesmith.study.units import TOKEN, by_unit, comparable, differing, rows_seed, unit_of, unit_suffix

@@ -9,7 +9,7 @@ from typing import Any
 
 from tunesmith.files.answers import ENDINGS
 from tunesmith.study.look import BLUE, GREEN, GRID, INK, ORANGE, PURPLE, SKY, VERMILLION, Plate
-from tunesmith.study.read import Point
+from tunesmith.study.records import Point
 from tunesmith.study.tables import Cell, Table
 
 NAMED = {

@@ -22,9 +22,9 @@ from tunesmith.study.figures import draw_all, own_figures
 from tunesmith.study.look import Plate
 from tunesmith.study.outcome import accuracy_text, kind_of, result_of_run, result_of_runs
 from tunesmith.study.own import overview, own_tables
-from tunesmith.study.paper.page import known_of
+from tunesmith.study.paper.summary import known_of
 from tunesmith.study.parts import details, figure, notes, side_by_side
-from tunesmith.study.read import Study, is_study, read_log, read_study
+from tunesmith.study.records import Study, is_study, read_log, read_study
 from tunesmith.study.run_figures import loss_curve, preference_curves, reward_curve
 from tunesmith.study.study_page import render_study
 from tunesmith.study.tables import Cell, Table, as_csv, as_latex

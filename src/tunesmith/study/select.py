@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from tunesmith.jsontext import Json, is_number
-from tunesmith.study.read import Experiment, Line, Point, RunRecord, Study, shift_of
+from tunesmith.study.records import Experiment, Line, Point, RunRecord, Study, shift_of
 
 
 def rows_of_step(run: RunRecord) -> int:

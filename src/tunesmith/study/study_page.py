@@ -16,7 +16,7 @@ from tunesmith.page import document
 from tunesmith.study.figures import Drawn, Missing, Spec
 from tunesmith.study.own import conclusion
 from tunesmith.study.parts import Links, anchor, details, esc, figure, notes, side_by_side, table
-from tunesmith.study.read import RunRecord, Study
+from tunesmith.study.records import RunRecord, Study
 from tunesmith.study.tables import Table
 
 Column = tuple[str, RunRecord, int]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tunesmith.stats import Interval, t_interval
-from tunesmith.study.read import Point
+from tunesmith.study.records import Point
 
 
 @dataclass(frozen=True)

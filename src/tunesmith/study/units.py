@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tunesmith.jsontext import Json
-from tunesmith.study.read import Experiment, RunRecord
+from tunesmith.study.records import Experiment, RunRecord
 
 TOKEN, PAIR = "nats per target token", "nats per pair"
 PAIRWISE = ("dpo", "reward")  # commands whose loss is one of preference pairs

@@ -12,7 +12,7 @@ from tunesmith.data.mixture import parse_sets
 from tunesmith.errors import UserError
 from tunesmith.files.places import PLACES, exists, gone, located, located_sets, places_of
 from tunesmith.files.run import Run
-from tunesmith.options.resuming import marked_options
+from tunesmith.options.marks import marked_options
 
 C = TypeVar("C")
 SETS = ("data.name", "dpo.sft_data")  # may be several, with weights

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from tunesmith.data.batch import Batch
 from tunesmith.device import Precision, autocast
-from tunesmith.models.evaluation import evaluation_mode
 from tunesmith.models.head import head_chunk, sequence_loss_sum, states_and_head, sum_sequences, target_logps
 from tunesmith.models.model import Model
-from tunesmith.models.scored import RewardModel
+from tunesmith.models.modes import evaluation_mode
+from tunesmith.models.reward_head import RewardModel
 from tunesmith.train.choice import Sums
 from tunesmith.train.losses import bradley_terry_loss, dpo_loss
 from tunesmith.train.splitting import within_memory

@@ -26,9 +26,9 @@ from tunesmith.data.batch import Batch
 from tunesmith.data.pairs import PairRows
 from tunesmith.data.tokenstore import cache_directory
 from tunesmith.device import Precision, put
-from tunesmith.models.evaluation import evaluation_mode
 from tunesmith.models.lora import disabled
 from tunesmith.models.model import Model
+from tunesmith.models.modes import evaluation_mode
 from tunesmith.progress import Progress
 from tunesmith.train.pair_loss import Reference, answer_logps
 from tunesmith.train.splitting import within_memory

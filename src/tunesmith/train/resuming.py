@@ -1,6 +1,6 @@
 """Whether a resumed run is still the run that it was: its options by name, what it is made from by content.
 
-What may change is marked at the option (`options.resuming`), everything else is closed. Left out: a checksum of config.yaml,
+What may change is marked at the option (`options.marks`), everything else is closed. Left out: a checksum of config.yaml,
 so options that somebody has edited there are taken as those that the run began with.
 """
 
@@ -19,8 +19,8 @@ from tunesmith.data.tokenstore import TokenStore
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.places import PLACES
 from tunesmith.files.run import DRAWS, Run
+from tunesmith.options.marks import HISTORY, Marked, checked_history, marked_options
 from tunesmith.options.pretraining import PretrainConfig
-from tunesmith.options.resuming import HISTORY, Marked, checked_history, marked_options
 from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
 from tunesmith.train.moved import names_kept, places_named
 from tunesmith.train.optim import schedule_factor

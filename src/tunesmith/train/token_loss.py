@@ -15,9 +15,9 @@ from tunesmith.data.encoding import END, IGNORE_INDEX
 from tunesmith.data.epochs import Batches
 from tunesmith.data.texts import TextRows
 from tunesmith.device import Precision, autocast
-from tunesmith.models.evaluation import evaluation_mode
 from tunesmith.models.head import head_chunk, head_nll_sum, states_and_head, token_nll
 from tunesmith.models.model import Model
+from tunesmith.models.modes import evaluation_mode
 from tunesmith.train.splitting import within_memory
 
 

@@ -16,11 +16,11 @@ from tunesmith.errors import UserError
 from tunesmith.files.adapters import load_adapter, read_adapter, save_adapter
 from tunesmith.files.bases import OWN_BASE
 from tunesmith.files.names import is_adapted, lasting_name, lasting_path, load_for_training
-from tunesmith.files.reward import load_reward_weights, save_reward_model, set_score
+from tunesmith.files.reward_models import load_reward_weights, save_reward_model, set_score
 from tunesmith.files.weights import from_hf_state_dict, save_model, stored_weights, weights_fingerprint
 from tunesmith.models.lora import apply_lora
 from tunesmith.models.model import Model
-from tunesmith.models.scored import SCORE, RewardModel
+from tunesmith.models.reward_head import SCORE, RewardModel
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import DPOConfig, LoRAOptions, RewardConfig, SFTConfig
 from tunesmith.outofmemory import is_out_of_memory

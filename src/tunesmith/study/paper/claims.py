@@ -23,7 +23,7 @@ from tunesmith.study.paper.experiments import (
     ranks,
 )
 from tunesmith.study.paper.verdicts import FAILS, HOLDS, OPEN, Verdict
-from tunesmith.study.read import Experiment, Line, Point, RunRecord, Study
+from tunesmith.study.records import Experiment, Line, Point, RunRecord, Study
 from tunesmith.study.select import (
     best_step,
     differences,

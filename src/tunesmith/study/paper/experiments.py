@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tunesmith.jsontext import is_number
-from tunesmith.study.read import Experiment, Line, Point, RunRecord, Series, Study, last_step, shift_of
+from tunesmith.study.records import Experiment, Line, Point, RunRecord, Series, Study, last_step, shift_of
 from tunesmith.study.select import Judged, present, whole_training
 
 EXPERIMENTS = ("e1", "e1b", "e2", "e4", "e5", "e6", "e7", "e8")

@@ -9,7 +9,7 @@ from tunesmith.files.run import Run
 from tunesmith.study.figures import Drawn, Spec, all_labels, by_label, preferences, reward_figure, rewards
 from tunesmith.study.lines import count_validations, draw_line, finish, members_of, missing_notes, seeds_in_words
 from tunesmith.study.paper.experiments import FULL, OPTIMIZERS, PARTS, judged, lines_of, memory_rows, ranks
-from tunesmith.study.read import Experiment, Study
+from tunesmith.study.records import Experiment, Study
 from tunesmith.study.run_figures import favoured
 from tunesmith.study.select import present
 from tunesmith.study.units import TOKEN, comparable, rows_in_words

@@ -10,7 +10,7 @@ from tunesmith.study.paper.figures import specs_of
 from tunesmith.study.paper.tables import tables_of
 from tunesmith.study.paper.verdicts import FAILS, HOLDS, OPEN
 from tunesmith.study.parts import Links, esc, gathered, notes
-from tunesmith.study.read import RunRecord, Study
+from tunesmith.study.records import RunRecord, Study
 from tunesmith.study.select import best_step
 from tunesmith.study.study_page import Column, Known, named
 

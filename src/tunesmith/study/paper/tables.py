@@ -18,7 +18,7 @@ from tunesmith.study.paper.experiments import (
     memory_rows,
     ranks,
 )
-from tunesmith.study.read import Point, RunRecord, Study, is_signed
+from tunesmith.study.records import Point, RunRecord, Study, is_signed
 from tunesmith.study.select import choice_of, finals, peaks, present
 from tunesmith.study.tables import Cell, Table, of_seeds, plain
 

@@ -12,7 +12,7 @@ from tunesmith.options.training import RewardConfig
 from tunesmith.train.methods.method import LossSum, Method
 
 if TYPE_CHECKING:
-    from tunesmith.models.scored import RewardModel
+    from tunesmith.models.reward_head import RewardModel
 
 
 def check(config: RewardConfig) -> list[str]:

@@ -17,14 +17,14 @@ from tunesmith.data.prompts import conversation, encode_answered
 from tunesmith.device import resolve_device
 from tunesmith.errors import UserError, note
 from tunesmith.files.names import is_adapter, load_reward, read_model
-from tunesmith.files.reward import is_reward_model
+from tunesmith.files.reward_models import is_reward_model
 from tunesmith.files.run import Run
 from tunesmith.generation.context import Reading, fit_with_answer
 from tunesmith.jsontext import read_json
 from tunesmith.models.attention import Documents
-from tunesmith.models.evaluation import evaluation_mode
 from tunesmith.models.known import FAMILIES
-from tunesmith.models.scored import RewardModel
+from tunesmith.models.modes import evaluation_mode
+from tunesmith.models.reward_head import RewardModel
 from tunesmith.progress import STOP
 from tunesmith.stats import share_interval
 

@@ -6,7 +6,8 @@ import html
 from typing import Any
 
 from tunesmith.files.answers import ANSWER_END, ENDINGS, ScoredAnswer
-from tunesmith.judge.comparison import (
+from tunesmith.judge.language_model import Judgement
+from tunesmith.judge.two_models import (
     VERSUS,
     Comparison,
     Row,
@@ -23,7 +24,6 @@ from tunesmith.judge.comparison import (
     result_line,
     versus_rows,
 )
-from tunesmith.judge.language_model import Judgement
 from tunesmith.page import render_page
 
 # A is orange and B blue throughout (Okabe & Ito), and never by colour alone: words, underlines, the order on the page.

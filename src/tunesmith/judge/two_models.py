@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tunesmith.files.answers import ScoredAnswer
-from tunesmith.judge.answers import LIKE_LENGTH, alike, compare_rewards, interval_record, measures, reward_summary
 from tunesmith.judge.language_model import Judgement
+from tunesmith.judge.measures import LIKE_LENGTH, alike, compare_rewards, interval_record, measures, reward_summary
 from tunesmith.stats import Wins, bootstrap_interval, count_wins, share_interval, win_rate
 
 TokenLogps = Sequence[tuple[str, float, float]]

@@ -15,8 +15,8 @@ from tunesmith.files.answers import ScoredAnswer, write_answers
 from tunesmith.files.run import step_name
 from tunesmith.generation.engine import generate_answers
 from tunesmith.generation.sampling import Sampling
-from tunesmith.judge.answers import measures, reward_summary
-from tunesmith.judge.scoring import Scorer, load_scorer
+from tunesmith.judge.measures import measures, reward_summary
+from tunesmith.judge.scorers import Scorer, load_scorer
 from tunesmith.models.model import Model
 from tunesmith.options.training import EvalOptions, GenerateOptions
 from tunesmith.train.trainee import Trainee

@@ -22,7 +22,7 @@ from tunesmith.files.weights import (
 from tunesmith.jsontext import read_json, write_json
 from tunesmith.models.family import HEAD
 from tunesmith.models.known import config_from_hf
-from tunesmith.models.scored import SCORE, RewardModel
+from tunesmith.models.reward_head import SCORE, RewardModel
 
 
 def is_reward_model(directory: Path) -> bool:
