@@ -19,8 +19,8 @@ from tunesmith.files.answers import ANSWER_END, ScoredAnswer
 from tunesmith.files.names import SAMPLE, load
 from tunesmith.files.reward_models import save_reward_model
 from tunesmith.files.weights import save_model
-from tunesmith.generation.logprobs import answer_logps, encode_answers, token_texts
-from tunesmith.judge.two_models import Row
+from tunesmith.generation.logprobs import encode_answers, logps_of_both, token_texts
+from tunesmith.judge.two_models import PromptResult
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.models.reward_head import RewardModel
 from tunesmith.stats import Interval
@@ -106,7 +106,7 @@ def test_token_logps_are_those_of_a_plain_forward_pass(models, monkeypatch, budg
     for name in models[:2]:
         model, tokenizer = load(str(name), device="cpu")
         pairs = [encode_answers(tokenizer, *both(row)) for row in ANSWERS]
-        found = answer_logps(model, pairs, tokenizer.end_of_text)
+        found = logps_of_both(model, pairs, tokenizer.end_of_text)
         for (prompt, a, a_stopped, b, b_stopped), (of_a, of_b) in zip(ANSWERS, found, strict=True):
             assert of_a == pytest.approx(plain_logps(model, tokenizer, prompt, a, a_stopped), abs=1e-4)
             assert of_b == pytest.approx(plain_logps(model, tokenizer, prompt, b, b_stopped), abs=1e-4)
@@ -115,7 +115,7 @@ def test_token_logps_are_those_of_a_plain_forward_pass(models, monkeypatch, budg
 def test_tokens_beyond_the_models_positions_are_left_out_at_the_end(tmp_path):
     model, tokenizer = load(str(directory(tmp_path / "short", 1, block_size=32)), device="cpu")
     pairs = [encode_answers(tokenizer, *both(ANSWERS[3]))]
-    ((of_a, of_b),) = answer_logps(model, pairs, tokenizer.end_of_text)
+    ((of_a, of_b),) = logps_of_both(model, pairs, tokenizer.end_of_text)
     room = 32 - len(pairs[0].prompt)
     assert (len(of_a), len(of_b)) == (room, len(pairs[0].answers[1]) + 1)
     assert room < len(pairs[0].answers[0])
@@ -124,7 +124,7 @@ def test_tokens_beyond_the_models_positions_are_left_out_at_the_end(tmp_path):
 def test_what_no_model_has_positions_for_is_shown_without_colour(tmp_path):
     name = str(directory(tmp_path / "short", 1, block_size=32))
     answers = both(ANSWERS[3])
-    (row,) = with_logps((name, name), load(name, device="cpu")[1], [Row(*answers)], "cpu")
+    (row,) = with_logps((name, name), load(name, device="cpu")[1], [PromptResult(*answers)], "cpu")
     assert row.unscored[0].startswith(" very very")
     assert row.unscored[1] == ""
     for logps, rest, answer in zip(row.logps, row.unscored, answers, strict=True):

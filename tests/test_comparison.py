@@ -14,7 +14,7 @@ from tunesmith.files.answers import ANSWER_END, ScoredAnswer
 from tunesmith.judge.language_model import Judgement
 from tunesmith.judge.two_models import (
     Comparison,
-    Row,
+    PromptResult,
     interval_text,
     judge_text,
     level,
@@ -31,7 +31,9 @@ def row(n, a, b, *, group="g", tokens=(10, 10), orders=None, logps=None):
         ScoredAnswer(f"Question {n}?", group, f"answer {side}{n}", "stop", length, reward)
         for side, reward, length in zip("ab", (a, b), tokens, strict=True)
     )
-    return Row(of_a, of_b, None if orders is None else Judgement(orders, ("first words", "second words")), logps)
+    return PromptResult(
+        of_a, of_b, None if orders is None else Judgement(orders, ("first words", "second words")), logps
+    )
 
 
 REWARDS = [(0.0, 1.0), (0.5, 0.0), (1.0, 1.0), (0.25, 2.0), (-1.0, -0.5), (3.0, 3.5)]
@@ -52,7 +54,7 @@ def mirrored(comparison):
     for r in comparison.rows:
         j = r.judgement
         judgement = j and Judgement((swap[j.orders[1]], swap[j.orders[0]]), j.replies[::-1], j.asked)
-        rows.append(Row(r.b, r.a, judgement))
+        rows.append(PromptResult(r.b, r.a, judgement))
     return Comparison(comparison.names[::-1], rows, comparison.scorer, comparison.judge, comparison.settings)
 
 
@@ -92,7 +94,7 @@ def test_groups_are_compared_by_themselves(rewarded):
 
 def test_swapped_order_gives_the_mirrored_summary(rewarded):
     judged = [("a", "a"), ("b", "b"), ("a", "b"), ("tie", "tie"), (None, "b"), ("b", "b")]
-    rows = [Row(r.a, r.b, Judgement(o)) for r, o in zip(rewarded.rows, judged, strict=True)]
+    rows = [PromptResult(r.a, r.b, Judgement(o)) for r, o in zip(rewarded.rows, judged, strict=True)]
     there = Comparison(rewarded.names, rows, "s", "j").summary()
     back = mirrored(Comparison(rewarded.names, rows, "s", "j")).summary()
     assert (there["a"], there["b"]) == (back["b"], back["a"])
@@ -117,14 +119,14 @@ def test_the_judge_is_counted_with_its_agreement_and_its_taste_for_a_position():
     rows = [row(i, None, None, orders=o) for i, o in enumerate(orders)]
     same = Judgement(("tie", "tie"), asked=False)
     alone = replace(rows[0].a, prompt="Another question?")
-    found = Comparison(("a", "b"), [*rows, Row(alone, alone, same)], judge="j").summary()["judge"]
+    found = Comparison(("a", "b"), [*rows, PromptResult(alone, alone, same)], judge="j").summary()["judge"]
     assert found["wins"] == {"wins": 2, "ties": 3, "losses": 1}
     assert found["win_rate"]["mean"] == pytest.approx(3.5 / 6)
     assert (found["agreement"]["mean"], found["agreement"]["n"]) == (pytest.approx(4 / 5), 5)
     # single verdicts b b b b a a a b and the a of the last: first stood b(2nd) b(2nd) a(1st) a(1st) b(2nd)
     assert (found["first_position"]["mean"], found["first_position"]["n"]) == (pytest.approx(5 / 9), 9)
     assert (found["no_verdict"], found["same_answers"]) == (1, 1)
-    told = " ".join(notes(Comparison(("a", "b"), [*rows, Row(alone, alone, same)], judge="j").summary()))
+    told = " ".join(notes(Comparison(("a", "b"), [*rows, PromptResult(alone, alone, same)], judge="j").summary()))
     assert "80.0 % (" in told
     assert "without a verdict, left out of the judge's win rate: 1." in told
     assert "the same answer from both, ties without asking the judge: 1." in told
@@ -218,13 +220,13 @@ def full():
         [(" <b>", -1.0, -3.0), ("", -1.0, -1.5), (" é", -2.0, -1.75), (ANSWER_END, -0.5, -0.45)],
         [(" B & co", -5.0, -4.7), (ANSWER_END, -1.0, -0.2)],
     )
-    first = Row(
+    first = PromptResult(
         ScoredAnswer("Is <i>it</i>?", "odd & even", "<b> é", "stop", 4, 0.5),
         ScoredAnswer("Is <i>it</i>?", "odd & even", "B & co", "stop", 2, 1.75),
         Judgement(("b", "b"), ('{"verdict": "2"} <u>', '{"verdict": "1"}')),
         logps,
     )
-    second = Row(
+    second = PromptResult(
         ScoredAnswer("And?", "", "cut of", "length", 2, -1.0), ScoredAnswer("And?", "", "", "stop", 1, -1.0),
         Judgement(("a", "b"), ("x", "y")), ([(" cut", -1.0, -1.0)], [(ANSWER_END, -1.0, -1.0)]), (" of", ""),
     )  # fmt: skip
@@ -260,7 +262,7 @@ def test_every_token_has_its_number_and_its_colour(full):
 
 def test_page_without_extras_shows_answers_only():
     silent = ScoredAnswer("Question 1?", "g", "", "stop", 1)
-    plain = Comparison(("a", "b"), [row(0, None, None), Row(silent, row(1, None, None).b)])
+    plain = Comparison(("a", "b"), [row(0, None, None), PromptResult(silent, row(1, None, None).b)])
     page = render_comparison(plain)
     for absent in ("reward", "judge", "log p", 'class="bar"', 'class="facts"', 'class="legend"'):
         assert absent not in page.split("</style>")[1]

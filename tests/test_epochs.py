@@ -12,7 +12,7 @@ from tunesmith.__main__ import main
 from tunesmith.errors import UserError
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import RewardConfig
-from tunesmith.study.definition import read_study
+from tunesmith.study.definition import read_study_file
 from tunesmith.study.matrix import make_plan
 from tunesmith.train.resolve import batches_of_step, resolve_length, steps_of
 
@@ -167,7 +167,7 @@ def test_so_do_a_studys_settings(tmp_path):
     file.write_text(
         f"experiments: {{one: {{command: dpo, config: paper/e8, set: {{model.name: sample}}, runs: {runs}}}}}\n"
     )
-    found = make_plan(read_study(file)).runs.values()
+    found = make_plan(read_study_file(file)).runs.values()
     lengths = [(run.settings.get("train.steps"), run.settings.get("train.epochs")) for run in found]
     assert lengths == [(None, 1.0), (7, None), (None, 3.0)]
 
@@ -178,4 +178,4 @@ def test_a_default_of_no_warm_up_is_the_run_that_0_was(tmp_path):
     runs = "{a: {}, b: {set: {optimizer.warmup_steps: 0}}}"
     file.write_text(f"experiments: {{one: {{set: {{model.name: sample, train.steps: 3}}, runs: {runs}}}}}\n")
     with pytest.raises(UserError, match='"b-s1" is identical to "a-s1"'):
-        make_plan(read_study(file))
+        make_plan(read_study_file(file))

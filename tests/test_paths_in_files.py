@@ -10,7 +10,7 @@ from tunesmith.__main__ import main
 from tunesmith.data.datasets import NAMED, is_named
 from tunesmith.files.run import Run
 from tunesmith.options.beside import NAMED_SETS, placed
-from tunesmith.study.definition import read_study
+from tunesmith.study.definition import read_study_file
 from tunesmith.study.matrix import make_plan, run_config
 
 ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(12)]
@@ -81,17 +81,17 @@ def test_a_study_is_the_same_from_everywhere_and_where_it_was_moved_to(project, 
     file.write_text(
         f"experiments: {{e: {{config: base.yaml, set: {{model.name: sample, data.name: a.jsonl}}, runs: {runs}}}}}\n"
     )
-    plan = make_plan(read_study(file))
+    plan = make_plan(read_study_file(file))
     config = run_config(plan.runs["one-s1"], tmp_path)
     assert (config["data"]["name"], config["eval"]["prompts"]) == ("project/a.jsonl", "project/prompts.txt")
     assert plan.runs["two-s1"].settings["data.name"] == "project/b.jsonl"
     assert plan.runs["two-s1"].changed["data.name"] == "b.jsonl"
     moved = tmp_path / "moved"
     project.rename(moved)
-    again = make_plan(read_study(moved / "mine.yaml"))
+    again = make_plan(read_study_file(moved / "mine.yaml"))
     assert {n: r.hash for n, r in again.runs.items()} == {n: r.hash for n, r in plan.runs.items()}
     monkeypatch.chdir(moved)
-    there = make_plan(read_study(moved / "mine.yaml"))
+    there = make_plan(read_study_file(moved / "mine.yaml"))
     assert there.runs["one-s1"].settings["data.name"] == "a.jsonl"
     assert there.runs["one-s1"].hash == plan.runs["one-s1"].hash
 

@@ -16,7 +16,15 @@ from tunesmith.options.parse import from_settings
 from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
 from tunesmith.plan.cards import CARDS
 from tunesmith.plan.memory import Work, block_matrices
-from tunesmith.plan.planning import alternatives, candidates, choose, find_place, is_exact, make_setting, size_in_bytes
+from tunesmith.plan.planning import (
+    alternatives,
+    candidates,
+    fastest_that_fits,
+    find_place,
+    is_exact,
+    make_setting,
+    size_in_bytes,
+)
 from tunesmith.plan.probe import make_step, pair_batch, probe_step, split_evenly, text_batch
 from tunesmith.plan.workload import Rows, forward_operations, step_operations
 from tunesmith.train.resolve import check_options
@@ -136,13 +144,13 @@ def test_fit_takes_the_fastest_that_fits_and_an_exact_one_where_there_is_one():
     every = [make_setting(asked, MEDIUM, ROWS, place, c) for c in alternatives(asked, inexact=True)]
     sizes = sorted(s.total for s in every)
     for room in (sizes[-1], sizes[len(sizes) // 2], sizes[0]):
-        found = choose(every, room)
+        found = fastest_that_fits(every, room)
         fitting = [s for s in every if s.total <= room]
         exact = [s for s in fitting if is_exact(s.changes)]
         assert found.total <= room
         assert is_exact(found.changes) == bool(exact)
         assert found.estimate == min(s.estimate for s in exact or fitting)
-    assert choose(every, sizes[0] - 1) is None
+    assert fastest_that_fits(every, sizes[0] - 1) is None
 
 
 @pytest.mark.parametrize("options", [{}, {"train.grad_clip": 0.0}, {"train.batch_size": 6, "train.accumulate": 2}])
@@ -185,8 +193,8 @@ def test_on_a_cpu_the_lean_allocator_is_offered_and_taken_where_it_is_enough():
     offered = candidates(here, inexact=False)
     assert lean.changes in [s.changes for s in offered]
     least = min(s.total for s in offered if "train.allocator" not in s.changes)
-    assert choose(offered, least - 1).config.train.allocator == "lean"
-    assert "train.allocator" not in choose(offered, here.total).changes
+    assert fastest_that_fits(offered, least - 1).config.train.allocator == "lean"
+    assert "train.allocator" not in fastest_that_fits(offered, here.total).changes
     assert not any("train.allocator" in s.changes for s in candidates(card, inexact=False))
 
 

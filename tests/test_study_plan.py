@@ -12,7 +12,7 @@ from tunesmith.__main__ import main
 from tunesmith.errors import UsageError
 from tunesmith.options.parse import from_settings
 from tunesmith.options.training import SFTConfig
-from tunesmith.study.definition import ENTRY, EXPERIMENT, TOP, read_study, study_path
+from tunesmith.study.definition import ENTRY, EXPERIMENT, TOP, read_study_file, study_path
 from tunesmith.study.matrix import make_plan, plan_record, run_config
 
 BASE = {"sft": {"model": {"name": "sample"}, "data.name": "sample", "train": {"steps": 3}}}
@@ -21,12 +21,12 @@ BASE = {"sft": {"model": {"name": "sample"}, "data.name": "sample", "train": {"s
 def plan(tmp_path, scale=None, places=None, **content):
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({"base": BASE, **content}, sort_keys=False))
-    return make_plan(read_study(file, scale), places)
+    return make_plan(read_study_file(file, scale), places)
 
 
 def written(tmp_path, text):
     (tmp_path / "mine.yaml").write_text(text)
-    return make_plan(read_study(tmp_path / "mine.yaml"))
+    return make_plan(read_study_file(tmp_path / "mine.yaml"))
 
 
 def hashes(made):
@@ -258,7 +258,7 @@ def test_the_command_line_tells_it_in_one_line_with_exit_code_2(tmp_path, capfd)
 
 @pytest.mark.parametrize("scale", ["full", "small", "smoke"])
 def test_the_paper_is_complete_at_every_scale(scale):
-    made = make_plan(read_study(study_path("paper"), scale))
+    made = make_plan(read_study_file(study_path("paper"), scale))
     labels = {id: list(dict.fromkeys(s.label for s in shown)) for id, (_, shown) in made.experiments.items()}
     assert labels == {
         "e1": ["first half", "continued"],
@@ -280,7 +280,7 @@ def test_the_paper_is_complete_at_every_scale(scale):
 
 
 def test_the_full_scale_is_the_papers_own_sizes():
-    made = make_plan(read_study(study_path("paper"), "full"))
+    made = make_plan(read_study_file(study_path("paper"), "full"))
     s = {name: run.settings for name, run in made.runs.items()}
     assert {run["model.name"] for run in s.values()} == {"gpt2-medium", "@e1-s1"}
     assert (s["e1-s1"]["train.steps"], s["e1-continued-s1"]["train.steps"]) == (40_000, 80_000)
@@ -298,7 +298,7 @@ def test_the_full_scale_is_the_papers_own_sizes():
     at_once = s["e7-batch-4-s1"]
     assert [shown.run for shown in made.experiments["e7"][1]] == ["e1-s1", "e4-adamw-s1", "e7-batch-4-s1"]
     assert (at_once["train.batch_size"], at_once["train.accumulate"], at_once["train.steps"]) == (4, 1, 5_000)
-    ours = make_plan(read_study(study_path("paper"), "full", batching="ours"))
+    ours = make_plan(read_study_file(study_path("paper"), "full", batching="ours"))
     assert {run.settings["data.batching"] for run in ours.runs.values()} == {"packed"}
 
 
@@ -320,7 +320,7 @@ def test_the_study_that_the_page_shows_is_one(tmp_path, capfd):
     (body,) = re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S)
     file = tmp_path / "rates.yaml"
     file.write_text(body)
-    made = make_plan(read_study(file))
+    made = make_plan(read_study_file(file))
     names = ["full", "r1", "r8", "full-continued", "optimizers-adamw", "optimizers-sgd", "preferences"]
     names += ["optimizers-adamw-lr0.01", "optimizers-sgd-lr0.01"]
     assert set(made.runs) == {f"{name}-s{n}" for name in names for n in (1, 2)}

@@ -12,7 +12,7 @@ from tunesmith.commands.study import check_runs, tell
 from tunesmith.errors import UserError
 from tunesmith.files.run import Run
 from tunesmith.progress import span
-from tunesmith.study.definition import read_study
+from tunesmith.study.definition import read_study_file
 from tunesmith.study.executors import Ended, Job, Local, launch, slot_environment
 from tunesmith.study.forecast import RunWork, forecasts_of, probe, times, work_of
 from tunesmith.study.ledger import Ledger, only_one
@@ -77,7 +77,7 @@ def go(tmp_path, monkeypatch):
     monkeypatch.setattr("tunesmith.study.runner.TICK", 0.0)
 
     def run(experiments=EXPERIMENTS, wanted=None, **ends):
-        plan = make_plan(read_study(write_study(tmp_path, "sample", experiments)))
+        plan = make_plan(read_study_file(write_study(tmp_path, "sample", experiments)))
         out = tmp_path / "study"
         out.mkdir(exist_ok=True)
         ledger, executor = Ledger(plan, out), Pretender(**ends)

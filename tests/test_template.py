@@ -34,7 +34,7 @@ from tunesmith.errors import UserError
 from tunesmith.files.answers import ANSWER_END, ScoredAnswer
 from tunesmith.files.names import SAMPLE
 from tunesmith.generation.engine import generate_answers, stream
-from tunesmith.generation.logprobs import answer_logps, encode_answers, token_texts
+from tunesmith.generation.logprobs import encode_answers, logps_of_both, token_texts
 from tunesmith.generation.sampling import Sampling
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.options.training import DataOptions
@@ -329,7 +329,7 @@ def test_an_answer_is_compared_with_its_end(tagged):
     assert "".join(token_texts(tagged, two)[0][:-1]) == "A model."
     config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=64, vocab_size=tagged.vocab_size)
     model = random_model(config, dtype=torch.float64)
-    ((of_a, _),) = answer_logps(model, [two], tagged.end_of_answer)
+    ((of_a, _),) = logps_of_both(model, [two], tagged.end_of_answer)
     with torch.no_grad():
         logps = model.lm_head(model(torch.tensor([two.prompt + two.answers[0]])))[0].log_softmax(1)
     targets = [*two.answers[0], tagged.end_of_answer]

@@ -23,7 +23,7 @@ from tunesmith.files.names import find_model, load, load_tokenizer, shape_of
 from tunesmith.files.run import write_atomically
 from tunesmith.generation.context import room_for_prompt
 from tunesmith.generation.engine import prepare
-from tunesmith.generation.logprobs import TwoAnswers, answer_logps, encode_answers, token_texts
+from tunesmith.generation.logprobs import TwoAnswers, encode_answers, logps_of_both, token_texts
 from tunesmith.judge.answering import answer_prompts
 from tunesmith.judge.endpoint import KEY_VARIABLE, Endpoint
 from tunesmith.judge.language_model import Judge
@@ -31,7 +31,7 @@ from tunesmith.judge.scorers import Scorer, load_scorer
 from tunesmith.judge.two_models import (
     VERSUS,
     Comparison,
-    Row,
+    PromptResult,
     TokenLogps,
     judge_text,
     legend,
@@ -83,7 +83,7 @@ def answered(a: str, b: str, options: CompareCommand) -> Comparison:
     tokenizer = shared_tokenizer(a, b) if options.logprobs else None
     scorer = load_scorer(options.reward, device=options.device) if options.reward else None
     of_a, of_b = (answers_of(name, prompts, options.generate, options.device, scorer) for name in (a, b))
-    rows = [Row(x, y) for x, y in zip(of_a, of_b, strict=True)]
+    rows = [PromptResult(x, y) for x, y in zip(of_a, of_b, strict=True)]
     if tokenizer:
         room = room_for_prompt(min(shape_of(name).longest for name in (a, b)), options.generate.max_new_tokens)
         rows = with_logps((a, b), tokenizer, rows, options.device, room)
@@ -126,8 +126,12 @@ def shared_tokenizer(a: str, b: str) -> Tokenizer:
 
 
 def with_logps(
-    names: tuple[str, str], tokenizer: Tokenizer, rows: Sequence[Row], device: str = "auto", room: int | None = None
-) -> list[Row]:
+    names: tuple[str, str],
+    tokenizer: Tokenizer,
+    rows: Sequence[PromptResult],
+    device: str = "auto",
+    room: int | None = None,
+) -> list[PromptResult]:
     """The rows with the tokens of A's and of B's answer and their log-probabilities under both; one model in memory.
 
     room: tokens that a prompt may have, for both.
@@ -146,7 +150,7 @@ def with_logps(
 def _under(
     name: str, pairs: Sequence[TwoAnswers], end_of_answer: int, device: str
 ) -> list[tuple[list[float], list[float]]]:
-    return answer_logps(load(name, device=device)[0], pairs, end_of_answer)
+    return logps_of_both(load(name, device=device)[0], pairs, end_of_answer)
 
 
 # ---- the judge -------------------------------------------------------------------------------------------------------

@@ -30,9 +30,9 @@ from tunesmith.plan.planning import (
     Setting,
     as_options,
     candidates,
-    choose,
     effect,
     estimate_passes,
+    fastest_that_fits,
     find_place,
     is_exact,
     make_setting,
@@ -83,7 +83,7 @@ def plan(options: PlanConfig) -> dict[str, Any]:
     chosen, told = asked, []
     if room is not None:
         every = candidates(asked, inexact=options.fit_inexact)
-        found = choose(every, room)
+        found = fastest_that_fits(every, room)
         if found is None:
             raise UserError(_nothing_fits(asked, every, room))
         chosen, told = found, _reasons(asked, found, every, room)

@@ -19,7 +19,7 @@ from tunesmith.files.run import write_atomically
 from tunesmith.options.commands import StudyCommand
 from tunesmith.options.parse import from_settings, nearest
 from tunesmith.progress import STOP, span
-from tunesmith.study.definition import COMMANDS, read_study, study_path
+from tunesmith.study.definition import COMMANDS, read_study_file, study_path
 from tunesmith.study.executors import Executor, Local, visible_gpus
 from tunesmith.study.forecast import Forecast, RunWork, Seconds, forecasts_of, probe, times, work_of
 from tunesmith.study.ledger import DONE, Ledger, choices, only_one
@@ -39,7 +39,7 @@ def study(name: str, options: StudyCommand) -> Path:
         Interrupted if it was interrupted, when all runs have stopped.
     """
     places = {f"data.{k}": v for k, v in vars(options.data).items() if v is not None}
-    plan = make_plan(read_study(study_path(name), options.scale, batching=options.batching), places)
+    plan = make_plan(read_study_file(study_path(name), options.scale, batching=options.batching), places)
     configs = check_runs(plan)
     wanted = select(plan, options.only)
     if options.jobs is not None and options.jobs < 1:

@@ -59,7 +59,7 @@ def token_texts(tokenizer: Tokenizer, two: TwoAnswers) -> tuple[list[str], list[
     return texts[0], texts[1]
 
 
-def answer_logps(
+def logps_of_both(
     model: Model, pairs: Sequence[TwoAnswers], end_of_answer: int
 ) -> list[tuple[list[float], list[float]]]:
     """Log-probability of every token of both answers to each prompt, the end included where there is one; nats.

@@ -91,7 +91,7 @@ def interval_record(interval: Interval) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RewardComparison:
     """Rewards of A and B on the same prompts. difference: A - B. matched: only prompts with answers of like length."""
 
     difference: Interval
@@ -111,20 +111,20 @@ class Comparison:
         return record | {"matched_length": {"wins": asdict(self.matched), "win_rate": matched}}
 
 
-def compare_rewards(a: Sequence[ScoredAnswer], b: Sequence[ScoredAnswer]) -> Comparison:
+def compare_rewards(a: Sequence[ScoredAnswer], b: Sequence[ScoredAnswer]) -> RewardComparison:
     """A against B, prompt by prompt, each by the mean of its answers. Raises: ValueError if the prompts are not the same."""
     by_a, by_b = rewards(a), rewards(b)
     if list(by_a) != list(by_b):
         raise ValueError("answers to different prompts cannot be compared")
     of_a, of_b = list(by_a.values()), list(by_b.values())
     wins = count_wins(of_a, of_b)
-    like = [i for i, (x, y) in enumerate(zip(_lengths(a), _lengths(b), strict=True)) if alike(x, y)]
+    like = [i for i, (x, y) in enumerate(zip(_lengths(a), _lengths(b), strict=True)) if like_length(x, y)]
     matched = count_wins([of_a[i] for i in like], [of_b[i] for i in like])
     rate = win_rate(matched) if matched.n else None
-    return Comparison(paired_difference(of_a, of_b), wins, win_rate(wins), matched, rate)
+    return RewardComparison(paired_difference(of_a, of_b), wins, win_rate(wins), matched, rate)
 
 
-def alike(a: float, b: float) -> bool:
+def like_length(a: float, b: float) -> bool:
     """Whether two lengths are about the same."""
     return min(a, b) >= (1 - LIKE_LENGTH) * max(a, b)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from tunesmith.data.pairstore import PairStore
 from tunesmith.data.tokenstore import TokenStore
-from tunesmith.judge.measures import alike, interval_record
+from tunesmith.judge.measures import interval_record, like_length
 from tunesmith.stats import clustered_share, ratio_interval
 
 Array = np.ndarray[Any, Any]
@@ -41,7 +41,7 @@ def preference_record(values: Array, store: PairStore, numbers: Array, by: str) 
     lengths = store.lengths[numbers]
     better = values[:, 0] > values[:, 1]
     chosen, rejected = lengths[:, 1], lengths[:, 2]
-    like = np.array([alike(a, b) for a, b in zip(chosen, rejected, strict=True)])
+    like = np.array([like_length(a, b) for a, b in zip(chosen, rejected, strict=True)])
     longer = np.where(chosen == rejected, 0.5, chosen > rejected)
     prompts = np.unique(firsts(store.store, numbers, 3, 1), return_inverse=True)[1]
     if (different := int(prompts.max()) + 1) < len(values):

@@ -8,7 +8,14 @@ from typing import Any
 
 from tunesmith.files.answers import ScoredAnswer
 from tunesmith.judge.language_model import Judgement
-from tunesmith.judge.measures import LIKE_LENGTH, alike, compare_rewards, interval_record, measures, reward_summary
+from tunesmith.judge.measures import (
+    LIKE_LENGTH,
+    compare_rewards,
+    interval_record,
+    like_length,
+    measures,
+    reward_summary,
+)
 from tunesmith.stats import Wins, bootstrap_interval, count_wins, share_interval, win_rate
 
 TokenLogps = Sequence[tuple[str, float, float]]
@@ -36,7 +43,7 @@ def level(change: float) -> int:
 
 
 @dataclass(frozen=True)
-class Row:
+class PromptResult:
     """One prompt. judgement: where a judge was asked. logps: of A's answer and of B's, where asked for.
 
     unscored: what of the two answers' texts has no log-probabilities, because a model has no positions for it.
@@ -54,9 +61,9 @@ class Row:
         return None if self.a.reward is None or self.b.reward is None else self.b.reward - self.a.reward
 
     @property
-    def alike(self) -> bool:
+    def like_length(self) -> bool:
         """Whether the answers are of like length."""
-        return alike(self.a.tokens, self.b.tokens)
+        return like_length(self.a.tokens, self.b.tokens)
 
     def record(self) -> dict[str, Any]:
         """JSON-able: a line of the output."""
@@ -77,7 +84,7 @@ class Comparison:
     """names: of A and B. scorer, judge: who gave rewards and verdicts. settings: how the answers were drawn, in words."""
 
     names: tuple[str, str]
-    rows: Sequence[Row]
+    rows: Sequence[PromptResult]
     scorer: str = ""
     judge: str = ""
     settings: str = ""
@@ -99,16 +106,16 @@ class Comparison:
         return found
 
 
-def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
+def groups(rows: Sequence[PromptResult]) -> dict[str, list[PromptResult]]:
     """The rows of each group, in the order in which the groups come."""
-    found: dict[str, list[Row]] = {}
+    found: dict[str, list[PromptResult]] = {}
     for row in rows:
         found.setdefault(row.a.group, []).append(row)
     return found
 
 
-def _by_rewards(rows: Sequence[Row]) -> dict[str, Any]:
-    def compared(some: Sequence[Row]) -> dict[str, Any] | None:
+def _by_rewards(rows: Sequence[PromptResult]) -> dict[str, Any]:
+    def compared(some: Sequence[PromptResult]) -> dict[str, Any] | None:
         if not some:
             return None
         record = compare_rewards([r.b for r in some], [r.a for r in some]).as_dict()
@@ -117,11 +124,11 @@ def _by_rewards(rows: Sequence[Row]) -> dict[str, Any]:
 
     named = groups(rows)
     parts = {name: compared(some) for name, some in named.items() if len(named) > 1}
-    return {**(compared(rows) or {}), "matched_length": compared([r for r in rows if r.alike]), "groups": parts}
+    return {**(compared(rows) or {}), "matched_length": compared([r for r in rows if r.like_length]), "groups": parts}
 
 
-def _by_judge(rows: Sequence[Row]) -> dict[str, Any]:
-    def compared(some: Sequence[Row]) -> dict[str, Any] | None:
+def _by_judge(rows: Sequence[PromptResult]) -> dict[str, Any]:
+    def compared(some: Sequence[PromptResult]) -> dict[str, Any] | None:
         signs: dict[str, list[int]] = {}  # of each prompt: a repeat of it is no second witness
         for r in some:
             if r.judgement and r.judgement.verdict:
@@ -136,7 +143,7 @@ def _by_judge(rows: Sequence[Row]) -> dict[str, Any]:
     named = groups(rows)
     return {
         **(compared(rows) or {}),
-        "matched_length": compared([r for r in rows if r.alike]),
+        "matched_length": compared([r for r in rows if r.like_length]),
         "groups": {name: compared(some) for name, some in named.items() if len(named) > 1},
         "agreement": _share(sum(x == y for x, y in both), len(both)),
         "first_position": _share(sum(first), len(first)),
@@ -149,7 +156,7 @@ def _share(k: int, n: int) -> dict[str, Any] | None:
     return interval_record(share_interval(k, n)) if n else None
 
 
-def _changes(rows: Sequence[Row], side: int) -> dict[str, Any]:
+def _changes(rows: Sequence[PromptResult], side: int) -> dict[str, Any]:
     """Tokens, and log p_B - log p_A of whole answers, of one side's answers."""
     found = [logps[side] for logps in {row.a.prompt: row.logps for row in rows}.values() if logps]
     whole = [([b for _, _, b in tokens], [a for _, a, _ in tokens]) for tokens in found]

@@ -10,7 +10,7 @@ from tunesmith.judge.language_model import Judgement
 from tunesmith.judge.two_models import (
     VERSUS,
     Comparison,
-    Row,
+    PromptResult,
     TokenLogps,
     Versus,
     groups,
@@ -128,7 +128,7 @@ def _interval(text: str) -> str:
     return f'<span class="whole">{mean}</span> <span class="whole dim">({bounds}</span>' if opened else mean
 
 
-def _article(row: Row, count: int, found: Comparison) -> str:
+def _article(row: PromptResult, count: int, found: Comparison) -> str:
     sides = "".join(
         _side(side, name, answer, row.logps[i] if row.logps else None, row.unscored[i])
         for i, (side, name, answer) in enumerate(zip("ab", found.names, (row.a, row.b), strict=True))

@@ -272,7 +272,7 @@ def option_value(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def choose(settings: list[Setting], room: float) -> Setting | None:
+def fastest_that_fits(settings: list[Setting], room: float) -> Setting | None:
     """The fastest that fits in `room` bytes, an exact one where there is one; of equals the one that changes least."""
     fitting = [s for s in settings if s.total <= room]
     exact = [s for s in fitting if is_exact(s.changes)]

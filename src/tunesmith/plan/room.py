@@ -12,7 +12,7 @@ from tunesmith.errors import UsageError
 from tunesmith.models.family import Config
 from tunesmith.options.plans import PlanOptions
 from tunesmith.plan.cards import CONTEXT
-from tunesmith.plan.planning import Place, as_options, candidates, choose, is_exact, make_setting
+from tunesmith.plan.planning import Place, as_options, candidates, fastest_that_fits, is_exact, make_setting
 from tunesmith.plan.workload import Rows
 from tunesmith.train.resolve import Countable
 from tunesmith.train.trainee import AnyConfig
@@ -44,7 +44,7 @@ def memory_lines(config: AnyConfig, shape: Config, train: Countable) -> list[str
     if asked.total <= place.memory:
         return [told]
     every = candidates(asked, inexact=True)
-    if found := choose(every, place.memory):
+    if found := fastest_that_fits(every, place.memory):
         return [
             f"warning: {told}, so it may not fit. It does with {as_options(found.changes)} ({_gb(found.total)}"
             f"{'' if is_exact(found.changes) else ', with a slightly different result'}); tunesmith plan --fit shows what that costs"

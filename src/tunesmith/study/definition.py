@@ -87,7 +87,7 @@ def study_path(name: str) -> Path:
     raise UsageError(f"study {name}: no such file, and no such built-in study{near} Built in: {', '.join(BUILT_IN)}")
 
 
-def read_study(path: Path, scale: str | None = None, **changes: Any) -> StudyFile:
+def read_study_file(path: Path, scale: str | None = None, **changes: Any) -> StudyFile:
     """A study's file at a scale (default: its first). changes: top-level keys that replace those of the file.
 
     Raises: UsageError with file and key for anything that is unknown, missing or of the wrong kind.

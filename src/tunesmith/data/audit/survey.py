@@ -38,7 +38,7 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Finding:
+class Defect:
     """How many rows have one defect, and where: all places, of unreadable rows the first three of each reason.
 
     kind: a key of CHECKS, or `unreadable`, of which `what` is the reason.
@@ -88,7 +88,7 @@ class SplitAudit:
     usable: int
     forms: dict[str, int]
     repeated_prompts: int
-    findings: tuple[Finding, ...]
+    findings: tuple[Defect, ...]
     cuts: tuple[Cut, ...]
     lengths: dict[str, Lengths]
     bias: LengthBias | None
@@ -249,13 +249,13 @@ def _is_usable(row: Row) -> bool:
     return True
 
 
-def _findings(read: Texts, forms: Mapping[str, int]) -> Iterator[Finding]:
+def _findings(read: Texts, forms: Mapping[str, int]) -> Iterator[Defect]:
     for reason, n in read.unreadable.bad.items():
-        yield Finding("unreadable", reason, n, tuple(read.unreadable.places[reason]), UNREADABLE)
+        yield Defect("unreadable", reason, n, tuple(read.unreadable.places[reason]), UNREADABLE)
     for kind, check in CHECKS.items():
         if any(form in forms for form in check.forms):
             places = tuple(read.defects[kind])
-            yield Finding(kind, check.label, len(places), places, check.remedy)
+            yield Defect(kind, check.label, len(places), places, check.remedy)
 
 
 # ---- overlap -------------------------------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ def length_bias(chosen: Array, rejected: Array) -> LengthBias:
 # ---- words ---------------------------------------------------------------------------------------------------------
 
 
-def _told(finding: Finding) -> str:
+def _told(finding: Defect) -> str:
     return f"{finding.rows:,} {_plural(finding.rows)}: {finding.what} ({_places(finding.places, finding.rows)})"
 
 

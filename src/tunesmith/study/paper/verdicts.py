@@ -105,7 +105,7 @@ def noise_of(values: Sequence[float]) -> float:
     return math.sqrt(fmean(d * d for d in seconds) / 6) if seconds else math.nan
 
 
-Place = tuple[float, float]
+Stretch = tuple[float, float]
 """From and to, as shares of a training."""
 
 
@@ -114,7 +114,7 @@ def overfits(
     validation: Sequence[float],
     train: Sequence[float],
     *,
-    between: Place | None = None,
+    between: Stretch | None = None,
     difference: Callable[[int, int], Interval | None] | None = None,
 ) -> Verdict:
     """Does the validation loss rise after its lowest place while the training loss goes on falling?
@@ -157,7 +157,7 @@ def overfits(
     return _placed(between, close[0] / (n - 1), close[-1] / (n - 1), told)
 
 
-def _placed(between: Place | None, first: float, last: float, told: str) -> Verdict:
+def _placed(between: Stretch | None, first: float, last: float, told: str) -> Verdict:
     """HOLDS if a place that cannot be told from the turning point (`first` to `last`) lies where it is said to be."""
     if between is None or (first <= between[1] and between[0] <= last):
         return Verdict(HOLDS, told)
@@ -166,7 +166,7 @@ def _placed(between: Place | None, first: float, last: float, told: str) -> Verd
     return Verdict(FAILS, f"{told}; the turn is at {span} of training, not within {said}")
 
 
-def falls_after_best(rewards: Mapping[int, Sequence[float]], *, between: Place | None = None) -> Verdict:
+def falls_after_best(rewards: Mapping[int, Sequence[float]], *, between: Stretch | None = None) -> Verdict:
     """Does the reward fall after the best checkpoint? rewards: step -> one value a prompt, the same prompts each time.
 
     The best step is picked on one half of the prompts and judged on the other, and the other way round: picked and
