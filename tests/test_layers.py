@@ -17,6 +17,13 @@ PACKAGE = Path(__file__).parents[1] / "src" / "tunesmith"
 GROUND = "ground"  # the modules that lie directly in the package; `__main__`, which starts everything, stands above all
 ORDER = {wing: height for height, wing in enumerate((GROUND, *WINGS, "__main__"))}
 AT_MOST_ON_THE_GROUND = 12
+PUT_TOGETHER = {
+    "train.session",
+    "train.trainee",
+    "study.forecast",
+}  # a training, what is trained, a training's price: out of many parts
+MOST_IMPORTS, LONGEST_FUNCTION = 12, 60
+ENDING = re.compile(r"(ings?|ements?|ments?|ions?|ed|ers?|s|e)$")
 WITHOUT_TORCH = {  # what reads runs and text or only knows options; a wing means every module of it
     "options", "study", "files.run", "files.answers", "generation.chat", "train.choice", "judge.two_models_page", "judge.endpoint",
     "plan.cards", "data.datasets", "data.prompts", "commands.chat_terminal",
@@ -105,6 +112,37 @@ def test_only_the_table_of_families_imports_an_architecture():
     assert {m: others & architectures for m, others in IMPORTS.items() if others & architectures} == {
         "models.known": architectures
     }
+
+
+def test_no_two_modules_differ_only_by_an_ending():
+    """Commands and methods are called as users type them; `study.paper` has figures and tables as every study."""
+    by_stem = {}
+    for module in MODULES:
+        if not module.startswith(("commands.", "train.methods.", "study.paper.")):
+            by_stem.setdefault(ENDING.sub("", module.rpartition(".")[2]), []).append(module)
+    assert [modules for modules in by_stem.values() if len(modules) > 1] == []
+
+
+def test_modules_outside_commands_import_few_others():
+    wide = {
+        module: count
+        for module, others in IMPORTS.items()
+        if wing_of(module) not in ("commands", "__main__")
+        and module not in PUT_TOGETHER
+        and (count := sum(wing_of(other) != GROUND for other in others)) > MOST_IMPORTS
+    }
+    assert not wide, f"more than {MOST_IMPORTS} modules that are not of the ground"
+
+
+def test_functions_stay_short_enough_to_read():
+    """Statements, arguments and branches are counted by ruff (pyproject.toml)."""
+    long = {
+        f"{module}.{node.name}": lines
+        for module, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and (lines := (node.end_lineno or 0) - node.lineno + 1) > LONGEST_FUNCTION
+    }
+    assert not long
 
 
 def test_few_modules_lie_directly_in_the_package():
