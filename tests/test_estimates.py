@@ -16,7 +16,7 @@ from tunesmith.models.reward_head import RewardModel
 from tunesmith.options.training import RewardConfig
 from tunesmith.study.run_figures import loss_curve
 from tunesmith.train.optim import build_optimizer
-from tunesmith.train.pair_loss import estimate_reward, reward_loss_sum
+from tunesmith.train.pair_loss import PreferenceLoss, estimate_dpo, estimate_reward, reward_loss_sum
 from tunesmith.train.resuming import OLD_DRAWS
 from tunesmith.train.splits import load_splits, pair_batches, text_batches
 from tunesmith.train.step import optimizer_step
@@ -70,6 +70,38 @@ def test_a_sample_is_always_the_same_holds_each_row_once_and_is_not_what_comes_f
         assert whole[0] == whole[1]
     if kind == "pairs":
         assert batches.rows.sampled(2) == sorted(i for b in batches.sample(2) for i in b.pairs)
+
+
+@pytest.mark.parametrize("kind", ["sft", "windows", "dpo", "reward"])
+def test_an_estimate_that_has_been_begun_is_the_same_and_computes_only_what_is_missing(tmp_path, kind):
+    """Shorter, equal, longer, longer than the data, and after an interruption."""
+    batches = batches_of({"sft": "packed", "windows": "windows"}.get(kind, "pairs"), tmp_path, data__max_rows=60)
+    gpt = random_model(GPTConfig(n_layer=1, n_head=2, n_embd=32, vocab_size=6144, block_size=64))
+    scorer = RewardModel(gpt) if kind == "reward" else None
+
+    def estimate(some, kept=None):
+        if scorer:
+            return estimate_reward(scorer, some, kept=kept)
+        if kind == "dpo":
+            return estimate_dpo(gpt, some, lambda b: torch.zeros(b.count, 2), PreferenceLoss(), kept=kept)
+        return estimate_loss(gpt, some, kept=kept)
+
+    def passes(n):
+        before = len(kept)
+        assert estimate(batches.sample(n), kept) == estimate(batches.sample(n))
+        return len(kept) - before
+
+    def broken_off():
+        yield from batches.sample(2)
+        raise KeyboardInterrupt
+
+    kept = []
+    assert [passes(n) for n in (3, 2, 3, 5)] == [3, 0, 0, 2]
+    assert passes(10**6) == len(list(batches.sample(10**6))) - 5
+    kept.clear()
+    with pytest.raises(KeyboardInterrupt):
+        estimate(broken_off(), kept)
+    assert passes(4) == 2
 
 
 def test_a_run_logs_the_loss_of_the_sample(tiny_directory, tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,8 +101,9 @@ def estimate_dpo(
     reference: Reference,
     settings: PreferenceLoss,
     precision: Precision = "fp32",
+    kept: list[Any] | None = None,
 ) -> tuple[dict[str, float], Sums]:
-    """Means over pairs on fixed batches, and the loss pair by pair. The means: `loss`, OBSERVED, and
+    """Means over pairs on fixed batches, and the loss pair by pair; kept: as of `splitting.within_memory`. The means: `loss`, OBSERVED, and
 
     drift_chosen, drift_rejected: log-ratio of policy to reference, nats per answer; how far the policy has moved.
     sft_loss: the policy's loss on the chosen answers, nats per token.
@@ -121,7 +123,7 @@ def estimate_dpo(
         return columns, sum(batch.lengths[::2])
 
     with evaluation_mode(model):
-        pieces = [piece for pieces in within_memory(batches, look) for piece in pieces]
+        pieces = [piece for pieces in within_memory(batches, look, kept) for piece in pieces]
     # In float64: a mean over thousands of pairs, of which the same rows are compared from estimate to estimate.
     table, tokens = torch.cat([columns for columns, _ in pieces], 1).double(), sum(n for _, n in pieces)  # (8, pairs)
     *means, _ = table.mean(1).tolist()
@@ -130,8 +132,10 @@ def estimate_dpo(
     return named, [(loss, 1) for loss in table[0].tolist()]
 
 
-def all_pair_scores(model: RewardModel, batches: Iterable[Batch], precision: Precision = "fp32") -> Tensor:
-    """`pair_scores` of all batches one after the other, without gradients: (pairs, 2)."""
+def all_pair_scores(
+    model: RewardModel, batches: Iterable[Batch], precision: Precision = "fp32", kept: list[Any] | None = None
+) -> Tensor:
+    """`pair_scores` of all batches one after the other, without gradients: (pairs, 2). kept: as of `splitting.within_memory`."""
     device = model.score.weight.device
 
     def score(batch: Batch) -> Tensor:
@@ -139,14 +143,14 @@ def all_pair_scores(model: RewardModel, batches: Iterable[Batch], precision: Pre
 
     with evaluation_mode(model):
         # The order of pairs survives the splitting: pieces of a batch come one after the other.
-        return torch.cat([scores for pieces in within_memory(batches, score) for scores in pieces])
+        return torch.cat([scores for pieces in within_memory(batches, score, kept) for scores in pieces])
 
 
 def estimate_reward(
-    model: RewardModel, batches: Iterable[Batch], precision: Precision = "fp32"
+    model: RewardModel, batches: Iterable[Batch], precision: Precision = "fp32", kept: list[Any] | None = None
 ) -> tuple[dict[str, float], Sums]:
-    """Means over pairs on fixed batches, `loss` and OBSERVED, and the loss pair by pair."""
-    chosen, rejected = all_pair_scores(model, batches, precision).double().unbind(1)
+    """Means over pairs on fixed batches, `loss` and OBSERVED, and the loss pair by pair. kept: as of `splitting.within_memory`."""
+    chosen, rejected = all_pair_scores(model, batches, precision, kept).double().unbind(1)
     losses = bradley_terry_loss(chosen, rejected)
     means = (_sums(losses.sum(), chosen, rejected) / len(losses)).tolist()
     return dict(zip(("loss", *OBSERVED), means, strict=True)), [(loss, 1) for loss in losses.tolist()]

@@ -128,16 +128,25 @@ def step_in_memory(
         restore()  # so that the masks of a step do not depend on how often it was tried
 
 
-def within_memory(batches: Iterable[B], compute: Callable[[B], T]) -> Iterator[list[T]]:
+def within_memory(
+    batches: Iterable[B], compute: Callable[[B], T], kept: list[list[T]] | None = None
+) -> Iterator[list[T]]:
     """For every batch what `compute` gives: one result, or where memory ends those of its pieces, in order.
 
     For forward passes, which can be broken off (`STOP`). A size that failed is not tried again with later batches.
+
+    Args:
+        kept: what an earlier call gave for the first of these batches and the same weights: it is not computed again, and
+            what is computed now is added to it.
     Raises: UserError if one document does not fit; Interrupted.
     """
     limit = None
-    for batch in batches:
+    for number, batch in enumerate(batches):
         STOP.check()
-        # Pieces done are kept: a forward pass moves nothing, so only the failed piece is computed again.
+        if kept is not None and number < len(kept):
+            yield kept[number]
+            continue
+        # Pieces done stay done: a forward pass moves nothing, so only the failed piece is computed again.
         waiting, results = split_to([batch], limit), []
         while waiting:
             try:
@@ -158,6 +167,8 @@ def within_memory(batches: Iterable[B], compute: Callable[[B], T]) -> Iterator[l
                 )
             limit = max(half.size for half in halves)
             waiting = split_to(waiting, limit)
+        if kept is not None:
+            kept.append(results)
         yield results
 
 

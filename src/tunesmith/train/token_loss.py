@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,8 +100,10 @@ def answer_losses(model: Model, batches: Batches[TextRows], precision: Precision
     return answers
 
 
-def estimate_loss(model: Model, batches: Iterable[Batch], precision: Precision = "fp32") -> LossEstimate:
-    """Mean loss over `batches` (algorithm 2 of the paper), weighted by tokens.
+def estimate_loss(
+    model: Model, batches: Iterable[Batch], precision: Precision = "fp32", kept: list[Any] | None = None
+) -> LossEstimate:
+    """Mean loss over `batches` (algorithm 2 of the paper), weighted by tokens. kept: as of `splitting.within_memory`.
 
     A batch that does not fit into memory is computed in pieces. Raises: ValueError if the batches hold no target.
     """
@@ -110,7 +113,7 @@ def estimate_loss(model: Model, batches: Iterable[Batch], precision: Precision =
         return nll_sum(model, batch.to(device), precision), batch.count
 
     with evaluation_mode(model):
-        results = list(within_memory(batches, sums))
+        results = list(within_memory(batches, sums, kept))
     # The sums stay on the device until the last batch is launched: one wait for a GPU in all, not one a batch.
     on_device = [nats for pieces in results for nats, _ in pieces]
     nats = torch.stack(on_device).tolist() if on_device else []
