@@ -37,10 +37,10 @@ def drive(steps, level, shape, rng, window=WINDOW):
     )  # other rows than those of the steps
     watch = Watch(window, before)
     for t in range(1, steps + 1):
-        watch.saw(t, float(losses[t]))
-        if watch.look_at is not None and watch.look_at <= t < steps and watch.found(before * level[t]):
+        watch.take(t, float(losses[t]))
+        if watch.look_at is not None and watch.look_at <= t < steps and watch.judge(before * level[t]):
             return t, False
-    return (steps, True) if watch.found_at_end(before * level[steps]) else None
+    return (steps, True) if watch.judge_end(before * level[steps]) else None
 
 
 def healthy(steps, shape):
@@ -77,23 +77,23 @@ def test_every_run_whose_loss_doubles_is_stopped_within_its_window_or_at_its_end
 def test_a_suspicion_is_looked_into_once_and_then_the_window_begins_anew():
     watch = Watch(3, before=1.0)
     for step in (1, 2):
-        watch.saw(step, 9.0)
+        watch.take(step, 9.0)
         assert watch.look_at is None, "the window is not full"
-    watch.saw(3, 9.0)
+    watch.take(3, 9.0)
     assert watch.look_at == 4
-    watch.saw(4, 9.0)
-    assert watch.found(1.0) == ""
+    watch.take(4, 9.0)
+    assert watch.judge(1.0) == ""
     assert (watch.look_at, len(watch.losses)) == (None, 0)
     for step in (5, 6, 7):
-        watch.saw(step, 9.0)
+        watch.take(step, 9.0)
     assert watch.look_at == 8
-    assert "mean loss of the last 3 steps 9.000 lies above that of step 0, 1.000" in watch.found(1.06)
-    assert Watch(3, 1.0, look_at=9).found_at_end(1.06), "a suspicion at the last step"
-    assert not Watch(3, 1.0).found_at_end(1.4)
-    assert Watch(3, 1.0).found_at_end(float("nan"))
-    assert Watch(3, 1.0, recent=[1.0, 2.5]).found_at_end(1.06), "a mean of 1.75"
-    assert not Watch(3, 1.0, recent=[1.0, 2.5]).found_at_end(1.04)
-    assert not Watch(3, 1.0, recent=[1.0, 1.5]).found_at_end(1.4)
+    assert "mean loss of the last 3 steps 9.000 lies above that of step 0, 1.000" in watch.judge(1.06)
+    assert Watch(3, 1.0, look_at=9).judge_end(1.06), "a suspicion at the last step"
+    assert not Watch(3, 1.0).judge_end(1.4)
+    assert Watch(3, 1.0).judge_end(float("nan"))
+    assert Watch(3, 1.0, recent=[1.0, 2.5]).judge_end(1.06), "a mean of 1.75"
+    assert not Watch(3, 1.0, recent=[1.0, 2.5]).judge_end(1.04)
+    assert not Watch(3, 1.0, recent=[1.0, 1.5]).judge_end(1.4)
     assert Watch(0, None, look_at=9).look_at is None
 
 

@@ -21,9 +21,7 @@ from tunesmith.train.step import StepStats
 
 SMALLEST_SCALE = 2.0**-20  # fp16 gradients may overflow and are then scaled anew; below this they are simply infinite
 DIVERGED_BY = 1.05  # a loss above that of step 0 by so much, both in the mean of the window and on the rows of step 0
-ENDED_BY = (
-    1.5  # what a run may end above it if nothing was suspected: a few steps at a high rate overshoot before they learn
-)
+ENDED_BY = 1.5  # what an unsuspected run may end above it: a few steps at a high rate overshoot before they learn
 MOST_BATCHES = 32  # micro-batches that are looked at
 
 
@@ -34,11 +32,11 @@ def batches_to_judge_by(micro_batches: int) -> int:
 
 def batches_judged_by(path: Path, resume: bool, micro_batches: int) -> int:
     """As `batches_to_judge_by`; of a run that is resumed the number that it began with, when it may have been shorter."""
-    found = None
+    judged_on = None
     if resume and (saved := Run(path).checkpoints()):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # `load_state` tells what is wrong with it
-            found = stored_state(saved[-1][1])["progress"].get("judged_on")
-    return found or batches_to_judge_by(micro_batches)
+            judged_on = stored_state(saved[-1][1])["progress"].get("judged_on")
+    return judged_on or batches_to_judge_by(micro_batches)
 
 
 def above(loss: float, before: float, by: float) -> bool:
@@ -95,7 +93,7 @@ class Watch:
         """Of the losses in the window."""
         return sum(self.losses) / len(self.losses)
 
-    def saw(self, step: int, loss: float) -> None:
+    def take(self, step: int, loss: float) -> None:
         """Take the loss of a step."""
         self.losses.append(loss)
         if not self.window or self.before is None or self.look_at is not None or len(self.losses) < self.window:
@@ -103,8 +101,8 @@ class Watch:
         if above(self.mean, self.before, DIVERGED_BY):
             self.look_at = step + 1
 
-    def found(self, now: float) -> str:
-        """What the look has found, or nothing; then the window begins anew. now: the loss on the rows to judge by."""
+    def judge(self, now: float) -> str:
+        """What is wrong with the training, or nothing: then the window begins anew. now: the loss on the rows to judge by."""
         assert self.before is not None
         if above(now, self.before, DIVERGED_BY):
             return (
@@ -115,7 +113,7 @@ class Watch:
         self.losses.clear()
         return ""
 
-    def found_at_end(self, now: float) -> str:
+    def judge_end(self, now: float) -> str:
         """What is wrong with the end of a run, or nothing: also of one that was shorter than the window.
 
         A loss of pairs begins at that of a coin toss, log 2, and a reward model that a high rate has wrecked comes back to

@@ -50,7 +50,7 @@ class Launched(Generic[B]):
     lr: float
     began: Mark
     ended: Mark
-    seen: Readable
+    result: Readable
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class Launcher(Generic[B]):
     ) -> Launched[B]:
         """Take a step, or put it behind those that the device is still at. Raises: as `splitting.step_in_memory`."""
         set_learning_rate(self.optimizer, lr)
-        seen = step_in_memory(batches, self.take_step, self.optimizer, self.splitting, on_split, self.device)
-        return Launched(number, batches, lr, began, self.now(), seen)
+        result = step_in_memory(batches, self.take_step, self.optimizer, self.splitting, on_split, self.device)
+        return Launched(number, batches, lr, began, self.now(), result)
 
 
 def make_launcher(

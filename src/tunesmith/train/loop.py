@@ -179,11 +179,11 @@ class Training(Generic[B]):
     def _read_oldest(self) -> None:
         """Wait for the oldest step and log it; or find that the training has diverged, and forget what came after."""
         done = self.waiting.popleft()
-        stats = done.seen.read()
+        stats = done.result.read()
         if reason := broken(stats, self.launcher.scaler):
             self._diverged_at(done.number, reason, loss=stats.loss, grad_norm=stats.grad_norm)
             return
-        self.watch.saw(done.number, stats.loss)
+        self.watch.take(done.number, stats.loss)
         self._log(done, stats)
 
     def _log(self, done: Launched[B], stats: StepStats) -> None:
@@ -225,7 +225,7 @@ class Training(Generic[B]):
             return
         with contextlib.suppress(Interrupted):
             loss = self.task.train_loss(self.state.judged_on)
-            if reason := watch.found(loss):
+            if reason := watch.judge(loss):
                 self._diverged_at(step, reason, loss=loss)
 
     def _diverged_at(self, number: int, reason: str, **observed: float) -> None:
@@ -302,7 +302,7 @@ class Training(Generic[B]):
             except Interrupted:
                 self._stop()
                 return
-            if reason := self.watch.found_at_end(loss):
+            if reason := self.watch.judge_end(loss):
                 self._diverged(self.state.step, f"{reason} after step {self.state.step:,}", loss=loss)
         if self.trouble:
             self._end_diverged()
