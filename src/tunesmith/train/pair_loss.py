@@ -103,11 +103,11 @@ def estimate_dpo(
     precision: Precision = "fp32",
     kept: list[Any] | None = None,
 ) -> tuple[dict[str, float], Sums]:
-    """Means over pairs on fixed batches, and the loss pair by pair; kept: as of `splitting.within_memory`. The means: `loss`, OBSERVED, and
+    """Means over pairs on fixed batches, and the loss pair by pair. The means: `loss`, OBSERVED, and
 
     drift_chosen, drift_rejected: log-ratio of policy to reference, nats per answer; how far the policy has moved.
     sft_loss: the policy's loss on the chosen answers, nats per token.
-    A batch that does not fit into memory is computed in pieces.
+    A batch that does not fit into memory is computed in pieces. kept: as of `splitting.within_memory`.
     """
     device = model.device
 
