@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import tunesmith as ts
 from tiny_runs import tiny_config
 from toy_family import TOY, Toy, ToyConfig
-from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.data.tokenizer import TEMPLATES, Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.files.names import SAMPLE, load_adapted, load_plain
 from tunesmith.files.reward_models import load_reward_model, save_reward_model
@@ -91,6 +91,12 @@ def test_what_it_does_not_compute_is_refused_by_name():
         known.config_from_hf(hf | {"hidden_act": "gelu"})
     with pytest.raises(UserError, match="'mamba'; tunesmith supports gpt2, llama models"):
         known.config_from_hf({"model_type": "mamba"})
+
+
+def test_every_family_names_a_template_and_its_sizes_have_a_tokenizer():
+    for family in (GPT2, TOY):
+        assert family.template in TEMPLATES
+        assert family.tokenizer or not family.sizes
 
 
 def test_its_layers_are_those_that_it_lists(toy):

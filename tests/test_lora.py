@@ -352,7 +352,7 @@ def test_fine_tuning_with_adapters_lowers_the_loss_and_leaves_the_base_alone(tin
     run = ts.sft(tiny_config(tiny_directory, tmp_path / "run", **RUN, train__steps=20))
     losses = [line["validation_loss"] for line in run.metrics("eval")]
     assert losses[-1] < losses[0] - 1.0
-    model = kept[0].gpt
+    model = kept[0].trunk
     assert all(layer.lora_B.any() for layer in lora_layers(model).values())
     strip(model)
     assert same_bits(bits(model), bits(load_model(tiny_directory)))

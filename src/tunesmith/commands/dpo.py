@@ -1,4 +1,4 @@
-"""Direct preference optimisation of a GPT-2 on pairs of answers: all weights, or LoRA adapters.
+"""Direct preference optimisation on pairs of answers: all weights, or LoRA adapters.
 
     tunesmith dpo --model.name runs/sft --data.name hh-pairs --lora.rank 8
 
@@ -101,7 +101,7 @@ def make_references(
 
     Called before the first step, while the policy still is the reference.
     """
-    model, precision = trainee.gpt, precision_of(config)
+    model, precision = trainee.trunk, precision_of(config)
     if config.dpo.reference == "adapter":
         return [adapter_off(model, precision)] * len(sets), {"mode": "adapter"}
     if config.dpo.reference == "model":
@@ -134,7 +134,7 @@ def _dpo(config: DPOConfig, path: Path) -> Run:
     """As `dpo`, in the run's own directory."""
     config = resolve_dpo(config)
     trainee = load_trainee(config, path, fingerprint=True)
-    model = trainee.gpt
+    model = trainee.trunk
     config = resolve_data(config, model.longest)
     config = resolve_machine(config, model.width, "dpo")
     splits = load_splits(config.data, trainee.tokenizer, pairs=True)
@@ -143,7 +143,7 @@ def _dpo(config: DPOConfig, path: Path) -> Run:
     sft_rows, more_notes = load_sft_rows(config, trainee)
     more = prompts_of(config.eval.prompts) | ({"sft_data": rows_of(sft_rows.rows.store)} if sft_rows else {})
     origin = settle_origin(config, path, inputs_of("dpo", trainee, splits, more))
-    device, precision = prepare_model(trainee.model, trainee.gpt, config), precision_of(config)
+    device, precision = prepare_model(trainee.model, trainee.trunk, config), precision_of(config)
     d = config.dpo
     settings = PreferenceLoss(d.beta, d.loss, d.label_smoothing or 0.0)
     iters, steps = iters_of(config), config.train.steps or 0
@@ -177,7 +177,7 @@ def _dpo(config: DPOConfig, path: Path) -> Run:
         observed=OBSERVED,
         opening=[("pairs", describe_pairs(train.rows, validation.rows, iters)), ("reference", told)],
         about=f"{len(train.rows):,} pairs, {train.rows_per_epoch:,} batch rows per epoch, reference {told['mode']}",
-        memory=memory_lines(config, trainee.gpt.config, train),
+        memory=memory_lines(config, trainee.trunk.config, train),
         notes=[*splits.notes, *cut, *more_notes],
         reward_at=rewards_at_steps(config.eval, trainee, path, device),
     )

@@ -56,7 +56,7 @@ def _pretrain(config: PretrainConfig, shape: Config, path: Path) -> Run:
     train, validation, cut = text_batches(splits, config)
     config = resolve_length(config, train, validation)
     origin = settle_origin(config, path, inputs_of("pretrain", trainee, splits, prompts_of(config.eval.prompts)))
-    device, precision = prepare_model(trainee.model, trainee.gpt, config), precision_of(config)
+    device, precision = prepare_model(trainee.model, trainee.trunk, config), precision_of(config)
     size = held_out_bytes(validation, tokenizer, config)
 
     def evaluate() -> tuple[dict[str, float], Sums]:
@@ -80,7 +80,7 @@ def _pretrain(config: PretrainConfig, shape: Config, path: Path) -> Run:
         counted="target_tokens",
         about=f"vocabulary of {tokenizer.vocab_size:,}, {len(splits.train_rows):,} texts of {tokens:,} tokens, "
         f"{train.rows_per_epoch:,} batch rows per epoch",
-        memory=memory_lines(config, trainee.gpt.config, train),
+        memory=memory_lines(config, trainee.trunk.config, train),
         notes=[*splits.notes, *cut],
         reward_at=rewards_at_steps(config.eval, trainee, path, device),
     )

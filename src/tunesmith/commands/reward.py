@@ -1,4 +1,4 @@
-"""A reward model from preference pairs: GPT-2 with one score for an answer, the chosen above the rejected.
+"""A reward model from preference pairs: one score for an answer, the chosen above the rejected.
 
     tunesmith reward --model.name runs/sft --data.name hh:harmless-base
 
@@ -52,13 +52,13 @@ def _train_reward_model(config: RewardConfig, path: Path) -> Run:
     trainee = load_trainee(config, path, scored=True)
     model = trainee.model
     assert isinstance(model, RewardModel)
-    config = resolve_data(config, trainee.gpt.longest)
-    config = resolve_machine(config, trainee.gpt.width, "reward")
+    config = resolve_data(config, trainee.trunk.longest)
+    config = resolve_machine(config, trainee.trunk.width, "reward")
     splits = load_splits(config.data, trainee.tokenizer, pairs=True)
     train, validation, cut = pair_batches(splits, config)
     config = resolve_length(config, train, validation)
     origin = settle_origin(config, path, inputs_of("reward", trainee, splits, {}))
-    device, precision = prepare_model(trainee.model, trainee.gpt, config), precision_of(config)
+    device, precision = prepare_model(trainee.model, trainee.trunk, config), precision_of(config)
 
     def evaluate() -> tuple[dict[str, float], Sums]:
         seen, _ = estimate_reward(model, train.sample(iters_of(config)), precision)
@@ -77,7 +77,7 @@ def _train_reward_model(config: RewardConfig, path: Path) -> Run:
         observed=OBSERVED,
         opening=[("pairs", describe_pairs(train.rows, validation.rows, iters_of(config)))],
         about=f"{len(train.rows):,} pairs, {train.rows_per_epoch:,} batch rows per epoch",
-        memory=memory_lines(config, trainee.gpt.config, train),
+        memory=memory_lines(config, trainee.trunk.config, train),
         notes=[*splits.notes, *cut],
     )
     return run_training(config, path, trainee, device, origin, task)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of a GPT-2 on dialogues: all weights, or LoRA adapters.
+"""Supervised fine-tuning on dialogues: all weights, or LoRA adapters.
 
     tunesmith sft --model.name gpt2-medium --data.name hh --train.steps 40000
     tunesmith sft --model.name gpt2-medium --data.name hh --lora.rank 8
@@ -39,7 +39,7 @@ def sft(config: SFTConfig) -> Run:
 def _sft(config: SFTConfig, path: Path) -> Run:
     """As `sft`, in the run's own directory."""
     trainee = load_trainee(config, path)
-    model = trainee.gpt
+    model = trainee.trunk
     config = resolve_data(config, model.longest)
     config = resolve_machine(config, model.width, "sft")
     splits = load_splits(config.data, trainee.tokenizer)
@@ -47,7 +47,7 @@ def _sft(config: SFTConfig, path: Path) -> Run:
     config = resolve_length(config, train, validation)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, loss_on=train.rows.loss_on))
     origin = settle_origin(config, path, inputs_of("sft", trainee, splits, prompts_of(config.eval.prompts)))
-    device, precision = prepare_model(trainee.model, trainee.gpt, config), precision_of(config)
+    device, precision = prepare_model(trainee.model, trainee.trunk, config), precision_of(config)
 
     def evaluate() -> tuple[dict[str, float], Sums]:
         on_train = estimate_loss(model, train.sample(iters_of(config)), precision)
@@ -69,7 +69,7 @@ def _sft(config: SFTConfig, path: Path) -> Run:
         ),
         counted="target_tokens",
         about=f"{len(splits.train_rows):,} rows, {train.rows_per_epoch:,} batch rows per epoch",
-        memory=memory_lines(config, trainee.gpt.config, train),
+        memory=memory_lines(config, trainee.trunk.config, train),
         notes=[*splits.notes, *cut],
         reward_at=rewards_at_steps(config.eval, trainee, path, device),
     )

@@ -72,7 +72,7 @@ def rewards_at_steps(
     def reward_at(step: int) -> dict[str, Any]:
         with torch.compiler.set_stance("force_eager"):  # answers grow token by token: no shape comes twice
             answers = answer_prompts(
-                trainee.gpt, trainee.tokenizer, prompts, GenerateOptions(max_new_tokens=options.max_new_tokens),
+                trainee.trunk, trainee.tokenizer, prompts, GenerateOptions(max_new_tokens=options.max_new_tokens),
                 scorer=scorer, samples=options.samples,
             )  # fmt: skip
         write_answers(path / "answers" / f"{step_name(step)}.jsonl", answers)

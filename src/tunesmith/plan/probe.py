@@ -69,9 +69,9 @@ def probe_step(config: AnyConfig, shape: Config, rows: Rows, *, budget: float = 
 def make_step(config: AnyConfig, shape: Config, rows: Rows, micro_batches: int = 1) -> Callable[[], StepTime]:
     """A model of this shape with random weights, and a function that trains it one step on random tokens and tells the time."""
     config, method = decided(config), method_of(config)
-    gpt = new_model(shape, config.train.seed)
-    model = equip(gpt, config, scored=method.scored)
-    device = prepare_model(model, gpt, config)
+    trunk = new_model(shape, config.train.seed)
+    model = equip(trunk, config, scored=method.scored)
+    device = prepare_model(model, trunk, config)
     optimizer, in_backward = make_optimizer(model, config), config.train.optimizer_in_backward
     plain = optimizer.optimizer if isinstance(optimizer, OneByOne) else optimizer
     batch = (pair_batch if method.pairs else text_batch)(config, shape, rows).to(device)

@@ -32,14 +32,15 @@ AnyConfig = TuningConfig | PretrainConfig
 
 @dataclass(frozen=True)
 class Trainee:
-    """The model that a run trains. model: the GPT, or the reward model around it; gpt: the GPT in both cases.
+    """The model that a run trains.
 
+    model: the language model, or the reward model around it; trunk: what has the blocks, in both cases.
     base: a lasting name of what it started from; fingerprint: of the weights then, "" where nobody needs it: a resumed run
     of all weights without a reference has its own.
     """
 
     model: nn.Module
-    gpt: Model
+    trunk: Model
     tokenizer: Tokenizer
     base: str
     fingerprint: str
@@ -49,24 +50,24 @@ class Trainee:
         """The checkpoint of the model: Hugging Face layout, or with LoRA PEFT's."""
         score = {SCORE: self.model.score.weight} if isinstance(self.model, RewardModel) else {}
         if self.lora:
-            save_adapter(self.gpt, directory, base=self.base, fingerprint=self.fingerprint, extra=score)
-            self.tokenizer.save(directory, self.gpt.longest, self.gpt.config.vocab_size)
+            save_adapter(self.trunk, directory, base=self.base, fingerprint=self.fingerprint, extra=score)
+            self.tokenizer.save(directory, self.trunk.longest, self.trunk.config.vocab_size)
         elif isinstance(self.model, RewardModel):
             save_reward_model(self.model, self.tokenizer, directory)
         else:
-            save_model(self.gpt, self.tokenizer, directory)
+            save_model(self.trunk, self.tokenizer, directory)
 
     def read(self, directory: Path) -> None:
         """Put a checkpoint's weights back. Raises: UserError naming what is broken."""
         if self.lora:
             files = read_adapter(directory)
-            load_adapter(self.gpt, files, fingerprint=self.fingerprint)
+            load_adapter(self.trunk, files, fingerprint=self.fingerprint)
             if isinstance(self.model, RewardModel):
                 set_score(self.model, files.extra.get(SCORE), directory)
         elif isinstance(self.model, RewardModel):
             load_reward_weights(self.model, directory)
         else:
-            from_hf_state_dict(self.gpt, stored_weights(directory), str(directory))
+            from_hf_state_dict(self.trunk, stored_weights(directory), str(directory))
 
 
 def load_trainee(config: TuningConfig, path: Path, *, scored: bool = False, fingerprint: bool = False) -> Trainee:
@@ -77,30 +78,30 @@ def load_trainee(config: TuningConfig, path: Path, *, scored: bool = False, fing
     Raises: UserError if the model cannot be had, or the block size or rank does not suit it.
     """
     m, lora = config.model, config.lora
-    gpt, tokenizer = load_for_training(m.name, init=m.init, dropout=m.dropout, seed=config.train.seed)
-    resolve_block_size(config.data.block_size, gpt.longest, m.name)  # before anything is written
-    base = base_for_adapters(config, gpt, tokenizer, path) if lora.rank else m.name
-    mark = weights_fingerprint(gpt) if fingerprint or lora.rank else ""
-    model = equip(gpt, config, scored=scored)
-    return Trainee(model, gpt, tokenizer, base, mark, bool(lora.rank))
+    trunk, tokenizer = load_for_training(m.name, init=m.init, dropout=m.dropout, seed=config.train.seed)
+    resolve_block_size(config.data.block_size, trunk.longest, m.name)  # before anything is written
+    base = base_for_adapters(config, trunk, tokenizer, path) if lora.rank else m.name
+    mark = weights_fingerprint(trunk) if fingerprint or lora.rank else ""
+    model = equip(trunk, config, scored=scored)
+    return Trainee(model, trunk, tokenizer, base, mark, bool(lora.rank))
 
 
-def equip(gpt: Model, config: AnyConfig, *, scored: bool) -> nn.Module:
-    """What a run trains: `gpt` with fresh adapters and a score layer where asked for, its matrices stored as the options say."""
-    model: nn.Module = gpt
+def equip(trunk: Model, config: AnyConfig, *, scored: bool) -> nn.Module:
+    """What a run trains: `trunk` with fresh adapters and a score layer where asked for, its matrices stored as the options say."""
+    model: nn.Module = trunk
     seed, lora = config.train.seed, config.lora
     if scored:
-        model = RewardModel(gpt)
+        model = RewardModel(trunk)
         model.init_score(seed)
     if lora.rank:
-        apply_lora(gpt, lora.targets, rank=lora.rank, alpha=alpha_of(lora), dropout=lora.dropout, seed=seed)
+        apply_lora(trunk, lora.targets, rank=lora.rank, alpha=alpha_of(lora), dropout=lora.dropout, seed=seed)
     if config.train.weights == "bf16":
         store_in_bf16(model)
     return model
 
 
-def base_for_adapters(config: TuningConfig, gpt: Model, tokenizer: Tokenizer, path: Path) -> str:
-    """Where a run's adapters find their base, a name for `adapter_config.json`; `gpt` as loaded.
+def base_for_adapters(config: TuningConfig, trunk: Model, tokenizer: Tokenizer, path: Path) -> str:
+    """Where a run's adapters find their base, a name for `adapter_config.json`; `trunk` as loaded.
 
     Random weights, and those of an adapter merged into its own base, exist nowhere else: they are written once, into the
     run, where they move with it. Costs the size of the model in float32.
@@ -109,7 +110,7 @@ def base_for_adapters(config: TuningConfig, gpt: Model, tokenizer: Tokenizer, pa
     if config.model.init != "random" and not is_adapted(config.model.name):
         return lasting_name(config.model.name)
     if not config.resume:  # a resumed run has it, and one that will be refused must not be given one
-        save_model(gpt, tokenizer, own)
+        save_model(trunk, tokenizer, own)
     return lasting_path(own)
 
 
@@ -121,14 +122,14 @@ def store_in_bf16(model: nn.Module) -> None:
     return_freed_memory()  # where the float32 weights were
 
 
-def prepare_model(model: nn.Module, gpt: Model, config: AnyConfig) -> torch.device:
-    """Put the model on its device and into training mode, compiled where that is resolved so. gpt: in `model`, or itself."""
+def prepare_model(model: nn.Module, trunk: Model, config: AnyConfig) -> torch.device:
+    """Put the model on its device and into training mode, compiled where that is resolved so. trunk: in `model`, or itself."""
     device = resolve_device(config.train.device)
     model.to(device).train()
     mode = config.train.activation_checkpointing
-    gpt.activation_checkpointing = False if mode == "auto" else mode
+    trunk.activation_checkpointing = False if mode == "auto" else mode
     if config.train.compile is True:
-        gpt.compile_blocks()
+        trunk.compile_blocks()
     return device
 
 

@@ -48,7 +48,7 @@ class Method:
     scored: the model has a score in place of its head.
     check: problems of the options that only it has; the configuration is as given.
     resolve: decides the defaults of those options.
-    loss_sum: the loss of a model on its device (the GPT, or the reward model around it), as the training has it.
+    loss_sum: the loss of a model on its device (a language model, or the reward model around it), as the training has it.
     step_work: what its steps compute besides.
     cheaper: option -> a value with which the same training takes less memory, and how it does.
     """
