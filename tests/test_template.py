@@ -37,6 +37,7 @@ from tunesmith.generation.engine import generate_answers, stream
 from tunesmith.generation.logprobs import encode_answers, logps_of_both, token_texts
 from tunesmith.generation.sampling import Sampling
 from tunesmith.models.gpt2 import GPTConfig
+from tunesmith.models.known import FAMILIES
 from tunesmith.options.training import DataOptions
 from tunesmith.train.token_loss import answer_losses
 
@@ -336,10 +337,24 @@ def test_an_answer_is_compared_with_its_end(tagged):
     assert of_a == pytest.approx([logps[len(two.prompt) - 1 + i, t].item() for i, t in enumerate(targets)])
 
 
+def test_only_words_at_the_beginning_of_a_text_get_a_space():
+    """Of a tokenizer that puts a space before every text."""
+    tokenizer = tokenizer_of(TAGGED)
+    tokenizer.prefix_space = True
+    row = TAGGED.segments(TURNS, False)
+    assert tokenizer.begun(row) == row
+    assert tokenizer.begun(row[2:])[0].text == " " + row[2].text
+
+
 def test_a_template_whose_tokens_the_tokenizer_lacks_is_refused():
     backend = tokenizers.Tokenizer.from_file(str(SAMPLE / "tokenizer.json"))
     with pytest.raises(UserError, match=r"no token <\|done\|>"):
         Tokenizer(backend, template=TAGGED)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
+def test_a_familys_default_template_is_one_that_there_is(family):
+    assert family.template in TEMPLATES
 
 
 # ---- nobody else knows ------------------------------------------------------------------------------------------------

@@ -240,10 +240,10 @@ class Tokenizer:
         return _with_prefix_space(backend, True) if self.prefix_space else backend
 
     def same_tokens(self, other: Tokenizer) -> bool:
-        """Whether every id stands for the same text in both, and the ends of a text and of an answer are the same."""
+        """Whether every id stands for the same text in both, a dialogue has the same form, and a text the same end."""
         ours, theirs = self._backend, other._backend
-        same_ends = (self.end_of_text, self.end_of_answer) == (other.end_of_text, other.end_of_answer)
-        return same_ends and (self.fingerprint == other.fingerprint or ours.get_vocab() == theirs.get_vocab())
+        same_form = (self.end_of_text, self.template) == (other.end_of_text, other.template)
+        return same_form and (self.fingerprint == other.fingerprint or ours.get_vocab() == theirs.get_vocab())
 
     def save(self, directory: Path, block_size: int, embeddings: int | None = None) -> None:
         """Write what transformers needs to encode, to render a dialogue and to stop as this project does.
