@@ -29,7 +29,7 @@ from pathlib import Path
 
 SECOND_START = """
 import sys, time
-import tunesmith as ts, tunesmith.commands.sft, tunesmith.train.session as session
+import tunesmith as ts, tunesmith.commands.training, tunesmith.train.session as session
 from tunesmith.options.training import *
 imported = time.perf_counter()
 def until_first_step(log, task, *_, **__):

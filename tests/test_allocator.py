@@ -85,7 +85,7 @@ def test_there_a_plan_neither_takes_it_nor_offers_it(monkeypatch, capsys):
 def test_on_a_gpu_it_is_refused_with_the_reason(device, tiny_directory, tmp_path, monkeypatch):
     monkeypatch.setattr(resolve, "resolve_device", lambda name: torch.device(device))
     with pytest.raises(UsageError, match=rf"--train\.allocator lean is for a CPU's memory.*{device}.*leave it out"):
-        resolve.resolve_machine(tiny_config(tiny_directory, tmp_path, train__allocator="lean"), 48, "sft")
+        resolve.resolve_machine(tiny_config(tiny_directory, tmp_path, train__allocator="lean"), 48, 1e-4)
 
 
 def test_so_it_is_in_a_plan_for_a_card(capsys):

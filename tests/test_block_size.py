@@ -8,9 +8,7 @@ import yaml
 
 from tiny_runs import comparable, last_digest, tiny_config
 from tunesmith.__main__ import main
-from tunesmith.commands.dpo import dpo
-from tunesmith.commands.reward import train_reward_model
-from tunesmith.commands.sft import sft
+from tunesmith.commands.training import dpo, sft, train_reward_model
 from tunesmith.data.cutting import resolve_block_size
 from tunesmith.errors import UserError
 from tunesmith.options.parse import parse

@@ -110,7 +110,7 @@ def on_card(monkeypatch):
 @pytest.mark.parametrize("card", CARDS)
 def test_blocks_are_compiled_by_themselves_only_where_triton_knows_the_card(on_card, card):
     on_card(card)
-    config = resolve.resolve_machine(tiny_config("m", "r", train__precision="auto"), 64, "sft")
+    config = resolve.resolve_machine(tiny_config("m", "r", train__precision="auto"), 64, 1e-4)
     old = card in ("P100", "GTX 1080")
     assert (config.train.compile, config.train.precision) == (not old, card_precision(CARDS[card]))
 
@@ -127,7 +127,7 @@ def test_compiling_for_a_card_that_is_too_old_is_a_users_error_with_the_way_out(
     with pytest.raises(
         UserError, match=r"--train.compile true: Tesla P100 has compute capability 6\.0.*needs 7\.0\. Use false"
     ):
-        resolve.resolve_machine(tiny_config("m", "r", train__compile=True), 64, "sft")
+        resolve.resolve_machine(tiny_config("m", "r", train__compile=True), 64, 1e-4)
 
 
 def test_on_a_processor_compiling_is_what_was_asked_for():

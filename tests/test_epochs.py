@@ -10,10 +10,10 @@ import tunesmith as ts
 from tiny_runs import tiny_config, train_losses, write_dialogues
 from tunesmith.__main__ import main
 from tunesmith.errors import UserError
-from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import RewardConfig
 from tunesmith.study.definition import read_study_file
 from tunesmith.study.matrix import make_plan
+from tunesmith.train.methods.table import METHODS
 from tunesmith.train.resolve import batches_of_step, resolve_length, steps_of
 
 QUICK = {"train__steps": None, "eval__at_start": False, "eval__iters": 1, "eval__every": 100, "train__diverge_after": 0}
@@ -107,7 +107,9 @@ def test_a_warm_up_longer_than_the_run_is_refused_and_a_default_one_is_shorter(t
     assert "--optimizer.warmup_steps 4 is more than the training's 3 steps" in capfd.readouterr().err
     lengths = {"steps": (20, 100, 101, 5000), "warm-up": (2, 10, 100, 100)}
     found = [
-        resolve_length(tiny_config("m", tmp_path, PretrainConfig, train__steps=n), Rows(9, 2), Rows(9, 2))
+        resolve_length(
+            tiny_config("m", tmp_path, train__steps=n), Rows(9, 2), Rows(9, 2), warmup=METHODS["pretrain"].warmup
+        )
         for n in lengths["steps"]
     ]
     assert tuple(config.optimizer.warmup_steps for config in found) == lengths["warm-up"]

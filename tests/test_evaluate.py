@@ -10,7 +10,7 @@ import torch
 import tunesmith as ts
 from tiny_runs import tiny_config
 from tunesmith.__main__ import main
-from tunesmith.commands.reward import train_reward_model
+from tunesmith.commands.training import train_reward_model
 from tunesmith.data.dialogue import Message
 from tunesmith.data.hh_template import HH
 from tunesmith.data.prompts import encode_answered

@@ -8,7 +8,7 @@ import pytest
 from real_studies import write_study
 from tunesmith.__main__ import main
 from tunesmith.files.names import known_shape
-from tunesmith.models.gpt2 import SIZES
+from tunesmith.models.known import SIZES
 from tunesmith.options.parse import from_settings
 from tunesmith.options.plans import PlanOptions
 from tunesmith.plan.planning import find_place, make_setting

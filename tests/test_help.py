@@ -12,11 +12,13 @@ from tunesmith.__main__ import COMMANDS, GROUPS, main
 from tunesmith.options import commands as command_options
 from tunesmith.options.help import PAGES, all_options, help_text
 from tunesmith.options.parse import option_types, parse
-from tunesmith.options.plans import PLANS
+from tunesmith.options.plans import plan_options
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.shortforms import Positional
 from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
+from tunesmith.train.methods.table import METHODS
 
+PLANS = {name: plan_options(method.config) for name, method in METHODS.items()}
 OPTIONS = {
     "demo": [command_options.DemoCommand], "data": [command_options.DataCommand], "pretrain": [PretrainConfig], "sft": [SFTConfig],
     "reward": [RewardConfig], "dpo": [DPOConfig], "evaluate": [command_options.EvaluateCommand],

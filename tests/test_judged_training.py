@@ -7,7 +7,7 @@ import torch
 
 import tunesmith as ts
 from tiny_runs import comparable, last_digest, tiny_config
-from tunesmith.commands.reward import train_reward_model
+from tunesmith.commands.training import train_reward_model
 from tunesmith.data.prompts import load_prompts
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.answers import read_answers, rewards

@@ -26,7 +26,7 @@ MOST_IMPORTS, LONGEST_FUNCTION = 12, 60
 ENDING = re.compile(r"(ings?|ements?|ments?|ions?|ed|ers?|s|e)$")
 WITHOUT_TORCH = {  # what reads runs and text or only knows options; a wing means every module of it
     "options", "study", "files.run", "files.answers", "generation.chat", "train.choice", "judge.two_models_page", "judge.endpoint",
-    "plan.cards", "data.datasets", "data.prompts", "commands.chat_terminal",
+    "plan.cards", "train.methods.table", "data.datasets", "data.prompts", "commands.chat_terminal",
 }  # fmt: skip
 WITH_TORCH = {"study.forecast"}  # times a step
 
@@ -97,7 +97,6 @@ MAY_NAME_THEM = {  # outside models/, and why
     "options.pretraining": "option names of --model, promised by the interface",
     "options.training": "help of --lora.targets",
     "options.help": "examples, and the options shown first",
-    "commands.pretrain": "the example in its docstring",
 }
 
 

@@ -348,7 +348,9 @@ EVERYTHING = {
 
 def test_fine_tuning_with_adapters_lowers_the_loss_and_leaves_the_base_alone(tiny_directory, tmp_path, monkeypatch):
     kept = []
-    monkeypatch.setattr("tunesmith.commands.sft.load_trainee", lambda *a: kept.append(load_trainee(*a)) or kept[0])
+    monkeypatch.setattr(
+        "tunesmith.commands.training.load_trainee", lambda *a, **k: kept.append(load_trainee(*a, **k)) or kept[0]
+    )
     run = ts.sft(tiny_config(tiny_directory, tmp_path / "run", **RUN, train__steps=20))
     losses = [line["validation_loss"] for line in run.metrics("eval")]
     assert losses[-1] < losses[0] - 1.0

@@ -163,7 +163,8 @@ def test_alternatives_never_change_what_is_learned(options):
         config = make_setting(asked, TINY, ROWS, find_place("p100"), changes).config
         check_options(config)
         assert config.train.batch_size * config.train.accumulate == asked.train.batch_size * asked.train.accumulate
-        data = dataclasses.replace(asked.data, block_size=TINY.block_size)  # auto is decided with the model
+        decided = {"block_size": TINY.longest, "loss_on": "assistant"}  # what was left for the model and the method
+        data = dataclasses.replace(asked.data, **decided)
         assert (config.lora, config.data) == (asked.lora, data)
     early = any("train.optimizer_in_backward" in c for c in found)
     assert early == (asked.train.grad_clip == 0)

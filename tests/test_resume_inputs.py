@@ -235,7 +235,7 @@ def test_a_resumed_run_computes_no_reference_again(base, tmp_path, monkeypatch):
     assert first["computed"] > 0
     for _, path in run.checkpoints()[-2:]:
         shutil.rmtree(path)
-    monkeypatch.setattr("tunesmith.commands.dpo.answer_logps", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr("tunesmith.train.reference.answer_logps", lambda *_: pytest.fail("computed again"))
     ts.dpo(tiny_config(base, run.path, DPOConfig, **{**SHORT, "train__steps": 20, **options}, resume=True))
     assert run.status["step"] == 20
 

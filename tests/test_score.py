@@ -9,8 +9,8 @@ import pytest
 import tunesmith as ts
 from tiny_runs import tiny_config
 from tunesmith.__main__ import main
-from tunesmith.commands.reward import train_reward_model
 from tunesmith.commands.score import score
+from tunesmith.commands.training import train_reward_model
 from tunesmith.files.answers import read_answers, rewards
 from tunesmith.judge.scorers import load_scorer
 from tunesmith.options.commands import ScoreCommand

@@ -8,7 +8,7 @@ import transformers
 
 from tiny_judge import ANSWERS, PROMPTS
 from tiny_runs import tiny_config
-from tunesmith.commands.reward import train_reward_model
+from tunesmith.commands.training import train_reward_model
 from tunesmith.errors import Note, UserError
 from tunesmith.files.names import load_reward
 from tunesmith.judge.scorers import load_scorer

@@ -282,13 +282,13 @@ def test_a_second_signal_ends_the_process_in_its_estimate_and_the_run_goes_on_as
 ):
     run, say = ts.Run(tmp_path / "r"), tmp_path / "estimates"
     code = (
-        "import sys, time, tunesmith.commands.sft as sft; from pathlib import Path; from tunesmith.__main__ import main\n"
-        "calls, plain = [], sft.estimate_loss\n"
+        "import sys, time, tunesmith.train.token_loss as loss; from pathlib import Path; from tunesmith.__main__ import main\n"
+        "calls, plain = [], loss.estimate_loss\n"
         "def endless(*args):\n"
         "    calls.append(1)\n"
         f"    if len(calls) == 4: Path({str(say)!r}).touch(); time.sleep(600)\n"
         "    return plain(*args)\n"
-        "sft.estimate_loss = endless; sys.exit(main(sys.argv[1:]))"
+        "loss.estimate_loss = endless; sys.exit(main(sys.argv[1:]))"
     )
     argv = as_argv(tiny_config(tiny_directory, run.path, **DROPOUT, checkpoint__every=2))
     process = subprocess.Popen(
@@ -314,7 +314,7 @@ def test_a_second_signal_ends_the_process_in_its_estimate_and_the_run_goes_on_as
 
 @pytest.mark.parametrize(
     ("place", "name"),
-    [("tunesmith.commands.dpo.answer_logps", "SIGINT"), ("tunesmith.judge.answering.scored", "SIGTERM")],
+    [("tunesmith.train.reference.answer_logps", "SIGINT"), ("tunesmith.judge.answering.scored", "SIGTERM")],
 )
 def test_a_real_process_is_broken_off_in_a_reference_pass_and_in_scoring(tiny_directory, tmp_path, place, name):
     module, _, call = place.rpartition(".")

@@ -7,7 +7,7 @@ import pytest
 
 from tiny_runs import tiny_config, write_dialogues
 from tunesmith.commands.evaluate import evaluate
-from tunesmith.commands.sft import sft
+from tunesmith.commands.training import sft
 from tunesmith.errors import UserError
 from tunesmith.options.commands import EvaluateCommand
 from tunesmith.options.training import DataOptions

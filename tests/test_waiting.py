@@ -31,7 +31,7 @@ MANY = SimpleNamespace(per_epoch=99, rows_per_epoch=99)
 def medium(*argv, kind=SFTConfig):
     """A resolved training of gpt2-medium, of which nothing is loaded."""
     config, _ = parse(kind, ["--train.device", "cpu", "--train.precision", "fp32", *argv], prog="test")
-    return resolve_machine(dataclasses.replace(config), 1024, "sft")
+    return resolve_machine(dataclasses.replace(config), 1024, 1e-4)
 
 
 def told(monkeypatch, config, there, rows=MANY):

@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 from tunesmith.commands.demo import demo_sft
-from tunesmith.commands.sft import sft
+from tunesmith.commands.training import sft
 from tunesmith.data.prompts import encode_prompt, load_prompts
 from tunesmith.files.names import load
 from tunesmith.generation.engine import decode

@@ -13,10 +13,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tunesmith.commands.dpo import dpo as dpo
-    from tunesmith.commands.pretrain import pretrain as pretrain
-    from tunesmith.commands.reward import train_reward_model as train_reward_model
-    from tunesmith.commands.sft import sft as sft
+    from tunesmith.commands.training import dpo as dpo
+    from tunesmith.commands.training import pretrain as pretrain
+    from tunesmith.commands.training import sft as sft
+    from tunesmith.commands.training import train_reward_model as train_reward_model
     from tunesmith.errors import Interrupted as Interrupted
     from tunesmith.errors import UserError as UserError
     from tunesmith.files.names import load as load
@@ -47,12 +47,12 @@ _HOME = {
     "SFTConfig": "options.training",
     "UserError": "errors",
     "generate": "generation.engine",  # no module of the name: importing it would hide the function
-    "dpo": "commands.dpo",
+    "dpo": "commands.training",
     "load": "files.names",
     "load_reward": "files.names",
-    "pretrain": "commands.pretrain",
-    "sft": "commands.sft",
-    "train_reward_model": "commands.reward",
+    "pretrain": "commands.training",
+    "sft": "commands.training",
+    "train_reward_model": "commands.training",
 }
 __all__ = sorted(_HOME)
 

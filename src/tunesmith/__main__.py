@@ -10,10 +10,13 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import Interrupted, Note, UsageError, UserError, did_you_mean
 from tunesmith.progress import STOP
+from tunesmith.train.methods.method import Method
+from tunesmith.train.methods.table import METHODS
 
 if TYPE_CHECKING:
     from tunesmith.files.run import Run
@@ -23,40 +26,11 @@ Argv = Sequence[str]
 KERNELS_KEPT = "24"
 
 
-def _pretrain(argv: Argv) -> None:
-    from tunesmith.options.pretraining import PretrainConfig
+def _train(method: Method, argv: Argv) -> None:
+    config = _training_options(method.config, argv, method.command)
+    from tunesmith.commands.training import train
 
-    config = _training_options(PretrainConfig, argv, "pretrain")
-    from tunesmith.commands.pretrain import pretrain
-
-    _finish(pretrain(config), "pretrain")
-
-
-def _sft(argv: Argv) -> None:
-    from tunesmith.options.training import SFTConfig
-
-    config = _training_options(SFTConfig, argv, "sft")
-    from tunesmith.commands.sft import sft
-
-    _finish(sft(config), "sft")
-
-
-def _dpo(argv: Argv) -> None:
-    from tunesmith.options.training import DPOConfig
-
-    config = _training_options(DPOConfig, argv, "dpo")
-    from tunesmith.commands.dpo import dpo
-
-    _finish(dpo(config), "dpo")
-
-
-def _reward(argv: Argv) -> None:
-    from tunesmith.options.training import RewardConfig
-
-    config = _training_options(RewardConfig, argv, "reward")
-    from tunesmith.commands.reward import train_reward_model
-
-    _finish(train_reward_model(config), "reward")
+    _finish(train(method, config), method.command)
 
 
 def _finish(run: Run, command: str) -> None:
@@ -152,17 +126,16 @@ def _chat(argv: Argv) -> None:
 
 def _plan(argv: Argv) -> None:
     from tunesmith.options.parse import parse
-    from tunesmith.options.plans import PLANS
+    from tunesmith.options.plans import plan_options
 
-    command = argv[0] if argv and argv[0] in PLANS else "sft"
+    command = argv[0] if argv and argv[0] in METHODS else "sft"
     rest = argv[1:] if argv and argv[0] == command else argv
     if rest and not rest[0].startswith("-"):
-        near = did_you_mean(rest[0], PLANS)
+        near = did_you_mean(rest[0], METHODS)
         raise UsageError(
-            f"plan {rest[0]}: expected one of {', '.join(PLANS)} (sft if none is given), then options{near}"
+            f"plan {rest[0]}: expected one of {', '.join(METHODS)} (sft if none is given), then options{near}"
         )
-    kind: type[Any] = PLANS[command]
-    options, _ = parse(kind, rest, prog=f"tunesmith plan {command}")
+    options, _ = parse(plan_options(METHODS[command].config), rest, prog=f"tunesmith plan {command}")
     from tunesmith.commands.plan import plan
 
     plan(options)
@@ -206,10 +179,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Argv], None]]] = {
     "demo": ("the whole chain on the embedded sample, in minutes on two CPU cores", _demo),
     "data": ("build or check a data set; show which tokens carry loss", _data),
     "plan": ("memory and time of a training run in advance; --fit finds what fits", _plan),
-    "pretrain": ("a new GPT-2, and its tokenizer, from plain text", _pretrain),
-    "sft": ("supervised fine-tuning on dialogues: full or LoRA", _sft),
-    "reward": ("train a reward model on preference pairs (Bradley-Terry)", _reward),
-    "dpo": ("direct preference optimisation: full or LoRA", _dpo),
+    **{method.command: (method.about, partial(_train, method)) for method in METHODS.values()},
     "chat": ("talk to a model in the terminal", _chat),
     "compare": ("the same prompts to two models, side by side", _compare),
     "evaluate": ("loss and perplexity of a model on a data set; on pairs, accuracy", _evaluate),
@@ -220,7 +190,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Argv], None]]] = {
 
 GROUPS = {
     "look before you train": ("demo", "data", "plan"),
-    "train": ("pretrain", "sft", "reward", "dpo"),
+    "train": tuple(METHODS),
     "use and judge a model": ("chat", "compare", "evaluate", "score"),
     "many runs": ("study", "report"),
 }

@@ -14,10 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from tunesmith.commands.compare import answered, answers_of
-from tunesmith.commands.dpo import dpo
-from tunesmith.commands.reward import train_reward_model
 from tunesmith.commands.score import score
-from tunesmith.commands.sft import sft
+from tunesmith.commands.training import dpo, sft, train_reward_model
 from tunesmith.data.prompts import load_prompts
 from tunesmith.errors import UserError
 from tunesmith.files.answers import read_answers, write_answers

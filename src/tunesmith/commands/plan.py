@@ -24,7 +24,6 @@ from tunesmith.files.bases import base_at
 from tunesmith.files.names import known_shape, nearest_model, shape_of
 from tunesmith.models.family import Config
 from tunesmith.models.known import SIZES
-from tunesmith.options.plans import PlanDPO, PlanPretrain, PlanReward, PlanSFT
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.plan.planning import (
     Setting,
@@ -44,10 +43,8 @@ from tunesmith.plan.workload import Rows
 from tunesmith.progress import span
 from tunesmith.train.methods.table import method_of
 from tunesmith.train.resolve import check_options
-from tunesmith.train.scratch import resolve_shape
 from tunesmith.train.trainee import AnyConfig
 
-PlanConfig = PlanSFT | PlanDPO | PlanReward | PlanPretrain
 GAINS = {
     "train.activation_checkpointing": "activations are recomputed in backward",
     "train.batch_size": "fewer rows at a time; the gradient is the same sum",
@@ -59,8 +56,8 @@ GAINS = {
 }
 
 
-def plan(options: PlanConfig) -> dict[str, Any]:
-    """Print the plan of a training; returns what `--out` holds.
+def plan(options: Any) -> dict[str, Any]:
+    """Print the plan of a training; returns what `--out` holds. options: of the class that `plan_options` makes.
 
     Raises: UserError if the options are wrong, the model's shape is not known without a download, or nothing fits.
     """
@@ -98,15 +95,15 @@ def plan(options: PlanConfig) -> dict[str, Any]:
     return record
 
 
-def _resolved(options: PlanConfig) -> tuple[AnyConfig, Config]:
+def _resolved(options: Any) -> tuple[AnyConfig, Config]:
     """The training's configuration, checked, and the shape of its model."""
-    if isinstance(options, PretrainConfig):
+    method = method_of(options)
+    if method.new_shape:
         _shape(options.model.name)
-        config, shape = resolve_shape(options)
-        problems = method_of(config).check(config)
-        check_options(config, [p for p in problems if not p.startswith("--data.name")])  # no data is read
+        config, shape = method.new_shape(options)
+        check_options(config, [p for p in method.check(config) if not p.startswith("--data.name")])  # no data is read
         return config, dataclasses.replace(shape, vocab_size=_vocabulary(config, shape))
-    check_options(options, method_of(options).check(options))
+    check_options(options, method.check(options))
     with base_at(options.model.base):
         return options, _shape(options.model.name)
 

@@ -22,6 +22,7 @@ from tunesmith.files.names import run_and_step
 from tunesmith.files.places import located, located_sets
 from tunesmith.files.run import Run
 from tunesmith.options.training import DataOptions
+from tunesmith.train.methods.table import METHODS
 
 Array = np.ndarray[Any, Any]
 
@@ -77,7 +78,8 @@ def _texts_of(run: Run, wanted: Collection[bytes]) -> tuple[set[bytes], bool]:
         root=options.root and located(run, options.root),
         rm_static=options.rm_static and located(run, options.rm_static),
     )
-    pairs = inputs.get("command", "dpo" if "dpo" in config else "") in ("dpo", "reward")
+    method = METHODS.get(inputs.get("command", "dpo" if "dpo" in config else ""))
+    pairs = method is not None and method.pairs
     source, among = open_dataset(options), frozenset(wanted)
     hits, count = [], 0
     for row in source.rows("train", Report(), pairs=pairs, as_text=options.batching == "windows"):

@@ -247,7 +247,8 @@ def _options_of(options: type[Any], prefix: str, title: str) -> Iterator[Option]
 def _texts(options: type[Any]) -> dict[str, str]:
     """Option -> the string that stands below it in the class; Python keeps those nowhere, so the source is read."""
     found: dict[str, str] = {}
-    for kind in reversed([k for k in options.__mro__ if dataclasses.is_dataclass(k)]):
+    written = [k for k in options.__mro__ if dataclasses.is_dataclass(k) and inspect.get_annotations(k)]
+    for kind in reversed(written):  # a class put together of others has no source
         (definition,) = ast.parse(inspect.getsource(kind)).body
         assert isinstance(definition, ast.ClassDef)
         for field, text in pairwise(definition.body):

@@ -1,9 +1,8 @@
 """Options of `tunesmith plan`: those of the training command, and those of the plan itself. No torch here."""
 
+import dataclasses
 from dataclasses import dataclass
-
-from tunesmith.options.pretraining import PretrainConfig
-from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -25,24 +24,10 @@ class PlanOptions:
     """Also write the plan to this JSON file."""
 
 
-@dataclass(frozen=True)
-class PlanSFT(PlanOptions, SFTConfig):
-    """Memory and time of supervised fine-tuning, before running it. No data is read, no weights are loaded."""
-
-
-@dataclass(frozen=True)
-class PlanDPO(PlanOptions, DPOConfig):
-    """Memory and time of preference optimisation, before running it. No data is read, no weights are loaded."""
-
-
-@dataclass(frozen=True)
-class PlanReward(PlanOptions, RewardConfig):
-    """Memory and time of training a reward model, before running it. No data is read, no weights are loaded."""
-
-
-@dataclass(frozen=True)
-class PlanPretrain(PlanOptions, PretrainConfig):
-    """Memory and time of pretraining, before running it. No data is read, no weights are loaded."""
-
-
-PLANS = {"sft": PlanSFT, "pretrain": PlanPretrain, "dpo": PlanDPO, "reward": PlanReward}
+def plan_options(training: type[Any]) -> type[Any]:
+    """The options of a training command and those of its plan, in one class."""
+    title = f"Memory and time before running it; no data is read, no weights are loaded: {training.__doc__}"
+    named = {"__module__": training.__module__, "__doc__": title}  # where the names in its annotations are known
+    return dataclasses.make_dataclass(
+        f"Plan{training.__name__}", (), bases=(PlanOptions, training), namespace=named, frozen=True
+    )

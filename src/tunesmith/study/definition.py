@@ -12,10 +12,10 @@ import yaml
 
 from tunesmith.errors import UsageError
 from tunesmith.options.parse import nearest, option_types
-from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
 from tunesmith.options.yamlfile import read_yaml
+from tunesmith.train.methods.table import METHODS
 
-COMMANDS: dict[str, Any] = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig}
+COMMANDS: dict[str, Any] = {m.command: m.config for m in METHODS.values() if not m.new_model}
 BUILT_IN = {
     path.stem: path for path in sorted(Path(__file__).parent.glob("*/*.yaml"))
 }  # each beside what is special to it

@@ -11,13 +11,16 @@ from tunesmith.stats import Interval, bootstrap_interval, paired_difference, rat
 from tunesmith.study.select import rewards_by_prompt
 from tunesmith.study.units import loss_unit, measured_on, rows_seed
 from tunesmith.train.choice import Estimate, apart, choose, comparable, loss_difference, read_estimates
+from tunesmith.train.methods.table import METHODS
 
 Against = tuple[str, Interval | None]
 """Another one's name, and by how much the best is better; None where nothing can be paired."""
 
 
 def kind_of(run: Run) -> str:
-    """`pretrain`, `sft`, `dpo` or `reward`."""
+    """The command of the method that made it: `pretrain`, `sft`, `dpo`, `reward`, ..."""
+    if (command := (run.inputs or {}).get("command")) in METHODS:
+        return str(command)
     if "tokenizer" in run.config:
         return "pretrain"
     if "dpo" in run.config:

@@ -28,6 +28,7 @@ from tunesmith.study.records import Study, is_study, read_log, read_study
 from tunesmith.study.run_figures import loss_curve, preference_curves, reward_curve
 from tunesmith.study.study_page import render_study
 from tunesmith.study.tables import Cell, Table, as_csv, as_latex
+from tunesmith.train.methods.table import METHODS
 
 SHOWN_STEPS = 4  # of the answers of one run beside each other
 
@@ -104,7 +105,7 @@ def _figures(run: Run) -> list[Plate]:
     if not run.metrics("eval"):
         return []
     curves = [loss_curve(run)]
-    if kind_of(run) in ("dpo", "reward"):
+    if METHODS[kind_of(run)].pairs:
         curves.append(preference_curves(run))
     return [*curves, reward_curve(run)] if run.metrics("reward") else curves
 
@@ -128,20 +129,12 @@ def tables_of(runs: Sequence[Run]) -> list[Table]:
     return tables
 
 
-TITLES = {
-    "pretrain": "Pretraining",
-    "sft": "Supervised fine-tuning",
-    "dpo": "Direct preference optimisation",
-    "reward": "Reward model",
-}
-
-
 def _run_section(run: Run, plates: Sequence[Plate], alone: bool) -> str:
     status, estimates, train = run.status, run.metrics("eval"), run.metrics("train")
     if not estimates and not train:
         raise UserError(f"{run.path} has no metrics yet (its state is {status['state']!r}); nothing to report")
     name, kind = html.escape(run.path.name), kind_of(run)
-    parts = [f'<h2 id="{name}">{name}: {TITLES[kind]}{_lora(run)}</h2>']
+    parts = [f'<h2 id="{name}">{name}: {METHODS[kind].title}{_lora(run)}</h2>']
     if not alone:
         parts.append(f"<p>{html.escape(result_of_run(run))}</p>")
     parts.append(_facts(run))
@@ -209,7 +202,7 @@ def _overview(runs: Sequence[Run]) -> str:
     head = "".join(f'<th class="number">{label}</th>' for label in labels)
     rows = "".join(
         f'<tr><td><a href="#{html.escape(run.path.name)}">{html.escape(run.path.name)}</a><br>'
-        f'<span class="group">{TITLES[kind_of(run)]}{_lora(run)}</span></td>'
+        f'<span class="group">{METHODS[kind_of(run)].title}{_lora(run)}</span></td>'
         + "".join(f'<td class="number">{html.escape(row.get(label, ""))}</td>' for label in labels)
         + "</tr>"
         for run, row in zip(runs, facts, strict=True)

@@ -8,9 +8,10 @@ from typing import Any
 
 from tunesmith.jsontext import Json
 from tunesmith.study.records import Experiment, RunRecord
+from tunesmith.train.methods.table import METHODS
 
 TOKEN, PAIR = "nats per target token", "nats per pair"
-PAIRWISE = ("dpo", "reward")  # commands whose loss is one of preference pairs
+PAIRWISE = tuple(method.command for method in METHODS.values() if method.pairs)
 OTHER_LOSSES = ("ipo", "hinge")  # of DPO: a square, and a distance; neither is in nats
 
 

@@ -34,10 +34,10 @@ from tunesmith.train.clock import seconds_between
 from tunesmith.train.course import Timetable, TrainingState
 from tunesmith.train.divergence import Watch, batches_to_judge_by, broken, sound_steps
 from tunesmith.train.launch import Launched, Launcher
-from tunesmith.train.method import B, Task
 from tunesmith.train.outlook import Outlook
 from tunesmith.train.splitting import Split
 from tunesmith.train.step import StepStats
+from tunesmith.train.task import B, Task
 from tunesmith.train.trainee import Trainee
 
 UNSPOKEN = ("train_accuracy", "_reward", "_drift_chosen", "_drift_rejected")  # metrics that go to the log only

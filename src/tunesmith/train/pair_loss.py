@@ -20,13 +20,11 @@ from tunesmith.models.modes import evaluation_mode
 from tunesmith.models.reward_head import RewardModel
 from tunesmith.train.choice import Sums
 from tunesmith.train.losses import bradley_terry_loss, dpo_loss
+from tunesmith.train.methods.preferences import OBSERVED
 from tunesmith.train.splitting import within_memory
 
 Reference = Callable[[Batch], Tensor]
 """Log-probabilities of a batch's answers under the reference: (pairs, 2) float32, chosen and rejected, no gradient."""
-
-OBSERVED = ("accuracy", "margin", "chosen_reward", "rejected_reward")
-"""What `dpo_loss_sum` and `reward_loss_sum` give beside the loss. accuracy: share of pairs with chosen above rejected."""
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,16 @@ from torch import Tensor
 from tunesmith.data.batch import Batch
 from tunesmith.data.pairs import PairRows
 from tunesmith.data.tokenstore import cache_directory
-from tunesmith.device import Precision, put
+from tunesmith.device import Precision, put, resolve_device
 from tunesmith.models.lora import disabled
 from tunesmith.models.model import Model
 from tunesmith.models.modes import evaluation_mode
+from tunesmith.options.training import DPOConfig
 from tunesmith.progress import Progress
 from tunesmith.train.pair_loss import Reference, answer_logps
+from tunesmith.train.resolve import precision_of
 from tunesmith.train.splitting import within_memory
+from tunesmith.train.trainee import Trainee
 
 # float32, as the model gives them: nothing is lost by keeping them. The key is a SHA-256, so pairs need not be stored.
 RECORD = np.dtype([("key", "V32"), ("logps", "<f4", (2,))])
@@ -161,3 +164,46 @@ def second_model(model: Model, device: torch.device, precision: Precision) -> Re
         return answer_logps(frozen, batch.to(device), precision).to(home)
 
     return reference
+
+
+def zeros(batch: Batch) -> Tensor:
+    """In place of a reference where only the time of a step counts: what is kept costs a step nothing."""
+    return torch.zeros(batch.count, 2, device=batch.input_ids.device)
+
+
+def live_reference(model: Model, config: DPOConfig) -> Reference | None:
+    """The reference of a resolved configuration that is computed in every step; None where its log-probabilities are kept.
+
+    model: the policy on its device, before the first step.
+    """
+    precision = precision_of(config)
+    if config.dpo.reference == "adapter":
+        return adapter_off(model, precision)
+    if config.dpo.reference == "model":
+        device = resolve_device(config.dpo.reference_device or config.train.device, "--dpo.reference_device")
+        return second_model(model, device, precision)
+    return None
+
+
+def make_references(
+    trainee: Trainee, config: DPOConfig, sets: Sequence[tuple[PairRows, Sequence[int]]]
+) -> tuple[list[Reference], dict[str, Any]]:
+    """One reference for each set of pairs, and what to log of it. sets: rows, and the numbers of the pairs that are needed.
+
+    Called before the first step, while the policy still is the reference.
+    """
+    model, precision = trainee.trunk, precision_of(config)
+    if live := live_reference(model, config):
+        where = config.dpo.reference_device or config.train.device
+        device = {"device": str(resolve_device(where))} if config.dpo.reference == "model" else {}
+        return [live] * len(sets), {"mode": config.dpo.reference, **device}
+    store = LogpStore(store_path(trainee.fingerprint, precision))
+    device_of_model = model.device
+
+    def compute(batch: Batch) -> Tensor:
+        with evaluation_mode(model):  # fresh adapters add nothing yet
+            return answer_logps(model, batch.to(device_of_model), precision)
+
+    filled = [cached(rows, needed, store, compute) for rows, needed in sets]
+    counts = {name: sum(getattr(fill, name) for _, fill in filled) for name in ("pairs", "computed")}
+    return [reference for reference, _ in filled], {"mode": "cached", **counts}

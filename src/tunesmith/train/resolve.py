@@ -18,15 +18,12 @@ from tunesmith.device import Precision, resolve_compile, resolve_device, resolve
 from tunesmith.errors import UsageError, note
 from tunesmith.options.parse import describe_type, nearest_choice, option_types, parts_of
 from tunesmith.options.pretraining import PretrainConfig
-from tunesmith.options.training import DPOConfig, PairDataOptions, RewardConfig, SFTConfig
+from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
 from tunesmith.train.optim import DEFAULT_WEIGHT_DECAY
 from tunesmith.train.trainee import AnyConfig, alpha_of
 
 Config = TypeVar("Config", SFTConfig, DPOConfig, RewardConfig, PretrainConfig)
 Checked = TypeVar("Checked", bound=AnyConfig)
-Command = Literal["pretrain", "sft", "dpo", "reward"]
-LEARNING_RATE: dict[Command, float] = {"pretrain": 6e-4, "sft": 1e-4, "reward": 1e-5, "dpo": 1e-6}
-WARMUP = 100  # steps, of a pretraining where nothing else is said
 LORA_FACTOR = 10  # adapters want a larger rate than all weights do
 
 
@@ -155,26 +152,17 @@ def _without_effect(config: AnyConfig) -> list[str]:
     return problems
 
 
-def check_pair_options(data: PairDataOptions) -> list[str]:
-    """What is wrong with the data options of a command that trains on pairs."""
-    problems = []
-    if data.batching == "windows":
-        problems.append(
-            "--data.batching windows cuts through dialogues and does not support pairs; use packed or padded"
-        )
-    if data.truncation == "split":
-        problems.append("--data.truncation split is for plain texts; for pairs use keep_end, keep_start or drop")
-    return problems
-
-
 def resolve_data(config: Config, positions: int) -> Config:
     """The configuration with the block size decided for a model that can read `positions` tokens."""
     block_size = resolve_block_size(config.data.block_size, positions, config.model.name)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, block_size=block_size))
 
 
-def resolve_machine(config: Config, width: int, command: Command) -> Config:
-    """The configuration, its data resolved, with every default decided that depends on the machine or on other options."""
+def resolve_machine(config: Config, width: int, learning_rate: float) -> Config:
+    """The configuration, its data resolved, with every default decided that depends on the machine or on other options.
+
+    learning_rate: the method's, for all weights.
+    """
     t, o, lora = config.train, config.optimizer, config.lora
     device = resolve_device(t.device)
     precision = resolve_precision(t.precision, device, width)
@@ -195,7 +183,7 @@ def resolve_machine(config: Config, width: int, command: Command) -> Config:
         cuda_graphs=resolve_cuda_graphs(config, device, precision),
         activation_checkpointing=False if t.activation_checkpointing == "auto" else t.activation_checkpointing,
     )
-    rate = LEARNING_RATE[command] * (LORA_FACTOR if lora.rank else 1)
+    rate = learning_rate * (LORA_FACTOR if lora.rank else 1)
     optimizer = dataclasses.replace(
         o,
         lr=rate if o.lr is None else o.lr,
@@ -267,7 +255,7 @@ def steps_of(epochs: float, train: Countable, accumulate: int) -> int:
     return whole * -(-(train.per_epoch or 0) // accumulate) + math.ceil(rest - 1e-9)
 
 
-def resolve_length(config: Config, train: Countable, validation: Countable) -> Config:
+def resolve_length(config: Config, train: Countable, validation: Countable, *, warmup: int = 0) -> Config:
     """The configuration with every default decided that depends on the data: steps and intervals.
 
     Estimates come 40 times over the training, but on small data not so often that with the most batches they would take
@@ -278,9 +266,10 @@ def resolve_length(config: Config, train: Countable, validation: Countable) -> C
     if per_step > train.rows_per_epoch:
         note(_more_than_there_is(per_step, train, t.accumulate, config.data.block_size))
     steps = t.steps or max(1, steps_of(1.0 if t.epochs is None else t.epochs, train, t.accumulate))
-    warmup = o.warmup_steps
-    if warmup is None:
-        warmup = 0 if not isinstance(config, PretrainConfig) else WARMUP if steps > WARMUP else steps // 10
+    if o.warmup_steps is not None:
+        warmup = o.warmup_steps
+    elif steps <= warmup:
+        warmup = steps // 10
     splits = [-(-b.rows_per_epoch // b.batch_size) for b in (train, validation)]
     estimate = sum(min(config.eval.iters or MOST_ITERS, batches) for batches in splits)
     every = config.eval.every or max(1, steps // 40, min(steps, estimate // (3 * config.train.accumulate)))

@@ -24,7 +24,7 @@ from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
 from tunesmith.train.moved import names_kept, places_named
 from tunesmith.train.optim import schedule_factor
-from tunesmith.train.resolve import Command, check_warmup
+from tunesmith.train.resolve import check_warmup
 from tunesmith.train.splits import Splits
 from tunesmith.train.trainee import AnyConfig, Trainee
 
@@ -100,7 +100,7 @@ def as_begun(config: Config, stored: Mapping[str, Any]) -> Config:
     return config
 
 
-def inputs_of(command: Command, trainee: Trainee, splits: Splits, more: Mapping[str, Any]) -> dict[str, Any]:
+def inputs_of(command: str, trainee: Trainee, splits: Splits, more: Mapping[str, Any]) -> dict[str, Any]:
     """What a run is made from: its command, and by content its tokenizer, the weights it stands on and its rows.
 
     The weights are "" where a resumed run has all of its own (`Trainee.fingerprint`). more: as `rows_of`, by their key in ROWS.

@@ -12,10 +12,11 @@ from tunesmith.data.dialogue import prose
 from tunesmith.data.readers import Report
 from tunesmith.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from tunesmith.errors import UsageError, UserError
-from tunesmith.files.names import load_tokenizer, shape_of
+from tunesmith.files.names import load_tokenizer, new_model, shape_of
 from tunesmith.files.run import Run
 from tunesmith.models.family import Config
 from tunesmith.options.pretraining import SHAPE, PretrainConfig, PretrainDataOptions
+from tunesmith.train.trainee import Trainee
 
 NEW = "new"  # --tokenizer.name of one that is trained on the texts
 VOCAB_SIZE = 8192
@@ -75,6 +76,13 @@ def make_tokenizer(config: PretrainConfig, path: Path) -> Tokenizer:
         return load_tokenizer(config.tokenizer.name)
     assert config.tokenizer.vocab_size is not None
     return Tokenizer.train(training_texts(config.data), config.tokenizer.vocab_size)
+
+
+def new_trainee(config: PretrainConfig, shape: Config, path: Path) -> Trainee:
+    """A model of that shape with new weights, and its tokenizer, whose vocabulary it takes. path: the run's directory."""
+    tokenizer = make_tokenizer(config, path)
+    model = new_model(dataclasses.replace(shape, vocab_size=tokenizer.vocab_size), config.train.seed)
+    return Trainee(model, model, tokenizer, base="", fingerprint="", lora=False)
 
 
 def training_texts(data: PretrainDataOptions) -> Iterator[str]:

@@ -22,17 +22,17 @@ from tunesmith.progress import STOP
 from tunesmith.train.course import Timetable
 from tunesmith.train.launch import make_launcher
 from tunesmith.train.loop import fit
-from tunesmith.train.method import B, Task
 from tunesmith.train.moved import as_they_lie
 from tunesmith.train.optim import schedule_factor
 from tunesmith.train.prefetch import made_ahead
-from tunesmith.train.resolve import Command, as_dict, batches_of_step, iters_of, passes_of, precision_of
+from tunesmith.train.resolve import as_dict, batches_of_step, iters_of, passes_of, precision_of
 from tunesmith.train.resuming import Config, Origin, as_begun
+from tunesmith.train.task import B, Task
 from tunesmith.train.trainee import AnyConfig, Trainee
 
 
 @contextlib.contextmanager
-def begin(config: Config, command: Command) -> Iterator[tuple[Config, Path]]:
+def begin(config: Config, command: str) -> Iterator[tuple[Config, Path]]:
     """The configuration (of a resumed run, with what was decided when it began) and the run's directory, now locked for us.
 
     Sets up the process: allocator and seeds. What a resumed run's options name is looked for where it lies now.

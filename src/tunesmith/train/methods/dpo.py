@@ -8,14 +8,21 @@ and this one leaves out: padding, a second copy of the model in memory, answers 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.options.training import DPOConfig
-from tunesmith.train.methods.method import LossSum, Method, StepWork
+from tunesmith.train.methods.method import Method, StepWork
+from tunesmith.train.methods.preferences import OBSERVED, check_pair_options, pair_metrics
 
 if TYPE_CHECKING:
+    from tunesmith.data.batch import Batch
     from tunesmith.models.model import Model
+    from tunesmith.train.choice import Sums
     from tunesmith.train.pair_loss import PreferenceLoss, Reference
+    from tunesmith.train.prepared import Data, Prepared
+    from tunesmith.train.task import LossSum, Task
+    from tunesmith.train.trainee import Trainee
 
 BETAS = (1e-5, 1e3)  # between which a preference can be learned
 ROBUST_SMOOTHING = 0.1  # of the robust loss where none is given: with 0 it is plain DPO
@@ -24,7 +31,6 @@ ROBUST_SMOOTHING = 0.1  # of the robust loss where none is given: with 0 it is p
 def check(config: DPOConfig) -> list[str]:
     """What is wrong with the options that only this command has."""
     from tunesmith.train.losses import SMOOTHED
-    from tunesmith.train.resolve import check_pair_options
 
     d, problems = config.dpo, check_pair_options(config.data)
     if not d.beta > 0:
@@ -72,32 +78,71 @@ def preference_loss(config: DPOConfig) -> PreferenceLoss:
     return PreferenceLoss(d.beta, d.loss, d.label_smoothing or 0.0)
 
 
-def live_reference(model: Model, config: DPOConfig) -> Reference | None:
-    """The reference that is computed in every step; None where its log-probabilities are kept. `model` is still untrained."""
-    from tunesmith.device import resolve_device
-    from tunesmith.train.reference import adapter_off, second_model
-    from tunesmith.train.resolve import precision_of
-
-    if config.dpo.reference == "adapter":
-        return adapter_off(model, precision_of(config))
-    if config.dpo.reference == "model":
-        device = resolve_device(config.dpo.reference_device or config.train.device, "--dpo.reference_device")
-        return second_model(model, device, precision_of(config))
-    return None
-
-
 def loss_sum(model: Model, config: DPOConfig, reference: Reference | None = None) -> LossSum:
-    """DPO of a batch's pairs. reference: the live one, or where there is none zeros, which take the time of kept ones."""
-    import torch
-
+    """DPO of a batch's pairs. reference: of the training; else a live one, or zeros, which take the time of kept ones."""
     from tunesmith.train.pair_loss import dpo_loss_sum
+    from tunesmith.train.reference import live_reference, zeros
     from tunesmith.train.resolve import precision_of
 
-    held = reference or live_reference(model, config)
-    if held is None:
-        held = lambda batch: torch.zeros(batch.count, 2, device=batch.input_ids.device)  # noqa: E731
+    held = reference or live_reference(model, config) or zeros
     settings, precision = preference_loss(config), precision_of(config)
     return lambda batch: dpo_loss_sum(model, batch, held(batch), settings, precision)
+
+
+def data(config: DPOConfig, trainee: Trainee) -> Data:
+    """The pairs, and validation rows of `dpo.sft_data`, on which the paper watches the policy's loss."""
+    from tunesmith.train.prepared import load_data
+    from tunesmith.train.resuming import rows_of
+    from tunesmith.train.splits import watched_texts
+
+    pairs = load_data(config, trainee, pairs=True)
+    if config.dpo.sft_data is None:
+        return pairs
+    watched, notes = watched_texts(config.dpo.sft_data, config, trainee.tokenizer)
+    inputs = {"sft_data": rows_of(watched.rows.store)}
+    return dataclasses.replace(pairs, watched=watched, notes=[*pairs.notes, *notes], inputs=inputs)
+
+
+def task(run: Prepared) -> Task[Any]:
+    """The run as the loop reads it. Called before the first step, while the policy still is the reference."""
+    from tunesmith.train.pair_loss import estimate_dpo
+    from tunesmith.train.splits import describe_pairs
+    from tunesmith.train.token_loss import estimate_loss
+
+    train, validation, watched, iters = run.data.train, run.data.validation, run.data.watched, run.iters
+    model, settings, precision = run.trainee.trunk, preference_loss(run.config), run.precision
+    (on_train, on_validation), kept = references(run)
+
+    def estimate(batches: Iterable[Batch], reference: Reference) -> tuple[dict[str, float], Sums]:
+        return estimate_dpo(model, batches, reference, settings, precision)
+
+    def evaluate() -> tuple[dict[str, float], Sums]:
+        seen, _ = estimate(train.sample(iters), on_train)
+        held_out, losses = estimate(validation.fixed(iters), on_validation)
+        metrics = pair_metrics(seen, held_out)
+        if watched is not None:
+            metrics["sft_loss"] = estimate_loss(model, watched.fixed(iters), precision).loss
+        return metrics, losses
+
+    return run.task(
+        loss_sum=loss_sum(model, run.config, on_train),
+        evaluate=evaluate,
+        train_loss=lambda n: estimate(train.sample(n), on_train)[0]["loss"],
+        about=f"{len(train.rows):,} pairs, {train.rows_per_epoch:,} batch rows per epoch, reference {kept['mode']}",
+        opening=[("pairs", describe_pairs(train.rows, validation.rows, iters)), ("reference", kept)],
+    )
+
+
+def references(run: Prepared) -> tuple[list[Reference], dict[str, Any]]:
+    """The reference of the training pairs and of the validation pairs that this run needs, and what to log of it."""
+    from tunesmith.train.divergence import batches_judged_by
+    from tunesmith.train.reference import make_references
+
+    config, train, validation = run.config, run.data.train.rows, run.data.validation.rows
+    micro_batches = config.train.steps * config.train.accumulate
+    sampled = train.sampled(max(run.iters, batches_judged_by(run.path, config.resume, micro_batches)))
+    needed = sorted({*train.used(micro_batches), *sampled})
+    return make_references(run.trainee, config, [(train, needed), (validation, validation.used(run.iters))])
 
 
 def step_work(config: DPOConfig) -> StepWork:
@@ -121,10 +166,16 @@ DPO = Method(
     command="dpo",
     config=DPOConfig,
     title="Direct preference optimisation",
-    loss_sum=loss_sum,
+    about="direct preference optimisation: full or LoRA",
+    learning_rate=1e-6,
     pairs=True,
+    observed=OBSERVED,
+    held_to_start=True,
     check=check,
     resolve=resolve,
+    data=data,
+    loss_sum=loss_sum,
+    task=task,
     step_work=step_work,
     cheaper=cheaper,
 )

@@ -7,22 +7,14 @@ method computes imports what it needs when it is called.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-LossSum = Callable[[Any], "Tensor"]
-"""A batch -> its summed loss and what is observed beside it, as `step.optimizer_step` takes it."""
-
-
-def _nothing(_: Any) -> list[str]:
-    return []
-
-
-def _as_it_is(config: Any) -> Any:
-    return config
+    from tunesmith.models.family import Config
+    from tunesmith.train.prepared import Data, Prepared
+    from tunesmith.train.task import LossSum, Task
+    from tunesmith.train.trainee import Trainee
 
 
 @dataclass(frozen=True)
@@ -38,17 +30,42 @@ class StepWork:
     ahead: str = ""
 
 
+def _nothing_wrong(_: Any) -> Sequence[str]:
+    return ()
+
+
+def _as_given(config: Any) -> Any:
+    return config
+
+
+def _one_pass(_: Any) -> StepWork:
+    return StepWork()
+
+
+def _nothing_cheaper(_: Any) -> Mapping[str, tuple[Any, str]]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Method:
-    """One way to train. Functions take its own configuration, which is resolved unless they say otherwise.
+    """One way to train. Its functions take its own configuration, resolved unless they say otherwise.
 
-    command: what the command line calls it. config: the class of its options. title: what a report calls it.
-    new_model: it begins with random weights and its own shape; the others begin with a model.
+    command: what the command line calls it. config: the class of its options. title: what a report calls it; about: what
+        `tunesmith --help` says of it.
+    learning_rate: the peak with which all weights are trained where none is given. warmup: steps, where none are given; a
+        tenth of a run that is no longer than that.
+    loss_sum: the loss of a model on its device (a language model, or the reward model around it), as the training has it and a plan
+        times it.
+    task: the run as the loop reads it: its loss, its estimates, its words.
     pairs: it learns from preference pairs, two answers to a prompt; its loss is a mean over pairs, the others' over tokens.
     scored: the model has a score in place of its head.
-    check: problems of the options that only it has; the configuration is as given.
+    observed: names of what `loss_sum` gives beside the loss.
+    held_to_start: what the model was at the start matters to every step, so a resumed run must find the same weights.
+    new_shape: of a new model: the configuration as given -> with the shape's numbers, and the shape. None: a run begins
+        with a model that there is.
+    check: problems of the options that only it has; the configuration is as given, with the shape's numbers.
     resolve: decides the defaults of those options.
-    loss_sum: the loss of a model on its device (a language model, or the reward model around it), as the training has it.
+    data: what it trains on; None: the rows of data.name, whole.
     step_work: what its steps compute besides.
     cheaper: option -> a value with which the same training takes less memory, and how it does.
     """
@@ -56,11 +73,28 @@ class Method:
     command: str
     config: type[Any]
     title: str
+    about: str
+    learning_rate: float
     loss_sum: Callable[[Any, Any], LossSum]
-    new_model: bool = False
+    task: Callable[[Prepared], Task[Any]]
     pairs: bool = False
     scored: bool = False
-    check: Callable[[Any], Sequence[str]] = _nothing
-    resolve: Callable[[Any], Any] = _as_it_is
-    step_work: Callable[[Any], StepWork] = field(default=lambda _: StepWork())
-    cheaper: Callable[[Any], Mapping[str, tuple[Any, str]]] = field(default=lambda _: {})
+    observed: tuple[str, ...] = ()
+    held_to_start: bool = False
+    warmup: int = 0
+    new_shape: Callable[[Any], tuple[Any, Config]] | None = None
+    check: Callable[[Any], Sequence[str]] = _nothing_wrong
+    resolve: Callable[[Any], Any] = _as_given
+    data: Callable[[Any, Trainee], Data] | None = None
+    step_work: Callable[[Any], StepWork] = _one_pass
+    cheaper: Callable[[Any], Mapping[str, tuple[Any, str]]] = _nothing_cheaper
+
+    @property
+    def new_model(self) -> bool:
+        """Whether it begins with random weights and a shape of its own."""
+        return self.new_shape is not None
+
+    @property
+    def counted(self) -> str:
+        """What the log calls the number of examples that the loss is a mean over."""
+        return "pairs" if self.pairs else "target_tokens"

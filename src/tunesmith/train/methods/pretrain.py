@@ -8,10 +8,26 @@ tokenizers can be compared. Left out: a schedule of lengths, a mixture of data s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+from tunesmith.errors import UserError
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.train.methods.method import Method
-from tunesmith.train.methods.sft import token_loss_sum
+from tunesmith.train.methods.sft import token_loss_sum, token_task
+
+if TYPE_CHECKING:
+    from tunesmith.models.family import Config
+    from tunesmith.train.prepared import Data, Prepared
+    from tunesmith.train.splits import Splits
+    from tunesmith.train.task import Task
+    from tunesmith.train.trainee import Trainee
+
+
+def new_shape(config: PretrainConfig) -> tuple[PretrainConfig, Config]:
+    """The shape that is asked for, its numbers also in the configuration. Raises: UsageError if it is none."""
+    from tunesmith.train.scratch import resolve_shape
+
+    return resolve_shape(config)
 
 
 def check(config: PretrainConfig) -> Sequence[str]:
@@ -21,11 +37,64 @@ def check(config: PretrainConfig) -> Sequence[str]:
     return problems_of(config)
 
 
+def data(config: PretrainConfig, trainee: Trainee) -> Data:
+    """Every row as plain text. Raises: UserError as `load_data`, and if the texts do not fill one row of a batch."""
+    from tunesmith.train.prepared import in_batches
+    from tunesmith.train.splits import load_splits
+
+    splits = load_splits(config.data, trainee.tokenizer, prose=True)
+    block_size = config.data.block_size
+    if (tokens := tokens_of(splits)) < int(block_size):
+        raise UserError(
+            f"--model.block_size {block_size:,} is more than all the training texts together, which have {tokens:,} "
+            f"tokens; lower it or add text"
+        )
+    return in_batches(splits, config, pairs=False)
+
+
+def tokens_of(splits: Splits) -> int:
+    """Tokens in the training texts."""
+    return int(splits.train.lengths[splits.train_rows].sum())
+
+
+def task(run: Prepared) -> Task[Any]:
+    """The run as the loop reads it."""
+    from tunesmith.data.tokenizer import bits_per_byte
+
+    held_out, splits = held_out_bytes(run), run.data.splits
+    about = (
+        f"vocabulary of {run.trainee.tokenizer.vocab_size:,}, {len(splits.train_rows):,} texts of {tokens_of(splits):,} "
+        f"tokens, {run.data.train.rows_per_epoch:,} batch rows per epoch"
+    )
+    return token_task(
+        run,
+        about,
+        lambda found: {"validation_bits_per_byte": bits_per_byte(found.loss * found.tokens, held_out)},
+    )
+
+
+def held_out_bytes(run: Prepared) -> int:
+    """Bytes of text that an estimate predicts. Raises: UserError if the tokenizer is not byte-level."""
+    from tunesmith.data.tokenizer import text_bytes
+
+    tokenizer, batches = run.trainee.tokenizer, run.data.validation.fixed(run.iters)
+    try:
+        return sum(text_bytes(tokenizer, batch.targets[: batch.count].numpy()) for batch in batches)
+    except ValueError:
+        name = run.config.tokenizer.name
+        raise UserError(f"--tokenizer.name {name}: not a byte-level tokenizer like GPT-2's; use gpt2 or new") from None
+
+
 PRETRAIN = Method(
     command="pretrain",
     config=PretrainConfig,
     title="Pretraining",
-    loss_sum=token_loss_sum,
-    new_model=True,
+    about="a new GPT-2, and its tokenizer, from plain text",
+    learning_rate=6e-4,
+    warmup=100,
+    new_shape=new_shape,
     check=check,
+    data=data,
+    loss_sum=token_loss_sum,
+    task=task,
 )

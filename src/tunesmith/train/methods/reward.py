@@ -6,19 +6,21 @@ and pairs share rows; both answers are scored at their last token.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.options.training import RewardConfig
-from tunesmith.train.methods.method import LossSum, Method
+from tunesmith.train.methods.method import Method
+from tunesmith.train.methods.preferences import OBSERVED, check_pair_options, pair_metrics
 
 if TYPE_CHECKING:
     from tunesmith.models.reward_head import RewardModel
+    from tunesmith.train.choice import Sums
+    from tunesmith.train.prepared import Prepared
+    from tunesmith.train.task import LossSum, Task
 
 
 def check(config: RewardConfig) -> list[str]:
     """What is wrong with the options that only this command has."""
-    from tunesmith.train.resolve import check_pair_options
-
     problems = check_pair_options(config.data)
     if config.data.loss_on != "auto":
         problems.append("--data.loss_on has no effect on a reward model, which scores the last token")
@@ -36,12 +38,38 @@ def loss_sum(model: RewardModel, config: RewardConfig) -> LossSum:
     return lambda batch: reward_loss_sum(model, batch, precision)
 
 
+def task(run: Prepared) -> Task[Any]:
+    """The run as the loop reads it."""
+    from tunesmith.train.pair_loss import estimate_reward
+    from tunesmith.train.splits import describe_pairs
+
+    model: Any = run.trainee.model
+    train, validation, precision = run.data.train, run.data.validation, run.precision
+
+    def evaluate() -> tuple[dict[str, float], Sums]:
+        on_train, _ = estimate_reward(model, train.sample(run.iters), precision)
+        on_validation, losses = estimate_reward(model, validation.fixed(run.iters), precision)
+        return pair_metrics(on_train, on_validation), losses
+
+    return run.task(
+        loss_sum=loss_sum(model, run.config),
+        evaluate=evaluate,
+        train_loss=lambda n: estimate_reward(model, train.sample(n), precision)[0]["loss"],
+        about=f"{len(train.rows):,} pairs, {train.rows_per_epoch:,} batch rows per epoch",
+        opening=[("pairs", describe_pairs(train.rows, validation.rows, run.iters))],
+    )
+
+
 REWARD = Method(
     command="reward",
     config=RewardConfig,
     title="Reward model",
-    loss_sum=loss_sum,
+    about="train a reward model on preference pairs (Bradley-Terry)",
+    learning_rate=1e-5,
     pairs=True,
     scored=True,
+    observed=OBSERVED,
     check=check,
+    loss_sum=loss_sum,
+    task=task,
 )

@@ -6,14 +6,28 @@ have and this one leaves out: padding to the longest row, logits of unsupervised
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.options.training import SFTConfig
-from tunesmith.train.methods.method import LossSum, Method
+from tunesmith.train.methods.method import Method
 
 if TYPE_CHECKING:
     from tunesmith.models.model import Model
     from tunesmith.options.pretraining import PretrainConfig
+    from tunesmith.train.choice import Sums
+    from tunesmith.train.prepared import Prepared
+    from tunesmith.train.task import LossSum, Task
+    from tunesmith.train.token_loss import LossEstimate
+
+
+def resolve(config: SFTConfig) -> SFTConfig:
+    """The configuration with the tokens decided that carry loss."""
+    from tunesmith.data.texts import resolve_loss_on
+
+    loss_on = resolve_loss_on(config.data.loss_on, config.data.batching)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, loss_on=loss_on))
 
 
 def token_loss_sum(model: Model, config: SFTConfig | PretrainConfig) -> LossSum:
@@ -25,4 +39,43 @@ def token_loss_sum(model: Model, config: SFTConfig | PretrainConfig) -> LossSum:
     return lambda batch: nll_sum(model, batch, precision)
 
 
-SFT = Method(command="sft", config=SFTConfig, title="Supervised fine-tuning", loss_sum=token_loss_sum)
+def token_task(run: Prepared, about: str, more: Callable[[LossEstimate], dict[str, float]] = lambda _: {}) -> Task[Any]:
+    """The task of a loss of tokens. more: metrics of the estimate on the validation rows, besides loss and perplexity."""
+    from tunesmith.train.token_loss import estimate_loss
+
+    model, precision, train, validation = run.trainee.trunk, run.precision, run.data.train, run.data.validation
+
+    def evaluate() -> tuple[dict[str, float], Sums]:
+        on_train = estimate_loss(model, train.sample(run.iters), precision)
+        on_validation = estimate_loss(model, validation.fixed(run.iters), precision)
+        metrics = {
+            "train_loss": on_train.loss,
+            "validation_loss": on_validation.loss,
+            "validation_perplexity": on_validation.perplexity,
+        }
+        return metrics | more(on_validation), on_validation.parts
+
+    return run.task(
+        loss_sum=token_loss_sum(model, run.config),
+        evaluate=evaluate,
+        train_loss=lambda n: estimate_loss(model, train.sample(n), precision).loss,
+        about=about,
+    )
+
+
+def task(run: Prepared) -> Task[Any]:
+    """The run as the loop reads it."""
+    rows, in_batches = len(run.data.splits.train_rows), run.data.train.rows_per_epoch
+    return token_task(run, f"{rows:,} rows, {in_batches:,} batch rows per epoch")
+
+
+SFT = Method(
+    command="sft",
+    config=SFTConfig,
+    title="Supervised fine-tuning",
+    about="supervised fine-tuning on dialogues: full or LoRA",
+    learning_rate=1e-4,
+    resolve=resolve,
+    loss_sum=token_loss_sum,
+    task=task,
+)

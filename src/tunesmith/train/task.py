@@ -1,4 +1,4 @@
-"""What differs between trainings, as records that the loop they all share can read."""
+"""One training as the loop reads it, whatever its method: batches by number, a summed loss, estimates, words."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ class MicroBatch(Splittable, Protocol):
 
 
 B = TypeVar("B", bound=MicroBatch)
+
+
+LossSum = Callable[[Any], Tensor]
+"""A batch -> its summed loss, and what is observed beside it, as `step.optimizer_step` takes it."""
 
 
 @dataclass(frozen=True)
