@@ -17,9 +17,8 @@ from tunesmith.models.family import HEAD, Config
 SLOTS: Mapping[str, int] = {"adamw": 2, "adam": 2, "sgd": 0, "sgd-momentum": 1, "sgd-nesterov": 1, "adamw8bit": 2}
 """Numbers that an optimizer keeps per trained weight."""
 EIGHT_BIT_FROM, EIGHT_BIT_BLOCK = 4096, 256  # torchao: smaller weights keep their state in float32
-BF16_UPDATE = (
-    22  # bytes a number: the gradient, float32 copies of it and of the weight, and what rounding makes on the way
-)
+BF16_UPDATE = 22
+"""Bytes a number: the gradient, float32 copies of it and of the weight, and what rounding makes on the way."""
 BF16_SLICE = 2**22  # numbers that are updated at a time (optim.SLICE); with 8-bit state a whole matrix
 
 
@@ -147,8 +146,8 @@ def activation_bytes(shape: Config, work: Work) -> int:
     if work.checkpointing is True:
         return shape.depth * work.tokens * 4 * c + ends
     selective = work.checkpointing == "selective"
-    blocks = [block_bytes(shape, work, last=i == shape.depth - 1, selective=selective) for i in range(shape.depth)]
-    return sum(blocks) + ends - _unused(shape, work, 2 if work.half else 4)
+    last, other = (block_bytes(shape, work, last=last, selective=selective) for last in (True, False))
+    return (shape.depth - 1) * other + last + ends - _unused(shape, work, 2 if work.half else 4)
 
 
 def backward_bytes(shape: Config, work: Work, *, last: bool) -> int:
@@ -194,9 +193,8 @@ def _in_8_bits(n: int) -> bool:
 def tensor_sizes(shape: Config) -> list[int]:
     """Numbers in each of the model's weights; a tied head counts once."""
     linear = shape.family.linear_layers(shape).values()
-    block = [n for layer in linear for n in (layer.matrix, layer.outputs * layer.bias) if n] + list(
-        shape.family.vectors(shape)
-    )
+    block = [n for layer in linear for n in (layer.matrix, layer.outputs * layer.bias) if n]
+    block += shape.family.vectors(shape)
     ends = [shape.vocab_size * shape.width] * (1 if shape.tied_head else 2)
     return block * shape.depth + ends + [math.prod(sizes) for sizes in shape.family.outside(shape)]
 
@@ -224,51 +222,55 @@ def predict_memory(shape: Config, work: Work) -> Memory:
     before it, and in its first, when the gradients of all others are there; the end of backward, when all are, and a tied
     embedding's in bfloat16 comes beside the head's; the update.
     """
-    vocabulary = shape.vocab_size * shape.width
-    sizes = tensor_sizes(shape)
+    sizes, whole = tensor_sizes(shape), not work.rank
     base, adapters = sum(sizes), count_adapters(shape, work.rank, work.targets)
-    matrices = base - _vectors(shape)
-    stored, exact = 2 if work.bf16_weights else 4, 2 if work.half else 4
-    parameters = work.copies * (base * 4 - matrices * (4 - stored)) + 4 * adapters
-    gradients = 4 * adapters if work.rank else base * 4 - matrices * (4 - stored)
-    state = state_bytes(shape, work)
-    kept, again = activation_bytes(shape, work), backward_bytes(shape, work, last=True)
-
-    whole = not work.rank
-    chunk = min(work.chunk, work.losses) if work.head else 0
-    converted = exact * vocabulary if work.head and exact != stored else 0  # the head's weight in the arithmetic's type
-    head = 4 * vocabulary * (whole and work.head)
-    logits = chunk * shape.vocab_size * (6 if work.half else 4)
-    product = 2 * vocabulary if work.half and head else 0
+    stored, exact = _stored(work), 2 if work.half else 4
+    model = base * 4 - (base - _vectors(shape)) * (4 - stored)
+    parameters, gradients = work.copies * model + 4 * adapters, model if whole else 4 * adapters
+    state, kept = state_bytes(shape, work), activation_bytes(shape, work)
+    vocabulary = shape.vocab_size * shape.width
+    logits = (min(work.chunk, work.losses) if work.head else 0) * shape.vocab_size * (6 if work.half else 4)
+    head = 4 * vocabulary * (whole and work.head)  # its gradient, which is summed over chunks in float32
     tied = stored * vocabulary if head and shape.tied_head else 0
-    earlier = gradients if work.micro_batches > 1 else 0
     left = gradients
-    if work.in_backward:
+    if work.in_backward:  # each is freed when it has been used
         left = max(stored * max(sizes), tied) if whole else 4 * max(adapter_sizes(shape, work.rank, work.targets))
     at_once = max(sizes) if work.optimizer == "adamw8bit" else min(max(sizes), BF16_SLICE)
-    update = BF16_UPDATE * at_once if work.bf16_weights and whole else 0
-    fixed = parameters + state
-    waiting = earlier + (stored * vocabulary if head else 0)
-    ends = 8 * shape.width * work.losses  # the last norm's input, and the gradient that the head's loss made
+    fixed, earlier = parameters + state, gradients if work.micro_batches > 1 else 0
+    converted = exact * vocabulary if work.head and exact != stored else 0  # the head's weight in the arithmetic's type
+    product = 2 * vocabulary if work.half and head else 0  # a chunk's part of the head's gradient, before it is added
+    waiting = fixed + earlier + (stored * vocabulary if head else 0)  # the head's gradient, in the type of its weight
+    ends = (
+        8 * shape.width * work.losses
+    )  # the last norm's input and the gradient from the head: gone before the blocks'
     moments = {
         "the head's loss": fixed + earlier + kept + head + converted + logits + product,
-        "the beginning of backward": fixed + waiting + kept - ends + again,
+        "the beginning of backward": waiting + kept - ends + backward_bytes(shape, work, last=True),
         "the end of backward": fixed + left + tied * ((work.micro_batches > 1) + work.bf16_weights),
-        "the update": fixed + left + update,
+        "the update": fixed + left + (BF16_UPDATE * at_once if work.bf16_weights and whole else 0),
+        **_between_blocks(shape, work, waiting, kept - ends),
     }
+    scratch = work.tokens * exact * shape.inner if whole else 0
+    heap = scratch + block_bytes(shape, work, selective=work.checkpointing == "selective")
+    return Memory(parameters, left, state, kept, logits, moments, heap, largest=max(logits, head))
+
+
+def _between_blocks(shape: Config, work: Work, waiting: int, kept: int) -> dict[str, int]:
+    """Name -> bytes of the moments in backward after the last block's. waiting: there all the time; kept: by all blocks."""
+    if shape.depth == 1:
+        return {}
+    block = backward_bytes(shape, work, last=False)
+    made = 0 if work.rank or work.in_backward else _stored(work) * block_matrices(shape)
     selective = work.checkpointing == "selective"
-    if shape.depth > 1:
-        block = backward_bytes(shape, work, last=False)
-        made = 0 if work.rank or work.in_backward else stored * block_matrices(shape)
-        freed = [
-            shape.width * 4 * work.tokens if work.checkpointing is True
-            else block_bytes(shape, work, last=last, selective=selective) for last in (True, False)
-        ]  # fmt: skip
-        for name, done in {"the second block of backward": 1, "the last block of backward": shape.depth - 1}.items():
-            left_over = kept - ends - freed[0] - (done - 1) * freed[1]
-            moments[name] = fixed + waiting + max(0, left_over) + done * made + block
-    scratch = 0 if work.rank else work.tokens * exact * shape.inner
-    return Memory(
-        parameters, left, state, kept, logits, moments,
-        heap=scratch + block_bytes(shape, work, selective=selective), largest=max(logits, head),
-    )  # fmt: skip
+    last, other = (block_bytes(shape, work, last=last, selective=selective) for last in (True, False))
+    if work.checkpointing is True:  # of each block there was only its input
+        last = other = shape.width * 4 * work.tokens
+    return {
+        name: waiting + max(0, kept - last - (done - 1) * other) + done * made + block
+        for name, done in {"the second block of backward": 1, "the last block of backward": shape.depth - 1}.items()
+    }
+
+
+def _stored(work: Work) -> int:
+    """Bytes of a number in the model's matrices."""
+    return 2 if work.bf16_weights else 4
