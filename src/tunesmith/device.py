@@ -204,7 +204,7 @@ def available_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cg
     """
     try:
         lines = (proc / "meminfo").read_text().splitlines()
-        found = [1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+        limits = [1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
         mine = [line.split(":", 2) for line in (proc / "self/cgroup").read_text().splitlines()]
     except OSError:
         return None
@@ -225,10 +225,10 @@ def available_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cg
             with contextlib.suppress(OSError, ValueError):  # no such group, or no limit ("max")
                 stat = dict(line.split() for line in (level / "memory.stat").read_text().splitlines())
                 room = int((level / limit).read_text()) - int((level / used).read_text()) + int(stat.get(cached, 0))
-                found.append(max(0.0, float(room)))
+                limits.append(max(0.0, float(room)))
             if level == root:
                 break
-    return min(found, default=None)
+    return min(limits, default=None)
 
 
 def environment(device: torch.device) -> dict[str, str | int]:

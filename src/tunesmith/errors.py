@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 import signal
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -34,6 +34,11 @@ class Note(UserWarning):
 def note(text: str) -> None:
     """Issue a note; the same note is issued once. `warnings.filterwarnings("ignore", category=Note)` silences all."""
     warnings.warn(text, Note, stacklevel=3)
+
+
+def first_three(problems: Sequence[str]) -> str:
+    """Problems in one line, the first three of them and how many there are besides."""
+    return "; ".join(problems[:3]) + (f" (and {len(problems) - 3} more)" if len(problems) > 3 else "")
 
 
 def did_you_mean(name: str, known: Iterable[str], meant: Mapping[str, str] | None = None) -> str:

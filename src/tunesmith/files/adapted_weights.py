@@ -40,22 +40,22 @@ class AdaptedWeights:
         return bool(self.whole or self.low_rank or self.rows)
 
 
-def take(name: str, value: Tensor, config: Mapping[str, Any], found: AdaptedWeights) -> bool:
-    """Put a tensor of an adapter into `found`, if it is one of those; name: without PEFT's prefix. Says whether it was."""
+def take(name: str, value: Tensor, config: Mapping[str, Any], adapted: AdaptedWeights) -> bool:
+    """Put a tensor of an adapter into `adapted`, if it is one of those; name: without PEFT's prefix. Says whether it was."""
     if match := re.fullmatch(r"(.+)\.lora_embedding_([AB])", name):
-        found.low_rank.setdefault(match[1], {})[match[2]] = value
+        adapted.low_rank.setdefault(match[1], {})[match[2]] = value
         return True
     if match := re.fullmatch(
         r"(.+)\.token_adapter\.trainable_tokens_delta", name
     ):  # not a difference: the rows themselves
-        found.rows[match[1]] = value
-        found.tokens[match[1]] = _tokens_of(match[1], config.get("trainable_token_indices"))
+        adapted.rows[match[1]] = value
+        adapted.tokens[match[1]] = _tokens_of(match[1], config.get("trainable_token_indices"))
         return True
     plain = re.sub(r"\.modules_to_save(\.\w+)?(?=\.)", "", name)
     module = plain.rpartition(".")[0]
     saved = any(f".{module}.".find(f".{asked}.") >= 0 for asked in config.get("modules_to_save") or [])
     if saved or plain in _ends():  # these PEFT adds by itself when the vocabulary has grown
-        found.whole[plain] = value
+        adapted.whole[plain] = value
         return True
     return False
 
@@ -102,8 +102,8 @@ def apply(model: Model, adapted: AdaptedWeights, where: str) -> None:
             if target is None or set(halves) != {"A", "B"}:
                 raise UserError(_misfit(where, module, "a low-rank change", None if target is None else "half of it"))
             if (halves["A"].shape[1], halves["B"].shape[0]) != target.shape:
-                found = (halves["A"].shape[1], halves["B"].shape[0])
-                raise UserError(_misfit(where, module, found, tuple(target.shape)))
+                stored = (halves["A"].shape[1], halves["B"].shape[0])
+                raise UserError(_misfit(where, module, stored, tuple(target.shape)))
             change = adapted.scaling[module] * (halves["B"].double() @ halves["A"].double())
             target.copy_((target.double() + change.t()).to(target.dtype))
         for module, rows in adapted.rows.items():
@@ -114,5 +114,7 @@ def apply(model: Model, adapted: AdaptedWeights, where: str) -> None:
             target[torch.tensor(tokens)] = rows.to(target.dtype)
 
 
-def _misfit(where: str, what: str, found: object, asked: object) -> str:
-    return f"{where} does not fit this base: it holds {found} for {what}, but the model has {asked or 'no such weight'}"
+def _misfit(where: str, what: str, stored: object, asked: object) -> str:
+    return (
+        f"{where} does not fit this base: it holds {stored} for {what}, but the model has {asked or 'no such weight'}"
+    )

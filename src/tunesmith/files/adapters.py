@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith.errors import UserError
+from tunesmith.errors import UserError, first_three
 from tunesmith.files.adapted_weights import AdaptedWeights, apply, take
 from tunesmith.files.weights import read_pickled, read_safetensors, write_safetensors
 from tunesmith.jsontext import read_json, write_json
@@ -27,9 +27,18 @@ FINGERPRINT = "base_sha256"  # in the metadata of adapter_model.safetensors, whi
 FROM_HERE = "base_from_here"  # there too: the base's path from the adapter's directory, for what was moved as a whole
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # PEFT's starts that put other weights into the base
 VARIANTS = (  # settings of LoRA that compute something else
-    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "layer_replication", "target_parameters",
-    "arrow_config", "kasa_config", "velora_config", "monteclora_config",
-)  # fmt: skip
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "target_parameters",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+)
 PREFIX = "base_model.model."
 
 
@@ -232,7 +241,6 @@ def load_adapter(model: Model, files: AdapterFiles, *, fingerprint: str = "") ->
             layer.lora_B.copy_(b)
         layer.scaling = scaling
     if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise UserError(f"{files.where} does not fit this base: {'; '.join(problems[:3])}{more}")
+        raise UserError(f"{files.where} does not fit this base: {first_three(problems)}")
     if not present:
         freeze_base(model)

@@ -87,8 +87,8 @@ def load_reward_weights(model: RewardModel, directory: Path) -> None:
 def set_score(model: RewardModel, weight: Tensor | None, where: Path) -> None:
     """Copy a score layer's weight into `model`. Raises: UserError if it is missing or has another shape."""
     if weight is None or weight.shape != model.score.weight.shape:
-        found = "no score.weight" if weight is None else f"a score.weight of the shape {tuple(weight.shape)}"
+        stored = "no score.weight" if weight is None else f"a score.weight of the shape {tuple(weight.shape)}"
         expected = tuple(model.score.weight.shape)
-        raise UserError(f"{where} holds {found}, expected {expected}: a reward model gives one number a text")
+        raise UserError(f"{where} holds {stored}, expected {expected}: a reward model gives one number a text")
     with torch.no_grad():
         model.score.weight.copy_(weight)

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from tunesmith.data.fingerprint import content_hash
 from tunesmith.data.tokenizer import Tokenizer
-from tunesmith.errors import UserError, note
+from tunesmith.errors import UserError, first_three, note
 from tunesmith.jsontext import parse_json, read_json, write_json
 from tunesmith.models.family import HEAD, Config
 from tunesmith.models.known import config_from_hf
@@ -76,11 +76,10 @@ def from_hf_state_dict(model: Model, state: Iterable[tuple[str, Tensor]], where:
         waiting -= both
     problems += [f"missing weight {name}" for name in sorted(waiting)]
     if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise UserError(f"{where} does not hold this model: {'; '.join(problems[:3])}{more}")
+        raise UserError(f"{where} does not hold this model: {first_three(problems)}")
     if unused:
-        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
-        note(f"{where} also holds {', '.join(unused[:3])}{more}, which a {config.family.title} does not use: left out")
+        rest = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        note(f"{where} also holds {', '.join(unused[:3])}{rest}, which a {config.family.title} does not use: left out")
 
 
 def to_hf_state_dict(model: Model) -> dict[str, Tensor]:

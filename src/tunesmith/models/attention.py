@@ -74,8 +74,8 @@ class Documents:
         if not any(before):
             return documents
         own = torch.split(torch.arange(sum(lengths)), list(lengths))
-        seen = [torch.cat([own[p], mine]) if p >= 0 else mine for p, mine in zip(parents, own, strict=True)]
-        keys, cu_keys = torch.cat(seen).to(device), _borders([len(s) for s in seen]).to(device)
+        read = [torch.cat([own[p], mine]) if p >= 0 else mine for p, mine in zip(parents, own, strict=True)]
+        keys, cu_keys = torch.cat(read).to(device), _borders([len(r) for r in read]).to(device)
         return replace(documents, parents=tuple(parents), key_index=keys, cu_keys=cu_keys)
 
     @property
@@ -94,12 +94,12 @@ class Documents:
 
         Made once, so that all layers keep the same one for backward.
         """
-        if (found := self._masks.get((stretch, dtype))) is None:
+        if (mask := self._masks.get((stretch, dtype))) is None:
             own, before = self.lengths[stretch], self.lengths[self.parents[stretch]]
             hidden = torch.ones(own, before + own, dtype=torch.bool, device=self.positions.device).triu(before + 1)
-            found = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -math.inf)
-            self._masks[stretch, dtype] = found
-        return found
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -math.inf)
+            self._masks[stretch, dtype] = mask
+        return mask
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Documents:
         """The same with `move` applied to every tensor: to put it on another device."""
@@ -164,11 +164,11 @@ def _attend_one_by_one(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dr
         queries, keys, values = (torch.split(z, list(documents.lengths), 2) for z in flat)
         parts = []
         for i, parent in enumerate(documents.parents or (-1,) * len(queries)):
-            own, seen, held, mask = queries[i], keys[i], values[i], None
+            own, k_i, v_i, mask = queries[i], keys[i], values[i], None
             if parent >= 0:
-                seen, held = torch.cat([keys[parent], seen], 2), torch.cat([values[parent], held], 2)
+                k_i, v_i = torch.cat([keys[parent], k_i], 2), torch.cat([values[parent], v_i], 2)
                 mask = documents.mask(i, dtype)
-            parts.append(F.scaled_dot_product_attention(own, seen, held, mask, dropout, is_causal=mask is None))
+            parts.append(F.scaled_dot_product_attention(own, k_i, v_i, mask, dropout, is_causal=mask is None))
     return torch.cat(parts, 2)[0].transpose(0, 1).reshape(q.shape).to(q.dtype)
 
 

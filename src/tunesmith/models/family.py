@@ -150,7 +150,7 @@ class Family:
     name: Hugging Face's `model_type`. title: in messages. causal, classifier: the classes in transformers.
     build: the class of the model (`model.build_model`).
     from_hf: a `config.json`, read as transformers reads it, to a configuration; raises UserError naming what is asked for
-        and not computed here. to_hf: the reverse, without the entries that all families share (`published.config_to_hf`).
+        and not computed here. to_hf: the reverse, without the entries that all families share (`files.weights.config_to_hf`).
     recognises: whether a `config.json` without model_type is of this family.
     linear_layers: name within a block -> sizes, of every linear layer of a block, in forward order.
     vectors: sizes of a block's other weights (norms). outside: shapes of the weights that are in no block, besides

@@ -106,7 +106,7 @@ def find_targets(model: nn.Module, targets: str) -> list[str]:
     Raises: UserError naming every part that fits no layer, and what there is.
     """
     layers = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    found: set[str] = set()
+    adapted: set[str] = set()
     unknown = []
     for part in (p.strip() for p in targets.split(",")):
         if part == "all-linear":
@@ -117,7 +117,7 @@ def find_targets(model: nn.Module, targets: str) -> list[str]:
             fitting = {name for name in layers if f".{name}".endswith(f".{part}")}
         if not fitting:
             unknown.append(part)
-        found |= fitting
+        adapted |= fitting
     if unknown:
         ends = dict.fromkeys(short_name(name) for name in layers)
         blocks = next((name.partition(".")[0] for name in layers if short_name(name) != name), "blocks")
@@ -125,7 +125,7 @@ def find_targets(model: nn.Module, targets: str) -> list[str]:
             f"--lora.targets: no linear layer is called {', '.join(map(repr, unknown))}. There are {', '.join(ends)} "
             f"(in each block {blocks}.0, {blocks}.1, ...); or use all-linear, or patterns such as {blocks}.0.*"
         )
-    return [name for name in layers if name in found]
+    return [name for name in layers if name in adapted]
 
 
 def short_name(name: str) -> str:

@@ -179,16 +179,16 @@ class Model(nn.Module):
                 f"a text has {longest:,} tokens; {self.LIMIT.format(self.longest)}. Shorten the text, or cut it with "
                 f"--data.truncation keep_end."
             )
-        x, more = self.embed(embedded, positions), self.for_blocks(positions)
+        x, extras = self.embed(embedded, positions), self.for_blocks(positions)
         chain: Chain = recomputed if self.activation_checkpointing == "selective" else plain
         if self.compiled:
             _mark_what_varies(rows, documents)
         for i, block in enumerate(self.blocks):
             wanted = rows if i == len(self.blocks) - 1 else None
             if self.activation_checkpointing is True and self.training:
-                x = checkpoint(block, x, documents, wanted, None, plain, *more, use_reentrant=False)
+                x = checkpoint(block, x, documents, wanted, None, plain, *extras, use_reentrant=False)
             else:
-                x = block(x, documents, wanted, cache, chain, *more)
+                x = block(x, documents, wanted, cache, chain, *extras)
         if cache is not None:
             cache.advance(documents)
         return self.last_norm(x)  # type: ignore[no-any-return]
