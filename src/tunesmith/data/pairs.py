@@ -42,7 +42,7 @@ class PairRows:
             raise UsageError(
                 "--data.batching windows cuts through dialogues and does not support pairs; use packed or padded"
             )
-        if layout.block_size < 2 or layout.batch_size < 1:
+        if layout.block_size < 2 or layout.batch_size < 1:  # a prompt and an answer need a token each
             raise UsageError(
                 f"block_size is {layout.block_size}, expected at least 2, and batch_size {layout.batch_size}, at least 1"
             )
@@ -100,6 +100,8 @@ class PairRows:
         cut = self.pairs[number]
         end = self.store.store.end_of_answer if any(cut.ends) else None
         # Of the tokens themselves, not of the pair's number or file: the same pair in another order, epoch or data set is known.
+        # Where prompt and answers meet belongs to it, as the same tokens divided otherwise have other targets; the end-of-text
+        # token only where it is one.
         digest = hashlib.sha256(repr((cut.prompt, cut.stops, cut.ends, end)).encode())
         for part in self._parts(cut):
             digest.update(part.astype("<i4").tobytes())  # the same bytes on every machine
@@ -124,6 +126,7 @@ class PairRows:
             unit=unit,
             fill_to=layout.fill_to,
         )
+        # Two numberings: `pairs` finds a pair's reference, `sources` its line in the file for a message.
         return replace(batch, pairs=tuple(numbers), sources=tuple(cut.pair for cut in cuts))
 
 

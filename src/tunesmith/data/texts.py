@@ -45,6 +45,7 @@ class Stream:
         store, parts = self.store, list[Any]()
         for row in self.rows[first : last + 1].tolist():
             parts += [store.tokens[store.offsets[row] : store.offsets[row + 1]], [store.end_of_text]]
+        # Joined whole, then cut. With a text far longer than a window, such as one book, this copies all of it each time.
         begin = start - int(self.borders[first])
         return np.concatenate(parts).astype(np.int64)[begin : begin + stop - start]
 
@@ -146,10 +147,13 @@ class TextRows:
     def _assemble(self, rows: Sequence[Sequence[Piece]]) -> Batch:
         width = self.layout.block_size
         if self.layout.batching == "padded":
+            # In steps: a block of 1,024 then has eight widths, for which kernels are made, and not a thousand.
             longest = max(len(piece) for row in rows for piece in row)
             width = min(width, -(-longest // PAD_STEP) * PAD_STEP)
-        # What padding holds does not matter, as nothing attends to it; but it must be a token that the model has.
+        # What padding holds does not matter, as nothing attends to it; but it must be a token that the model has. In int64, as
+        # an embedding wants it: stored tokens have two or four bytes.
         input_ids = np.full((len(rows), width), self.store.end_of_text, np.int64)
+        # (B, T) on the host only: what goes to the device are the n targets that count, and where they are.
         targets = np.full((len(rows), width), IGNORE_INDEX, np.int64)
         stretches, padding = [], []
         for i, row in enumerate(rows):

@@ -40,6 +40,7 @@ class _HeadLoss(torch.autograd.Function):
     ) -> Tensor:
         chunks = _Chunks(targets, terms, ctx.needs_input_grad[4:])
         total = chunks.x[0].new_zeros((), dtype=chunks.exact)
+        # One group after the other, and each done when the next begins: its logits, its loss and what it gives to the gradients.
         for number, (start, stop) in enumerate(groups):
             total += chunks.group_loss(number, start, stop, chunk, outer)
         # Not save_for_backward, which would go on holding the tensors that backward gives away.

@@ -63,9 +63,15 @@ def dpo_loss_sum(
     with autocast(batch.input_ids.device, precision):
         hidden, weight, low_rank = states_and_head(model, batch)
         loss, policy = sequence_loss_sum(
-            hidden, weight, batch.targets, batch.lengths, lambda logps, which: settings(logps, reference[which])[0],
-            low_rank=low_rank, chunk=head_chunk(precision),
-        )  # fmt: skip
+            hidden,
+            weight,
+            batch.targets,
+            batch.lengths,
+            # `which` are the pairs of one group: its loss is needed while its logits exist, before the next group's.
+            lambda logps, which: settings(logps, reference[which])[0],
+            low_rank=low_rank,
+            chunk=head_chunk(precision),
+        )
     # A second time, for the rewards and without a graph: it is about two numbers a pair, nothing beside the head.
     _, chosen, rejected = settings(policy, reference)
     return _sums(loss, chosen, rejected)
@@ -125,8 +131,9 @@ def estimate_dpo(
     # In float64: a mean over thousands of pairs, of which the same rows are compared from estimate to estimate.
     table, tokens = torch.cat([columns for columns, _ in pieces], 1).double(), sum(n for _, n in pieces)  # (8, pairs)
     *means, _ = table.mean(1).tolist()
-    names = ("loss", *OBSERVED, "drift_chosen", "drift_rejected")
+    names = ("loss", *OBSERVED, "drift_chosen", "drift_rejected")  # in the order of the columns
     named = dict(zip(names, means, strict=True)) | {"sft_loss": table[-1].sum().item() / tokens}
+    # Pair by pair, each a part of its own: whether two checkpoints differ is judged by the pairs that they share.
     return named, [(loss, 1) for loss in table[0].tolist()]
 
 
@@ -148,6 +155,7 @@ def estimate_reward(
     model: RewardModel, batches: Iterable[Batch], precision: Precision = "fp32", kept: list[Any] | None = None
 ) -> tuple[dict[str, float], Sums]:
     """Means over pairs on fixed batches, `loss` and OBSERVED, and the loss pair by pair. kept: as of `splitting.within_memory`."""
+    # The means of an estimate in float64, as in `estimate_dpo`; a step sums in the scores' own type.
     chosen, rejected = all_pair_scores(model, batches, precision, kept).double().unbind(1)
     losses = bradley_terry_loss(chosen, rejected)
     means = (_sums(losses.sum(), chosen, rejected) / len(losses)).tolist()

@@ -101,7 +101,9 @@ def step_in_memory(
         # So nothing of the error but its text leaves the block, and the work is done below it.
         try:
             return step(batches)
-        except OutOfMemory as error:
+        except (
+            OutOfMemory
+        ) as error:  # raised inside a micro-batch (`outofmemory.in_micro_batch`): nothing has moved yet
             failed, text = batches[error.micro_batch], _first_line(error)
         except Exception as error:
             if not is_out_of_memory(error):
@@ -140,7 +142,7 @@ def within_memory(
             what is computed now is added to it.
     Raises: UserError if one document does not fit; Interrupted.
     """
-    limit = None
+    limit = None  # of this call alone: to try the whole size again costs one forward pass that fails
     for number, batch in enumerate(batches):
         STOP.check()
         if kept is not None and number < len(kept):

@@ -110,7 +110,7 @@ def estimate_loss(
     device = model.device
 
     def sums(batch: Batch) -> tuple[torch.Tensor, int]:
-        return nll_sum(model, batch.to(device), precision), batch.count
+        return nll_sum(model, batch.to(device), precision), batch.count  # the count is a host number
 
     with evaluation_mode(model):
         results = list(within_memory(batches, sums, kept))
@@ -123,4 +123,5 @@ def estimate_loss(
     count = sum(n for _, n in parts)
     if not count:
         raise ValueError("no target in any batch")
+    # Of all tokens: in a mean of the batches' means, those of a short batch would weigh more.
     return LossEstimate(sum(nats) / count, count, tuple(parts))
