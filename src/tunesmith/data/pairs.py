@@ -100,8 +100,8 @@ class PairRows:
         cut = self.pairs[number]
         end = self.store.store.end_of_answer if any(cut.ends) else None
         # Of the tokens themselves, not of the pair's number or file: the same pair in another order, epoch or data set is known.
-        # Where prompt and answers meet belongs to it, as the same tokens divided otherwise have other targets; the end-of-text
-        # token only where it is one.
+        # Where prompt and answers meet belongs to it, as the same tokens divided otherwise have other targets; the token that
+        # ends an answer, only where it is one.
         digest = hashlib.sha256(repr((cut.prompt, cut.stops, cut.ends, end)).encode())
         for part in self._parts(cut):
             digest.update(part.astype("<i4").tobytes())  # the same bytes on every machine

@@ -85,9 +85,8 @@ class WindowRows:
     def batch(self, epoch: int, places: range) -> Batch:
         """The windows of these numbers: of the training's stream, or of SAMPLE's."""
         width, seed = self.layout.block_size, self.layout.seed
-        last = (
-            len(self.stream) - width
-        )  # itself never drawn: a window needs one more token after it, as its last target
+        # Never drawn itself: a window needs one more token after it, as its last target.
+        last = len(self.stream) - width
         if epoch == SAMPLE:
             # One stream for all windows of an estimate, read from its start each time: window n is the same at any batch size.
             starts = order_of(seed, SAMPLE).integers(last, size=places[-1] + 1)[places[0] :].tolist()

@@ -72,17 +72,17 @@ PairBatches = Batches[PairRows]
 
 def text_batches(splits: Splits, config: SFTConfig | PretrainConfig) -> tuple[TextBatches, TextBatches, list[str]]:
     """Training and validation rows as batches, and what had to be cut. Raises: UserError with `data.strict` if anything was."""
-    layout, held_layout = layouts(config)
+    layout, validation_layout = layouts(config)
     train = Batches(text_rows(splits.train, splits.train_rows, layout))
-    validation = Batches(text_rows(splits.validation, splits.validation_rows, held_layout))
+    validation = Batches(text_rows(splits.validation, splits.validation_rows, validation_layout))
     return train, validation, _cut_lines(config.data, train.rows, validation.rows)
 
 
 def pair_batches(splits: Splits, config: DPOConfig | RewardConfig) -> tuple[PairBatches, PairBatches, list[str]]:
     """Training and validation pairs as batches, and what had to be cut. Raises: UserError with `data.strict` if anything was."""
-    layout, held_layout = layouts(config)
+    layout, validation_layout = layouts(config)
     train = Batches(PairRows(PairStore(splits.train), splits.train_rows, layout))
-    validation = Batches(PairRows(PairStore(splits.validation), splits.validation_rows, held_layout))
+    validation = Batches(PairRows(PairStore(splits.validation), splits.validation_rows, validation_layout))
     return train, validation, _cut_lines(config.data, train.rows, validation.rows)
 
 
