@@ -34,6 +34,11 @@ def targets_of(ids: Array, flags: Array | None, end_of_text: int) -> Array:
     return targets
 
 
+def ids_of(segments: Sequence[Segment], tokenizer: Tokenizer) -> list[int]:
+    """Ids of the segments of one text, each encoded by itself."""
+    return list(chain.from_iterable(tokenizer.encode_segments(tokenizer.begun(segments))))
+
+
 def encode_rows(
     rows: Sequence[Sequence[Segment]], tokenizer: Tokenizer, words: Words | None = None
 ) -> tuple[Array, Array, Array]:
@@ -42,8 +47,9 @@ def encode_rows(
     Each row is encoded once as a whole. A byte-level token has a known number of bytes, so the tokens' running sum
     shows where each segment ends. Where every end falls between two tokens the whole's tokens are the segments' tokens:
     no merge crossed a border, and before an answer's space and before a marker's line break the pre-tokeniser cuts
-    anyway. Rows for which this does not hold (odd white space, answers without a space) are encoded segment by segment,
-    and so are all where special tokens stand between the words: that a whole with them is cut alike is not proven.
+    anyway. Rows for which this does not hold (odd white space, answers without a space) are encoded segment by segment.
+    If any row has special tokens, all are: an answer then begins without a space, where the words around the border
+    could be cut differently in the whole.
 
     words: an encoder with a memory, of this tokenizer.
 

@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from tunesmith.data.dialogue import BadRow, Message, parse_messages
+from tunesmith.data.encoding import ids_of
 from tunesmith.data.forms import prompt_turns
 from tunesmith.data.hh_template import HH, as_transcript, asks_for_answers, parse_transcript
 from tunesmith.data.readers import SUFFIXES, Report, read_file, read_text, suffix_of
@@ -119,8 +120,7 @@ def conversation(prompt: str | Conversation) -> list[Message]:
 
 def encode_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
     """Ids of what a model reads of a conversation before it answers, the same as in training. Raises: as `turns_of`."""
-    segments = tokenizer.template.segments(turns_of(conversation), True)
-    return list(chain.from_iterable(tokenizer.encode_segments(tokenizer.begun(segments))))
+    return ids_of(tokenizer.template.segments(turns_of(conversation), True), tokenizer)
 
 
 def encode_answered(tokenizer: Tokenizer, turns: Sequence[Message], answer: str) -> tuple[list[int], list[int]]:

@@ -24,7 +24,7 @@ from tunesmith.jsontext import read_json, write_json
 END_OF_TEXT = "<|endoftext|>"
 OTHER_ENDS = ("</s>", "<|im_end|>", "<eos>", "<|end_of_text|>", "[EOS]")  # of tokenizers that name no eos_token
 SMALLEST_VOCABULARY = 257  # the bytes and the end of text
-TEMPLATES = {template.name: template for template in (HH,)}
+TEMPLATES = {template.name: template for template in (HH,)}  # a new one is a file beside hh_template.py and a word here
 
 
 class Tokenizer:

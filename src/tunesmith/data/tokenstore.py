@@ -122,9 +122,15 @@ def tokenise(source: Source, split: str, tokenizer: Tokenizer, *, form: Form = "
 
     arrays, report = _read(directory) or _make(directory, write)
     return TokenStore(
-        **arrays, end_of_text=tokenizer.end_of_text, end_of_answer=tokenizer.end_of_answer, source=source, split=split,
-        report=report, fingerprint=content, digests=digests,
-    )  # fmt: skip
+        **arrays,
+        end_of_text=tokenizer.end_of_text,
+        end_of_answer=tokenizer.end_of_answer,
+        source=source,
+        split=split,
+        report=report,
+        fingerprint=content,
+        digests=digests,
+    )
 
 
 Stored = tuple[dict[str, Array], Report]
@@ -276,9 +282,13 @@ def _encoded(block: _Block, words: Words) -> dict[str, Array]:
     ids, flags, lengths = encode_rows(block.segments, words.tokenizer, words)
     before = np.append(0, np.cumsum(flags != 0, dtype=np.int64))
     return {
-        "tokens": ids, "flags": flags, "lengths": lengths, "taught": np.diff(before[np.cumsum(lengths)], prepend=0),
-        "plain": np.array(block.plain), "places": np.array(block.places),
-    }  # fmt: skip
+        "tokens": ids,
+        "flags": flags,
+        "lengths": lengths,
+        "taught": np.diff(before[np.cumsum(lengths)], prepend=0),
+        "plain": np.array(block.plain),
+        "places": np.array(block.places),
+    }
 
 
 def _ahead(blocks: Iterator[_Block], compute: Callable[[_Block], dict[str, Array]]) -> Iterator[dict[str, Array]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,8 @@ import numpy as np
 from tunesmith.data.audit.rows import PAIRS, prompt_of
 from tunesmith.data.cutting import Piece, cut_rows
 from tunesmith.data.dialogue import Preference
-from tunesmith.data.encoding import END, NEXT
+from tunesmith.data.encoding import END, NEXT, ids_of
 from tunesmith.data.pairstore import PairStore, cut_pairs
-from tunesmith.data.template import Segment
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokenstore import TokenStore
 
@@ -62,24 +60,28 @@ def cut_pairs_end(
     end_lost, prompt_end_lost = int((prompt + chosen + 1 > block_size).sum()), int((prompt > block_size).sum())
     most = int(longest.max(initial=0))
     template = tokenizer.template
-
-    def ids_of(segments: Sequence[Segment]) -> list[int]:
-        return list(chain.from_iterable(tokenizer.encode_segments(tokenizer.begun(segments))))
-
     for row, place in skipped:
         left, right = (
-            [*ids_of(template.whole(dialogue.messages)), tokenizer.end_of_answer]
+            [*ids_of(template.whole(dialogue.messages), tokenizer), tokenizer.end_of_answer]
             for dialogue in (row.chosen, row.rejected)
         )
         end_lost += len(left) > block_size
-        prompt_end_lost += len(ids_of(template.segments(prompt_of(row.chosen.messages), True))) > block_size
+        prompt_end_lost += len(ids_of(template.segments(prompt_of(row.chosen.messages), True), tokenizer)) > block_size
         most = max(most, len(left), len(right))
         cut += [place] if max(len(left), len(right)) > block_size else []
         same += [place] if left[:block_size] == right[:block_size] else []
     return Cut(
-        END_CUT, PAIRS, len(store) + len(skipped), len(cut), no_signal=len(same), end_lost=end_lost,
-        prompt_end_lost=prompt_end_lost, longest=most, places=tuple(cut[:3]), no_signal_places=tuple(same[:3]),
-    )  # fmt: skip
+        END_CUT,
+        PAIRS,
+        len(store) + len(skipped),
+        len(cut),
+        no_signal=len(same),
+        end_lost=end_lost,
+        prompt_end_lost=prompt_end_lost,
+        longest=most,
+        places=tuple(cut[:3]),
+        no_signal_places=tuple(same[:3]),
+    )
 
 
 def _alike(store: PairStore, pair: int, room: int) -> bool:
