@@ -309,6 +309,11 @@ def test_pairs_are_looked_over_in_the_template_of_the_model(tagged, tmp_path):
     assert train.usable == 2
 
 
+def test_models_of_two_templates_are_not_compared_token_by_token(tagged):
+    assert tagged.same_tokens(tokenizer_of(TAGGED))
+    assert not tagged.same_tokens(Tokenizer(tagged._stored, special=tagged.special))
+
+
 @pytest.mark.parametrize("ending", ["end_of_answer", "end_of_text"])
 def test_an_answer_stops_at_the_templates_end_and_at_the_end_of_text(tagged, ending):
     asked = [Message("user", "Who are you?")]

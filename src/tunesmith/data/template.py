@@ -36,7 +36,8 @@ class Segment(NamedTuple):
 class Template:
     """The form of a dialogue that a model is trained with.
 
-    name: under which it stands in `tokenizer.TEMPLATES`; part of the key of stored tokens.
+    name: stands for all the rest: under it a template is in `tokenizer.TEMPLATES` and its tokens are in the store, and two
+        of one name encode alike.
     segments: (messages, whether an answer is to follow) -> the dialogue in pieces; with True they end where the answer's
         words begin. Laws, for any messages: before each answer stand the segments of its prompt, and those with loss are
         the words of the answers that have weight, each with its end.

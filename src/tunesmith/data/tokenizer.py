@@ -242,7 +242,7 @@ class Tokenizer:
     def same_tokens(self, other: Tokenizer) -> bool:
         """Whether every id stands for the same text in both, a dialogue has the same form, and a text the same end."""
         ours, theirs = self._backend, other._backend
-        same_form = (self.end_of_text, self.template) == (other.end_of_text, other.template)
+        same_form = (self.end_of_text, self.template.name) == (other.end_of_text, other.template.name)
         return same_form and (self.fingerprint == other.fingerprint or ours.get_vocab() == theirs.get_vocab())
 
     def save(self, directory: Path, block_size: int, embeddings: int | None = None) -> None:
