@@ -20,11 +20,13 @@ from tunesmith.generation.engine import decode
 from tunesmith.generation.sampling import Sampling
 from tunesmith.models import known
 from tunesmith.models.attention import Documents
-from tunesmith.models.gpt2 import GPT2
+from tunesmith.models.family import Keys
+from tunesmith.models.gpt2 import GPT2, GPTConfig
 from tunesmith.models.lora import apply_lora, find_targets
+from tunesmith.models.model import build_model
 from tunesmith.models.reward_head import RewardModel
 from tunesmith.options.training import DPOConfig
-from tunesmith.plan.memory import Work, activation_bytes, adapted_layers, predict_memory
+from tunesmith.plan.memory import Work, activation_bytes, adapted_layers, predict_memory, tensor_sizes
 
 IDS = torch.arange(40)[None] * 97 % 6000
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -99,15 +101,35 @@ def test_every_family_names_a_template_and_its_sizes_have_a_tokenizer():
         assert family.tokenizer or not family.sizes
 
 
-def test_its_layers_are_those_that_it_lists(toy):
-    listed = TOY.linear_layers(toy.config)
-    assert find_targets(toy, "all-linear") == [f"layers.{i}.{name}" for i in range(2) for name in listed]
-    assert {
-        name: (m.in_features, m.out_features) for name, m in toy.blocks[0].named_modules() if hasattr(m, "bias")
-    } == {name: (layer.inputs, layer.outputs) for name, layer in listed.items()}
-    assert TOY.count(toy.config) == toy.parameter_count()
+@pytest.mark.parametrize(
+    "shape", [ToyConfig(), GPTConfig(2, 2, 8, 13, 5, n_inner=20), GPTConfig(1, 2, 8, 13, 5, tied_head=False)]
+)
+def test_layers_and_weights_are_those_that_a_family_lists(shape):
+    model, listed = build_model(shape), shape.family.linear_layers(shape)
+    blocks = shape.family.keys.blocks
+    assert find_targets(model, "all-linear") == [f"{blocks}.{i}.{name}" for i in range(shape.depth) for name in listed]
+    for name, (inputs, outputs, bias) in listed.items():
+        layer = model.blocks[0].get_submodule(name)
+        assert (layer.in_features, layer.out_features, layer.bias is not None) == (inputs, outputs, bias)
+    assert model.get_submodule(shape.family.keys.embedding) is model.embedding
+    assert shape.family.count(shape) == model.parameter_count() == sum(tensor_sizes(shape))
+    assert sorted(tensor_sizes(shape)) == sorted(p.numel() for p in model.parameters())
+
+
+def test_a_layer_that_is_not_there_is_answered_with_those_that_are(toy):
     with pytest.raises(UserError, match=r"There are self_attn\.q_proj.*in each block layers\.0.*such as layers\.0\.\*"):
         find_targets(toy, "c_attn")
+
+
+def test_a_head_and_a_prefix_of_other_names():
+    keys = Keys(prefix="gpt_neox.", embedding="embed_in", blocks="layers", head="embed_out")
+    for name, theirs in {
+        "lm_head.weight": "embed_out.weight",
+        "lm_head": "embed_out",
+        "layers.0.x": "gpt_neox.layers.0.x",
+    }.items():
+        assert (keys.theirs(name), keys.ours(theirs)) == (theirs, name)
+    assert keys.ours("layers.0.x") == "layers.0.x"  # files without the prefix are read too
 
 
 @pytest.mark.parametrize("targets", [None, "all-linear", "down_proj"])

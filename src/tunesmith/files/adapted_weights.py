@@ -81,7 +81,7 @@ def apply(model: Model, adapted: AdaptedWeights, where: str) -> None:
     """
     if not adapted:
         return
-    keys = model.config.family.keys
+    keys = model.family.keys
     embedding, head = keys.theirs(keys.embedding), keys.theirs(HEAD)
     replaced = {f"{embedding}.weight", f"{head}.weight"} & adapted.whole.keys()
     if model.config.tied_head and (replaced or embedding in adapted.low_rank):

@@ -52,7 +52,7 @@ def save_adapter(
         fingerprint: of the base's weights (`weights.weights_fingerprint`).
         extra: weights that were trained in full beside the adapters, by name (a reward model's `score.weight`).
     """
-    layers, extra, keys = lora_layers(model), extra or {}, model.config.family.keys
+    layers, extra, keys = lora_layers(model), extra or {}, model.family.keys
     directory.mkdir(parents=True, exist_ok=True)
     state = {}
     for name, layer in layers.items():
@@ -208,7 +208,7 @@ def load_adapter(model: Model, files: AdapterFiles, *, fingerprint: str = "") ->
     Raises: UserError if the adapter was trained on a different base, or does not fit the layers.
     """
     linear = {n.removesuffix(".base"): m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    ours = {model.config.family.keys.theirs(name): name for name in linear}
+    ours = {model.family.keys.theirs(name): name for name in linear}
     same = all(
         name not in ours or torch.equal(weight, linear[ours[name]].weight.to(weight.dtype))
         for name, weight in files.copies.items()

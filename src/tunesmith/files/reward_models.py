@@ -39,7 +39,7 @@ def save_reward_model(model: RewardModel, tokenizer: Tokenizer, directory: Path)
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     write_safetensors(state, directory / "model.safetensors", {"format": "pt"})
     config = config_to_hf(trunk, tokenizer.end_of_text) | {
-        "architectures": [trunk.config.family.classifier],
+        "architectures": [trunk.family.classifier],
         "id2label": {"0": "reward"},
         "label2id": {"reward": 0},
         "problem_type": "regression",
@@ -71,7 +71,7 @@ def load_reward_model(directory: Path) -> RewardModel:
 def load_reward_weights(model: RewardModel, directory: Path) -> None:
     """Copy the weights in a directory into `model`. Raises: UserError naming what is missing or does not fit."""
     score: list[Tensor] = []
-    keys = model.trunk.config.family.keys
+    keys = model.trunk.family.keys
 
     def trunk() -> Iterator[tuple[str, Tensor]]:
         for name, value in stored_weights(directory):

@@ -29,7 +29,7 @@ from tunesmith.models.model import Model, build_model
 
 def config_to_hf(model: Model, end_of_text: int) -> dict[str, Any]:
     """The `config.json` from which transformers builds the same language model."""
-    family = model.config.family
+    family = model.family
     return {
         "architectures": [family.causal],
         "model_type": family.name,
@@ -47,7 +47,7 @@ def from_hf_state_dict(model: Model, state: Iterable[tuple[str, Tensor]], where:
     that the architecture does not use, of a value head for instance, are left out with a note, as transformers does.
     Raises: UserError naming every missing or misshapen weight, and those of blocks that config.json does not count.
     """
-    config, keys = model.config, model.config.family.keys
+    config, keys = model.config, model.family.keys
     targets = dict(model.state_dict())
     head, embedding = f"{HEAD}.weight", f"{keys.embedding}.weight"
     both = {head, embedding}  # one and the same tensor where the head is tied
@@ -79,12 +79,12 @@ def from_hf_state_dict(model: Model, state: Iterable[tuple[str, Tensor]], where:
         raise UserError(f"{where} does not hold this model: {first_three(problems)}")
     if unused:
         rest = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
-        note(f"{where} also holds {', '.join(unused[:3])}{rest}, which a {config.family.title} does not use: left out")
+        note(f"{where} also holds {', '.join(unused[:3])}{rest}, which a {model.family.title} does not use: left out")
 
 
 def to_hf_state_dict(model: Model) -> dict[str, Tensor]:
     """Weights under the names and in the orientation of transformers' model; a tied head is left out."""
-    keys, tied = model.config.family.keys, model.config.tied_head
+    keys, tied = model.family.keys, model.config.tied_head
     return {
         keys.theirs(name): keys.turned(name, value).contiguous()
         for name, value in model.state_dict().items()

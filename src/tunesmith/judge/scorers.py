@@ -124,7 +124,7 @@ class OwnScorer:
 
 def score_texts(model: RewardModel, texts: Sequence[Sequence[int]]) -> list[float]:
     """Scores of texts of tokens, each at its last one; packed without padding, longest first."""
-    device = model.score.weight.device
+    device = model.device
     scores = [0.0] * len(texts)
     with evaluation_mode(model):
         for group in _groups([len(t) for t in texts], PACKED_TOKENS, padded=False):

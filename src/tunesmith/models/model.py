@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from tunesmith.errors import UserError
 from tunesmith.models.attention import Documents, prepare_for_compiling
 from tunesmith.models.cache import ALIGNED_COLUMNS, Cache, KVCache
-from tunesmith.models.family import Config
+from tunesmith.models.family import Config, Family
 from tunesmith.models.linear import Linear
 from tunesmith.models.recompute import Chain, plain, recomputed
 
@@ -99,6 +99,11 @@ class Model(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw new weights as the architecture's publication does."""
         raise NotImplementedError
+
+    @property
+    def family(self) -> Family:
+        """The architecture that it is of."""
+        return self.config.family
 
     @property
     def width(self) -> int:

@@ -29,6 +29,11 @@ class RewardModel(nn.Module):
         self.trunk = trunk
         self.score = nn.Linear(trunk.width, 1, bias=False, device=trunk.device, dtype=trunk.dtype)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and tokens have to be."""
+        return self.trunk.device
+
     def init_score(self, seed: int) -> None:
         """A new score layer: normal 0.02, as transformers draws it."""
         nn.init.normal_(self.score.weight, std=0.02, generator=torch.Generator().manual_seed(seed))

@@ -141,7 +141,7 @@ def all_pair_scores(
     model: RewardModel, batches: Iterable[Batch], precision: Precision = "fp32", kept: list[Any] | None = None
 ) -> Tensor:
     """`pair_scores` of all batches one after the other, without gradients: (pairs, 2). kept: as of `splitting.within_memory`."""
-    device = model.score.weight.device
+    device = model.device
 
     def score(batch: Batch) -> Tensor:
         return pair_scores(model, batch.to(device), precision)
