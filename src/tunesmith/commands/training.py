@@ -24,7 +24,7 @@ from tunesmith.train.methods.method import Method
 from tunesmith.train.methods.table import METHODS
 from tunesmith.train.prepared import Prepared, load_data
 from tunesmith.train.resolve import check_options, check_types, resolve_data, resolve_length, resolve_machine
-from tunesmith.train.resuming import inputs_of, prompts_of, settle_origin
+from tunesmith.train.resuming import inputs_of, prompts_of, rows_of, settle_origin
 from tunesmith.train.scratch import new_trainee
 from tunesmith.train.session import begin, run_training
 from tunesmith.train.trainee import load_trainee, prepare_model
@@ -74,7 +74,8 @@ def _train(method: Method, config: Any, shape: Config | None, path: Path) -> Run
     config = resolve_machine(config, trainee.trunk.width, method.learning_rate)
     data = method.data(config, trainee) if method.data else load_data(config, trainee, pairs=method.pairs)
     config = resolve_length(config, data.train, data.validation, warmup=method.warmup)
-    made_from = inputs_of(method.command, trainee, data.splits, {**prompts_of(config.eval.prompts), **data.inputs})
+    watched = {"sft_data": rows_of(data.watched.rows.store)} if data.watched else {}
+    made_from = inputs_of(method.command, trainee, data.splits, prompts_of(config.eval.prompts) | watched)
     origin = settle_origin(config, path, made_from)
     device = prepare_model(trainee.model, trainee.trunk, config)
     task = method.task(Prepared(config, path, trainee, device, data, method.counted, method.observed))

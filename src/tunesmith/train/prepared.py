@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tunesmith.data.batch import Batch
-from tunesmith.data.epochs import Batches
+from tunesmith.data.cutting import block_size_of
+from tunesmith.data.epochs import Batches, BatchLayout
+from tunesmith.data.texts import TextRows
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.device import Precision
-from tunesmith.train.choice import Sums
+from tunesmith.options.training import DPOConfig
 from tunesmith.train.resolve import iters_of, precision_of
-from tunesmith.train.splits import Splits, load_splits, pair_batches, text_batches
-from tunesmith.train.task import LossSum, Task
+from tunesmith.train.splits import Splits, describe_pairs, load_splits, pair_batches, text_batches
+from tunesmith.train.task import Estimated, LossSum, Task
 from tunesmith.train.trainee import AnyConfig, Trainee
 
 
@@ -23,15 +27,13 @@ from tunesmith.train.trainee import AnyConfig, Trainee
 class Data:
     """What a run learns from and is estimated on.
 
-    notes: what was skipped or cut. inputs: what the run is made from besides, by content (`resuming.rows_of`).
-    watched: texts on which a run of pairs is estimated too.
+    notes: what was skipped or cut. watched: texts on which a run of pairs is estimated too.
     """
 
     splits: Splits
     train: Batches[Any]
     validation: Batches[Any]
     notes: Sequence[str]
-    inputs: Mapping[str, Any] = field(default_factory=dict)
     watched: Batches[Any] | None = None
 
     def describe(self, batches: Sequence[Batch]) -> str:
@@ -52,6 +54,22 @@ def in_batches(splits: Splits, config: Any, *, pairs: bool) -> Data:
     """Rows that are read, as batches. Raises: UserError with `data.strict` if any had to be cut."""
     train, validation, cut = pair_batches(splits, config) if pairs else text_batches(splits, config)
     return Data(splits, train, validation, [*splits.notes, *cut])
+
+
+def watched_texts(name: str, config: DPOConfig, tokenizer: Tokenizer) -> tuple[Batches[TextRows], list[str]]:
+    """Validation rows of a data set on whose texts a run of pairs is estimated too, and what was skipped or cut of them."""
+    data = dataclasses.replace(config.data, name=name, columns=None, config=None, batching="packed", truncation="auto")
+    splits = load_splits(data, tokenizer)
+    layout = BatchLayout(
+        batching="packed",
+        block_size=block_size_of(data),
+        batch_size=config.train.batch_size,
+        loss_on=data.loss_on,
+        seed=data.rows_seed,
+    )
+    rows = TextRows(splits.validation, splits.validation_rows, layout)
+    cut = [f"validation: {line}" for line in rows.cut_lines()]
+    return Batches(rows), [f"{data.name}: {line}" for line in (*splits.notes, *cut)]
 
 
 @dataclass(frozen=True)
@@ -76,10 +94,14 @@ class Prepared:
         """Batches of each split in an estimate."""
         return iters_of(self.config)
 
+    def pairs_event(self) -> tuple[str, dict[str, Any]]:
+        """With what the log of a run of pairs opens."""
+        return "pairs", describe_pairs(self.data.train.rows, self.data.validation.rows, self.iters)
+
     def task(
         self,
         loss_sum: LossSum,
-        evaluate: Callable[[], tuple[dict[str, float], Sums]],
+        evaluate: Callable[[], Estimated],
         train_loss: Callable[[int], float],
         about: str,
         opening: Sequence[tuple[str, dict[str, Any]]] = (),

@@ -31,10 +31,11 @@ from tunesmith.models.model import Model
 from tunesmith.models.modes import evaluation_mode
 from tunesmith.options.training import DPOConfig
 from tunesmith.progress import Progress
+from tunesmith.train.divergence import batches_judged_by
 from tunesmith.train.pair_loss import Reference, answer_logps
+from tunesmith.train.prepared import Prepared
 from tunesmith.train.resolve import precision_of
 from tunesmith.train.splitting import within_memory
-from tunesmith.train.trainee import Trainee
 
 # float32, as the model gives them: nothing is lost by keeping them. The key is a SHA-256, so pairs need not be stored.
 RECORD = np.dtype([("key", "V32"), ("logps", "<f4", (2,))])
@@ -185,25 +186,26 @@ def live_reference(model: Model, config: DPOConfig) -> Reference | None:
     return None
 
 
-def make_references(
-    trainee: Trainee, config: DPOConfig, sets: Sequence[tuple[PairRows, Sequence[int]]]
-) -> tuple[list[Reference], dict[str, Any]]:
-    """One reference for each set of pairs, and what to log of it. sets: rows, and the numbers of the pairs that are needed.
+def make_references(run: Prepared) -> tuple[Reference, Reference, dict[str, Any]]:
+    """The reference of the training and of the validation pairs that a run will see, and what to log of it.
 
     Called before the first step, while the policy still is the reference.
     """
-    model, precision = trainee.trunk, precision_of(config)
+    model, config, precision = run.trainee.trunk, run.config, run.precision
     if live := live_reference(model, config):
         where = config.dpo.reference_device or config.train.device
         device = {"device": str(resolve_device(where))} if config.dpo.reference == "model" else {}
-        return [live] * len(sets), {"mode": config.dpo.reference, **device}
-    store = LogpStore(store_path(trainee.fingerprint, precision))
-    device_of_model = model.device
+        return live, live, {"mode": config.dpo.reference, **device}
+    store = LogpStore(store_path(run.trainee.fingerprint, precision))
 
     def compute(batch: Batch) -> Tensor:
         with evaluation_mode(model):  # fresh adapters add nothing yet
-            return answer_logps(model, batch.to(device_of_model), precision)
+            return answer_logps(model, batch.to(model.device), precision)
 
-    filled = [cached(rows, needed, store, compute) for rows, needed in sets]
-    counts = {name: sum(getattr(fill, name) for _, fill in filled) for name in ("pairs", "computed")}
-    return [reference for reference, _ in filled], {"mode": "cached", **counts}
+    train, validation = run.data.train.rows, run.data.validation.rows
+    micro_batches = config.train.steps * config.train.accumulate
+    sampled = train.sampled(max(run.iters, batches_judged_by(run.path, config.resume, micro_batches)))
+    on_train, of_train = cached(train, sorted({*train.used(micro_batches), *sampled}), store, compute)
+    on_validation, of_validation = cached(validation, validation.used(run.iters), store, compute)
+    counts = {name: getattr(of_train, name) + getattr(of_validation, name) for name in ("pairs", "computed")}
+    return on_train, on_validation, {"mode": "cached", **counts}

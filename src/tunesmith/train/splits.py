@@ -116,22 +116,6 @@ def _cut_lines(
     return lines
 
 
-def watched_texts(name: str, config: DPOConfig, tokenizer: Tokenizer) -> tuple[Batches[TextRows], list[str]]:
-    """Validation rows of a data set on whose texts a run of pairs is estimated too, and what was skipped or cut of them."""
-    data = replace(config.data, name=name, columns=None, config=None, batching="packed", truncation="auto")
-    splits = load_splits(data, tokenizer)
-    layout = BatchLayout(
-        batching="packed",
-        block_size=block_size_of(data),
-        batch_size=config.train.batch_size,
-        loss_on=data.loss_on,
-        seed=data.rows_seed,
-    )
-    rows = TextRows(splits.validation, splits.validation_rows, layout)
-    cut = [f"validation: {line}" for line in rows.cut_lines()]
-    return Batches(rows), [f"{data.name}: {line}" for line in (*splits.notes, *cut)]
-
-
 def describe_pairs(train: PairRows, validation: PairRows, iters: int) -> dict[str, Any]:
     """What a run logs of its pairs: how many there are, and what length alone would score on those of an estimate."""
     numbers = validation.used(iters)

@@ -28,6 +28,10 @@ LossSum = Callable[[Any], Tensor]
 """A batch -> its summed loss, and what is observed beside it, as `step.optimizer_step` takes it."""
 
 
+Estimated = tuple[dict[str, float], Sums]
+"""Metrics by their names in the log, and the validation loss batch by batch."""
+
+
 @dataclass(frozen=True)
 class Task(Generic[B]):
     """One training as a command has prepared it: its data, its loss, and the words for both. `session.run_training` carries it out.
@@ -51,7 +55,7 @@ class Task(Generic[B]):
     micro_batch: Callable[[int], B]
     per_epoch: int | None
     loss_sum: Callable[[B], Tensor]
-    evaluate: Callable[[], tuple[dict[str, float], Sums]]
+    evaluate: Callable[[], Estimated]
     train_loss: Callable[[int], float]
     describe_rows: Callable[[Sequence[B]], str]
     counted: str

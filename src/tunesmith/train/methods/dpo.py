@@ -8,7 +8,7 @@ and this one leaves out: padding, a second copy of the model in memory, answers 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.options.training import DPOConfig
@@ -16,12 +16,10 @@ from tunesmith.train.methods.method import Method, StepWork
 from tunesmith.train.methods.preferences import OBSERVED, check_pair_options, pair_metrics
 
 if TYPE_CHECKING:
-    from tunesmith.data.batch import Batch
     from tunesmith.models.model import Model
-    from tunesmith.train.choice import Sums
     from tunesmith.train.pair_loss import PreferenceLoss, Reference
     from tunesmith.train.prepared import Data, Prepared
-    from tunesmith.train.task import LossSum, Task
+    from tunesmith.train.task import Estimated, LossSum, Task
     from tunesmith.train.trainee import Trainee
 
 BETAS = (1e-5, 1e3)  # between which a preference can be learned
@@ -91,32 +89,27 @@ def loss_sum(model: Model, config: DPOConfig, reference: Reference | None = None
 
 def data(config: DPOConfig, trainee: Trainee) -> Data:
     """The pairs, and validation rows of `dpo.sft_data`, on which the paper watches the policy's loss."""
-    from tunesmith.train.prepared import load_data
-    from tunesmith.train.resuming import rows_of
-    from tunesmith.train.splits import watched_texts
+    from tunesmith.train.prepared import load_data, watched_texts
 
     pairs = load_data(config, trainee, pairs=True)
     if config.dpo.sft_data is None:
         return pairs
     watched, notes = watched_texts(config.dpo.sft_data, config, trainee.tokenizer)
-    inputs = {"sft_data": rows_of(watched.rows.store)}
-    return dataclasses.replace(pairs, watched=watched, notes=[*pairs.notes, *notes], inputs=inputs)
+    return dataclasses.replace(pairs, watched=watched, notes=[*pairs.notes, *notes])
 
 
 def task(run: Prepared) -> Task[Any]:
     """The run as the loop reads it. Called before the first step, while the policy still is the reference."""
     from tunesmith.train.pair_loss import estimate_dpo
-    from tunesmith.train.splits import describe_pairs
+    from tunesmith.train.reference import make_references
     from tunesmith.train.token_loss import estimate_loss
 
     train, validation, watched, iters = run.data.train, run.data.validation, run.data.watched, run.iters
     model, settings, precision = run.trainee.trunk, preference_loss(run.config), run.precision
-    (on_train, on_validation), kept = references(run)
+    on_train, on_validation, kept = make_references(run)
+    estimate = partial(estimate_dpo, model, settings=settings, precision=precision)
 
-    def estimate(batches: Iterable[Batch], reference: Reference) -> tuple[dict[str, float], Sums]:
-        return estimate_dpo(model, batches, reference, settings, precision)
-
-    def evaluate() -> tuple[dict[str, float], Sums]:
+    def evaluate() -> Estimated:
         seen, _ = estimate(train.sample(iters), on_train)
         held_out, losses = estimate(validation.fixed(iters), on_validation)
         metrics = pair_metrics(seen, held_out)
@@ -129,20 +122,8 @@ def task(run: Prepared) -> Task[Any]:
         evaluate=evaluate,
         train_loss=lambda n: estimate(train.sample(n), on_train)[0]["loss"],
         about=f"{len(train.rows):,} pairs, {train.rows_per_epoch:,} batch rows per epoch, reference {kept['mode']}",
-        opening=[("pairs", describe_pairs(train.rows, validation.rows, iters)), ("reference", kept)],
+        opening=[run.pairs_event(), ("reference", kept)],
     )
-
-
-def references(run: Prepared) -> tuple[list[Reference], dict[str, Any]]:
-    """The reference of the training pairs and of the validation pairs that this run needs, and what to log of it."""
-    from tunesmith.train.divergence import batches_judged_by
-    from tunesmith.train.reference import make_references
-
-    config, train, validation = run.config, run.data.train.rows, run.data.validation.rows
-    micro_batches = config.train.steps * config.train.accumulate
-    sampled = train.sampled(max(run.iters, batches_judged_by(run.path, config.resume, micro_batches)))
-    needed = sorted({*train.used(micro_batches), *sampled})
-    return make_references(run.trainee, config, [(train, needed), (validation, validation.used(run.iters))])
 
 
 def step_work(config: DPOConfig) -> StepWork:

@@ -14,9 +14,8 @@ from tunesmith.train.methods.preferences import OBSERVED, check_pair_options, pa
 
 if TYPE_CHECKING:
     from tunesmith.models.reward_head import RewardModel
-    from tunesmith.train.choice import Sums
     from tunesmith.train.prepared import Prepared
-    from tunesmith.train.task import LossSum, Task
+    from tunesmith.train.task import Estimated, LossSum, Task
 
 
 def check(config: RewardConfig) -> list[str]:
@@ -41,12 +40,11 @@ def loss_sum(model: RewardModel, config: RewardConfig) -> LossSum:
 def task(run: Prepared) -> Task[Any]:
     """The run as the loop reads it."""
     from tunesmith.train.pair_loss import estimate_reward
-    from tunesmith.train.splits import describe_pairs
 
     model: Any = run.trainee.model
     train, validation, precision = run.data.train, run.data.validation, run.precision
 
-    def evaluate() -> tuple[dict[str, float], Sums]:
+    def evaluate() -> Estimated:
         on_train, _ = estimate_reward(model, train.sample(run.iters), precision)
         on_validation, losses = estimate_reward(model, validation.fixed(run.iters), precision)
         return pair_metrics(on_train, on_validation), losses
@@ -56,7 +54,7 @@ def task(run: Prepared) -> Task[Any]:
         evaluate=evaluate,
         train_loss=lambda n: estimate_reward(model, train.sample(n), precision)[0]["loss"],
         about=f"{len(train.rows):,} pairs, {train.rows_per_epoch:,} batch rows per epoch",
-        opening=[("pairs", describe_pairs(train.rows, validation.rows, run.iters))],
+        opening=[run.pairs_event()],
     )
 
 

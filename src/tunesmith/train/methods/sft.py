@@ -16,9 +16,8 @@ from tunesmith.train.methods.method import Method
 if TYPE_CHECKING:
     from tunesmith.models.model import Model
     from tunesmith.options.pretraining import PretrainConfig
-    from tunesmith.train.choice import Sums
     from tunesmith.train.prepared import Prepared
-    from tunesmith.train.task import LossSum, Task
+    from tunesmith.train.task import Estimated, LossSum, Task
     from tunesmith.train.token_loss import LossEstimate
 
 
@@ -45,7 +44,7 @@ def token_task(run: Prepared, about: str, more: Callable[[LossEstimate], dict[st
 
     model, precision, train, validation = run.trainee.trunk, run.precision, run.data.train, run.data.validation
 
-    def evaluate() -> tuple[dict[str, float], Sums]:
+    def evaluate() -> Estimated:
         on_train = estimate_loss(model, train.sample(run.iters), precision)
         on_validation = estimate_loss(model, validation.fixed(run.iters), precision)
         metrics = {
