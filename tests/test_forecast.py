@@ -30,7 +30,8 @@ RUNS = {
     "lora": ("sft", {"lora.rank": 4, "train.weights": "bf16"}),
     "lean": ("sft", {"optimizer.name": "sgd", "train.activation_checkpointing": True}),
     "dpo": ("dpo", {"train.batch_size": 8}),
-    "elsewhere": ("dpo", {"dpo.reference_device": "cpu"}),
+    "elsewhere": ("dpo", {"dpo.reference_device": "cuda:1"}),
+    "on the same": ("dpo", {"dpo.reference_device": "cpu"}),
     "second": ("dpo", {"dpo.reference": "model"}),
     "adapter": ("dpo", {"dpo.reference": "adapter", "lora.rank": 2}),
     "reward": ("reward", {"train.batch_size": 8}),
@@ -48,6 +49,17 @@ def test_a_study_forecasts_what_a_plan_says(case):
     assert forecast.memory == planned.memory
     assert forecast.setting.operations == planned.operations > 0
     assert 0 < forecast.setting.forward_operations < planned.operations
+
+
+def test_a_second_model_counts_where_it_is():
+    """Its weights, 4 bytes a number, are on the training's device or on another; a kept reference has none."""
+    peaks = {}
+    for name in ("dpo", "elsewhere", "on the same", "second"):
+        config = from_settings(METHODS["dpo"].config, ROWS | RUNS[name][1] | {"train.batch_size": 1}, "test")
+        peaks[name] = forecast_of(config, known_shape("sample")).memory.peak
+    weights = 4 * known_shape("sample").family.count(known_shape("sample"))
+    assert peaks["dpo"] == peaks["elsewhere"] == peaks["second"] - weights
+    assert peaks["on the same"] == peaks["second"]
 
 
 def test_every_method_is_held_to_that():

@@ -129,11 +129,12 @@ def task(run: Prepared) -> Task[Any]:
 def step_work(config: DPOConfig) -> StepWork:
     """A second model is a second set of weights, unless it is on another device; a live reference is a pass of its own."""
     d = config.dpo
-    if d.reference == "cached":
+    if d.reference not in ("model", "adapter"):
         return StepWork(
             ahead="a forward pass over all pairs before the first step, if the reference is not computed yet"
         )
-    return StepWork(copies=2 if d.reference == "model" and d.reference_device is None else 1, frozen_passes=1)
+    here = d.reference_device in (None, config.train.device)
+    return StepWork(copies=2 if d.reference == "model" and here else 1, frozen_passes=1)
 
 
 def cheaper(config: DPOConfig) -> dict[str, tuple[Any, str]]:
