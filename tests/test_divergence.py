@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 import tunesmith as ts
-from tiny_runs import comparable, digest, tiny_config
+from tiny_runs import change_step_loss, comparable, digest, tiny_config
 from tunesmith.__main__ import main
-from tunesmith.commands import sft
 from tunesmith.errors import UserError
 from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
 from tunesmith.train.choice import Estimate
@@ -181,13 +180,13 @@ def test_a_run_that_diverges_at_its_end_names_the_checkpoint_to_use(tiny_directo
 
 
 def test_a_run_that_breaks_off_keeps_its_choice_of_the_estimates_before(tiny_directory, tmp_path, monkeypatch):
-    plain, calls = sft.nll_sum, []
+    calls = []
 
-    def poisoned(*args):
+    def poisoned(loss_sum, batch):
         calls.append(1)
-        return plain(*args) * (float("nan") if len(calls) == 6 else 1.0)
+        return loss_sum(batch) * (float("nan") if len(calls) == 6 else 1.0)
 
-    monkeypatch.setattr(sft, "nll_sum", poisoned)
+    change_step_loss(monkeypatch, "sft", poisoned)
     options = {"eval__every": 2, "checkpoint__every": 1, "eval__at_start": False, "optimizer__lr": 3e-3}
     run = ts.sft(tiny_config(tiny_directory, tmp_path / "r", **options))
     assert run.status["reason"].endswith(f"; the best checkpoint from before is {run.path}@4")

@@ -9,11 +9,10 @@ import torch
 import tunesmith as ts
 from reference import random_model
 from taped import Card, Tape
-from test_out_of_memory_runs import short_of
+from test_out_of_memory_runs import steps_short_of
 from test_resume import assert_same_end, interrupted, stored_state
 from tiny_runs import comparable, last_digest, tiny_config, train_losses
 from tunesmith.__main__ import main
-from tunesmith.commands import sft
 from tunesmith.data.batch import Batch
 from tunesmith.errors import UsageError
 from tunesmith.models.gpt2 import GPTConfig
@@ -245,7 +244,7 @@ def test_a_resumed_recorded_run_is_the_whole_one(tiny_directory, tmp_path, tapes
 
 def test_memory_that_ends_splits_the_step_and_the_parts_are_recorded(tiny_directory, tmp_path, tapes, monkeypatch):
     options = {**WINDOWS, "train__batch_size": 4}
-    failures = short_of(monkeypatch, sft, "nll_sum", 150)
+    failures = steps_short_of(monkeypatch, "sft", 150)
     run = ts.sft(tiny_config(tiny_directory, tmp_path / "recorded", **options))
     assert failures == [256]
     assert [t.replays for t in tapes] == [12 - WARM_UP]

@@ -9,9 +9,8 @@ import torch
 import tunesmith as ts
 from made_pairs import batches_of
 from short_memory import CUDA, FLOAT64, case, fail
-from tiny_runs import as_argv, comparable, last_digest, tiny_config, train_losses
+from tiny_runs import as_argv, change_step_loss, comparable, last_digest, tiny_config, train_losses
 from tunesmith.__main__ import main
-from tunesmith.commands import dpo, reward, sft
 from tunesmith.errors import UserError
 from tunesmith.files.weights import load_model
 from tunesmith.options.training import DPOConfig, RewardConfig
@@ -35,6 +34,20 @@ def short_of(monkeypatch, module, name, room):
         return plain(model, batch, *args, **more)
 
     monkeypatch.setattr(module, name, limited)
+    return failures
+
+
+def steps_short_of(monkeypatch, kind, room):
+    """The loss of a step fails above `room` tokens; the sizes that did."""
+    failures = []
+
+    def limited(loss_sum, batch):
+        if batch.size > room:
+            failures.append(batch.size)
+            fail()
+        return loss_sum(batch)
+
+    change_step_loss(monkeypatch, kind, limited)
     return failures
 
 
@@ -89,8 +102,11 @@ def test_preference_estimates_and_the_kept_reference_in_pieces_are_the_same(monk
 # Whole runs
 
 
-RUNS = {"sft": (ts.sft, sft, "nll_sum", {}), "dpo": (ts.dpo, dpo, "dpo_loss_sum", {"kind": DPOConfig}),
-        "reward": (ts.train_reward_model, reward, "reward_loss_sum", {"kind": RewardConfig})}  # fmt: skip
+RUNS = {
+    "sft": (ts.sft, {}),
+    "dpo": (ts.dpo, {"kind": DPOConfig}),
+    "reward": (ts.train_reward_model, {"kind": RewardConfig}),
+}
 PLAIN = {"optimizer__name": "sgd", "optimizer__lr": 0.1, "train__accumulate": 2}
 
 
@@ -104,10 +120,10 @@ def pairs_file(path):
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_run_that_ran_out_of_memory_ends_as_one_that_did_not(tiny_directory, tmp_path, monkeypatch, capsys, kind):
     """float32 sums in another order: weights equal to 1e-6 after six steps. It fails once, and says so once."""
-    train, module, loss, named = RUNS[kind]
+    train, named = RUNS[kind]
     options = PLAIN | named | (pairs_file(tmp_path / "pairs.jsonl") if kind != "sft" else {})
     whole = train(tiny_config(tiny_directory, tmp_path / "whole", **options))
-    failures = short_of(monkeypatch, module, loss, 150)
+    failures = steps_short_of(monkeypatch, kind, 150)
     capsys.readouterr()
     run = train(tiny_config(tiny_directory, tmp_path / "split", **options))
     printed = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
@@ -132,7 +148,7 @@ def test_a_run_that_ran_out_of_memory_ends_as_one_that_did_not(tiny_directory, t
 def test_a_resumed_run_goes_on_with_the_size_that_fits(tiny_directory, tmp_path, monkeypatch):
     """Bit for bit, and without a second failure; with another need of memory the limit is found anew."""
     options = {**PLAIN, "model__dropout": 0.2}
-    failures = short_of(monkeypatch, sft, "nll_sum", 150)
+    failures = steps_short_of(monkeypatch, "sft", 150)
     whole = ts.sft(tiny_config(tiny_directory, tmp_path / "whole", **options))
     assert len(failures) == 1
     for name, more, again in (("same", {}, 1), ("other", {"train__activation_checkpointing": True}, 2)):
@@ -151,7 +167,7 @@ def test_a_resumed_run_goes_on_with_the_size_that_fits(tiny_directory, tmp_path,
 
 def test_a_run_that_updates_inside_backward_ends_at_once(tiny_directory, tmp_path, monkeypatch):
     options = {"train__optimizer_in_backward": True, "train__grad_clip": 0.0, "eval__at_start": False}
-    failures = short_of(monkeypatch, sft, "nll_sum", 150)
+    failures = steps_short_of(monkeypatch, "sft", 150)
     with pytest.raises(
         UserError, match=r"2 rows x 128 tokens.*--train\.batch_size, --train\.optimizer_in_backward false"
     ):
@@ -160,7 +176,7 @@ def test_a_run_that_updates_inside_backward_ends_at_once(tiny_directory, tmp_pat
 
 
 def test_the_command_ends_with_one_line_where_a_document_does_not_fit(tiny_directory, tmp_path, monkeypatch, capsys):
-    failures = short_of(monkeypatch, sft, "nll_sum", 5)
+    failures = steps_short_of(monkeypatch, "sft", 5)
     config = tiny_config(tiny_directory, tmp_path / "r", eval__at_start=False)
     assert main(as_argv(config)) == 1
     (line,) = capsys.readouterr().err.splitlines()

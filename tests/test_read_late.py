@@ -13,8 +13,7 @@ import torch
 import tunesmith as ts
 from short_memory import fail
 from test_resume import assert_same_end, interrupted
-from tiny_runs import comparable, last_digest, tiny_config
-from tunesmith.commands import sft
+from tiny_runs import change_step_loss, comparable, last_digest, tiny_config
 from tunesmith.data.epochs import Batches
 from tunesmith.errors import UserError
 from tunesmith.options.training import DPOConfig
@@ -143,13 +142,13 @@ def test_a_resumed_run_read_late_is_the_whole_plain_one(tiny_directory, tmp_path
 
 def planted(monkeypatch, number):
     """The loss of the micro-batch of this number, from 1, is no number."""
-    plain, calls = sft.nll_sum, []
+    calls = []
 
-    def poisoned(model, batch, *args):
+    def poisoned(loss_sum, batch):
         calls.append(1)
-        return plain(model, batch, *args) * (math.nan if len(calls) == number else 1.0)
+        return loss_sum(batch) * (math.nan if len(calls) == number else 1.0)
 
-    monkeypatch.setattr(sft, "nll_sum", poisoned)
+    change_step_loss(monkeypatch, "sft", poisoned)
 
 
 @pytest.mark.parametrize("step", [1, 3, 4, 8])
@@ -211,15 +210,15 @@ def test_a_signal_stops_after_what_was_launched_and_the_run_can_go_on(tiny_direc
 
 def out_of_memory_from(monkeypatch, step, room):
     """From this step on a micro-batch of more than `room` tokens does not fit."""
-    plain, calls = sft.nll_sum, []
+    calls = []
 
-    def limited(model, batch, *args):
+    def limited(loss_sum, batch):
         calls.append(1)
         if len(calls) >= step and batch.size > room:
             fail()
-        return plain(model, batch, *args)
+        return loss_sum(batch)
 
-    monkeypatch.setattr(sft, "nll_sum", limited)
+    change_step_loss(monkeypatch, "sft", limited)
 
 
 @pytest.mark.parametrize("step", [1, 3, 4])

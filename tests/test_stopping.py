@@ -16,14 +16,12 @@ from hanging import HANGS, wait_for
 from tiny_runs import as_argv, comparable, last_digest, tiny_config, write_dialogues
 from tunesmith import progress
 from tunesmith.__main__ import main
-from tunesmith.commands import dpo as dpo_command
-from tunesmith.commands import sft as sft_command
 from tunesmith.errors import Interrupted
 from tunesmith.generation import engine
 from tunesmith.judge import scorers
 from tunesmith.options.training import DPOConfig, RewardConfig
 from tunesmith.progress import STOP, Progress
-from tunesmith.train import launch
+from tunesmith.train import launch, reference, token_loss
 from tunesmith.train.divergence import Watch
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
@@ -84,11 +82,11 @@ def stopped_then_resumed(config, monkeypatch, *moment):
     [
         (launch, "optimizer_step", 2, 2, [0]),
         (launch, "optimizer_step", 3, 3, [0]),  # an estimate would come next
-        (sft_command, "estimate_loss", 1, 0, []),  # the loss that a divergence will be judged by
-        (sft_command, "estimate_loss", 2, 0, []),
-        (sft_command, "estimate_loss", 5, 3, [0]),  # in the middle of one
-        (sft_command, "estimate_loss", 7, 6, [0, 3]),  # the last one of the run
-        (sft_command, "estimate_loss", 8, 6, [0, 3, 6]),  # a divergence is judged by
+        (token_loss, "estimate_loss", 1, 0, []),  # the loss that a divergence will be judged by
+        (token_loss, "estimate_loss", 2, 0, []),
+        (token_loss, "estimate_loss", 5, 3, [0]),  # in the middle of one
+        (token_loss, "estimate_loss", 7, 6, [0, 3]),  # the last one of the run
+        (token_loss, "estimate_loss", 8, 6, [0, 3, 6]),  # a divergence is judged by
     ],
     ids=["step", "before-estimate", "judged-before", "estimate-0", "estimate-3", "estimate-6", "judged-after"],
 )
@@ -119,7 +117,7 @@ def test_a_look_at_a_suspicion_is_broken_off_and_the_resumed_run_looks_before_it
     whole = ts.sft(tiny_config(tiny_directory, tmp_path / "whole", **options))
     assert whole.status["state"] == ends
     config = tiny_config(tiny_directory, tmp_path / "r", **options)
-    status, run = stopped_then_resumed(config, monkeypatch, sft_command, "estimate_loss", 2)
+    status, run = stopped_then_resumed(config, monkeypatch, token_loss, "estimate_loss", 2)
     assert status["step"] == 2
     ts.sft(tiny_config(tiny_directory, run.path, **options, resume=True))
     assert run.status == whole.status
@@ -130,7 +128,7 @@ def test_a_stop_before_the_first_step_leaves_a_run_that_can_be_resumed(tiny_dire
     """Where no estimate comes first either."""
     options = {**DROPOUT, "eval__at_start": False}
     status, run = stopped_then_resumed(
-        tiny_config(tiny_directory, tmp_path / "r", **options), monkeypatch, sft_command, "estimate_loss", 1
+        tiny_config(tiny_directory, tmp_path / "r", **options), monkeypatch, token_loss, "estimate_loss", 1
     )
     assert (status["step"], run.metrics("train"), [step for step, _ in run.checkpoints()]) == (0, [], [0])
     ts.sft(tiny_config(tiny_directory, run.path, **options, resume=True))
@@ -231,7 +229,7 @@ def test_a_reference_pass_is_broken_off_and_keeps_what_it_has(tiny_directory, tm
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     config = tiny_config(tiny_directory, tmp_path / "r", DPOConfig, train__batch_size=8)
     with monkeypatch.context() as patch:
-        at_call(patch, dpo_command, "answer_logps", 3)
+        at_call(patch, reference, "answer_logps", 3)
         with pytest.raises(Interrupted, match="SIGTERM"):
             ts.dpo(config)
     assert not (tmp_path / "r").exists()

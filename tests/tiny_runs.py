@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from tunesmith.files.run import Run
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
+from tunesmith.train.methods import dpo, reward, sft
+from tunesmith.train.task import LossSum
 
 COMMANDS = {PretrainConfig: "pretrain", SFTConfig: "sft", DPOConfig: "dpo", RewardConfig: "reward"}
 
@@ -29,6 +34,18 @@ def tiny_config(model: Path | str, out: Path, kind: Any = SFTConfig, **options: 
         group, key = name.split(".")
         config = dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **{key: value})})
     return config
+
+
+def change_step_loss(monkeypatch: Any, kind: str, changed: Callable[[LossSum, Any], Tensor]) -> None:
+    """In runs of this kind, `changed(loss_sum, batch)` is the summed loss of a step; estimates stay as they are."""
+    module, name = {"sft": (sft, "token_loss_sum"), "dpo": (dpo, "loss_sum"), "reward": (reward, "loss_sum")}[kind]
+    plain = getattr(module, name)
+
+    def made(*args: Any) -> LossSum:
+        loss_sum = plain(*args)
+        return lambda batch: changed(loss_sum, batch)
+
+    monkeypatch.setattr(module, name, made)
 
 
 def as_argv(config: Any) -> list[str]:
