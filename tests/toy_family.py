@@ -42,9 +42,9 @@ class ToyConfig:
     inner = property(lambda self: 2 * self.intermediate_size)
     longest = property(lambda self: self.max_position_embeddings)
 
-    def resized(self, *, depth=None, heads=None, width=None, longest=None):
+    def resized(self, *, depth=None, heads=None, width=None, longest=None, dropout=None):
         sizes = {"num_hidden_layers": depth, "num_attention_heads": heads, "hidden_size": width}
-        sizes["max_position_embeddings"] = longest
+        sizes |= {"max_position_embeddings": longest, "dropout": dropout}
         return replace(self, **{name: size for name, size in sizes.items() if size is not None})
 
 

@@ -66,8 +66,9 @@ class Config(Protocol):
         heads: int | None = None,
         width: int | None = None,
         longest: int | None = None,
+        dropout: float | None = None,
     ) -> Self:
-        """The same with other sizes; what follows from a size that changes follows it. Raises: UserError if it is no shape."""
+        """The same with these values; what follows from a size follows it. Raises: UserError naming all that is wrong with it."""
 
 
 class LinearLayer(NamedTuple):

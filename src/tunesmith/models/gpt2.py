@@ -98,11 +98,13 @@ class GPTConfig:
         heads: int | None = None,
         width: int | None = None,
         longest: int | None = None,
+        dropout: float | None = None,
     ) -> GPTConfig:
-        """The same with other sizes; a new width has an MLP of 4 times as much. Raises: UserError if it is no shape."""
-        sizes: dict[str, Any] = {"n_layer": depth, "n_head": heads, "n_embd": width, "block_size": longest}
+        """The same with these values; a new width has an MLP of 4 times as much. Raises: UserError naming all that is wrong."""
+        values: dict[str, Any] = {"n_layer": depth, "n_head": heads, "n_embd": width, "block_size": longest}
+        values["dropout"] = dropout
         inner = self.n_inner if width is None else None
-        return replace(self, n_inner=inner, **{name: size for name, size in sizes.items() if size is not None})
+        return replace(self, n_inner=inner, **{name: value for name, value in values.items() if value is not None})
 
 
 class Attention(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tunesmith.data.cutting import block_size_of
 from tunesmith.data.datasets import holdout_rows, open_dataset
@@ -25,9 +26,9 @@ VOCAB_SIZE = 8192
 def resolve_shape(config: PretrainConfig) -> tuple[PretrainConfig, Config]:
     """The shape that is asked for, its numbers also in the configuration. Raises: UsageError if it is none."""
     m, data, tokenizer = config.model, config.data, config.tokenizer
-    asked = {size: value for option, size in SHAPE.items() if (value := getattr(m, option)) is not None}
+    asked: dict[str, Any] = {size: value for option, size in SHAPE.items() if (value := getattr(m, option)) is not None}
     try:
-        shape = dataclasses.replace(shape_of(m.name).resized(**asked), dropout=m.dropout)
+        shape = shape_of(m.name).resized(**asked, dropout=m.dropout)
     except UserError as error:
         raise UsageError(f"--model: {error}") from None
     numbers = {option: getattr(shape, size) for option, size in SHAPE.items()}
