@@ -164,7 +164,7 @@ def test_a_run_that_diverges_at_its_end_names_the_checkpoint_to_use(tiny_directo
     assert capsys.readouterr().out.splitlines()[-1] == f"diverged at step 3: {run.status['reason']}"
     assert [step for step, _ in run.checkpoints()] == [0, 3][not at_start :]
     if at_start:
-        assert run.status["reason"].endswith(f"; the best checkpoint from before is {run.path}@0")
+        assert run.status["reason"].endswith("; the best checkpoint from before is that of step 0")
         assert (run.status["best_step"], run.status["choice"]["best_step"]) == (0, 0)
         assert run.status["best_validation_loss"] == run.metrics("eval")[0]["validation_loss"]
         assert digest(run.best_checkpoint()) == digest(tiny_directory)
@@ -189,7 +189,7 @@ def test_a_run_that_breaks_off_keeps_its_choice_of_the_estimates_before(tiny_dir
     change_step_loss(monkeypatch, "sft", poisoned)
     options = {"eval__every": 2, "checkpoint__every": 1, "eval__at_start": False, "optimizer__lr": 3e-3}
     run = ts.sft(tiny_config(tiny_directory, tmp_path / "r", **options))
-    assert run.status["reason"].endswith(f"; the best checkpoint from before is {run.path}@4")
+    assert run.status["reason"].endswith("; the best checkpoint from before is that of step 4")
     assert (run.status["state"], run.status["step"], run.status["best_step"]) == ("diverged", 5, 4)
 
 

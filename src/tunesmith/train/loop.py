@@ -329,7 +329,7 @@ class Training(Generic[B]):
         state.best_step = choice.best_step if choice else None
         state.best_loss = min((e.validation_loss for e in read_estimates(run) if e.step in sound), default=None)
         if choice:
-            way_out = f"the best checkpoint from before is {run.path}@{choice.best_step}"
+            way_out = f"the best checkpoint from before is that of step {choice.best_step:,}"
         elif self.trainee.base:
             way_out = f"it has no good checkpoint: go on from {run.config['model']['name']}, with which it began"
         else:
