@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import tunesmith as ts
+from interrupted_runs import interrupted
 from reference import random_model
-from test_documents import gradients, laid_out, one_by_one
+from stretches import gradients, laid_out, one_by_one
 from test_gpu_answers import CPU, CUDA, HALF, SHAPE, decoded, needs_card
-from test_resume import interrupted
 from tiny_runs import comparable, tiny_config
 from tunesmith.data.datasets import open_dataset
 from tunesmith.data.epochs import Batches, BatchLayout

@@ -34,7 +34,7 @@ __version__ = "0.1.0"
 
 WINGS = ("options", "models", "data", "files", "generation", "train", "judge", "plan", "study", "commands")
 """The package's folders, lowest first. A module imports its own wing and those below, never one above; what lies directly
-in the package is the ground, which all may use and which uses nothing of ours (tests/test_layers.py)."""
+in the package is the ground, which all may use and which uses nothing of ours (tests/house/test_layers.py)."""
 
 _HOME = {
     "DPOConfig": "options.training",

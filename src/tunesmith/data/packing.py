@@ -68,7 +68,7 @@ def pack(lengths: Sequence[int] | Array, block_size: int) -> Groups:
     Raises: ValueError for an item that is longer than a bin.
     """
     # Longest first, because a short item still fits into what long ones leave, and not the other way round. On real dialogues
-    # of HH-RLHF more than 99 % of the room at 1,024 is used (tests/test_real_data.py).
+    # of HH-RLHF more than 99 % of the room at 1,024 is used (tests/data/test_real_data.py).
     sizes = np.asarray(lengths, np.int64)
     # Stable, so that equals keep the caller's order: shuffled anew for an epoch, they get other neighbours.
     order = np.argsort(-sizes, kind="stable")

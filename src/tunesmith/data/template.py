@@ -4,7 +4,7 @@ A `Template` cuts a dialogue into segments, and a tokenizer makes ids of each by
 scoring, so what a model reads before an answer has exactly the ids that it had in training.
 
 A new form is one file that ends in its `Template`, as `hh_template.py` does, and one line in `tokenizer.TEMPLATES`;
-tests/test_template.py then holds it to the laws.
+tests/data/test_template.py then holds it to the laws.
 """
 
 from __future__ import annotations
