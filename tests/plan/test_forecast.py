@@ -13,7 +13,7 @@ from tunesmith.options.parse import from_settings
 from tunesmith.options.plans import PlanOptions
 from tunesmith.plan.planning import find_place, make_setting
 from tunesmith.plan.workload import Rows
-from tunesmith.study.forecast import forecast_of
+from tunesmith.study.forecast import forecast_of, probe
 from tunesmith.train.methods.table import METHODS
 
 ROWS = {
@@ -78,3 +78,15 @@ def test_the_dry_run_shows_the_plans_figure(case, tmp_path, capfd):
     assert main(["plan", command, *argv, "--device", "p100", "--out", str(tmp_path / "plan.json")]) == 0
     counted = json.loads((tmp_path / "plan.json").read_text())["memory"]["counted_peak"]
     assert f" {counted / 1e9:.2f} GB" in row
+
+
+def test_a_run_that_cannot_be_timed_here_takes_the_rate_of_its_like():
+    """The reference of the smaller step has no device here."""
+    options = {"away": {"dpo.reference_device": "cuda:77"}, "here": {"train.batch_size": 2}}
+    forecasts = {
+        name: forecast_of(from_settings(METHODS["dpo"].config, ROWS | more, "test"), known_shape("sample"))
+        for name, more in options.items()
+    }
+    rates = probe(forecasts)
+    assert rates["away"] == rates["here"] > 0
+    assert probe({"away": forecasts["away"]}) == {}

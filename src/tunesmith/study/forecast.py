@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -140,8 +141,10 @@ def probe(forecasts: Mapping[str, Forecast | None]) -> dict[str, float]:
             alike.setdefault(key, {})[name] = s
     rates: dict[str, float] = {}
     for group in alike.values():
-        least = min(group.values(), key=lambda s: s.work.tokens)
-        one = make_setting(least.config, least.shape.resized(depth=1), ROWS, least.place, {})
-        seconds = probe_step(one.config, one.shape, one.rows, budget=BUDGET).step(one.work.micro_batches)
-        rates |= dict.fromkeys(group, one.operations / seconds)
+        for s in sorted(group.values(), key=lambda s: s.work.tokens):
+            with contextlib.suppress(UserError):  # a reference's device or an optimizer's package may be missing here
+                one = make_setting(s.config, s.shape.resized(depth=1), ROWS, s.place, {})
+                seconds = probe_step(one.config, one.shape, one.rows, budget=BUDGET).step(one.work.micro_batches)
+                rates |= dict.fromkeys(group, one.operations / seconds)
+                break
     return rates
