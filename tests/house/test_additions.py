@@ -112,6 +112,16 @@ def test_a_family(tmp_path):
     assert said.split() == ["llama", "1"]
 
 
+def test_a_training_method(tmp_path):
+    tree = Tree(tmp_path, "A training method")
+    assert "continued pretraining" in tree.python("-m", "tunesmith", "--help")
+    tree.python("-m", "tunesmith", "plan", "adapt", "--model.name", "gpt2", "--device", "t4")
+    events = tree.train("adapt", optimizer__lr=1e-4)
+    first, last = (e["validation_loss"] for e in events if e["event"] == "eval")
+    assert last < first
+    assert "loss_on: all" in (tmp_path / "run" / "config.yaml").read_text()
+
+
 def test_every_name_on_the_page_exists():
     words = re.findall(r"`((?:[a-z_]+\.)+\w+)`", PAGE.partition("## Additions")[0])
     assert len(words) > 25
