@@ -8,13 +8,14 @@ import torch
 import tunesmith as ts
 from made_runs import write_run
 from reference import random_model
-from tiny_runs import tiny_config
+from tiny_runs import comparable, last_digest, tiny_config
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.files.names import SAMPLE
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.models.reward_head import RewardModel
-from tunesmith.options.training import RewardConfig
+from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
 from tunesmith.study.run_figures import loss_curve
+from tunesmith.train import pair_loss, splitting, token_loss
 from tunesmith.train.optim import build_optimizer
 from tunesmith.train.pair_loss import PreferenceLoss, estimate_dpo, estimate_reward, reward_loss_sum
 from tunesmith.train.resuming import OLD_DRAWS
@@ -102,6 +103,31 @@ def test_an_estimate_that_has_been_begun_is_the_same_and_computes_only_what_is_m
     with pytest.raises(KeyboardInterrupt):
         estimate(broken_off(), kept)
     assert passes(4) == 2
+
+
+@pytest.mark.parametrize("kind", [SFTConfig, DPOConfig, RewardConfig])
+def test_the_rows_by_which_a_run_is_judged_are_computed_once_with_an_estimate_of_the_same_step(
+    tiny_directory, tmp_path, monkeypatch, kind
+):
+    plain, passes = splitting.within_memory, []
+    train = {SFTConfig: ts.sft, DPOConfig: ts.dpo, RewardConfig: ts.train_reward_model}[kind]
+
+    def run(name, shares):
+        def counting(batches, compute, kept=None):
+            return plain(batches, lambda batch: passes.append(name) or compute(batch), kept if shares else None)
+
+        for module in (token_loss, pair_loss):
+            monkeypatch.setattr(module, "within_memory", counting)
+        return train(tiny_config(tiny_directory, tmp_path / name, kind, train__steps=2, eval__every=1))
+
+    shared, apart = run("shared", True), run("apart", False)
+    told = [[line for line in comparable(r) if line["event"] != "reference"] for r in (shared, apart)]
+    assert told[0] == told[1]  # (the second run finds the reference of the first)
+    assert last_digest(shared) == last_digest(apart)
+    assert shared.status == apart.status
+    judged, iters = 4, 3
+    assert passes.count("shared") == (judged + iters) + 2 * iters + (judged + iters), "steps 0, 1 and 2"
+    assert passes.count("apart") == passes.count("shared") + 2 * iters
 
 
 def test_a_run_logs_the_loss_of_the_sample(tiny_directory, tmp_path):

@@ -14,6 +14,7 @@ class Timetable:
 
     numbers: step -> the numbers of its micro-batches; steps follow each other.
     learning_rate: step -> the rate of its update.
+    eval_iters: batches of each split in an estimate.
     eval_cost: forward passes of an estimate, as many micro-batches as it reads, in times of a step.
     keep: newest checkpoints that are kept; the best ones always are.
     patience: estimates without a lower validation loss after which the training is over; None: it takes all its steps.
@@ -25,6 +26,7 @@ class Timetable:
     learning_rate: Callable[[int], float]
     eval_every: int
     eval_at_start: bool
+    eval_iters: int
     eval_cost: float
     checkpoint_every: int
     keep: int

@@ -37,7 +37,7 @@ from tunesmith.train.launch import Launched, Launcher
 from tunesmith.train.outlook import Outlook
 from tunesmith.train.splitting import Split
 from tunesmith.train.step import StepStats
-from tunesmith.train.task import B, Task
+from tunesmith.train.task import B, Sampled, Task
 from tunesmith.train.trainee import Trainee
 
 UNSPOKEN = ("train_accuracy", "_reward", "_drift_chosen", "_drift_rejected")  # metrics that go to the log only
@@ -101,6 +101,7 @@ class Training(Generic[B]):
         )
         self.bar = Progress(timetable.steps, state.step)
         self.waiting: deque[Launched[B]] = deque()  # launched and not read, oldest first; at most two
+        self.sampled: Sampled = []  # an estimate and the loss that the same step is judged by share what they compute
         self.trouble, self.diverged_at, self.stopped = "", 0, False
 
     def run(self) -> None:
@@ -150,6 +151,7 @@ class Training(Generic[B]):
         """Give the device the next step. Raises: whatever making its batches or taking it does."""
         began = self.waiting[-1].ended if self.waiting else self.launcher.now()
         number = self.state.step + len(self.waiting) + 1
+        self.sampled.clear()  # of the weights before this step
         try:
             batches = [self.task.micro_batch(i) for i in self.timetable.numbers(number)]
             lr = self.timetable.learning_rate(number)
@@ -216,7 +218,11 @@ class Training(Generic[B]):
         state = self.state
         state.judged_on = batches_to_judge_by(self.timetable.micro_batches)
         with contextlib.suppress(Interrupted):
-            self.watch.before = state.loss_before = self.task.train_loss(state.judged_on)
+            self.watch.before = state.loss_before = self._judged_loss()
+
+    def _judged_loss(self) -> float:
+        """The loss by which a divergence is judged. Raises: Interrupted."""
+        return self.task.train_loss(self.state.judged_on, self.sampled)
 
     def _look(self) -> None:
         """Take the loss that a divergence is judged by, if losses have raised a suspicion. A stop leaves that to the resumed run."""
@@ -224,7 +230,7 @@ class Training(Generic[B]):
         if watch.look_at is None or not watch.look_at <= step < self.timetable.steps:  # `_finish` looks after the last
             return
         with contextlib.suppress(Interrupted):
-            loss = self.task.train_loss(self.state.judged_on)
+            loss = self._judged_loss()
             if reason := watch.judge(loss):
                 self._diverged_at(step, reason, loss=loss)
 
@@ -259,14 +265,16 @@ class Training(Generic[B]):
 
     def _estimate(self) -> None:
         """Losses on fixed rows, and where asked for the rewards of answers. Raises: Interrupted, with nothing logged."""
-        began, state = time.perf_counter(), self.state
-        metrics, parts = self.task.evaluate()
+        state, iters, began = self.state, self.timetable.eval_iters, time.perf_counter()
+        shared = min(len(self.sampled), iters)
+        metrics, parts = self.task.evaluate(self.sampled)
+        spared = (time.perf_counter() - began) * shared / (2 * iters - shared)  # the next estimates share nothing
         spoken = {k: v for k, v in metrics.items() if not k.endswith(UNSPOKEN)}
         self._say(", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in spoken.items()))
         rewards = self.task.reward_at(state.step) if self.task.reward_at else {}  # may be broken off too: log after it
         self.log.record("eval", state.step, **metrics)
         self.log.keep_losses(state.step, parts)
-        self.outlook.estimate_seconds.append(time.perf_counter() - began)
+        self.outlook.estimate_seconds.append(time.perf_counter() - began + spared)
         state.take_estimate(metrics["validation_loss"])
         if rewards:
             self.log.record("reward", state.step, **rewards)
@@ -298,7 +306,7 @@ class Training(Generic[B]):
         """All steps are taken, patience is over, or the training has diverged, which may only be found now."""
         if self.timetable.diverge_after and not self.trouble:
             try:
-                loss = self.task.train_loss(self.state.judged_on)
+                loss = self._judged_loss()
             except Interrupted:
                 self._stop()
                 return

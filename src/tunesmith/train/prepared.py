@@ -19,7 +19,7 @@ from tunesmith.device import Precision
 from tunesmith.options.training import DPOConfig
 from tunesmith.train.resolve import iters_of, precision_of
 from tunesmith.train.splits import Splits, describe_pairs, load_splits, pair_batches, text_batches
-from tunesmith.train.task import Estimated, LossSum, Task
+from tunesmith.train.task import Estimated, LossSum, Sampled, Task
 from tunesmith.train.trainee import AnyConfig, Trainee
 
 
@@ -101,8 +101,8 @@ class Prepared:
     def task(
         self,
         loss_sum: LossSum,
-        evaluate: Callable[[], Estimated],
-        train_loss: Callable[[int], float],
+        evaluate: Callable[[Sampled], Estimated],
+        train_loss: Callable[[int, Sampled], float],
         about: str,
         opening: Sequence[tuple[str, dict[str, Any]]] = (),
     ) -> Task[Batch]:

@@ -93,6 +93,7 @@ def timetable_of(config: AnyConfig, per_epoch: int | None) -> Timetable:
         learning_rate=lambda step: peak * schedule_factor(o.schedule, step, steps=steps, warmup_steps=warmup_steps),
         eval_every=e.every,
         eval_at_start=e.at_start,
+        eval_iters=iters_of(config),
         eval_cost=2 * iters_of(config) / passes_of(config),
         checkpoint_every=config.checkpoint.every,
         keep=config.checkpoint.keep,

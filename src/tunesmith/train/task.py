@@ -32,6 +32,10 @@ Estimated = tuple[dict[str, float], Sums]
 """Metrics by their names in the log, and the validation loss batch by batch."""
 
 
+Sampled = list[Any]
+"""Results of forward passes over the first batches of the training sample, in order."""
+
+
 @dataclass(frozen=True)
 class Task(Generic[B]):
     """One training as a command has prepared it: its data, its loss, and the words for both. `session.run_training` carries it out.
@@ -39,8 +43,10 @@ class Task(Generic[B]):
     micro_batch: number from 0 -> batch on the device; the same number always gives the same batch.
     per_epoch: micro-batches in an epoch; None where it has no end.
     loss_sum: batch -> its summed loss, as `step.optimizer_step` takes it.
-    evaluate: -> metrics, `validation_loss` among them, and that loss batch by batch.
-    train_loss: number of micro-batches -> the loss on so many, drawn from all the training rows and always the same.
+    evaluate: sampled -> metrics, `validation_loss` among them, and that loss batch by batch.
+    train_loss: (number of micro-batches, sampled) -> the loss on so many, drawn from all the training rows and always the same.
+        sampled: what either of the two has computed of these rows with the weights as they are (`splitting.within_memory`);
+        the loop empties it when it launches a step.
     describe_rows: says where the rows of the given batches come from, for the message about a divergence.
     counted: what the log calls the number of examples that the loss is a mean over.
     about: the data in words, for the line that is printed before the first step.
@@ -55,8 +61,8 @@ class Task(Generic[B]):
     micro_batch: Callable[[int], B]
     per_epoch: int | None
     loss_sum: Callable[[B], Tensor]
-    evaluate: Callable[[], Estimated]
-    train_loss: Callable[[int], float]
+    evaluate: Callable[[Sampled], Estimated]
+    train_loss: Callable[[int, Sampled], float]
     describe_rows: Callable[[Sequence[B]], str]
     counted: str
     about: str

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tunesmith.models.model import Model
     from tunesmith.train.pair_loss import PreferenceLoss, Reference
     from tunesmith.train.prepared import Data, Prepared
-    from tunesmith.train.task import Estimated, LossSum, Task
+    from tunesmith.train.task import Estimated, LossSum, Sampled, Task
     from tunesmith.train.trainee import Trainee
 
 BETAS = (1e-5, 1e3)  # between which a preference can be learned
@@ -109,8 +109,8 @@ def task(run: Prepared) -> Task[Any]:
     on_train, on_validation, kept = make_references(run)
     estimate = partial(estimate_dpo, model, settings=settings, precision=precision)
 
-    def evaluate() -> Estimated:
-        seen, _ = estimate(train.sample(iters), on_train)
+    def evaluate(sampled: Sampled) -> Estimated:
+        seen, _ = estimate(train.sample(iters), on_train, kept=sampled)
         held_out, losses = estimate(validation.fixed(iters), on_validation)
         metrics = pair_metrics(seen, held_out)
         if watched is not None:
@@ -120,7 +120,7 @@ def task(run: Prepared) -> Task[Any]:
     return run.task(
         loss_sum=loss_sum(model, run.config, on_train),
         evaluate=evaluate,
-        train_loss=lambda n: estimate(train.sample(n), on_train)[0]["loss"],
+        train_loss=lambda n, sampled: estimate(train.sample(n), on_train, kept=sampled)[0]["loss"],
         about=f"{len(train.rows):,} pairs, {train.rows_per_epoch:,} batch rows per epoch, reference {kept['mode']}",
         opening=[run.pairs_event(), ("reference", kept)],
     )

@@ -15,7 +15,7 @@ from tunesmith.train.methods.preferences import OBSERVED, check_pair_options, pa
 if TYPE_CHECKING:
     from tunesmith.models.reward_head import RewardModel
     from tunesmith.train.prepared import Prepared
-    from tunesmith.train.task import Estimated, LossSum, Task
+    from tunesmith.train.task import Estimated, LossSum, Sampled, Task
 
 
 def check(config: RewardConfig) -> list[str]:
@@ -44,15 +44,15 @@ def task(run: Prepared) -> Task[Any]:
     model: Any = run.trainee.model
     train, validation, precision = run.data.train, run.data.validation, run.precision
 
-    def evaluate() -> Estimated:
-        on_train, _ = estimate_reward(model, train.sample(run.iters), precision)
+    def evaluate(sampled: Sampled) -> Estimated:
+        on_train, _ = estimate_reward(model, train.sample(run.iters), precision, sampled)
         on_validation, losses = estimate_reward(model, validation.fixed(run.iters), precision)
         return pair_metrics(on_train, on_validation), losses
 
     return run.task(
         loss_sum=loss_sum(model, run.config),
         evaluate=evaluate,
-        train_loss=lambda n: estimate_reward(model, train.sample(n), precision)[0]["loss"],
+        train_loss=lambda n, sampled: estimate_reward(model, train.sample(n), precision, sampled)[0]["loss"],
         about=f"{len(train.rows):,} pairs, {train.rows_per_epoch:,} batch rows per epoch",
         opening=[run.pairs_event()],
     )

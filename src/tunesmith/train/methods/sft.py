@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tunesmith.models.model import Model
     from tunesmith.options.pretraining import PretrainConfig
     from tunesmith.train.prepared import Prepared
-    from tunesmith.train.task import Estimated, LossSum, Task
+    from tunesmith.train.task import Estimated, LossSum, Sampled, Task
     from tunesmith.train.token_loss import LossEstimate
 
 
@@ -44,8 +44,8 @@ def token_task(run: Prepared, about: str, more: Callable[[LossEstimate], dict[st
 
     model, precision, train, validation = run.trainee.trunk, run.precision, run.data.train, run.data.validation
 
-    def evaluate() -> Estimated:
-        on_train = estimate_loss(model, train.sample(run.iters), precision)
+    def evaluate(sampled: Sampled) -> Estimated:
+        on_train = estimate_loss(model, train.sample(run.iters), precision, sampled)
         on_validation = estimate_loss(model, validation.fixed(run.iters), precision)
         metrics = {
             "train_loss": on_train.loss,
@@ -57,7 +57,7 @@ def token_task(run: Prepared, about: str, more: Callable[[LossEstimate], dict[st
     return run.task(
         loss_sum=token_loss_sum(model, run.config),
         evaluate=evaluate,
-        train_loss=lambda n: estimate_loss(model, train.sample(n), precision).loss,
+        train_loss=lambda n, sampled: estimate_loss(model, train.sample(n), precision, sampled).loss,
         about=about,
     )
 
