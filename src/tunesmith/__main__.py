@@ -329,9 +329,14 @@ def _told(error: Exception) -> str:
         where = f"{error.filename}: " if error.filename else ""
         elsewhere = "name a writable directory with --out"
         remedy = {
-            errno.ENOSPC: "free some space or name another directory with --out", errno.EROFS: elsewhere, errno.EACCES: elsewhere,
-            errno.EEXIST: elsewhere, errno.ENOTDIR: elsewhere, errno.ENOENT: "check the path", errno.EISDIR: "name a file",
-        }.get(error.errno or 0, "")  # fmt: skip
+            errno.ENOSPC: "free some space or name another directory with --out",
+            errno.EROFS: elsewhere,
+            errno.EACCES: elsewhere,
+            errno.EEXIST: elsewhere,
+            errno.ENOTDIR: elsewhere,
+            errno.ENOENT: "check the path",
+            errno.EISDIR: "name a file",
+        }.get(error.errno or 0, "")
         return f"{where}{error.strerror or error}{'; ' + remedy if remedy else ''}"
     return " ".join(str(error).split())
 

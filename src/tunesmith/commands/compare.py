@@ -48,9 +48,13 @@ from tunesmith.progress import Progress
 
 # by level of change, -3 to 3: orange where A finds the token likelier, blue where B does
 COLOURS = {
-    -3: "white on #b34700", -2: "black on #f5a86a", -1: "black on #fde0c5",
-    1: "black on #cfe8fa", 2: "black on #7fc0ee", 3: "white on #0068a8",
-}  # fmt: skip
+    -3: "white on #b34700",
+    -2: "black on #f5a86a",
+    -1: "black on #fde0c5",
+    1: "black on #cfe8fa",
+    2: "black on #7fc0ee",
+    3: "white on #0068a8",
+}
 
 
 def compare(a: str, b: str, options: CompareCommand) -> Comparison:

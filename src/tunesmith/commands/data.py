@@ -150,9 +150,15 @@ def _show_audit(
 ) -> list[str]:
     others = [_other(name, data) for name in dict.fromkeys(options.against)]
     found = audit(
-        source, tokenizer, block_size=block_size_of(data), truncation=None if data.batching == "windows" else data.truncation,
-        loss_on=resolve_loss_on(data.loss_on, data.batching), holdout=data.holdout, seed=data.rows_seed, against=others,
-    )  # fmt: skip
+        source,
+        tokenizer,
+        block_size=block_size_of(data),
+        truncation=None if data.batching == "windows" else data.truncation,
+        loss_on=resolve_loss_on(data.loss_on, data.batching),
+        holdout=data.holdout,
+        seed=data.rows_seed,
+        against=others,
+    )
     _show_form(console, {split.split: split.form for split in found.splits})
     console.print(audit_table(found, options.tokenizer))
     problems = found.problems()

@@ -222,9 +222,13 @@ def loss_record(answers: Sequence[AnswerLoss], alone: Mapping[int, int]) -> dict
     loss = found.pop("mean")
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return {
-        "loss": loss, "low": found["low"], "high": found["high"], "perplexity": perplexity,
-        "tokens": sum(a.tokens for a in answers), "answers": len(answers),
-    }  # fmt: skip
+        "loss": loss,
+        "low": found["low"],
+        "high": found["high"],
+        "perplexity": perplexity,
+        "tokens": sum(a.tokens for a in answers),
+        "answers": len(answers),
+    }
 
 
 def by_bucket(
@@ -346,8 +350,9 @@ def print_preference(console: Console, title: str, found: dict[str, Any]) -> Non
     rows = [
         ("prefers the chosen answer", found["accuracy"], True),
         ("  where both are of similar length", found["accuracy_at_like_length"], True),
-        ('the rule "longer is better"', found["longer_chosen"], True), ("mean margin", found["margin"], False),
-    ]  # fmt: skip
+        ('the rule "longer is better"', found["longer_chosen"], True),
+        ("mean margin", found["margin"], False),
+    ]
     for label, x, share in rows:
         if x is not None:
             table.add_row(label, f"{x['n']:,}", interval_text(x, percent=share))

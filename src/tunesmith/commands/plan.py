@@ -138,19 +138,37 @@ def _record(asked: Setting, s: Setting, time: StepTime | None) -> dict[str, Any]
     tokens, steps = s.work.tokens * t.accumulate, t.steps or 1000
     forward = (time.micro_batch if time else seconds / t.accumulate) / 3
     return {
-        "command": s.method.command, "model": s.config.model.name, "device": s.place.name,
-        "precision": t.precision, "changes": dict(s.changes), "exact": is_exact(s.changes),
+        "command": s.method.command,
+        "model": s.config.model.name,
+        "device": s.place.name,
+        "precision": t.precision,
+        "changes": dict(s.changes),
+        "exact": is_exact(s.changes),
         "memory": {
-            "parameters": m.parameters, "gradients": m.gradients, "optimizer": m.optimizer, "activations": m.activations,
-            "logits": m.logits, "counted_peak": m.peak, "moment": m.moment, "moments": dict(m.moments),
-            "peak": round(s.peak), "base": round(s.place.base), "total": round(s.total),
+            "parameters": m.parameters,
+            "gradients": m.gradients,
+            "optimizer": m.optimizer,
+            "activations": m.activations,
+            "logits": m.logits,
+            "counted_peak": m.peak,
+            "moment": m.moment,
+            "moments": dict(m.moments),
+            "peak": round(s.peak),
+            "base": round(s.place.base),
+            "total": round(s.total),
         },
-        "asked_total": round(asked.total), "memory_source": "counted",
-        "tokens_per_step": tokens, "seconds_per_step": seconds, "tokens_per_s": tokens / seconds,
-        "steps": t.steps, "training_seconds": steps * seconds, "estimates_seconds": estimate_passes(s.config, steps) * forward,
+        "asked_total": round(asked.total),
+        "memory_source": "counted",
+        "tokens_per_step": tokens,
+        "seconds_per_step": seconds,
+        "tokens_per_s": tokens / seconds,
+        "steps": t.steps,
+        "training_seconds": steps * seconds,
+        "estimates_seconds": estimate_passes(s.config, steps) * forward,
         "time_source": "probed here" if time else "estimated from the data sheet, not measured",
-        "text_tokens": s.rows.text_tokens, "supervised": s.rows.supervised,
-    }  # fmt: skip
+        "text_tokens": s.rows.text_tokens,
+        "supervised": s.rows.supervised,
+    }
 
 
 def _time_lines(s: Setting, record: dict[str, Any]) -> list[str]:
@@ -189,9 +207,12 @@ def _header(s: Setting, record: dict[str, Any]) -> list[str]:
 def _memory_lines(s: Setting) -> list[str]:
     m = s.memory
     parts = {
-        "parameters": m.parameters, "gradients": m.gradients, "optimizer state": m.optimizer,
-        "activations": m.activations, "logits": m.logits,
-    }  # fmt: skip
+        "parameters": m.parameters,
+        "gradients": m.gradients,
+        "optimizer state": m.optimizer,
+        "activations": m.activations,
+        "logits": m.logits,
+    }
     lines = ["memory                  calculated; not all of it is in use at once"]
     lines += [f"  {name:<20}  {_gb(size)}" for name, size in parts.items()]
     lines.append(f"  {'peak':<20}  {_gb(m.peak)}, at {m.moment}")

@@ -196,10 +196,17 @@ def show(
     for name in wanted:
         run, forecast, seconds, state = plan.runs[name], forecasts[name], expected[name], ledger.state(name)
         memory = forecast and forecast.memory
-        rows.append((
-            name, run.command, "; ".join(shown_as.get(name, [])), ", ".join(run.needs), state,
-            f"{memory.peak / 1e9:.2f} GB" if memory else "?", span(seconds.value) if seconds else "?",
-        ))  # fmt: skip
+        rows.append(
+            (
+                name,
+                run.command,
+                "; ".join(shown_as.get(name, [])),
+                ", ".join(run.needs),
+                state,
+                f"{memory.peak / 1e9:.2f} GB" if memory else "?",
+                span(seconds.value) if seconds else "?",
+            )
+        )
         largest = max(largest, memory.peak if memory else 0)
         if seconds is None:
             unknown += 1

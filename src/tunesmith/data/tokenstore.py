@@ -232,9 +232,13 @@ def _encode(rows: Iterator[Located], tokenizer: Tokenizer, form: Form, directory
     """The columns of a store, a block of rows at a time; while one is encoded the next is read."""
     small = tokenizer.vocab_size <= 1 << 16
     kinds: dict[str, tuple[Any, ...]] = {
-        "tokens": (np.uint16 if small else np.int32,), "flags": (np.uint8,), "offsets": (np.int64,), "taught": (np.int32,),
-        "plain": (np.bool_,), "places": (np.int32, (2,)),
-    }  # fmt: skip
+        "tokens": (np.uint16 if small else np.int32,),
+        "flags": (np.uint8,),
+        "offsets": (np.int64,),
+        "taught": (np.int32,),
+        "plain": (np.bool_,),
+        "places": (np.int32, (2,)),
+    }
     columns: dict[str, _Column] = {}
     with contextlib.ExitStack() as files:
         for name in COLUMNS:

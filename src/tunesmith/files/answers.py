@@ -18,8 +18,10 @@ from tunesmith.jsontext import json_lines
 FinishReason = Literal["stop", "length", "context"]
 """Why an answer ended: by itself, at the limit of new tokens, or because the model has no further positions."""
 ENDINGS: dict[FinishReason, str] = {
-    "stop": "ended by itself", "length": "cut at the token limit", "context": "cut where the model's context ends"
-}  # fmt: skip
+    "stop": "ended by itself",
+    "length": "cut at the token limit",
+    "context": "cut where the model's context ends",
+}
 ANSWER_END = "<|endoftext|>"
 """How the end of an answer is written among the texts of its tokens, in records and on pages, whichever token it is."""
 _LEAK = re.compile(rf"^\s*({'|'.join(ROLE_NAMES)})\s*:", re.IGNORECASE | re.MULTILINE)

@@ -72,9 +72,13 @@ def rewards_at_steps(
     def reward_at(step: int) -> dict[str, Any]:
         with torch.compiler.set_stance("force_eager"):  # answers grow token by token: no shape comes twice
             answers = answer_prompts(
-                trainee.trunk, trainee.tokenizer, prompts, GenerateOptions(max_new_tokens=options.max_new_tokens),
-                scorer=scorer, samples=options.samples,
-            )  # fmt: skip
+                trainee.trunk,
+                trainee.tokenizer,
+                prompts,
+                GenerateOptions(max_new_tokens=options.max_new_tokens),
+                scorer=scorer,
+                samples=options.samples,
+            )
         write_answers(path / "answers" / f"{step_name(step)}.jsonl", answers)
         told = {"scorer": scorer.name, "samples": options.samples}
         return reward_summary(answers) | measures(answers) | told

@@ -57,9 +57,11 @@ def preference_record(values: Array, store: PairStore, numbers: Array, by: str) 
     every = np.ones(len(values), bool)
     margin = ratio_interval(*by_prompt(values[:, 0] - values[:, 1], every))
     record = {
-        "pairs": len(values), "by": by, "accuracy": interval_record(clustered_share(*by_prompt(better, every))),
+        "pairs": len(values),
+        "by": by,
+        "accuracy": interval_record(clustered_share(*by_prompt(better, every))),
         "margin": interval_record(dataclasses.replace(margin, n=len(values))),
         "longer_chosen": interval_record(clustered_share(*by_prompt(longer, every))),
-    }  # fmt: skip
+    }
     alike_only = clustered_share(*by_prompt(better, like)) if like.any() else None
     return record | {"accuracy_at_like_length": alike_only and interval_record(alike_only)}, notes

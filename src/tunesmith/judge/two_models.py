@@ -193,9 +193,12 @@ def model_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     rows = [both("mean reward", lambda s: interval_text(s["reward"]))] if "reward" in summary else []
     rows.append(both("mean length, tokens", lambda s: f"{s['length']:.1f}"))
     shares = {
-        "self_stopped": "ended by themselves", "repetition": "repeated four-word sequences", "distinct_1": "distinct words (distinct-1)",
-        "distinct_2": "distinct word pairs (distinct-2)", "role_leaks": "answers with a role marker",
-    }  # fmt: skip
+        "self_stopped": "ended by themselves",
+        "repetition": "repeated four-word sequences",
+        "distinct_1": "distinct words (distinct-1)",
+        "distinct_2": "distinct word pairs (distinct-2)",
+        "role_leaks": "answers with a role marker",
+    }
     return rows + [both(label, lambda s, name=name: f"{100 * s[name]:.1f} %") for name, label in shares.items()]
 
 

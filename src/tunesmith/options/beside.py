@@ -10,8 +10,21 @@ from typing import Any
 
 from tunesmith.jsontext import parse_json
 
-PLACES = ("model.name", "model.base", "data.name", "data.root", "data.rm_static", "dpo.sft_data", "eval.reward", "eval.prompts",
-          "tokenizer.name", "prompts", "reward", "reference", "against")  # fmt: skip
+PLACES = (
+    "model.name",
+    "model.base",
+    "data.name",
+    "data.root",
+    "data.rm_static",
+    "dpo.sft_data",
+    "eval.reward",
+    "eval.prompts",
+    "tokenizer.name",
+    "prompts",
+    "reward",
+    "reference",
+    "against",
+)
 """Options that name something to read. What is written (`out`) goes by the current directory alone."""
 SETS = ("data.name", "dpo.sft_data", "against")  # may be several, with weights
 NAMED_SETS = ("sample", "hh", "hh-static", "hh-helpful-half", "hh-pairs")

@@ -45,15 +45,33 @@ PAGES = {
         "Shows what a data set holds: the format recognised, rows, tokens, lengths, and what was skipped and why. "
         "--show prints rows with the tokens that carry loss highlighted.",
         ("tunesmith data sample --show 2", "tunesmith data my.jsonl --audit"),
-        ("show", "audit", "against", "tokenizer", "data.columns", "data.block_size", "data.loss_on", "data.root", "data.max_rows", "out"),
+        (
+            "show",
+            "audit",
+            "against",
+            "tokenizer",
+            "data.columns",
+            "data.block_size",
+            "data.loss_on",
+            "data.root",
+            "data.max_rows",
+            "out",
+        ),
     ),
     "pretrain": Page(
         "Trains a new GPT-2, and its tokenizer, from plain text. Short texts share a row without attending to each other, "
         "long ones are cut into rows.",
         ("tunesmith pretrain --data book.txt --model.n_layer 4 --model.n_embd 384",),
         (
-            "data.name", "model.n_layer", "model.n_head", "model.n_embd", "model.block_size", "tokenizer.name",
-            *TRAINING[:1], *TRAINING[2:], "out",
+            "data.name",
+            "model.n_layer",
+            "model.n_head",
+            "model.n_embd",
+            "model.block_size",
+            "tokenizer.name",
+            *TRAINING[:1],
+            *TRAINING[2:],
+            "out",
         ),
     ),
     "sft": Page(
@@ -78,8 +96,17 @@ PAGES = {
         "Loss and perplexity of a model on a data set, by turn and by length; on pairs, how often it prefers the chosen "
         "answer. Every figure has a 95 % interval.",
         ("tunesmith evaluate sample sample", "tunesmith evaluate runs/NAME my.jsonl --out figures.json"),
-        ("split", "trained", "reference", "batch_size", "data.block_size", "data.columns", "data.root",
-            "precision", "out"),
+        (
+            "split",
+            "trained",
+            "reference",
+            "batch_size",
+            "data.block_size",
+            "data.columns",
+            "data.root",
+            "precision",
+            "out",
+        ),
     ),
     "score": Page(
         "Lets models answer a set of prompts and scores the answers with a reward model; every mean has a 95 % "
@@ -92,14 +119,30 @@ PAGES = {
         "who wins. Differences are those of B against A.",
         ("tunesmith compare sample runs/NAME --limit 5", "tunesmith compare runs/SFT runs/DPO --reward runs/REWARD"),
         (
-            "prompts", "limit", "reward", "judge", "judge_model", "logprobs", "generate.temperature",
-            "generate.max_new_tokens", "out", "html",
+            "prompts",
+            "limit",
+            "reward",
+            "judge",
+            "judge_model",
+            "logprobs",
+            "generate.temperature",
+            "generate.max_new_tokens",
+            "out",
+            "html",
         ),
     ),
     "chat": Page(
         "Talks to a model in the terminal; answers appear as they are written. /help lists the chat commands.",
         ("tunesmith chat sample", "tunesmith chat runs/NAME"),
-        ("system", "generate.temperature", "generate.top_p", "generate.top_k", "generate.max_new_tokens", "generate.seed", "device"),
+        (
+            "system",
+            "generate.temperature",
+            "generate.top_p",
+            "generate.top_k",
+            "generate.max_new_tokens",
+            "generate.seed",
+            "device",
+        ),
     ),
     "plan": Page(
         "Memory and time of a training run, before running it; no data is read and no weights are loaded. It plans "
@@ -111,8 +154,16 @@ PAGES = {
             "tunesmith plan pretrain --model gpt2 --device a100",
         ),
         (
-            "model.name", "device", "fit", "fit_inexact", "text_tokens", "supervised", "data.block_size",
-            "train.batch_size", "train.steps", "out",
+            "model.name",
+            "device",
+            "fit",
+            "fit_inexact",
+            "text_tokens",
+            "supervised",
+            "data.block_size",
+            "train.batch_size",
+            "train.steps",
+            "out",
         ),
     ),
     "study": Page(
@@ -127,7 +178,7 @@ PAGES = {
         ("tunesmith report runs/SFT runs/DPO", "tunesmith report studies/paper-smoke"),
         ("out",),
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

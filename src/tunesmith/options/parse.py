@@ -26,11 +26,19 @@ ARGUMENT = "argument-"  # before an argument's name for the parser: `model` is a
 PRESETS = Path(__file__).parents[1] / "presets"
 T = TypeVar("T")
 ELSEWHERE = {
-    "learning_rate": "optimizer.lr", "gradient_accumulation_steps": "train.accumulate", "num_train_epochs": "train.epochs",
-    "max_steps": "train.steps", "per_device_train_batch_size": "train.batch_size", "max_length": "data.block_size",
-    "r": "lora.rank", "lora_r": "lora.rank", "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout",
-    "target_modules": "lora.targets", "loss_type": "dpo.loss",
-}  # fmt: skip
+    "learning_rate": "optimizer.lr",
+    "gradient_accumulation_steps": "train.accumulate",
+    "num_train_epochs": "train.epochs",
+    "max_steps": "train.steps",
+    "per_device_train_batch_size": "train.batch_size",
+    "max_length": "data.block_size",
+    "r": "lora.rank",
+    "lora_r": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "target_modules": "lora.targets",
+    "loss_type": "dpo.loss",
+}
 """What options are called in transformers and TRL."""
 
 
@@ -334,6 +342,8 @@ def nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
     tails = {k.rsplit(".", 1)[-1]: k for k in known} | {a: k for a, k in ELSEWHERE.items() if k in known}
     tail = difflib.get_close_matches(name.rsplit(".", 1)[-1], tails, 1, 0.8)
     close = [
-        *difflib.get_close_matches(name, known, 1, 0.85), *(tails[t] for t in tail), *difflib.get_close_matches(name, known, 1, 0.5)
-    ]  # fmt: skip
+        *difflib.get_close_matches(name, known, 1, 0.85),
+        *(tails[t] for t in tail),
+        *difflib.get_close_matches(name, known, 1, 0.5),
+    ]
     return f". Did you mean {prefix}{close[0]}?" if close else ""

@@ -183,13 +183,22 @@ def work_of(config: AnyConfig, shape: Config, rows: Rows) -> Work:
         supervised = 2 * max(1, round(tokens / rows.text_tokens))
     mode = t.activation_checkpointing
     return Work(
-        tokens, config.optimizer.name, supervised=max(1, supervised), packed=d.batching == "packed" or method.scored,
-        micro_batches=t.accumulate, rank=lora.rank, targets=targets, half=half,
+        tokens,
+        config.optimizer.name,
+        supervised=max(1, supervised),
+        packed=d.batching == "packed" or method.scored,
+        micro_batches=t.accumulate,
+        rank=lora.rank,
+        targets=targets,
+        half=half,
         chunk=head_chunk(t.precision) if t.precision != "auto" else 256,
-        checkpointing=False if mode == "auto" else mode, in_backward=t.optimizer_in_backward,
-        bf16_weights=t.weights == "bf16", copies=method.step_work(config).copies, head=not method.scored,
+        checkpointing=False if mode == "auto" else mode,
+        in_backward=t.optimizer_in_backward,
+        bf16_weights=t.weights == "bf16",
+        copies=method.step_work(config).copies,
+        head=not method.scored,
         shared_keys=shared_keys(tokens, rows.supervised) if method.pairs else 0,
-    )  # fmt: skip
+    )
 
 
 def estimate_passes(config: AnyConfig, steps: int, *, done: int = 0) -> float:
@@ -239,9 +248,11 @@ def alternatives(config: AnyConfig, *, inexact: bool) -> Iterator[dict[str, Any]
         early = {"train.optimizer_in_backward": True} | ({"train.grad_clip": 0.0} if t.grad_clip else {})
         free: dict[str, list[Any]] = {
             **{option: [value] for option, (value, _) in method_of(config).cheaper(config).items()},
-            "train.activation_checkpointing": modes, "train.weights": weights, "optimizer.name": optimizers,
+            "train.activation_checkpointing": modes,
+            "train.weights": weights,
+            "optimizer.name": optimizers,
             "train.allocator": allocators,
-        }  # fmt: skip
+        }
         choices: list[list[dict[str, Any]]] = [[{}, *({key: v} for v in values)] for key, values in free.items()]
         for some in itertools.product(*choices, [{}, early] if may_be_early else [{}]):
             yield functools.reduce(operator.or_, some, fewer)

@@ -155,10 +155,20 @@ def _study(content: dict[str, Any], file: str, stem: str, scale: str | None, fol
     if not helpers and not any(e.entries for e in experiments):
         raise UsageError(f"{file}: no runs; give `experiments:` with at least one, as in docs/study.md")
     return StudyFile(
-        name, scale, str(content.get("title", name)), file, batching, tuple(seeds), base, helpers, experiments,
-        _names(content.get("figures", []), f"{file}: figures"), _names(content.get("tables", []), f"{file}: tables"),
-        {**content, "scale": scale}, folder,
-    )  # fmt: skip
+        name,
+        scale,
+        str(content.get("title", name)),
+        file,
+        batching,
+        tuple(seeds),
+        base,
+        helpers,
+        experiments,
+        _names(content.get("figures", []), f"{file}: figures"),
+        _names(content.get("tables", []), f"{file}: tables"),
+        {**content, "scale": scale},
+        folder,
+    )
 
 
 def _experiment(id: str, body: Any, where: str) -> Experiment:
@@ -199,7 +209,9 @@ def _entry(name: str, body: Any, shared: Mapping[str, Any], where: str) -> Entry
             raise UsageError(f"{where}.matrix.{option}: {values!r}, expected a list of values")
     config = given.get("config", [])
     return Entry(
-        name, where, command,
+        name,
+        where,
+        command,
         config=tuple(_names([config] if isinstance(config, str) else config, f"{where}.config")),
         settings=settings,
         matrix=matrix,
@@ -208,7 +220,7 @@ def _entry(name: str, body: Any, shared: Mapping[str, Any], where: str) -> Entry
         once=_switch(given.get("once", False), f"{where}.once"),
         continues=None if given.get("continues") is None else str(given["continues"]).removeprefix("@"),
         needs=tuple(n.removeprefix("@") for n in _names(given.get("needs", []), f"{where}.needs")),
-    )  # fmt: skip
+    )
 
 
 def flatten(settings: Any, command: str, where: str) -> dict[str, Any]:

@@ -70,9 +70,14 @@ def launch(job: Job) -> subprocess.Popen[bytes]:
             time.sleep(0.1)
         return subprocess.Popen(
             [sys.executable, "-m", "tunesmith", *job.argv],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=job.directory,
-            env={**os.environ, **job.environment}, process_group=0, preexec_fn=_dies_with_parent(),
-        )  # fmt: skip
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=job.directory,
+            env={**os.environ, **job.environment},
+            process_group=0,
+            preexec_fn=_dies_with_parent(),
+        )
 
 
 def _locked(descriptor: int) -> bool:

@@ -131,14 +131,23 @@ def _mark_choice(axes: Any, training: Judged, line: Line) -> None:
         for s in choice_of(training.run).get("not_distinguishable") or ()
     }
     if marks := [(step, value) for step, value in mean_curve(line) if step in level and step != training.best]:
-        axes.plot(*zip(*marks, strict=True), linestyle="", marker="o", markersize=10, markerfacecolor="none",
-                  markeredgecolor=look.MARK, label="not distinguishable from it")  # fmt: skip
+        axes.plot(
+            *zip(*marks, strict=True),
+            linestyle="",
+            marker="o",
+            markersize=10,
+            markerfacecolor="none",
+            markeredgecolor=look.MARK,
+            label="not distinguishable from it",
+        )
 
 
 PANELS = (
-    ("validation_loss", "loss, nats per pair"), ("validation_accuracy", "share with the chosen ahead"),
-    ("validation_margin", "reward margin"), ("drift", "drift, nats per answer"),
-)  # fmt: skip
+    ("validation_loss", "loss, nats per pair"),
+    ("validation_accuracy", "share with the chosen ahead"),
+    ("validation_margin", "reward margin"),
+    ("drift", "drift, nats per answer"),
+)
 
 
 def preferences(study: Study, spec: Spec) -> Drawn:

@@ -95,9 +95,17 @@ def work_of(plan: Plan, run: PlannedRun, forecast: Forecast | None) -> RunWork |
     looking = estimate_passes(setting.config, steps, done=done) * setting.forward_operations
     operations = training + (looking if setting.config.eval.iters else min(looking, training * ESTIMATES_SHARE))
     kind = (
-        run.command, s["model.name"], s["data.name"], s["data.max_rows"], s["data.batching"],
-        block_size_of(setting.config.data), bool(s["lora.rank"]), s["optimizer.name"], s["train.precision"], s.get("eval.reward"),
-    )  # fmt: skip
+        run.command,
+        s["model.name"],
+        s["data.name"],
+        s["data.max_rows"],
+        s["data.batching"],
+        block_size_of(setting.config.data),
+        bool(s["lora.rank"]),
+        s["optimizer.name"],
+        s["train.precision"],
+        s.get("eval.reward"),
+    )
     return RunWork(operations, kind)
 
 

@@ -28,8 +28,15 @@ def draw_line(
     early = [s for seed, s in line.seeds.items() if seed in line.partial]
     name = line.label if label is None else label
     for series in early:
-        axes.plot([p.step for p in series], [p.value for p in series], color=colour, linestyle=dash, linewidth=1, alpha=0.8,
-                  label=None if whole else f"{name} (not finished)")  # fmt: skip
+        axes.plot(
+            [p.step for p in series],
+            [p.value for p in series],
+            color=colour,
+            linestyle=dash,
+            linewidth=1,
+            alpha=0.8,
+            label=None if whole else f"{name} (not finished)",
+        )
         axes.plot(series[-1].step, series[-1].value, marker="x", color=colour, markersize=8, markeredgewidth=2)
         name = name if whole else "_again"
     if not whole:

@@ -153,10 +153,18 @@ def _expand(maker: _Maker, entry: Entry, more: Mapping[str, Any] | None = None, 
             written = {k: flat[k] for k in moved}
             maker.add(
                 PlannedRun(
-                    name, entry.command, seed, flat | moved, changed, needs, entry.continues, entry.where, written=written
+                    name,
+                    entry.command,
+                    seed,
+                    flat | moved,
+                    changed,
+                    needs,
+                    entry.continues,
+                    entry.where,
+                    written=written,
                 ),
                 bare,
-            )  # fmt: skip
+            )
             yield Shown(name, _label(entry, config, varied), seed)
             if entry.once:
                 break
@@ -367,12 +375,16 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         },
         "runs": {
             name: {
-                "directory": directory_of(name), "hash": run.hash, "command": run.command,
-                "settings": dict(run.changed), "needs": list(run.needs), "continues": run.continues,
+                "directory": directory_of(name),
+                "hash": run.hash,
+                "command": run.command,
+                "settings": dict(run.changed),
+                "needs": list(run.needs),
+                "continues": run.continues,
             }
             for name, run in plan.runs.items()
         },
         "searches": {id: {label: list(names) for label, names in by.items()} for id, by in plan.searches.items()},
         "figures": list(study.figures),
         "tables": list(study.tables),
-    }  # fmt: skip
+    }

@@ -124,7 +124,13 @@ def _by_label(e: Experiment) -> Table:
             cells.append(Cell(f"{100 * fmean(p.value for p in accuracy.values()):.1f}" if accuracy else ""))
         rows.append((*cells, of_seeds(list(memory[label].values()), 2), of_seeds(minutes, 2)))
     accuracies = [("accuracy, % of the pairs", False)] if units.keys() - {TOKEN} else []
-    head = (("", False), *((f"validation loss, {unit}", True) for unit in units), *accuracies, ("memory, GB", True), ("time, min", True))  # fmt: skip  # noqa: E501
+    head = (
+        ("", False),
+        *((f"validation loss, {unit}", True) for unit in units),
+        *accuracies,
+        ("memory, GB", True),
+        ("time, min", True),
+    )
     caption = "Finished runs only: loss at the last step that all seeds of a label share, peak memory, time spent in training steps."
     return Table(f"table-{e.id}", e.id, e.title, head, tuple(rows), caption, tuple(left))
 
@@ -177,12 +183,15 @@ def overview(study: Study) -> Table:
         best = min(loss, key=lambda p: p.value, default=None)
         steps = run.status.get("step")
         figures = ((best, 3), (run.peak, 2), (run.minutes, 2))
-        rows.append((
-            Cell(run.name, run=run.name), Cell("not run yet" if run.state == "waiting" else run.state),
-            Cell(f"{steps:,}" if is_number(steps) else ""),
-            *(Cell(f"{p.value:,.{digits}f}", sources=(p,)) if p else Cell() for p, digits in figures),
-            Cell(unit_of(run)),
-        ))  # fmt: skip
+        rows.append(
+            (
+                Cell(run.name, run=run.name),
+                Cell("not run yet" if run.state == "waiting" else run.state),
+                Cell(f"{steps:,}" if is_number(steps) else ""),
+                *(Cell(f"{p.value:,.{digits}f}", sources=(p,)) if p else Cell() for p, digits in figures),
+                Cell(unit_of(run)),
+            )
+        )
     names = ("run", "state", "steps", "best validation loss", "memory, GB", "time, min", "unit of the loss")
     head = tuple((h, False) for h in names)
     return Table("table-runs", "", "All runs", head, tuple(rows))

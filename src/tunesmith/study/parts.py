@@ -118,7 +118,12 @@ class Links:
 def inline(plate: Plate) -> str:
     """A figure's SVG for the page: ids of its own, colours that follow light and dark, its title for screen readers."""
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{re.sub(r'[^A-Za-z0-9_-]', '-', plate.name)}-", plate.svg)
-    svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="\1" role="img" aria-label="{esc(plate.title)}">', svg, count=1)  # fmt: skip  # noqa: E501
+    svg = re.sub(
+        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>',
+        rf'<svg xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="\1" role="img" aria-label="{esc(plate.title)}">',
+        svg,
+        count=1,
+    )
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.S)
     for colour, name in NAMED.items():
         svg = svg.replace(colour, f"var(--{name})")

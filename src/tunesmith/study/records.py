@@ -193,9 +193,15 @@ def read_study(path: str | Path) -> Study:
     for key, entry in plan["experiments"].items():
         experiments[key] = Experiment(key, entry.get("title", key), tuple(_members(entry["runs"], runs)))
     return Study(
-        root, plan.get("name", root.name), plan.get("title") or plan.get("name", root.name), plan.get("scale") or "", experiments, runs,
-        tuple(plan.get("figures", ())), tuple(plan.get("tables", ())),
-    )  # fmt: skip
+        root,
+        plan.get("name", root.name),
+        plan.get("title") or plan.get("name", root.name),
+        plan.get("scale") or "",
+        experiments,
+        runs,
+        tuple(plan.get("figures", ())),
+        tuple(plan.get("tables", ())),
+    )
 
 
 def _members(entries: Sequence[Json], runs: Mapping[str, RunRecord]) -> Iterator[Member]:
@@ -251,9 +257,20 @@ def _read_run(root: Path, name: str, entry: Json, progress: Json) -> RunRecord:
     answers = run.answers(damage)
     state, reason = _state(run.path, status, progress)
     return RunRecord(
-        name, run.path, state, reason, entry, config, status, stored("environment.json"), log.lines, log.peak, log.minutes,
-        answers, tuple(damage),
-    )  # fmt: skip
+        name,
+        run.path,
+        state,
+        reason,
+        entry,
+        config,
+        status,
+        stored("environment.json"),
+        log.lines,
+        log.peak,
+        log.minutes,
+        answers,
+        tuple(damage),
+    )
 
 
 def _state(where: Path, status: Json, progress: Json) -> tuple[str, str]:

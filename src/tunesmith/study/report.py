@@ -161,9 +161,15 @@ def _lora(run: Run) -> str:
 
 
 FACTS = (
-    "state", "validation loss, first and best", "validation perplexity, first and best",
-    "validation bits per byte, best", "validation accuracy at the best step", "tokens trained on", "time", "peak memory",
-)  # fmt: skip
+    "state",
+    "validation loss, first and best",
+    "validation perplexity, first and best",
+    "validation bits per byte, best",
+    "validation accuracy at the best step",
+    "tokens trained on",
+    "time",
+    "peak memory",
+)
 
 
 def facts_of(run: Run) -> dict[str, str]:

@@ -92,15 +92,29 @@ def reward_curve(run: Run) -> Plate:
     with style():
         figure, axes = new_figure(height=3.6)
         axes.plot(*_series(events, "mean"), color=VALIDATION, marker="s", label="answers to the prompts")
-        axes.fill_between([r["step"] for r in bounded], [r["low"] for r in bounded], [r["high"] for r in bounded],
-                          color=VALIDATION, alpha=0.15, linewidth=0, label="95 % interval over the prompts")  # fmt: skip
+        axes.fill_between(
+            [r["step"] for r in bounded],
+            [r["low"] for r in bounded],
+            [r["high"] for r in bounded],
+            color=VALIDATION,
+            alpha=0.15,
+            linewidth=0,
+            label="95 % interval over the prompts",
+        )
         choice = run.status.get("choice") or {}
         if (best := choice.get("best_step")) is not None:
             axes.axvline(best, color=MARK, linestyle="--", linewidth=1, label=f"chosen checkpoint (step {best:,})")
         level = [r for r in events if r["step"] in (choice.get("not_distinguishable") or ()) and r["step"] != best]
         if level:
-            axes.plot(*_series(level, "mean"), linestyle="", marker="o", markersize=10, markerfacecolor="none",
-                      markeredgecolor=MARK, label="not distinguishable from it")  # fmt: skip
+            axes.plot(
+                *_series(level, "mean"),
+                linestyle="",
+                marker="o",
+                markersize=10,
+                markerfacecolor="none",
+                markeredgecolor=MARK,
+                label="not distinguishable from it",
+            )
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("reward of the answers (score)")
         thousands(axes)

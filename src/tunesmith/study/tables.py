@@ -95,8 +95,21 @@ def _numeric(text: str) -> bool:
     return text.replace(",", "").replace(".", "").replace("-", "").isdigit()
 
 
-LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-         "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "⁹": "$^9$", "→": r"$\rightarrow$", "±": r"$\pm$"}  # fmt: skip
+LATEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "⁹": "$^9$",
+    "→": r"$\rightarrow$",
+    "±": r"$\pm$",
+}
 
 
 def latex(text: str) -> str:
@@ -110,10 +123,17 @@ def as_latex(table: Table) -> str:
         for i, (_, figure) in enumerate(table.head)
     ]
     lines = [
-        r"\begin{table}", r"  \centering", rf"  \caption{{{latex(table.title)}}}", rf"  \label{{tab:{table.name}}}",
-        rf"  \begin{{tabular}}{{{''.join('r' if n else 'l' for n in numeric)}}}", r"    \toprule",
-        "    " + " & ".join(latex(h) for h, _ in table.head) + r" \\", r"    \midrule",
+        r"\begin{table}",
+        r"  \centering",
+        rf"  \caption{{{latex(table.title)}}}",
+        rf"  \label{{tab:{table.name}}}",
+        rf"  \begin{{tabular}}{{{''.join('r' if n else 'l' for n in numeric)}}}",
+        r"    \toprule",
+        "    " + " & ".join(latex(h) for h, _ in table.head) + r" \\",
+        r"    \midrule",
         *("    " + " & ".join(latex(cell.shown) for cell in row) + r" \\" for row in table.rows),
-        r"    \bottomrule", r"  \end{tabular}", r"\end{table}",
-    ]  # fmt: skip
+        r"    \bottomrule",
+        r"  \end{tabular}",
+        r"\end{table}",
+    ]
     return "\n".join(lines) + "\n"

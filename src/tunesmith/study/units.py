@@ -78,10 +78,11 @@ def measured_on(config: Json, command: str | None, start: str) -> dict[str, Any]
     data, e, t = (config.get(k) or {} for k in ("data", "eval", "train"))
     rows = e["iters"] * t.get("batch_size", 1) if isinstance(e.get("iters"), int) else None
     return {f"data.{k}": v for k, v in data.items() if k not in NO_CONTENT} | {
-        "model.name": start, "the number of rows per estimate": rows,
+        "model.name": start,
+        "the number of rows per estimate": rows,
         **({"the training": command} if command in PAIRWISE else {}),
         **{f"dpo.{k}": v for k, v in (config.get("dpo") or {}).items() if k in OF_DPO_LOSS},
-    }  # fmt: skip
+    }
 
 
 def rows_seed(config: Json) -> Any:

@@ -27,6 +27,32 @@ Checked = TypeVar("Checked", bound=AnyConfig)
 LORA_FACTOR = 10  # adapters want a larger rate than all weights do
 
 
+AT_LEAST = {
+    "data.block_size": 2,
+    "data.max_rows": 1,
+    "data.seed": 0,
+    "data.split_seed": 0,
+    "train.seed": 0,
+    "train.steps": 1,
+    "train.diverge_after": 0,
+    "train.batch_size": 1,
+    "train.accumulate": 1,
+    "train.grad_clip": 0,
+    "optimizer.lr": 0,
+    "optimizer.warmup_steps": 0,
+    "optimizer.weight_decay": 0,
+    "eval.every": 1,
+    "eval.iters": 1,
+    "checkpoint.every": 1,
+    "checkpoint.keep": 0,
+    "lora.rank": 0,
+    "eval.patience": 1,
+    "eval.samples": 1,
+    "eval.max_new_tokens": 1,
+}
+"""Options that are numbers -> their smallest value."""
+
+
 def check_options(config: Checked, more: Sequence[str] = ()) -> Checked:
     """The configuration as `check_types` gives it.
 
@@ -34,23 +60,7 @@ def check_options(config: Checked, more: Sequence[str] = ()) -> Checked:
     """
     config = check_types(config)
     t, o, e, d = config.train, config.optimizer, config.eval, config.data
-    at_least = {
-        "--data.block_size": (None if d.block_size == "auto" else d.block_size, 2),
-        "--data.max_rows": (d.max_rows, 1), "--data.seed": (d.seed, 0),
-        "--data.split_seed": (d.split_seed, 0), "--train.seed": (t.seed, 0), "--train.steps": (t.steps, 1),
-        "--train.diverge_after": (t.diverge_after, 0),
-        "--train.batch_size": (t.batch_size, 1), "--train.accumulate": (t.accumulate, 1), "--train.grad_clip": (t.grad_clip, 0),
-        "--optimizer.lr": (o.lr, 0), "--optimizer.warmup_steps": (o.warmup_steps, 0),
-        "--optimizer.weight_decay": (o.weight_decay, 0), "--eval.every": (e.every, 1), "--eval.iters": (e.iters, 1),
-        "--checkpoint.every": (config.checkpoint.every, 1), "--checkpoint.keep": (config.checkpoint.keep, 0),
-        "--lora.rank": (config.lora.rank, 0), "--eval.patience": (e.patience, 1), "--eval.samples": (e.samples, 1),
-        "--eval.max_new_tokens": (e.max_new_tokens, 1),
-    }  # fmt: skip
-    problems = [
-        f"{name} is {value}, expected at least {low}"
-        for name, (value, low) in at_least.items()
-        if value is not None and value < low
-    ]
+    problems = _too_small(config)
     if t.steps is not None and t.epochs is not None:
         problems.append("give --train.steps or --train.epochs, not both")
     if t.seed >= 2**64:
@@ -86,6 +96,17 @@ def check_options(config: Checked, more: Sequence[str] = ()) -> Checked:
     if problems := [*problems, *more]:
         raise UsageError("; ".join(problems))
     return config
+
+
+def _too_small(config: Checked) -> list[str]:
+    """What is wrong with single numbers; what is not given, or "auto", is not."""
+    problems = []
+    for name, low in AT_LEAST.items():
+        group, _, option = name.partition(".")
+        value = getattr(getattr(config, group), option)
+        if isinstance(value, int | float) and value < low:
+            problems.append(f"--{name} is {value}, expected at least {low}")
+    return problems
 
 
 def check_types(config: Checked) -> Checked:
@@ -206,13 +227,16 @@ def resolve_cuda_graphs(config: AnyConfig, device: torch.device, precision: Prec
     t, d = config.train, config.data
     against = {
         f"--train.device is {device}, and graphs need a CUDA device": device.type not in RECORDS_ON,
-        f"--data.batching {d.batching} changes lengths and counts from step to step (windows does not)": d.batching != "windows",
+        f"--data.batching {d.batching} changes lengths and counts from step to step (windows does not)": d.batching
+        != "windows",
         "--train.precision fp16 has the host check its loss scale": precision == "fp16",
         "--train.optimizer_in_backward decides on the host, before backward": t.optimizer_in_backward,
-        "--train.weights bf16 moves the optimizer's state to new memory at every update": t.weights == "bf16" and not config.lora.rank,
+        "--train.weights bf16 moves the optimizer's state to new memory at every update": t.weights == "bf16"
+        and not config.lora.rank,
         "--optimizer.name adamw8bit cannot skip an update by itself": config.optimizer.name == "adamw8bit",
-        "--train.activation_checkpointing true reads the random state inside the step": t.activation_checkpointing is True,
-    }  # fmt: skip
+        "--train.activation_checkpointing true reads the random state inside the step": t.activation_checkpointing
+        is True,
+    }
     reasons = [reason for reason, holds in against.items() if holds]
     if t.cuda_graphs is True and reasons:
         raise UsageError(f"--train.cuda_graphs true: {'; '.join(reasons)}. Use false, or auto")

@@ -103,10 +103,17 @@ def cut_pairs_shared(store: PairStore, block_size: int) -> Cut:
     over = np.flatnonzero((kept < answer) | (kept_prompt < prompt)).tolist()
     same = [store.place(i) for i in np.flatnonzero(kept < answer).tolist() if _alike(store, i, kept[i])]
     return Cut(
-        SHARED, PAIRS, len(store), len(over), no_signal=len(same), end_lost=int((chosen + 1 > kept).sum()),
-        prompt_end_lost=int((kept_prompt < prompt).sum()), longest=int((prompt + answer).max(initial=0)),
-        places=tuple(map(store.place, over[:3])), no_signal_places=tuple(same[:3]),
-    )  # fmt: skip
+        SHARED,
+        PAIRS,
+        len(store),
+        len(over),
+        no_signal=len(same),
+        end_lost=int((chosen + 1 > kept).sum()),
+        prompt_end_lost=int((kept_prompt < prompt).sum()),
+        longest=int((prompt + answer).max(initial=0)),
+        places=tuple(map(store.place, over[:3])),
+        no_signal_places=tuple(same[:3]),
+    )
 
 
 def cut_pairs_here(store: PairStore, block_size: int, rule: str) -> Cut:
@@ -117,12 +124,19 @@ def cut_pairs_here(store: PairStore, block_size: int, rule: str) -> Cut:
     left_out = np.setdiff1d(np.arange(len(store)), cuts.pairs).tolist()
     same = left_out if rule == "keep_start" else []  # only that rule cuts answers; it leaves out what became equal
     return Cut(
-        OWN, PAIRS, len(store), sum(told.counts.values()), len(left_out), len(same),
-        end_lost=int((~cuts.ends[:, 0]).sum()), prompt_start_lost=int((cuts.starts > 0).sum()),
-        prompt_end_lost=int((cuts.starts + cuts.prompts < lengths[cuts.pairs, 0]).sum()), longest=int(longest.max(initial=0)),
+        OWN,
+        PAIRS,
+        len(store),
+        sum(told.counts.values()),
+        len(left_out),
+        len(same),
+        end_lost=int((~cuts.ends[:, 0]).sum()),
+        prompt_start_lost=int((cuts.starts > 0).sum()),
+        prompt_end_lost=int((cuts.starts + cuts.prompts < lengths[cuts.pairs, 0]).sum()),
+        longest=int(longest.max(initial=0)),
         places=tuple(map(store.place, np.flatnonzero(longest > block_size)[:3].tolist())),
         no_signal_places=tuple(map(store.place, same[:3])),
-    )  # fmt: skip
+    )
 
 
 def cut_rows_end(store: TokenStore, rows: Array, form: str, block_size: int, loss_on: str) -> Cut:
@@ -137,9 +151,17 @@ def cut_rows_end(store: TokenStore, rows: Array, form: str, block_size: int, los
         if loss_on != "all" and not np.any(flags[: block_size - 1] & NEXT):
             no_signal.append(store.place(row))
     return Cut(
-        END_CUT, form, len(rows), len(over), no_signal=len(no_signal), end_lost=len(over), prompt_end_lost=prompt_end_lost,
-        longest=int(lengths.max(initial=-1)) + 1, places=tuple(map(store.place, over[:3])), no_signal_places=tuple(no_signal[:3]),
-    )  # fmt: skip
+        END_CUT,
+        form,
+        len(rows),
+        len(over),
+        no_signal=len(no_signal),
+        end_lost=len(over),
+        prompt_end_lost=prompt_end_lost,
+        longest=int(lengths.max(initial=-1)) + 1,
+        places=tuple(map(store.place, over[:3])),
+        no_signal_places=tuple(no_signal[:3]),
+    )
 
 
 def cut_rows_here(store: TokenStore, rows: Array, form: str, block_size: int, rule: str, loss_on: str) -> Cut:
@@ -166,9 +188,16 @@ def cut_rows_here(store: TokenStore, rows: Array, form: str, block_size: int, ru
         counts["prompt_start_lost"] += not there[0]
         counts["prompt_end_lost"] += answer > 0 and not there[answer - 1]
     return Cut(
-        OWN, form, len(rows), len(kept), no_signal=len(no_signal), longest=int(lengths[rows].max(initial=0)),
-        places=tuple(map(store.place, list(kept)[:3])), no_signal_places=tuple(no_signal[:3]), **counts,
-    )  # fmt: skip
+        OWN,
+        form,
+        len(rows),
+        len(kept),
+        no_signal=len(no_signal),
+        longest=int(lengths[rows].max(initial=0)),
+        places=tuple(map(store.place, list(kept)[:3])),
+        no_signal_places=tuple(no_signal[:3]),
+        **counts,
+    )
 
 
 def _flags(store: TokenStore, row: int) -> Array:

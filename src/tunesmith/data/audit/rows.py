@@ -33,28 +33,55 @@ CHECKS = {
     "empty_answer": Check("empty answer", (DIALOGUES,), SKIPPED),
     "empty_chosen": Check("empty chosen answer", PAIR, SKIPPED),
     "empty_rejected": Check("empty rejected answer", PAIR, SKIPPED),
-    "no_final_answer": Check("no answer at the end", TURNS, "the last turn is not learned, a pair is skipped: end it with an answer"),
+    "no_final_answer": Check(
+        "no answer at the end", TURNS, "the last turn is not learned, a pair is skipped: end it with an answer"
+    ),
     "no_prompt": Check("no prompt before the answers", PAIR, SKIPPED),
-    "prompts_differ": Check("the two prompts differ", PAIR, "there is nothing to compare, so it is skipped: make "
-    "the prompts equal or delete it"),
-    "same_answers": Check("chosen equals rejected", PAIR, "there is no preference to learn, so it is skipped: delete the row"),
-    "duplicate": Check("duplicate of an earlier row", ALL, "it is learned twice, and may be held out as well as trained on: keep one"),
-    "contradiction": Check("an earlier pair with the answers swapped", PAIR, "the two cancel out: keep one and delete the other"),
-    "empty_turn": Check("empty turn before the last", TURNS, "an empty answer teaches the model to stop at once: "
-    "fill the turn in or delete it"),
-    "repeated_role": Check("same role twice in a row", TURNS, "chat templates expect turns to alternate: is one missing, or duplicated?"),
-    "role_marker": Check("role marker within the text", ALL, "the model learns to write both sides: split it into turns or delete it"),
-    "template_text": Check("another template's markers", ALL, "here they are plain text, not special tokens: delete "
-    "them, turn ends are added automatically"),
-    "prompt_space": Check("prompt ends in white space", TURNS, "it yields tokens that training never shows in that "
-    "place: strip the prompt"),
+    "prompts_differ": Check(
+        "the two prompts differ",
+        PAIR,
+        "there is nothing to compare, so it is skipped: make the prompts equal or delete it",
+    ),
+    "same_answers": Check(
+        "chosen equals rejected", PAIR, "there is no preference to learn, so it is skipped: delete the row"
+    ),
+    "duplicate": Check(
+        "duplicate of an earlier row", ALL, "it is learned twice, and may be held out as well as trained on: keep one"
+    ),
+    "contradiction": Check(
+        "an earlier pair with the answers swapped", PAIR, "the two cancel out: keep one and delete the other"
+    ),
+    "empty_turn": Check(
+        "empty turn before the last",
+        TURNS,
+        "an empty answer teaches the model to stop at once: fill the turn in or delete it",
+    ),
+    "repeated_role": Check(
+        "same role twice in a row", TURNS, "chat templates expect turns to alternate: is one missing, or duplicated?"
+    ),
+    "role_marker": Check(
+        "role marker within the text", ALL, "the model learns to write both sides: split it into turns or delete it"
+    ),
+    "template_text": Check(
+        "another template's markers",
+        ALL,
+        "here they are plain text, not special tokens: delete them, turn ends are added automatically",
+    ),
+    "prompt_space": Check(
+        "prompt ends in white space",
+        TURNS,
+        "it yields tokens that training never shows in that place: strip the prompt",
+    ),
     "turn_start": Check(
-        "turn without one space before it", TURNS,
+        "turn without one space before it",
+        TURNS,
         f"its first token differs from other turns': put one space after the marker `{HH_ROLES['assistant']}:`, none at the start "
         "of `content` or `completion`",
     ),
-    "answer_end": Check("answer ends in white space", TURNS, "the model learns to write it before it stops: strip the answer"),
-}  # fmt: skip
+    "answer_end": Check(
+        "answer ends in white space", TURNS, "the model learns to write it before it stops: strip the answer"
+    ),
+}
 UNREADABLE = "they are skipped: repair or delete them; docs/data.md lists the row formats"
 
 _TEMPLATE = re.compile(r"<\|[a-z_]+\|>|\A<s>|</s>\s*\Z|\[/?INST\]|<(?:start|end)_of_turn>")

@@ -171,10 +171,22 @@ def audit(
     for split, read in texts.items():
         cuts, lengths, bias, notes = _read_tokens(source, split, read, tokenizer, block_size, truncation, loss_on)
         forms = {form: n for form, n in read.forms.items() if n}
-        splits.append(SplitAudit(
-            split, read.rows, sum(read.usable.values()), forms, read.repeated_prompts, tuple(_findings(read, forms)), cuts, lengths,
-            bias, tuple(overlaps[split]), notes, tuple(read.form),
-        ))  # fmt: skip
+        splits.append(
+            SplitAudit(
+                split,
+                read.rows,
+                sum(read.usable.values()),
+                forms,
+                read.repeated_prompts,
+                tuple(_findings(read, forms)),
+                cuts,
+                lengths,
+                bias,
+                tuple(overlaps[split]),
+                notes,
+                tuple(read.form),
+            )
+        )
     return Audit(source.name, block_size, truncation or "windows", tuple(splits))
 
 
@@ -337,9 +349,12 @@ def _told(finding: Defect) -> str:
 
 def _told_cut(cut: Cut, block_size: int) -> str:
     parts = {
-        "left out": cut.left_out, "with nothing left to learn": cut.no_signal, "without the end of their answer": cut.end_lost,
-        "without the beginning of the prompt": cut.prompt_start_lost, "without the end of the prompt": cut.prompt_end_lost,
-    }  # fmt: skip
+        "left out": cut.left_out,
+        "with nothing left to learn": cut.no_signal,
+        "without the end of their answer": cut.end_lost,
+        "without the beginning of the prompt": cut.prompt_start_lost,
+        "without the end of the prompt": cut.prompt_end_lost,
+    }
     cost = ", ".join(f"{n:,} {what}" for what, n in parts.items() if n) or "nothing is lost"
     most = SIZES["gpt2"].longest
     way = (

@@ -81,16 +81,34 @@ def memory(study: Study, spec: Spec) -> Drawn:
     left = [0.0] * len(rows)
     for i, part in enumerate(PARTS):
         widths = [parts.get(part, 0.0) for _, parts, _ in rows]
-        axes.barh(range(len(rows)), widths, left=left, height=0.62, color=look.COLOURS[i], hatch=look.HATCHES[i],
-                  edgecolor="white", linewidth=0.5, label=part.replace("_", " "))  # fmt: skip
+        axes.barh(
+            range(len(rows)),
+            widths,
+            left=left,
+            height=0.62,
+            color=look.COLOURS[i],
+            hatch=look.HATCHES[i],
+            edgecolor="white",
+            linewidth=0.5,
+            label=part.replace("_", " "),
+        )
         left = [a + b for a, b in zip(left, widths, strict=True)]
     marks = [
         (i, fmean(p.value for p in peaks), [p.value for p in peaks]) for i, (_, _, peaks) in enumerate(rows) if peaks
     ]
     if marks:
         low, high = [max(0.0, m - min(v)) for _, m, v in marks], [max(0.0, max(v) - m) for _, m, v in marks]
-        axes.errorbar([m for _, m, _ in marks], [i for i, _, _ in marks], xerr=[low, high], fmt="D", color=look.INK,
-                      markersize=6, markeredgecolor="white", capsize=3, label="measured peak")  # fmt: skip
+        axes.errorbar(
+            [m for _, m, _ in marks],
+            [i for i, _, _ in marks],
+            xerr=[low, high],
+            fmt="D",
+            color=look.INK,
+            markersize=6,
+            markeredgecolor="white",
+            capsize=3,
+            label="measured peak",
+        )
     axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
     axes.invert_yaxis()
     axes.set_xlim(left=0)

@@ -22,10 +22,20 @@ from tunesmith.study.records import Point, RunRecord, Study, is_signed
 from tunesmith.study.select import choice_of, finals, peaks, present
 from tunesmith.study.tables import Cell, Table, of_seeds, plain
 
-PAPER_TABLE_1 = {"AdamW": (13.52, 200.0), "Adam": (13.52, 188.5), "SGD-Nesterov": (11.23, 183.5),
-                 "SGD-momentum": (11.23, 181.8), "SGD": (8.41, 170.9)}  # fmt: skip
-PAPER_TABLE_2 = {"rank 1": (50.47, 8.0245), "rank 2": (50.52, 8.0323), "rank 8": (50.74, 8.0675),
-                 "rank 16": (51.29, 8.1554), "full": (74.06, 11.7745)}  # fmt: skip
+PAPER_TABLE_1 = {
+    "AdamW": (13.52, 200.0),
+    "Adam": (13.52, 188.5),
+    "SGD-Nesterov": (11.23, 183.5),
+    "SGD-momentum": (11.23, 181.8),
+    "SGD": (8.41, 170.9),
+}
+PAPER_TABLE_2 = {
+    "rank 1": (50.47, 8.0245),
+    "rank 2": (50.52, 8.0323),
+    "rank 8": (50.74, 8.0675),
+    "rank 16": (51.29, 8.1554),
+    "full": (74.06, 11.7745),
+}
 
 
 # ---- the paper's two -------------------------------------------------------------------------------------------------
@@ -41,12 +51,24 @@ def optimizers(study: Study) -> Table:
     for label in labels:
         minutes = [r.minutes for r in e.runs(label).values() if r.minutes and r.state == "finished"]
         paper = PAPER_TABLE_1.get(label, (None, None))
-        rows.append((
-            Cell(label), of_seeds(list(memory[label].values()), 2), plain(paper[0]), of_seeds(minutes, 2), plain(paper[1], 1),
-            of_seeds(list(loss.get(label, {}).values())),
-        ))  # fmt: skip
-    head = (("optimizer", False), ("memory, GB", True), ("paper, GB", False), ("time, min", True), ("paper, min", False),
-            ("validation loss", True))  # fmt: skip
+        rows.append(
+            (
+                Cell(label),
+                of_seeds(list(memory[label].values()), 2),
+                plain(paper[0]),
+                of_seeds(minutes, 2),
+                plain(paper[1], 1),
+                of_seeds(list(loss.get(label, {}).values())),
+            )
+        )
+    head = (
+        ("optimizer", False),
+        ("memory, GB", True),
+        ("paper, GB", False),
+        ("time, min", True),
+        ("paper, min", False),
+        ("validation loss", True),
+    )
     caption = "Peak memory; time spent in training steps, without estimates; last validation loss. The paper's: gpt2-medium on a P100."
     return Table("table-1", "e4", "Memory and time by optimizer", head, tuple(rows), caption, tuple(left))
 
@@ -65,13 +87,28 @@ def lora_ranks(study: Study) -> Table:
         paper = PAPER_TABLE_2.get(label, (None, None))
         counts = [n for r in e.runs(label).values() if (n := r.trained_weights)]
         share = 100 * fmean(p.value for p in used) / fmean(whole) if used and whole else None
-        rows.append((
-            Cell(label), plain(counts[0] if counts else None, 0), of_seeds(used, 3), plain(share, 1), plain(paper[1], 4),
-            plain(100 * paper[1] / 11.7745 if paper[1] else None, 1), of_seeds(list(loss.get(label, {}).values())),
-            of_seeds(list(reward.get(label, {}).values()), signed=True),
-        ))  # fmt: skip
-    head = (("weights trained", False), ("trained parameters", False), ("memory, GB", True), ("% of full", False),
-            ("paper, GB", False), ("paper, % of full", False), ("validation loss", True), ("reward", True))  # fmt: skip
+        rows.append(
+            (
+                Cell(label),
+                plain(counts[0] if counts else None, 0),
+                of_seeds(used, 3),
+                plain(share, 1),
+                plain(paper[1], 4),
+                plain(100 * paper[1] / 11.7745 if paper[1] else None, 1),
+                of_seeds(list(loss.get(label, {}).values())),
+                of_seeds(list(reward.get(label, {}).values()), signed=True),
+            )
+        )
+    head = (
+        ("weights trained", False),
+        ("trained parameters", False),
+        ("memory, GB", True),
+        ("% of full", False),
+        ("paper, GB", False),
+        ("paper, % of full", False),
+        ("validation loss", True),
+        ("reward", True),
+    )
     caption = "Peak memory; loss and reward at the last step that all runs share. The paper's: gpt2-medium on a P100 of 16 GB."
     return Table("table-2", "e5", "Memory by LoRA rank", head, tuple(rows), caption, tuple(left))
 
@@ -92,10 +129,15 @@ def accumulation(study: Study) -> Table:
         worst = max(shared, key=lambda s: abs(a[s].value - b[s].value))
         for name, step in (("first", shared[0]), ("largest difference", worst), ("last", shared[-1])):
             gap = abs(a[step].value - b[step].value)
-            rows.append((
-                Cell(str(seed)), Cell(f"{name}: {step:,}"), Cell(f"{a[step].value:.6f}", sources=(a[step],)),
-                Cell(f"{b[step].value:.6f}", sources=(b[step],)), Cell(f"{gap:.1e}"),
-            ))  # fmt: skip
+            rows.append(
+                (
+                    Cell(str(seed)),
+                    Cell(f"{name}: {step:,}"),
+                    Cell(f"{a[step].value:.6f}", sources=(a[step],)),
+                    Cell(f"{b[step].value:.6f}", sources=(b[step],)),
+                    Cell(f"{gap:.1e}"),
+                )
+            )
     head = tuple((h, False) for h in ("seed", "step", BATCH_4, SPLIT, "difference"))
     notes = () if rows else (f"needs runs “{BATCH_4}” and “{SPLIT}” with the same seed",)
     return Table(
@@ -108,10 +150,16 @@ def accumulation(study: Study) -> Table:
     )
 
 
-DPO_ROWS = (("loss, nats per pair", "validation_loss"), ("accuracy", "validation_accuracy"), ("reward margin", "validation_margin"),
-            ("reward of the chosen", "validation_chosen_reward"), ("reward of the rejected", "validation_rejected_reward"),
-            ("drift on the chosen, nats", "validation_drift_chosen"), ("drift on the rejected, nats", "validation_drift_rejected"),
-            ("loss on the chosen, nats per token", "validation_sft_loss"))  # fmt: skip
+DPO_ROWS = (
+    ("loss, nats per pair", "validation_loss"),
+    ("accuracy", "validation_accuracy"),
+    ("reward margin", "validation_margin"),
+    ("reward of the chosen", "validation_chosen_reward"),
+    ("reward of the rejected", "validation_rejected_reward"),
+    ("drift on the chosen, nats", "validation_drift_chosen"),
+    ("drift on the rejected, nats", "validation_drift_rejected"),
+    ("loss on the chosen, nats per token", "validation_sft_loss"),
+)
 
 
 def preference(study: Study) -> Table:
@@ -174,10 +222,15 @@ def choices(study: Study) -> Table | None:
             continue
         level = [f"{s:,}" for s in choice.get("not_distinguishable") or [] if s != choice["best_step"]]
         since = choice.get("overfitting_since")
-        rows.append((
-            Cell(run.name, run=run.name), Cell(f"{choice['best_step']:,}"), Cell(str(choice.get("by", "")).replace("_", " ")),
-            Cell("; ".join(level) or "none"), Cell("no" if since is None else f"since step {since:,}"),
-        ))  # fmt: skip
+        rows.append(
+            (
+                Cell(run.name, run=run.name),
+                Cell(f"{choice['best_step']:,}"),
+                Cell(str(choice.get("by", "")).replace("_", " ")),
+                Cell("; ".join(level) or "none"),
+                Cell("no" if since is None else f"since step {since:,}"),
+            )
+        )
     head = tuple((h, False) for h in ("run", "chosen step", "by", "steps not distinguishable from it", "overfitting"))
     return (
         Table("table-choices", "e2", "The checkpoint chosen in each run", head, tuple(rows), folded=len(rows) > 6)
@@ -198,15 +251,25 @@ def memory_parts(study: Study) -> Table | None:
         error = 100 * (total / cell.value.mean - 1) if total and cell.value and cell.value.mean else None
         rows.append((Cell(label), *(plain(parts.get(p), 3) for p in PARTS), plain(total, 3), cell, plain(error, 1)))
     caption = "Error: predicted over measured, minus 1; on a CPU, the measurement includes Python and its libraries."
-    head = (("", False), *((p.replace("_", " "), False) for p in PARTS), ("predicted, GB", False), ("measured, GB", True),
-            ("error, %", False))  # fmt: skip
+    head = (
+        ("", False),
+        *((p.replace("_", " "), False) for p in PARTS),
+        ("predicted, GB", False),
+        ("measured, GB", True),
+        ("error, %", False),
+    )
     return Table("table-memory", "e4", "Memory by part, in GB of 10⁹ bytes", head, tuple(rows), caption)
 
 
 TABLES: dict[str, tuple[str, Callable[[Study], Table | None]]] = {
-    "table-1": ("e4", optimizers), "table-2": ("e5", lora_ranks), "table-prompts": ("e2", prompts), "table-choices": ("e2", choices),
-    "table-accumulation": ("e7", accumulation), "table-dpo": ("e8", preference), "table-memory": ("e4", memory_parts),
-}  # fmt: skip
+    "table-1": ("e4", optimizers),
+    "table-2": ("e5", lora_ranks),
+    "table-prompts": ("e2", prompts),
+    "table-choices": ("e2", choices),
+    "table-accumulation": ("e7", accumulation),
+    "table-dpo": ("e8", preference),
+    "table-memory": ("e4", memory_parts),
+}
 
 
 def tables_of(study: Study) -> dict[str, list[Table]]:
