@@ -61,17 +61,17 @@ def task(run):
 
     train, validation, settings = run.data.train, run.data.validation, PreferenceLoss(run.config.cpo.beta)
 
-    def estimate(batches):
-        return estimate_dpo(run.trainee.trunk, batches, zeros, settings, run.precision)
+    def estimate(batches, sampled=None):
+        return estimate_dpo(run.trainee.trunk, batches, zeros, settings, run.precision, sampled)
 
-    def evaluate():
+    def evaluate(sampled):
         on_validation, losses = estimate(validation.fixed(run.iters))
-        return pair_metrics(estimate(train.sample(run.iters))[0], on_validation), losses
+        return pair_metrics(estimate(train.sample(run.iters), sampled)[0], on_validation), losses
 
     return run.task(
         loss_sum=loss_sum(run.trainee.trunk, run.config),
         evaluate=evaluate,
-        train_loss=lambda n: estimate(train.sample(n))[0]["loss"],
+        train_loss=lambda n, sampled: estimate(train.sample(n), sampled)[0]["loss"],
         about=f"{len(train.rows):,} pairs",
     )
 
