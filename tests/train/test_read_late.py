@@ -140,6 +140,11 @@ def test_a_resumed_run_read_late_is_the_whole_plain_one(tiny_directory, tmp_path
     assert_same_end(run, whole)
 
 
+def status_without_place(run):
+    """What a run's status says, but for its directory, which the reason of a divergence names."""
+    return {key: str(value).replace(str(run.path), "RUN") for key, value in run.status.items()}
+
+
 def planted(monkeypatch, number):
     """The loss of the micro-batch of this number, from 1, is no number."""
     calls = []
@@ -173,7 +178,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_weights_of_before(
         weights.append([p.detach() for p in (late.model if name == "late" else models[-1]).parameters()])
     assert [r.status["state"] for r in runs] == ["diverged"] * 2
     assert f"loss nan or gradient norm nan is not finite at step {step} (rows " in runs[1].status["reason"]
-    assert runs[1].status == runs[0].status
+    assert status_without_place(runs[1]) == status_without_place(runs[0])
     assert [str(line) for line in comparable(runs[1])] == [str(line) for line in comparable(runs[0])]  # nan is not nan
     assert late.count("launch") == (step if step in (4, 8) else step + 1)
     assert all(torch.equal(p, q) for p, q in zip(*weights, strict=True))
@@ -236,7 +241,7 @@ def test_memory_that_ends_in_a_step_launched_ahead_is_told_in_its_place(
     assert [line["step"] for line in runs[0].metrics("split")] == [step]
     assert comparable(runs[1]) == comparable(runs[0])
     assert last_digest(runs[1]) == last_digest(runs[0])
-    assert runs[1].status == runs[0].status
+    assert status_without_place(runs[1]) == status_without_place(runs[0])
 
 
 def failing(kind, patch):
@@ -283,7 +288,7 @@ def test_a_step_that_cannot_be_launched_matters_no_more_where_the_run_is_over_al
                 late()
             runs.append(ts.sft(tiny_config(tiny_directory, tmp_path / name, **{**STEPS, "train__accumulate": 1})))
     assert runs[1].status["state"] == "diverged"
-    assert runs[1].status == runs[0].status
+    assert status_without_place(runs[1]) == status_without_place(runs[0])
     assert [str(line) for line in comparable(runs[1])] == [str(line) for line in comparable(runs[0])]
 
 
