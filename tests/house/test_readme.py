@@ -1,6 +1,7 @@
 """Every command that the README and the pages in docs/ show does what they say, as written."""
 
 import json
+import pkgutil
 import re
 import subprocess
 import sys
@@ -65,6 +66,17 @@ def test_the_readme_shows_the_lines_that_its_plan_prints(folder):
     (shown,) = [body for body in blocks("README.md", "text") if body.startswith("fits in ")]
     for line in shown.splitlines()[:2]:
         assert line in printed
+
+
+def test_every_part_of_the_package_that_the_docs_name_can_be_imported():
+    named = {
+        name
+        for page in ("README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+        for name in re.findall(r"`(tunesmith(?:\.[a-z_]\w*)+)`", (ROOT / page).read_text(encoding="utf-8"))
+    }
+    assert len(named) > 10
+    for name in named:
+        pkgutil.resolve_name(name)
 
 
 def test_make_targets_exist():
