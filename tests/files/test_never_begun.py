@@ -9,6 +9,7 @@ import pytest
 import tunesmith as ts
 from tiny_runs import as_argv, tiny_config
 from tunesmith.errors import UserError
+from tunesmith.files import lock
 from tunesmith.files.run import Run
 
 CODE = (
@@ -50,3 +51,18 @@ def test_one_that_was_killed_is_begun_by_the_same_command(tiny_directory, tmp_pa
         ts.sft(tiny_config(tiny_directory, out, resume=True))
     ts.sft(tiny_config(tiny_directory, out, lora__rank=2, model__init="random", train__steps=1))
     assert Run(out).status["state"] == "finished"
+
+
+def test_who_finds_another_in_the_directory_that_it_made_leaves_it_alone(tmp_path, monkeypatch):
+    """Two processes with one --out: the first makes it, the second locks it and has not yet begun its run."""
+    out = tmp_path / "r"
+
+    def the_other_was_faster(lock_file):
+        (out / "config.yaml").write_text("another's")
+        raise UserError(f"{lock_file} is taken")
+
+    monkeypatch.setattr(lock, "fcntl", True)
+    monkeypatch.setattr(lock, "_locked", the_other_was_faster)
+    with pytest.raises(UserError, match="is taken"), lock.run_directory(str(out), "", resume=False):
+        pytest.fail("two writers")
+    assert (out / "config.yaml").read_text() == "another's"

@@ -173,18 +173,24 @@ def run_directory(out: str | None, default: str, resume: bool) -> Iterator[Path]
         path, made = new_run_directory(out, default)
     try:
         with one_writer(path):
-            if resume:
-                check_resumable_directory(path)  # once more, now that nobody changes it
-            elif (path / "status.json").exists():
-                status = Run(path).status
-                raise UserError(
-                    f"{path} already holds a run ({status['state']} at step {status['step']}). "
-                    "Continue it with --resume, or name another directory with --out"
-                )
-            yield path
+            try:
+                if resume:
+                    check_resumable_directory(path)  # once more, now that nobody changes it
+                elif (path / "status.json").exists():
+                    status = Run(path).status
+                    raise UserError(
+                        f"{path} already holds a run ({status['state']} at step {status['step']}). "
+                        "Continue it with --resume, or name another directory with --out"
+                    )
+                yield path
+            finally:
+                # While it is locked: without the lock, what lies there may be of another process that was faster.
+                if made and not (path / "status.json").exists():
+                    shutil.rmtree(path, ignore_errors=True)
     finally:
-        if made and not (path / "status.json").exists():
-            shutil.rmtree(path, ignore_errors=True)
+        if made:
+            with contextlib.suppress(OSError):  # gone, or not empty: the usual case
+                path.rmdir()
 
 
 def new_run_directory(out: str | None, default: str) -> tuple[Path, bool]:
