@@ -227,10 +227,10 @@ def side_by_side(comparison: Comparison) -> Table:
     for heading in ("prompt", *(f"{side} {name}" for side, name in zip("AB", comparison.names, strict=True))):
         table.add_column(Text(heading), ratio=1, overflow="fold")
     for row in comparison.rows:
-        told = [f"reward B - A {number(row.difference, signed=True)}"] if row.difference is not None else []
-        told += [judge_text(row.judgement)] if row.judgement else []
+        facts = [f"reward B - A {number(row.difference, signed=True)}"] if row.difference is not None else []
+        facts += [judge_text(row.judgement)] if row.judgement else []
         group = [row.a.group] if row.a.group else []
-        prompt = Text(row.a.prompt).append("".join(f"\n{line}" for line in (*group, *told)), "dim")
+        prompt = Text(row.a.prompt).append("".join(f"\n{line}" for line in (*group, *facts)), "dim")
         logps = row.logps or (None, None)
         sides = zip((row.a, row.b), logps, row.unscored, strict=True)
         table.add_row(prompt, *(_cell(answer, tokens, rest) for answer, tokens, rest in sides))
@@ -238,10 +238,10 @@ def side_by_side(comparison: Comparison) -> Table:
 
 
 def _cell(answer: ScoredAnswer, logps: TokenLogps | None, unscored: str) -> Text:
-    told = [] if answer.finish_reason == "stop" else [ENDINGS[answer.finish_reason]]
-    told += [] if answer.reward is None else [f"reward {number(answer.reward)}"]
+    facts = [] if answer.finish_reason == "stop" else [ENDINGS[answer.finish_reason]]
+    facts += [] if answer.reward is None else [f"reward {number(answer.reward)}"]
     text = coloured(logps, unscored) if logps else Text(re.sub(r"\n\s*\n", "\n", answer.answer.strip()))
-    return text.append(f"\n({', '.join(told)})" if told else "", "dim")
+    return text.append(f"\n({', '.join(facts)})" if facts else "", "dim")
 
 
 def coloured(logps: TokenLogps, unscored: str) -> Text:

@@ -149,7 +149,7 @@ def _show_audit(
     source: Source, data: DataOptions, tokenizer: Tokenizer, options: DataCommand, console: Console
 ) -> list[str]:
     others = [_other(name, data) for name in dict.fromkeys(options.against)]
-    found = audit(
+    survey = audit(
         source,
         tokenizer,
         block_size=block_size_of(data),
@@ -159,12 +159,12 @@ def _show_audit(
         seed=data.rows_seed,
         against=others,
     )
-    _show_form(console, {split.split: split.form for split in found.splits})
-    console.print(audit_table(found, options.tokenizer))
-    problems = found.problems()
-    _show_notes(console, [*source.notes, *problems, *found.remarks()])
+    _show_form(console, {split.split: split.form for split in survey.splits})
+    console.print(audit_table(survey, options.tokenizer))
+    problems = survey.problems()
+    _show_notes(console, [*source.notes, *problems, *survey.remarks()])
     if options.out:
-        record = {"tokenizer": options.tokenizer, **dataclasses.asdict(found), "problems": problems}
+        record = {"tokenizer": options.tokenizer, **dataclasses.asdict(survey), "problems": problems}
         text = json.dumps(record, indent=2, ensure_ascii=False)
         Path(options.out).write_text(text + "\n", encoding="utf-8")
     return problems
@@ -178,17 +178,17 @@ def _other(name: str, data: DataOptions) -> Source:
         raise type(error)(f"--against {name}: {error}") from None
 
 
-def audit_table(found: Audit, tokenizer: str) -> Table:
+def audit_table(survey: Audit, tokenizer: str) -> Table:
     """What was found, a column a split; counts with their share. Checks and losses of which there are none are counted."""
     title = (
-        f"{found.name}, audited at {found.block_size:,} tokens of {tokenizer} (--data.truncation {found.truncation})"
+        f"{survey.name}, audited at {survey.block_size:,} tokens of {tokenizer} (--data.truncation {survey.truncation})"
     )
     table = Table(title=title, title_justify="left")
     table.add_column("")
     sections: dict[str, dict[str, dict[str, str]]] = {}
-    for split in found.splits:
+    for split in survey.splits:
         table.add_column(split.split, justify="right")
-        for section, lines in _audit_lines(split, found).items():
+        for section, lines in _audit_lines(split, survey).items():
             labels = sections.setdefault(section, {})
             for label, text in lines.items():
                 labels.setdefault(label, {})[split.split] = text
@@ -196,9 +196,9 @@ def audit_table(found: Audit, tokenizer: str) -> Table:
         table.add_row(RichText(section, style="bold"))
         told = {k: v for k, v in labels.items() if section in ALWAYS or k == LONGER or set(v.values()) != {"0"}}
         if section == DEFECTS:
-            told["of all other kinds" if told else "of any kind"] = {s.split: "0" for s in found.splits}
+            told["of all other kinds" if told else "of any kind"] = {s.split: "0" for s in survey.splits}
         for label, texts in told.items():
-            table.add_row(RichText(f"  {label}"), *(texts.get(s.split, "") for s in found.splits))
+            table.add_row(RichText(f"  {label}"), *(texts.get(s.split, "") for s in survey.splits))
     return table
 
 
@@ -206,7 +206,7 @@ ROWS, DEFECTS, OVERLAP, TOKENS, LENGTH = ("rows", "defects", "overlap", "tokens,
 ALWAYS, LONGER = (ROWS, OVERLAP, TOKENS, LENGTH), "longer than that"
 
 
-def _audit_lines(split: SplitAudit, found: Audit) -> dict[str, dict[str, str]]:
+def _audit_lines(split: SplitAudit, survey: Audit) -> dict[str, dict[str, str]]:
     """Section -> label -> figure; sections are in the same order for every split."""
     rows = {"all": f"{split.rows:,}", **{form: f"{n:,}" for form, n in split.forms.items()}}
     rows["usable"] = _count(split.usable, split.rows)
@@ -214,7 +214,7 @@ def _audit_lines(split: SplitAudit, found: Audit) -> dict[str, dict[str, str]]:
         rows["prompt repeats an earlier row's"] = _count(split.repeated_prompts, split.rows)
     sections = {ROWS: rows, DEFECTS: {f.what: _count(f.rows, split.rows) for f in split.findings}}
     for cut in split.cuts:
-        sections[_rule_name(cut, found)] = _cut_lines(cut)
+        sections[_rule_name(cut, survey)] = _cut_lines(cut)
     sections |= {OVERLAP: {}, TOKENS: {k: f"{v.mean:,.1f} ({v.longest:,})" for k, v in split.lengths.items()}}
     for o in split.overlaps:
         whose = f" of {o.rows:,} held out" if o.whose else ""
@@ -229,10 +229,10 @@ def _audit_lines(split: SplitAudit, found: Audit) -> dict[str, dict[str, str]]:
     return sections
 
 
-def _rule_name(cut: Cut, found: Audit) -> str:
-    here = found.truncation if found.truncation != "auto" else "split" if cut.form == TEXTS else "keep_end"
+def _rule_name(cut: Cut, survey: Audit) -> str:
+    here = survey.truncation if survey.truncation != "auto" else "split" if cut.form == TEXTS else "keep_end"
     rule = {END_CUT: "end cut off", SHARED: "in proportion", OWN: f"here: {here}"}[cut.rule]
-    return f"{cut.form} at {found.block_size:,}, {rule}"
+    return f"{cut.form} at {survey.block_size:,}, {rule}"
 
 
 def _cut_lines(cut: Cut) -> dict[str, str]:

@@ -160,8 +160,8 @@ def _evaluate(held: Held, dataset: str) -> dict[str, Any]:
         losses, notes = text_losses(model, tokenizer, held)
         result |= losses
         if has_pairs:
-            result["preference"], more = policy_preference(model_name, model, tokenizer, held)
-            notes += more
+            result["preference"], lines = policy_preference(model_name, model, tokenizer, held)
+            notes += lines
     console = Console(highlight=False, soft_wrap=True)
     where = f"{model_name} on {dataset} ({split}"
     if "response" in result:
@@ -190,14 +190,14 @@ def text_losses(model: Model, tokenizer: Tokenizer, held: Held) -> tuple[dict[st
     everything = answer_losses(model, of_all, precision)
     report, rows = of_answers.rows.store.report, held.rows.of(len(of_answers.rows.store))
     alone = dict(zip(rows.tolist(), firsts(of_answers.rows.store, rows), strict=True))
-    found = {
+    record = {
         "rows": len(rows),
         "response": loss_record(answers, alone),
         "all": loss_record(everything, alone) | bits_of(of_all, tokenizer, sum(a.nats for a in everything)),
         "by_turn": by_bucket(answers, TURNS, lambda a: a.turn, alone),
         "by_length": by_bucket(answers, LENGTHS, lambda a: a.tokens, alone),
     }
-    return found, [*report.notes, *report.lines(), *of_answers.rows.cut_lines()]
+    return record, [*report.notes, *report.lines(), *of_answers.rows.cut_lines()]
 
 
 def bits_of(batches: Batches[TextRows], tokenizer: Tokenizer, nats: float) -> dict[str, float]:
@@ -218,13 +218,13 @@ def loss_record(answers: Sequence[AnswerLoss], alone: Mapping[int, int]) -> dict
     for a in answers:
         nats, tokens = rows.get(alone[a.row], (0.0, 0))
         rows[alone[a.row]] = (nats + a.nats, tokens + a.tokens)
-    found = interval_record(ratio_interval([nats for nats, _ in rows.values()], [n for _, n in rows.values()]))
-    loss = found.pop("mean")
+    interval = interval_record(ratio_interval([nats for nats, _ in rows.values()], [n for _, n in rows.values()]))
+    loss = interval.pop("mean")
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return {
         "loss": loss,
-        "low": found["low"],
-        "high": found["high"],
+        "low": interval["low"],
+        "high": interval["high"],
         "perplexity": perplexity,
         "tokens": sum(a.tokens for a in answers),
         "answers": len(answers),
@@ -247,14 +247,14 @@ def by_bucket(
     return found
 
 
-def print_losses(console: Console, title: str, found: dict[str, Any]) -> None:
+def print_losses(console: Console, title: str, losses: dict[str, Any]) -> None:
     """One table: over answers, over all tokens, then the parts."""
     table = Table(title=escape(title), title_justify="left")
     for heading in ("tokens counted", "answers", "tokens", "loss, nats (95 % interval)", "perplexity"):
         table.add_column(heading, justify="left" if heading == "tokens counted" else "right")
-    rows = [("response", found["response"]), *((f"  turn {k}", v) for k, v in found["by_turn"].items())]
-    rows += [(f"  {k} tokens", v) for k, v in found["by_length"].items()]
-    for label, x in [*rows, ("all", found["all"])]:
+    rows = [("response", losses["response"]), *((f"  turn {k}", v) for k, v in losses["by_turn"].items())]
+    rows += [(f"  {k} tokens", v) for k, v in losses["by_length"].items()]
+    for label, x in [*rows, ("all", losses["all"])]:
         bounds = "" if x["low"] is None else f" ({x['low']:.4f} to {x['high']:.4f})"
         table.add_row(
             label,
@@ -264,8 +264,8 @@ def print_losses(console: Console, title: str, found: dict[str, Any]) -> None:
             f"{x['perplexity']:,.2f}",
         )
     console.print(table)
-    if "bits_per_byte" in found["all"]:
-        console.print(f"{found['all']['bits_per_byte']:.4f} bits per byte over all tokens")
+    if "bits_per_byte" in losses["all"]:
+        console.print(f"{losses['all']['bits_per_byte']:.4f} bits per byte over all tokens")
 
 
 # ---- preferences -----------------------------------------------------------------------------------------------------
@@ -304,18 +304,18 @@ def all_logps(model: Model, batches: Batches[PairRows], precision: Precision) ->
     """(pairs, 2) float64, nats: log-probabilities of the chosen and rejected answers, in the order of the batches."""
     device = model.device
     with evaluation_mode(model):
-        found = [answer_logps(model, batch.to(device), precision) for batch in batches.fixed()]
-    return torch.cat(found).double().cpu().numpy()
+        logps = [answer_logps(model, batch.to(device), precision) for batch in batches.fixed()]
+    return torch.cat(logps).double().cpu().numpy()
 
 
 def starting_point(name: str) -> str | None:
     """What a DPO run started from, where the MODEL is one's checkpoint."""
-    found = run_and_step(name)
-    if found is None or not (found[0].path / "config.yaml").exists():
+    checkpoint = run_and_step(name)
+    if checkpoint is None or not (checkpoint[0].path / "config.yaml").exists():
         return None
-    config = found[0].config
+    config = checkpoint[0].config
     began = "dpo" in config and config["model"].get("init") != "random"
-    return located(found[0], config["model"]["name"]) if began else None
+    return located(checkpoint[0], config["model"]["name"]) if began else None
 
 
 def reward_preference(name: str, held: Held) -> tuple[dict[str, Any], list[str]]:
@@ -341,17 +341,17 @@ def reward_preference(name: str, held: Held) -> tuple[dict[str, Any], list[str]]
     return record, [*report.lines(), *repeats]
 
 
-def print_preference(console: Console, title: str, found: dict[str, Any]) -> None:
+def print_preference(console: Console, title: str, preference: dict[str, Any]) -> None:
     """How often right, beside the rule that the longer answer is better."""
-    table = Table(title=escape(f"{title}, by {found['by']}"), title_justify="left")
+    table = Table(title=escape(f"{title}, by {preference['by']}"), title_justify="left")
     table.add_column("")
     table.add_column("pairs", justify="right")
     table.add_column("95 % interval", justify="right")
     rows = [
-        ("prefers the chosen answer", found["accuracy"], True),
-        ("  where both are of similar length", found["accuracy_at_like_length"], True),
-        ('the rule "longer is better"', found["longer_chosen"], True),
-        ("mean margin", found["margin"], False),
+        ("prefers the chosen answer", preference["accuracy"], True),
+        ("  where both are of similar length", preference["accuracy_at_like_length"], True),
+        ('the rule "longer is better"', preference["longer_chosen"], True),
+        ("mean margin", preference["margin"], False),
     ]
     for label, x, share in rows:
         if x is not None:

@@ -77,18 +77,18 @@ def plan(options: Any) -> dict[str, Any]:
     if options.fit is not None:
         room = place.memory if options.fit == "device" else size_in_bytes(options.fit)
     asked = make_setting(config, shape, rows, place, {})
-    chosen, told = asked, []
+    chosen, reasons = asked, []
     if room is not None:
         every = candidates(asked, inexact=options.fit_inexact)
-        found = fastest_that_fits(every, room)
-        if found is None:
+        fitting = fastest_that_fits(every, room)
+        if fitting is None:
             raise UserError(_nothing_fits(asked, every, room))
-        chosen, told = found, _reasons(asked, found, every, room)
+        chosen, reasons = fitting, _reasons(asked, fitting, every, room)
     if chosen.config.train.allocator == "lean":
         return_memory_at_once()
     time = None if place.card else probe_step(chosen.config, shape, chosen.rows)
     record = _record(asked, chosen, time)
-    for line in [*_header(chosen, record), *_memory_lines(chosen), *_time_lines(chosen, record), *told]:
+    for line in [*_header(chosen, record), *_memory_lines(chosen), *_time_lines(chosen, record), *reasons]:
         print(line)
     if options.out:
         Path(options.out).write_text(json.dumps(record, indent=1) + "\n")
@@ -264,8 +264,8 @@ def _nothing_fits(asked: Setting, every: Sequence[Setting], room: float) -> str:
     ideas: list[str] = []
     leanest = dict(least.changes)
 
-    def idea(words: str, more: dict[str, Any]) -> None:
-        s = make_setting(asked.config, asked.shape, asked.rows, asked.place, leanest | more)
+    def idea(words: str, changes: dict[str, Any]) -> None:
+        s = make_setting(asked.config, asked.shape, asked.rows, asked.place, leanest | changes)
         ideas.append(f"{words} needs {_gb(s.total)}" + ("" if s.total <= room else ", also too much"))
 
     if not asked.work.rank and not asked.method.new_model:

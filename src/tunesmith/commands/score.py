@@ -88,10 +88,10 @@ def answers_file(name: str, out: str | None) -> Path | None:
     """Where a model's answers go: into `out`, else into its run; None where there is none, or that run judged itself."""
     if out is not None:
         return Path(out) / "answers" / f"{re.sub('[^A-Za-z0-9._@-]+', '-', name).strip('-')}.jsonl"
-    found = run_and_step(name)
-    if found is None or found[0].metrics("reward"):
+    checkpoint = run_and_step(name)
+    if checkpoint is None or checkpoint[0].metrics("reward"):
         return None
-    return found[0].path / "answers" / f"{step_name(found[1])}.jsonl"
+    return checkpoint[0].path / "answers" / f"{step_name(checkpoint[1])}.jsonl"
 
 
 def summarise(answers: Answers, *, best: bool) -> dict[str, Any]:
@@ -115,25 +115,25 @@ def print_scores(console: Console, result: dict[str, Any], label: Mapping[str, s
     table = new_table(
         f"mean reward of {models[first]['reward']['n']} prompts{drawn}, 95 % interval", "model", "reward", *others
     )
-    for name, found in models.items():
+    for name, measured in models.items():
         difference = [interval_text(against[name]["difference"], signed=True)] if name in against else []
-        table.add_row(label[name], interval_text(found["reward"]), *difference)
+        table.add_row(label[name], interval_text(measured["reward"]), *difference)
         if samples > 1:
             nats = math.log(samples) - (samples - 1) / samples
-            table.add_row(f"  best of {samples} (KL at most {nats:.2f} nats)", interval_text(found["best_of_n"]))
+            table.add_row(f"  best of {samples} (KL at most {nats:.2f} nats)", interval_text(measured["best_of_n"]))
     console.print(table)
     headings = ("tokens", "distinct-1", "distinct-2", "repeated", "role leaks", "stops")
     table = new_table("without a judge", "model", *headings)
-    for name, found in models.items():
-        numbers = (f"{found['length']:.0f}", f"{found['distinct_1']:.2f}", f"{found['distinct_2']:.2f}")
-        shares = (f"{found[key]:.0%}" for key in ("repetition", "role_leaks", "self_stopped"))
+    for name, measured in models.items():
+        numbers = (f"{measured['length']:.0f}", f"{measured['distinct_1']:.2f}", f"{measured['distinct_2']:.2f}")
+        shares = (f"{measured[key]:.0%}" for key in ("repetition", "role_leaks", "self_stopped"))
         table.add_row(label[name], *numbers, *shares)
     console.print(table)
     if against:
         table = new_table(f"against {label[first]}, prompt by prompt", "model", "win/tie/loss", "win rate")
-        for name, found in against.items():
-            table.add_row(label[name], *win_texts(found))
-            table.add_row("  where both are of similar length", *win_texts(found["matched_length"]))
+        for name, measured in against.items():
+            table.add_row(label[name], *win_texts(measured))
+            table.add_row("  where both are of similar length", *win_texts(measured["matched_length"]))
         console.print(table)
 
 
@@ -145,9 +145,9 @@ def print_groups(console: Console, result: dict[str, Any], label: Mapping[str, s
         return
     table = new_table("mean reward by group", "group", "reward")
     for group in groups:
-        found = {name: m["reward"]["groups"][group] for name, m in models.items()}
-        table.add_row(f"{escape(group)}, {next(iter(found.values()))['n']} prompts")
-        for name, record in found.items():
+        rewards_of = {name: m["reward"]["groups"][group] for name, m in models.items()}
+        table.add_row(f"{escape(group)}, {next(iter(rewards_of.values()))['n']} prompts")
+        for name, record in rewards_of.items():
             table.add_row(f"  {label[name]}", interval_text(record))
     console.print(table)
 
@@ -194,11 +194,11 @@ def shortened(text: str) -> str:
 
 def choice_of_run(answers: Answers) -> list[str]:
     """Which checkpoint to use, in words, where all models are checkpoints of one run."""
-    found = [run_and_step(name) for name in answers]
-    if len(found) < 2 or None in found or len({f[0].path for f in found if f}) > 1:
+    checkpoints = [run_and_step(name) for name in answers]
+    if len(checkpoints) < 2 or None in checkpoints or len({f[0].path for f in checkpoints if f}) > 1:
         return []
-    run = next(f[0] for f in found if f)
-    by_step = {f[1]: list(rewards(given).values()) for f, given in zip(found, answers.values(), strict=True) if f}
+    run = next(f[0] for f in checkpoints if f)
+    by_step = {f[1]: list(rewards(given).values()) for f, given in zip(checkpoints, answers.values(), strict=True) if f}
     estimates = read_estimates(run)
     choice = choose(estimates, by_step)
     return choice_lines(choice, estimates) if choice else []

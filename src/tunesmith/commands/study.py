@@ -223,6 +223,6 @@ def show(
         f"memory: parameters, gradients, optimizer state, activations and logits, calculated; at most {largest / 1e9:.2f} GB. "
         "The program itself comes on top, and with eval.reward also the reward model and the answers"
     )
-    told = f"; {unknown} not known (they depend on the data)" if unknown else ""
+    not_known = f"; {unknown} not known (they depend on the data)" if unknown else ""
     where = f", {', '.join(sources)}; answers and small data not counted" if sources else ""
-    print(f"time: {span(total)} for the missing runs, one after the other{where}{told}")
+    print(f"time: {span(total)} for the missing runs, one after the other{where}{not_known}")

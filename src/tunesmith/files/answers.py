@@ -71,18 +71,18 @@ def by_prompt(answers: Iterable[ScoredAnswer]) -> dict[str, list[ScoredAnswer]]:
     Prompts are what a figure rests on: they are independent of each other. Several answers to one are not, nor is one that
     stands there twice.
     """
-    found: dict[str, list[ScoredAnswer]] = {}
+    answers_to: dict[str, list[ScoredAnswer]] = {}
     for answer in answers:
-        found.setdefault(answer.prompt, []).append(answer)
-    return found
+        answers_to.setdefault(answer.prompt, []).append(answer)
+    return answers_to
 
 
 def rewards(answers: Iterable[ScoredAnswer], of: Callable[[list[float]], float] = fmean) -> dict[str, float]:
     """Prompt -> what `of` makes of the rewards of its answers, the mean. Raises: ValueError if an answer has none."""
-    found = {}
+    reward_of = {}
     for prompt, given in by_prompt(answers).items():
         values = [a.reward for a in given if a.reward is not None]
         if len(values) < len(given):
             raise ValueError("not every answer has a reward")
-        found[prompt] = of(values)
-    return found
+        reward_of[prompt] = of(values)
+    return reward_of

@@ -72,13 +72,13 @@ def read_model(name: str, read: Callable[[Path], T]) -> T:
         directory = find_model(name)
         before = _identity(directory)
         try:
-            found = read(directory)
+            content = read(directory)
         except (UserError, OSError):
             if before is not None and _identity(directory) == before:
                 raise
         else:
             if _identity(directory) == before:
-                return found
+                return content
 
 
 def _identity(directory: Path) -> tuple[int, int] | None:
@@ -113,10 +113,10 @@ def checkpoints_of(name: str) -> list[str]:
         return [name]
     if not Path(run).is_dir():
         raise UserError(f"model {name!r}: there is no such directory{nearest_model(name)}")
-    found = [f"{run}@{number}" for number, _ in Run(run).checkpoints()]
-    if not found:
+    names = [f"{run}@{number}" for number, _ in Run(run).checkpoints()]
+    if not names:
         raise UserError(f"{name}: {run} has no checkpoint")
-    return found
+    return names
 
 
 def run_and_step(name: str) -> tuple[Run, int] | None:
@@ -253,35 +253,35 @@ def _base_directory(directory: Path, files: AdapterFiles) -> Path:
         raise UserError(
             f"{directory / adapters.CONFIG} names no base model (base_model_name_or_path); add it, or give --model.base"
         )
-    found = list(
+    bases = list(
         dict.fromkeys(
             find_model(str(place)).resolve() for place in places_of_base(directory, files) if holds_model(place)
         )
     )
     if asked is not None and (base := find_model(asked).resolve()) != directory.resolve():
-        found = list(dict.fromkeys([base, *found]))
-    if not found and may_be_on_hub(files.base):
+        bases = list(dict.fromkeys([base, *bases]))
+    if not bases and may_be_on_hub(files.base):
         try:
             return find_model(files.base)
         except UserError as error:
             hub = f", nor on the hub ({error})"
     else:
         hub = ""
-    if not found:
+    if not bases:
         places = ", ".join(dict.fromkeys(map(os.path.normpath, places_of_base(directory, files))))
         raise UserError(
             f"{directory} is an adapter for {files.base!r}, which is in none of these places: {places}{hub}. Name its directory "
             "with --model.base"
         )
-    if len(found) == 1 or not files.fingerprint:
-        return found[0]
-    right = next((place for place in found if _weights_of(place) == files.fingerprint), None)
+    if len(bases) == 1 or not files.fingerprint:
+        return bases[0]
+    right = next((place for place in bases if _weights_of(place) == files.fingerprint), None)
     if right is None:
         raise UserError(
             f"{directory} was trained on different weights from those found where its base {files.base!r} was looked for: "
-            f"{', '.join(map(str, found))}. Name the right base with --model.base"
+            f"{', '.join(map(str, bases))}. Name the right base with --model.base"
         )
-    if asked is not None and right != found[0]:
+    if asked is not None and right != bases[0]:
         note(
             f"--model.base {asked} holds different weights from those that {directory} was trained on; its base is read from {right}"
         )

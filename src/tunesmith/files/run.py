@@ -167,24 +167,24 @@ class Run:
 
     def answers(self, damage: list[str]) -> dict[int, list[Json]]:
         """Step -> records of `answers/step-XXXXXXXX.jsonl`, in order of the steps. damage: gets a note for each unreadable line."""
-        found = {}
+        by_step = {}
         for path in sorted((self.path / "answers").glob("step-*.jsonl")):
             if match := STEP_NAME.fullmatch(path.stem):
                 records = [record for _, record in json_lines(path, noted(path.name, damage))]
-                found[int(match[1])] = [r for r in records if {"prompt", "answer", "finish_reason"} <= r.keys()]
-        return found
+                by_step[int(match[1])] = [r for r in records if {"prompt", "answer", "finish_reason"} <= r.keys()]
+        return by_step
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, directory) of the complete checkpoints, oldest first."""
-        found = (self.path / "checkpoints").glob("step-*")
-        return sorted((int(m[1]), p) for p in found if (m := STEP_NAME.fullmatch(p.name)))
+        directories = (self.path / "checkpoints").glob("step-*")
+        return sorted((int(m[1]), p) for p in directories if (m := STEP_NAME.fullmatch(p.name)))
 
     def checkpoint(self, step: int) -> Path:
         """The checkpoint of a step. Raises: UserError listing the available steps."""
-        for found, path in self.checkpoints():
-            if found == step:
+        for saved, path in self.checkpoints():
+            if saved == step:
                 return path
-        steps = ", ".join(str(found) for found, _ in self.checkpoints()) or "none"
+        steps = ", ".join(str(saved) for saved, _ in self.checkpoints()) or "none"
         raise UserError(f"{self.path} has no checkpoint of step {step}; it has: {steps}")
 
     def trained_weights(self, adapter: bool) -> int | None:

@@ -51,8 +51,8 @@ def answer_prompts(
 
 def scored(answers: Sequence[ScoredAnswer], scorer: Scorer) -> list[ScoredAnswer]:
     """The same answers with their rewards."""
-    found = scorer.score([a.prompt for a in answers], [a.answer for a in answers])
-    return [dataclasses.replace(a, reward=value) for a, value in zip(answers, found, strict=True)]
+    values = scorer.score([a.prompt for a in answers], [a.answer for a in answers])
+    return [dataclasses.replace(a, reward=value) for a, value in zip(answers, values, strict=True)]
 
 
 def rewards_at_steps(
@@ -80,7 +80,7 @@ def rewards_at_steps(
                 samples=options.samples,
             )
         write_answers(path / "answers" / f"{step_name(step)}.jsonl", answers)
-        told = {"scorer": scorer.name, "samples": options.samples}
-        return reward_summary(answers) | measures(answers) | told
+        made_by = {"scorer": scorer.name, "samples": options.samples}
+        return reward_summary(answers) | measures(answers) | made_by
 
     return reward_at

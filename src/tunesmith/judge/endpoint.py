@@ -140,9 +140,9 @@ class Endpoint:
         """What an error's body says, in one short line without the key."""
         text = body.decode(errors="replace")
         try:
-            found = parse_json(text)
-            found = found.get("error", found)
-            text = str(found["message"] if isinstance(found, dict) else found)
+            content = parse_json(text)
+            content = content.get("error", content)
+            text = str(content["message"] if isinstance(content, dict) else content)
         except (ValueError, LookupError, AttributeError):
             text = "" if "<html" in text.lower() else text
         return self._one_line(text)[:200] if text.strip() else ""

@@ -73,8 +73,8 @@ def parse_verdict(reply: str) -> str | None:
     """
     said = re.sub(r"<think>.*?</think>", "", reply, flags=re.S).strip()
     bare = said.strip("\"'`*. \n").lower()
-    found = {bare} if bare in _SIDES[0] else {m.lower() for m in _VERDICT.findall(said)}
-    return found.pop() if len(found) == 1 else None
+    verdicts = {bare} if bare in _SIDES[0] else {m.lower() for m in _VERDICT.findall(said)}
+    return verdicts.pop() if len(verdicts) == 1 else None
 
 
 class Judge:
@@ -86,7 +86,7 @@ class Judge:
         self._known = dict(self._read_kept())
 
     def compare(
-        self, pairs: Sequence[tuple[str, str, str]], told: Callable[[int, int], None] = lambda done, total: None
+        self, pairs: Sequence[tuple[str, str, str]], report: Callable[[int, int], None] = lambda done, total: None
     ) -> list[Judgement]:
         """A judgement for each (prompt, answer A, answer B).
 
@@ -97,31 +97,33 @@ class Judge:
         questions: list[Messages] = []
         for prompt, a, b in (pairs[i] for i in asked):
             questions += [question(prompt, a, b), question(prompt, b, a)]
-        found = self._ask_all(questions, told)
-        if found and not any(said for said, _ in found):
-            began = " ".join(found[0][1].split())[:80]
+        verdicts = self._ask_all(questions, report)
+        if verdicts and not any(said for said, _ in verdicts):
+            began = " ".join(verdicts[0][1].split())[:80]
             raise UserError(
-                f"the judge {self.endpoint.model!r} gave no verdict on any of {len(found)} questions; the first reply "
+                f"the judge {self.endpoint.model!r} gave no verdict on any of {len(verdicts)} questions; the first reply "
                 f"begins {began!r}. Name another --judge_model, or the right base URL with --judge"
             )
         judged = [Judgement(("tie", "tie"), asked=False) for _ in pairs]
         for n, i in enumerate(asked):
-            (first, reply), (second, other) = found[2 * n : 2 * n + 2]
+            (first, reply), (second, other) = verdicts[2 * n : 2 * n + 2]
             judged[i] = Judgement((_SIDES[0].get(first), _SIDES[1].get(second)), (reply, other))
         return judged
 
-    def _ask_all(self, questions: Sequence[Messages], told: Callable[[int, int], None]) -> list[tuple[str | None, str]]:
-        found: list[tuple[str | None, str]] = [(None, "")] * len(questions)
+    def _ask_all(
+        self, questions: Sequence[Messages], report: Callable[[int, int], None]
+    ) -> list[tuple[str | None, str]]:
+        verdicts: list[tuple[str | None, str]] = [(None, "")] * len(questions)
         if not questions:
-            return found
-        found[0] = self._ask(questions[0])  # alone, so that a wrong address or key is told at once
-        told(1, len(questions))
+            return verdicts
+        verdicts[0] = self._ask(questions[0])  # alone, so that a wrong address or key is told at once
+        report(1, len(questions))
         pool = ThreadPoolExecutor(self.parallel)
         try:
             numbers = {pool.submit(self._ask, q): i for i, q in enumerate(questions[1:], 1)}
             for done, future in enumerate(as_completed(numbers), 2):
-                found[numbers[future]] = future.result()
-                told(done, len(questions))
+                verdicts[numbers[future]] = future.result()
+                report(done, len(questions))
         except BaseException as error:
             self.endpoint.stop.set()
             if isinstance(error, UserError) and self.kept:
@@ -130,7 +132,7 @@ class Judge:
             raise
         finally:
             pool.shutdown(cancel_futures=True)
-        return found
+        return verdicts
 
     def _ask(self, messages: Messages) -> tuple[str | None, str]:
         """A verdict, or None, and the reply; without a verdict the judge is asked once more."""

@@ -60,9 +60,9 @@ def load_scorer(name: str, *, device: str = "auto", option: str = "--reward") ->
     if kind is None or kind.get("model_type") in FAMILIES:
         return OwnScorer(name, device)
     if not is_reward_model(directory):
-        found = ", ".join(kind.get("architectures") or ["no architecture"])
+        named = ", ".join(kind.get("architectures") or ["no architecture"])
         raise UserError(
-            f"{name} is not a reward model: its config.json names {found}, expected a ...ForSequenceClassification"
+            f"{name} is not a reward model: its config.json names {named}, expected a ...ForSequenceClassification"
         )
     return ClassifierScorer(name, directory, device)
 
@@ -88,8 +88,8 @@ class Cuts:
             f"the beginning of {self.questions:,} questions": self.questions,
             f"the end of {self.answers:,} answers": self.answers,
         }
-        if told := [words for words, count in what.items() if count]:
-            note(f"{name} reads at most {limit:,} tokens; of {texts:,} texts are left out: {', '.join(told)}")
+        if cut := [words for words, count in what.items() if count]:
+            note(f"{name} reads at most {limit:,} tokens; of {texts:,} texts are left out: {', '.join(cut)}")
 
 
 class OwnScorer:

@@ -29,10 +29,10 @@ Array = np.ndarray[Any, Any]
 
 def training_runs(model: str) -> list[Run]:
     """The run that a MODEL is a checkpoint of, and those that it started from, as far as they are on this machine."""
-    found: list[Run] = []
+    runs: list[Run] = []
     at = run_and_step(model)
-    while at and at[0].path.resolve() not in (run.path.resolve() for run in found):
-        found.append(at[0])
+    while at and at[0].path.resolve() not in (run.path.resolve() for run in runs):
+        runs.append(at[0])
         try:
             start = at[0].config.get("model", {})
             name = located(at[0], str(start.get("name")))
@@ -40,7 +40,7 @@ def training_runs(model: str) -> list[Run]:
             at = run_and_step(name) if here and start.get("init") == "pretrained" else None
         except (UserError, OSError):  # without a configuration, or no model any more
             break
-    return found
+    return runs
 
 
 def trained_rows(runs: Sequence[Run], source: Source, split: str, *, pairs: bool) -> tuple[Array, list[str]]:

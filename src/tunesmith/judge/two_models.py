@@ -28,11 +28,11 @@ def legend() -> list[tuple[int, str]]:
     """Every level from -3 to 3 and the changes that it stands for."""
     weak, middle, strong = LEVELS
     words = [f"{strong} or more", f"{middle} to {strong}", f"{weak} to {middle}"]
-    more = list(zip((3, 2, 1), words, strict=True))
+    stronger = list(zip((3, 2, 1), words, strict=True))
     return (
-        [(-n, f"-({text})") for n, text in more]
+        [(-n, f"-({text})") for n, text in stronger]
         + [(0, f"less than {weak}")]
-        + [(n, f"+({text})") for n, text in more[::-1]]
+        + [(n, f"+({text})") for n, text in stronger[::-1]]
     )
 
 
@@ -91,27 +91,27 @@ class Comparison:
 
     def summary(self) -> dict[str, Any]:
         """JSON-able. Differences, wins and win rates are those of B against A; bounds are of 95 % intervals."""
-        found: dict[str, Any] = {"prompts": len({row.a.prompt for row in self.rows}), "settings": self.settings}
+        record: dict[str, Any] = {"prompts": len({row.a.prompt for row in self.rows}), "settings": self.settings}
         for side, name in zip(("a", "b"), self.names, strict=True):
             answers: list[ScoredAnswer] = [getattr(row, side) for row in self.rows]
-            found[side] = {"model": name, **measures(answers)}
+            record[side] = {"model": name, **measures(answers)}
             if self.scorer:
-                found[side]["reward"] = reward_summary(answers)
+                record[side]["reward"] = reward_summary(answers)
         if self.scorer:
-            found["reward"] = {"scorer": self.scorer, **_by_rewards(self.rows)}
+            record["reward"] = {"scorer": self.scorer, **_by_rewards(self.rows)}
         if self.judge:
-            found["judge"] = {"model": self.judge, **_by_judge(self.rows)}
+            record["judge"] = {"model": self.judge, **_by_judge(self.rows)}
         if any(row.logps for row in self.rows):
-            found["logprobs"] = {side: _changes(self.rows, i) for i, side in enumerate("ab")}
-        return found
+            record["logprobs"] = {side: _changes(self.rows, i) for i, side in enumerate("ab")}
+        return record
 
 
 def groups(rows: Sequence[PromptResult]) -> dict[str, list[PromptResult]]:
     """The rows of each group, in the order in which the groups come."""
-    found: dict[str, list[PromptResult]] = {}
+    by_group: dict[str, list[PromptResult]] = {}
     for row in rows:
-        found.setdefault(row.a.group, []).append(row)
-    return found
+        by_group.setdefault(row.a.group, []).append(row)
+    return by_group
 
 
 def _by_rewards(rows: Sequence[PromptResult]) -> dict[str, Any]:
@@ -158,10 +158,10 @@ def _share(k: int, n: int) -> dict[str, Any] | None:
 
 def _changes(rows: Sequence[PromptResult], side: int) -> dict[str, Any]:
     """Tokens, and log p_B - log p_A of whole answers, of one side's answers."""
-    found = [logps[side] for logps in {row.a.prompt: row.logps for row in rows}.values() if logps]
-    whole = [([b for _, _, b in tokens], [a for _, a, _ in tokens]) for tokens in found]
+    answers = [logps[side] for logps in {row.a.prompt: row.logps for row in rows}.values() if logps]
+    whole = [([b for _, _, b in tokens], [a for _, a, _ in tokens]) for tokens in answers]
     sums = [sum(b) - sum(a) for b, a in whole]
-    return {"tokens": sum(map(len, found)), "change": interval_record(bootstrap_interval(sums))}
+    return {"tokens": sum(map(len, answers)), "change": interval_record(bootstrap_interval(sums))}
 
 
 # ---- the summary in words, for the terminal and for the page ---------------------------------------------------------
@@ -187,8 +187,8 @@ def interval_text(record: dict[str, Any] | None, *, signed: bool = False, percen
 def model_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(what, A's, B's) of everything that is measured on one model's answers alone."""
 
-    def both(label: str, told: Any) -> tuple[str, str, str]:
-        return label, told(summary["a"]), told(summary["b"])
+    def both(label: str, shown: Any) -> tuple[str, str, str]:
+        return label, shown(summary["a"]), shown(summary["b"])
 
     rows = [both("mean reward", lambda s: interval_text(s["reward"]))] if "reward" in summary else []
     rows.append(both("mean length, tokens", lambda s: f"{s['length']:.1f}"))
@@ -228,31 +228,31 @@ def versus_rows(summary: dict[str, Any]) -> list[Versus]:
         if measure not in summary:
             continue
         parts = {"all prompts": summary[measure], "answers of similar length": summary[measure]["matched_length"]}
-        for label, found in (parts | summary[measure]["groups"]).items():
-            if found and "wins" in found:
-                difference = interval_text(found["difference"], signed=True) if "difference" in found else ""
-                rate = interval_text(found["win_rate"], percent=True)
-                rows.append(Versus(f"{measure}: {label or 'no group'}", difference, Wins(**found["wins"]), rate))
+        for label, compared in (parts | summary[measure]["groups"]).items():
+            if compared and "wins" in compared:
+                difference = interval_text(compared["difference"], signed=True) if "difference" in compared else ""
+                rate = interval_text(compared["win_rate"], percent=True)
+                rows.append(Versus(f"{measure}: {label or 'no group'}", difference, Wins(**compared["wins"]), rate))
     return rows
 
 
 def result_line(summary: dict[str, Any]) -> str:
     """Which model's answers are better, by what and how surely, or that nothing can be told apart."""
-    told = []
+    sentences = []
     for measure, by in (("reward", "reward"), ("judge", "the judge's verdicts")):
-        found = summary.get(measure, {})
-        if "win_rate" in found:
-            told.append(_better(summary, found, by))
-    if told:
-        return " ".join(told)
+        compared = summary.get(measure, {})
+        if "win_rate" in compared:
+            sentences.append(_better(summary, compared, by))
+    if sentences:
+        return " ".join(sentences)
     if summary.keys() & {"reward", "judge"}:
         return "No prompt has a verdict on both answers, so neither model can be called better."
     return "Nothing scored these answers, so neither model can be called better."
 
 
-def _better(summary: dict[str, Any], found: dict[str, Any], by: str) -> str:
+def _better(summary: dict[str, Any], compared: dict[str, Any], by: str) -> str:
     """One measure's sentence: the win rate decides; a mean difference that says more, or surely points the other way, is said too."""
-    rate, difference, prompts = found["win_rate"], found.get("difference"), Wins(**found["wins"]).n
+    rate, difference, prompts = compared["win_rate"], compared.get("difference"), Wins(**compared["wins"]).n
     a, b = (f"{side.upper()} ({summary[side]['model']})" for side in "ab")
     by_much = "" if difference is None else f"; mean difference B - A {interval_text(difference, signed=True)}"
     shown = f"B wins {interval_text(rate, percent=True)} of {prompts} prompts, ties half{by_much}"
@@ -281,31 +281,31 @@ def _better(summary: dict[str, Any], found: dict[str, Any], by: str) -> str:
 
 def notes(summary: dict[str, Any]) -> list[str]:
     """What a reader needs to know to read the figures."""
-    told = []
+    lines = []
     if summary.keys() & {"reward", "judge", "logprobs"}:
-        told.append("In parentheses: 95 % intervals. A win rate counts a tie as half a win.")
+        lines.append("In parentheses: 95 % intervals. A win rate counts a tie as half a win.")
     if "reward" in summary or "judge" in summary:
-        told.append(
+        lines.append(
             f"Similar length: the shorter answer has at least {100 * (1 - LIKE_LENGTH):.0f} % of the longer one's tokens."
         )
     if "reward" in summary:
-        told.append(f"Rewards by {summary['reward']['scorer']}.")
+        lines.append(f"Rewards by {summary['reward']['scorer']}.")
     if judge := summary.get("judge"):
-        told.append(
+        lines.append(
             f"Judge: {judge['model']}, asked in both orders; where they disagree the prompt is a tie. The two orders "
             f"agree on {interval_text(judge['agreement'], percent=True)} of the prompts; of the verdicts that are not ties, "
             f"{interval_text(judge['first_position'], percent=True)} favour the answer shown first."
         )
         if judge["same_answers"]:
-            told.append(
+            lines.append(
                 f"Prompts with the same answer from both, ties without asking the judge: {judge['same_answers']}."
             )
         if judge["no_verdict"]:
-            told.append(f"Prompts without a verdict, left out of the judge's win rate: {judge['no_verdict']}.")
+            lines.append(f"Prompts without a verdict, left out of the judge's win rate: {judge['no_verdict']}.")
     if changes := summary.get("logprobs"):
         a, b = (interval_text(changes[side]["change"], signed=True) for side in "ab")
-        told.append(f"log p_B - log p_A of a whole answer, in nats: for A's answers {a}, for B's answers {b}.")
-    return told
+        lines.append(f"log p_B - log p_A of a whole answer, in nats: for A's answers {a}, for B's answers {b}.")
+    return lines
 
 
 def judge_text(judgement: Judgement) -> str:

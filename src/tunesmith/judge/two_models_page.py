@@ -56,11 +56,11 @@ DOT = " \u00b7 "
 KINDS = {-3: "d3", -2: "d2", -1: "d1", 0: "", 1: "u1", 2: "u2", 3: "u3"}
 
 
-def render_comparison(found: Comparison) -> str:
+def render_comparison(comparison: Comparison) -> str:
     """The page as text; the same comparison gives the same bytes."""
-    summary = found.summary()
-    parts = [f'<p class="lead">{_e(result_line(summary))}</p>', _names(found)]
-    parts += [f'<p class="dim">{_e(found.settings)}</p>' if found.settings else "", _facts(summary)]
+    summary = comparison.summary()
+    parts = [f'<p class="lead">{_e(result_line(summary))}</p>', _names(comparison)]
+    parts += [f'<p class="dim">{_e(comparison.settings)}</p>' if comparison.settings else "", _facts(summary)]
     versus = versus_rows(summary)
     if versus:
         head = "".join(f"<th{_right(i)}>{_e(h)}</th>" for i, h in enumerate(VERSUS))
@@ -75,13 +75,13 @@ def render_comparison(found: Comparison) -> str:
     parts += [f'<p class="dim">{_e(line)}</p>' for line in notes(summary)]
     if "logprobs" in summary:
         parts.append(_legend())
-    count, named = 0, groups(found.rows)
+    count, named = 0, groups(comparison.rows)
     for name, some in named.items():
         parts.append(f"<h2>{_e(name or ('Prompts' if len(named) == 1 else 'Other prompts'))}</h2>")
         for row in some:
             count += 1
-            parts.append(_article(row, count, found))
-    return render_page(f"{found.names[1]} against {found.names[0]}", "\n".join(parts), STYLE)
+            parts.append(_article(row, count, comparison))
+    return render_page(f"{comparison.names[1]} against {comparison.names[0]}", "\n".join(parts), STYLE)
 
 
 def _e(text: str) -> str:
@@ -92,21 +92,21 @@ def _right(column: int) -> str:
     return "" if column == 0 else ' class="number"'
 
 
-def _names(found: Comparison) -> str:
-    a, b = map(_e, found.names)
-    return f'<p><b class="name a">A</b> is {a}, <b class="name b">B</b> is {b}; {len(found.rows)} prompts, the same for both.</p>'
+def _names(comparison: Comparison) -> str:
+    a, b = map(_e, comparison.names)
+    return f'<p><b class="name a">A</b> is {a}, <b class="name b">B</b> is {b}; {len(comparison.rows)} prompts, the same for both.</p>'
 
 
 def _facts(summary: dict[str, Any]) -> str:
     facts = {}
     for measure, words in (("reward", "by reward"), ("judge", "by the judge")):
-        told = summary.get(measure, {})
-        if "difference" in told:
-            facts["reward B - A"] = interval_text(told["difference"], signed=True)
-        if "win_rate" in told:
-            facts[f"win rate of B {words}"] = interval_text(told["win_rate"], percent=True)
-        if told.get("agreement"):
-            facts["the judge's two orders agree"] = interval_text(told["agreement"], percent=True)
+        compared = summary.get(measure, {})
+        if "difference" in compared:
+            facts["reward B - A"] = interval_text(compared["difference"], signed=True)
+        if "win_rate" in compared:
+            facts[f"win rate of B {words}"] = interval_text(compared["win_rate"], percent=True)
+        if compared.get("agreement"):
+            facts["the judge's two orders agree"] = interval_text(compared["agreement"], percent=True)
     cells = "".join(f"<div>{_e(label)}<b>{_e(value)}</b></div>" for label, value in facts.items())
     return f'<div class="facts">{cells}</div>' if facts else ""
 
@@ -128,17 +128,17 @@ def _interval(text: str) -> str:
     return f'<span class="whole">{mean}</span> <span class="whole dim">({bounds}</span>' if opened else mean
 
 
-def _article(row: PromptResult, count: int, found: Comparison) -> str:
+def _article(row: PromptResult, count: int, comparison: Comparison) -> str:
     sides = "".join(
         _side(side, name, answer, row.logps[i] if row.logps else None, row.unscored[i])
-        for i, (side, name, answer) in enumerate(zip("ab", found.names, (row.a, row.b), strict=True))
+        for i, (side, name, answer) in enumerate(zip("ab", comparison.names, (row.a, row.b), strict=True))
     )
-    told = []
+    facts = []
     if row.difference is not None:
-        told.append(f"reward B - A <b>{number(row.difference, signed=True)}</b>")
+        facts.append(f"reward B - A <b>{number(row.difference, signed=True)}</b>")
     if row.judgement:
-        told.append(_e(judge_text(row.judgement)))
-    verdict = f'<p class="verdict">{DOT.join(told)}</p>' if told else ""
+        facts.append(_e(judge_text(row.judgement)))
+    verdict = f'<p class="verdict">{DOT.join(facts)}</p>' if facts else ""
     return (
         f'<article id="p{count}"><h3>{_e(row.a.prompt)}</h3><div class="sides">{sides}</div>'
         f"{verdict}{_replies(row.judgement)}</article>"
@@ -148,13 +148,13 @@ def _article(row: PromptResult, count: int, found: Comparison) -> str:
 def _side(side: str, name: str, answer: ScoredAnswer, logps: TokenLogps | None, unscored: str) -> str:
     text = _tokens(logps) + _e(unscored) if logps else _e(answer.answer.strip())
     ended = ENDINGS[answer.finish_reason]
-    told = [ended, f"{answer.tokens} tokens"] + ([] if answer.reward is None else [f"reward {number(answer.reward)}"])
+    facts = [ended, f"{answer.tokens} tokens"] + ([] if answer.reward is None else [f"reward {number(answer.reward)}"])
     if logps:
         change = sum(b for _, _, b in logps) - sum(a for _, a, _ in logps)
-        told.append(f"change in log p {number(change, signed=True)}")
+        facts.append(f"change in log p {number(change, signed=True)}")
     return (
         f'<div class="side {side}"><h4>{side.upper()} {_e(name)}</h4><div class="answer">{text or "<i>nothing</i>"}</div>'
-        f'<div class="dim">{DOT.join(told)}</div></div>'
+        f'<div class="dim">{DOT.join(facts)}</div></div>'
     )
 
 

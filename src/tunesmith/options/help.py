@@ -297,7 +297,7 @@ def _options_of(options: type[Any], prefix: str, title: str) -> Iterator[Option]
 
 def _texts(options: type[Any]) -> dict[str, str]:
     """Option -> the string that stands below it in the class; Python keeps those nowhere, so the source is read."""
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     written = [k for k in options.__mro__ if dataclasses.is_dataclass(k) and inspect.get_annotations(k)]
     for kind in reversed(written):  # a class put together of others has no source
         (definition,) = ast.parse(inspect.getsource(kind)).body
@@ -305,7 +305,7 @@ def _texts(options: type[Any]) -> dict[str, str]:
         for field, text in pairwise(definition.body):
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
                 if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                    found[field.target.id] = " ".join(str(text.value.value).split())
+                    texts[field.target.id] = " ".join(str(text.value.value).split())
                 else:
-                    found.pop(field.target.id, None)
-    return found
+                    texts.pop(field.target.id, None)
+    return texts

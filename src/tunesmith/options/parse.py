@@ -104,12 +104,12 @@ LENGTHS = ("train.steps", "train.epochs")
 
 def later_length(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Settings by dotted name, those of later layers counting; one that says how long takes away what an earlier one said of it."""
-    found: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
     for layer in layers:
         if any(layer.get(name) is not None for name in LENGTHS):
-            found |= {name: None for name in LENGTHS if name in found}
-        found |= layer
-    return found
+            merged |= {name: None for name in LENGTHS if name in merged}
+        merged |= layer
+    return merged
 
 
 def _lengths_of(content: Any) -> dict[str, Any]:
@@ -258,13 +258,13 @@ def _check_file(file: str, options: type[Any]) -> tuple[dict[str, Any], str]:
 
 def option_types(options: type[Any], prefix: str = "") -> dict[str, Any]:
     """Dotted option name -> its type."""
-    found: dict[str, Any] = {}
+    types: dict[str, Any] = {}
     for name, kind in typing.get_type_hints(options).items():
         if dataclasses.is_dataclass(kind):
-            found |= option_types(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+            types |= option_types(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
         else:
-            found[prefix + name] = kind
-    return found
+            types[prefix + name] = kind
+    return types
 
 
 def _told(message: str, options: type[Any], files: str, prog: str, positionals: Sequence[Positional]) -> str:

@@ -189,12 +189,12 @@ def preferences(study: Study, spec: Spec) -> Drawn:
 
 
 def _accuracy_bands(e: Experiment, label: str) -> dict[int, tuple[float, float]]:
-    found = {}
+    bands = {}
     for run in e.runs(label).values():
         pairs = [int(p.value) for p in run.series("pairs", "validation_pairs")]
         for p in run.series("eval", "validation_accuracy") if pairs and pairs[0] > 0 else ():
-            found[p.step] = wilson_interval(p.value * pairs[0], pairs[0])
-    return found
+            bands[p.step] = wilson_interval(p.value * pairs[0], pairs[0])
+    return bands
 
 
 def all_labels(e: Experiment) -> list[str]:

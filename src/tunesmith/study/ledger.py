@@ -134,7 +134,7 @@ def choices(plan: Plan, out: Path, ledger: Ledger) -> dict[str, dict[str, str]]:
 
     With several seeds the mean over the seeds decides and the first seed's run stands for it.
     """
-    found: dict[str, dict[str, str]] = {}
+    chosen: dict[str, dict[str, str]] = {}
     for id, by_label in plan.searches.items():
         for label, names in by_label.items():
             if all(ledger.state(name) in DONE for name in names):
@@ -142,8 +142,8 @@ def choices(plan: Plan, out: Path, ledger: Ledger) -> dict[str, dict[str, str]]:
                 for name in names:
                     rates.setdefault(plan.runs[name].settings["optimizer.lr"], []).append(name)
                 best = min(rates.values(), key=lambda group: math.fsum(best_loss(out, n) for n in group) / len(group))
-                found.setdefault(id, {})[label] = best[0]
-    return found
+                chosen.setdefault(id, {})[label] = best[0]
+    return chosen
 
 
 def best_loss(out: Path, name: str) -> float:

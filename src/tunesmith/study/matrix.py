@@ -214,7 +214,7 @@ def _search(
     maker: _Maker, experiment: Experiment, own: Mapping[str, Sequence[Shown]]
 ) -> tuple[list[Shown], dict[str, list[str]]]:
     """The runs of a learning-rate search: each entry at each rate; `own` are its runs at its own rate, which count too."""
-    found: list[Shown] = []
+    searched: list[Shown] = []
     choices: dict[str, list[str]] = {}
     for entry in experiment.entries:
         if not isinstance(entry, Entry):
@@ -228,24 +228,24 @@ def _search(
             made = own[entry.name] if at_own else _expand(maker, entry, {"optimizer.lr": rate}, f"-lr{rate:g}")
             for shown in made:
                 choices.setdefault(shown.label, []).append(shown.run)
-                found.append(dataclasses.replace(shown, label=f"{shown.label}, lr {rate:g}"))
-    return found, choices
+                searched.append(dataclasses.replace(shown, label=f"{shown.label}, lr {rate:g}"))
+    return searched, choices
 
 
 def _with_others(maker: _Maker, experiment: Experiment, own: Sequence[Shown]) -> list[Shown]:
     """An experiment's own runs and those it shows of others, in the order of the file."""
-    left, found = list(own), []
+    left, in_order = list(own), []
     for entry in experiment.entries:
         if isinstance(entry, Entry):
             mine = [s for s in left if maker.runs[s.run].where == entry.where]
-            found += mine
+            in_order += mine
         else:
             name, label = entry
             names = maker.bare.get(name) or ([name] if name in maker.runs else None)
             if names is None:
                 raise UsageError(f"{experiment.where}.also: {_unknown(maker, name)}")
-            found += [Shown(n, label, maker.runs[n].seed) for n in names]
-    return found
+            in_order += [Shown(n, label, maker.runs[n].seed) for n in names]
+    return in_order
 
 
 def _unknown(maker: _Maker, name: str) -> str:
@@ -269,11 +269,11 @@ def _linked(maker: _Maker, run: PlannedRun) -> PlannedRun:
 
     def exact(name: str, key: str) -> str:
         names = maker.bare.get(name) or ([name] if name in maker.runs else [])
-        found = [n for n in names if maker.runs[n].seed == run.seed] or names
-        if not found:
+        targets = [n for n in names if maker.runs[n].seed == run.seed] or names
+        if not targets:
             raise UsageError(f"{run.where}.{key}: {_unknown(maker, name)}")
-        needs[found[0]] = None
-        return found[0]
+        needs[targets[0]] = None
+        return targets[0]
 
     settings = dict(run.settings)
     for option, value in run.settings.items():

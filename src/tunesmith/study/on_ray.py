@@ -125,9 +125,9 @@ class OnRay:
         environment = {**({} if gpus else slot_environment(slots, (), 0)), **job.environment}
         where = NodeAffinitySchedulingStrategy(id, soft=False)
         task = self._task.options(scheduling_strategy=where, num_gpus=min(1.0, gpus / slots))
-        told = Job(job.name, job.argv, os.path.abspath(job.log), environment, job.directory)
-        wish_file(told).unlink(missing_ok=True)  # of a study that was cut off
-        self._running[task.remote(told)] = (told, id)
+        sent = Job(job.name, job.argv, os.path.abspath(job.log), environment, job.directory)
+        wish_file(sent).unlink(missing_ok=True)  # of a study that was cut off
+        self._running[task.remote(sent)] = (sent, id)
         return f"{name} ({id[:6]})"
 
     def ended(self) -> list[Ended]:

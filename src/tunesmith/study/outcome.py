@@ -84,15 +84,15 @@ def _by_loss(run: Run, best: int, estimates: Sequence[Estimate]) -> str:
             "step 0, the untrained starting model" if first.step == 0 else f"step {first.step:,}, the first estimate"
         )
         return f"Best checkpoint by validation loss: {where}, with {value}; none of the {len(estimates) - 1} later estimates is lower."
-    told = f"Best checkpoint by validation loss: step {one.step:,} of {last:,}, {value}"
+    text = f"Best checkpoint by validation loss: step {one.step:,} of {last:,}, {value}"
     fall = loss_difference(first.parts, one.parts) if comparable(first, one) else None
     if fall is None:
         gap = first.validation_loss - one.validation_loss
         why = "an estimate was one batch" if len(one.parts) == 1 else "losses per batch were not kept"
-        return f"{told}; {gap:.3f} below step {first.step:,} (no interval: {why})."
+        return f"{text}; {gap:.3f} below step {first.step:,} (no interval: {why})."
     if apart(fall):
-        return f"{told}; {_interval(fall)} below step {first.step:,}."
-    return f"{told}. That is not clearly below step {first.step:,}: the difference of {_interval(fall)} may be chance."
+        return f"{text}; {_interval(fall)} below step {first.step:,}."
+    return f"{text}. That is not clearly below step {first.step:,}: the difference of {_interval(fall)} may be chance."
 
 
 def loss_text(estimate: Estimate) -> str:
@@ -103,8 +103,8 @@ def loss_text(estimate: Estimate) -> str:
 
 
 def _accuracy(run: Run, step: int) -> str:
-    found = next((e.get("validation_accuracy") for e in run.metrics("eval") if e["step"] == step), None)
-    return "" if found is None else f", accuracy {accuracy_text(run, found)}"
+    accuracy = next((e.get("validation_accuracy") for e in run.metrics("eval") if e["step"] == step), None)
+    return "" if accuracy is None else f", accuracy {accuracy_text(run, accuracy)}"
 
 
 def _interval(x: Interval, at_least: float = float("-inf")) -> str:
@@ -121,8 +121,8 @@ def _listed(words: Sequence[str]) -> str:
 
 def result_of_runs(runs: Sequence[Run]) -> str:
     """Which of the runs that can be compared is best, by reward on the same prompts and by validation loss on the same rows."""
-    told = [*_best_rewards(runs), *_lowest_losses(runs)]
-    return " ".join(told) or (
+    sentences = [*_best_rewards(runs), *_lowest_losses(runs)]
+    return " ".join(sentences) or (
         "No two of these runs can be compared: they differ in method, data or the rows of an estimate. "
         "Each run's own result is at the head of its section."
     )
@@ -137,20 +137,20 @@ def _lowest_losses(runs: Sequence[Run]) -> list[str]:
             kind = kind_of(run)
             _, named = groups.setdefault(f"{kind} {_rows_of(run, kind)}", (loss_unit(run.config, kind), {}))
             named[run.path.name if run.path.name not in named else str(run.path)] = lowest
-    told = []
-    for unit, found in groups.values():
-        if len(found) > 1:
-            best = min(found, key=lambda name: found[name].validation_loss)
-            level = 1 - 0.05 / (len(found) - 1)  # the lowest was picked (Bonferroni)
-            one = found[best]
+    sentences = []
+    for unit, lowest_of in groups.values():
+        if len(lowest_of) > 1:
+            best = min(lowest_of, key=lambda name: lowest_of[name].validation_loss)
+            level = 1 - 0.05 / (len(lowest_of) - 1)  # the lowest was picked (Bonferroni)
+            one = lowest_of[best]
             against: list[Against] = [
                 (name, loss_difference(e.parts, one.parts, level=level) if comparable(e, one) else None)
-                for name, e in found.items()
+                for name, e in lowest_of.items()
                 if name != best
             ]
             what = f"{best} at step {one.step:,} has the lowest validation loss, {loss_text(one)}"
-            told.append(_ranked(f"{what} {unit}", against, "below"))
-    return told
+            sentences.append(_ranked(f"{what} {unit}", against, "below"))
+    return sentences
 
 
 def _rows_of(run: Run, kind: str) -> str:
@@ -170,18 +170,18 @@ def _best_rewards(runs: Sequence[Run]) -> list[str]:
         chosen = (run.status.get("choice") or {}).get("best_step")
         event = next((r for r in events if r["step"] == chosen), events[-1] if events else {})
         records = run.answers([]).get(event.get("step", -1), [])
-        if (found := rewards_by_prompt(records)) and event.get("scorer"):
+        if (rewards := rewards_by_prompt(records)) and event.get("scorer"):
             named = by_scorer.setdefault(str(event.get("scorer")), {})
-            named[run.path.name if run.path.name not in named else str(run.path)] = found
-    return [ranked_by_reward(scorer, found) for scorer, found in by_scorer.items() if len(found) > 1]
+            named[run.path.name if run.path.name not in named else str(run.path)] = rewards
+    return [ranked_by_reward(scorer, rewards) for scorer, rewards in by_scorer.items() if len(rewards) > 1]
 
 
-def ranked_by_reward(scorer: str, found: Mapping[str, Mapping[str, float]]) -> str:
+def ranked_by_reward(scorer: str, by_name: Mapping[str, Mapping[str, float]]) -> str:
     """The name with the highest mean reward and how it stands to the others. found: name -> prompt -> reward, two names or more."""
-    shared = sorted(set.intersection(*(set(r) for r in found.values())))
+    shared = sorted(set.intersection(*(set(r) for r in by_name.values())))
     if not shared:
-        return f"{_listed(list(found))} answered different prompts, so their rewards cannot be compared."
-    values = {name: [rewards[p] for p in shared] for name, rewards in found.items()}
+        return f"{_listed(list(by_name))} answered different prompts, so their rewards cannot be compared."
+    values = {name: [rewards[p] for p in shared] for name, rewards in by_name.items()}
     best = max(values, key=lambda name: fmean(values[name]))
     level = 1 - 0.05 / (len(values) - 1)
     against: list[Against] = [

@@ -49,8 +49,8 @@ class Difference:
 
 def last_losses(e: Experiment, labels: Sequence[str]) -> dict[str, dict[int, Point]]:
     """Label -> seed -> validation loss of the finished runs at the last step that all seeds of the label have."""
-    found = {label: finals(e, [label], "eval", LOSS)[0][label] for label in labels}
-    return {label: seeds for label, seeds in found.items() if seeds}
+    by_label = {label: finals(e, [label], "eval", LOSS)[0][label] for label in labels}
+    return {label: seeds for label, seeds in by_label.items() if seeds}
 
 
 def _loss(e: Experiment, label: str, last: Mapping[str, Mapping[int, Point]]) -> Cell:
@@ -61,13 +61,13 @@ def _loss(e: Experiment, label: str, last: Mapping[str, Mapping[int, Point]]) ->
 def differences_of(e: Experiment, pairs: Sequence[tuple[str, str]], level: float = 0.95) -> list[Difference]:
     """The last loss of the first of each pair less that of the second, seed by seed; pairs without a common seed are left out."""
     last = last_losses(e, list(dict.fromkeys(x for pair in pairs for x in pair)))
-    found = []
+    differences = []
     for one, other in pairs:
         if seeds := sorted(last.get(one, {}).keys() & last.get(other, {}).keys()):
             a, b = [last[one][s] for s in seeds], [last[other][s] for s in seeds]
             by_seed = t_interval([x.value - y.value for x, y in zip(a, b, strict=True)], level=level)
-            found.append(Difference(one, other, by_seed, _over_batches(e, one, other, a, b, level), (*a, *b)))
-    return found
+            differences.append(Difference(one, other, by_seed, _over_batches(e, one, other, a, b, level), (*a, *b)))
+    return differences
 
 
 def _over_batches(
@@ -203,24 +203,26 @@ def overview(study: Study) -> Table:
 def conclusion(e: Experiment) -> str:
     """Which label has the lowest last validation loss, and the highest reward, by how much, or that none can be told apart."""
     units = by_unit(e)
-    told = [_by_loss(e, labels, unit) for unit, labels in units.items()]
+    sentences = [_by_loss(e, labels, unit) for unit, labels in units.items()]
     if len(units) > 1:
-        told = [f"Losses in {unit}: {text[:1].lower()}{text[1:]}" for unit, text in zip(units, told, strict=True)]
-    return " ".join(filter(None, (*told, _by_reward(e)))) or "None of its runs has started."
+        sentences = [
+            f"Losses in {unit}: {text[:1].lower()}{text[1:]}" for unit, text in zip(units, sentences, strict=True)
+        ]
+    return " ".join(filter(None, (*sentences, _by_reward(e)))) or "None of its runs has started."
 
 
 def _by_reward(e: Experiment) -> str:
     """The labels' answers at the chosen checkpoints, prompt by prompt; empty without two labels that one scorer judged."""
-    found, scorers = {}, set()
+    by_label, scorers = {}, set()
     for label in e.labels:
         runs = [run for run in e.runs(label).values() if run.state == "finished" and run.lines.get("reward")]
         rewards = [prompt_rewards(run, best_step(run) or 0) for run in runs]
         if runs and all(rewards):
-            found[label] = mean_by_prompt(rewards)
+            by_label[label] = mean_by_prompt(rewards)
             scorers |= {str(r.get("scorer")) for run in runs for r in run.lines["reward"]}
-    if len(found) < 2 or len(scorers) > 1:
+    if len(by_label) < 2 or len(scorers) > 1:
         return ""
-    return f"{ranked_by_reward(scorers.pop(), found)} Reward intervals are over the prompts."
+    return f"{ranked_by_reward(scorers.pop(), by_label)} Reward intervals are over the prompts."
 
 
 def _by_loss(e: Experiment, labels: Sequence[str], unit: str) -> str:
@@ -238,41 +240,41 @@ def _by_loss(e: Experiment, labels: Sequence[str], unit: str) -> str:
             f"The labels' losses cannot be compared, as they differ in {', '.join(keys)}.{_accuracies(e, last)}{left}"
         )
     level = 1 - 0.05 / (len(last) - 1)  # the lowest was picked after looking at all of them (Bonferroni)
-    found = differences_of(e, [(x, best) for x in last if x != best], level)
-    apart, alike = [d for d in found if d.apart], [d for d in found if not d.apart]
-    more = "; ".join(f"{interval_words(d.decisive)} less than {d.one}" for d in apart)
-    told = " and ".join(f"{d.one} ({interval_words(d.decisive)} higher)" for d in alike)
+    differences = differences_of(e, [(x, best) for x in last if x != best], level)
+    apart, alike = [d for d in differences if d.apart], [d for d in differences if not d.apart]
+    beaten = "; ".join(f"{interval_words(d.decisive)} less than {d.one}" for d in apart)
+    rivals = " and ".join(f"{d.one} ({interval_words(d.decisive)} higher)" for d in alike)
     if not apart:
         text = (
             f"No difference between the labels is distinguishable from chance: {best} is lowest with {value}, "
-            f"but not clearly below {told}."
+            f"but not clearly below {rivals}."
         )
     elif alike:
-        text = f"{best} has the lowest validation loss, {value}: {more}. Not distinguishable from it: {told}."
+        text = f"{best} has the lowest validation loss, {value}: {beaten}. Not distinguishable from it: {rivals}."
     else:
-        text = f"{best} has the lowest validation loss, {value}: {more}."
-    return f"{text}{_what_it_rests_on(found)}{left}"
+        text = f"{best} has the lowest validation loss, {value}: {beaten}."
+    return f"{text}{_what_it_rests_on(differences)}{left}"
 
 
 def _accuracies(e: Experiment, labels: Iterable[str]) -> str:
     """The labels' shares of validation pairs with the chosen answer ahead, each with Wilson's interval; empty without pairs."""
-    told = []
+    shares = []
     for label in labels:
         points = list(finals(e, [label], "eval", "validation_accuracy")[0][label].values())
         pairs = [int(p.value) for run in e.runs(label).values() for p in run.series("pairs", "validation_pairs")]
         if points and pairs and pairs[0] > 0:
             share = share_interval(fmean(p.value for p in points) * pairs[0], pairs[0])  # more seeds are no more pairs
-            told.append(f"{label} {100 * share.mean:.1f} % [{100 * share.low:.1f}, {100 * share.high:.1f}]")
-    return f" Pairs with the chosen answer ahead: {'; '.join(told)}." if told else ""
+            shares.append(f"{label} {100 * share.mean:.1f} % [{100 * share.low:.1f}, {100 * share.high:.1f}]")
+    return f" Pairs with the chosen answer ahead: {'; '.join(shares)}." if shares else ""
 
 
-def _what_it_rests_on(found: Sequence[Difference]) -> str:
+def _what_it_rests_on(differences: Sequence[Difference]) -> str:
     """Seeds, batches, and how many comparisons the intervals are made for."""
-    seeds = min((d.by_seed.n for d in found), default=0)
-    together = " jointly" if len(found) > 1 else ""
+    seeds = min((d.by_seed.n for d in differences), default=0)
+    together = " jointly" if len(differences) > 1 else ""
     if seeds > 1:
         return f" Intervals: 95 %{together}, paired over {seeds} seeds."
-    if any(d.by_batch for d in found):
+    if any(d.by_batch for d in differences):
         return (
             f" Intervals: 95 %{together}, over the validation batches of one seed; other seeds may reverse the order."
         )

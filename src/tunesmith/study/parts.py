@@ -51,12 +51,12 @@ def gathered(lines: Iterable[str]) -> list[str]:
 
 def notes(lines: Iterable[str]) -> str:
     """What is missing or doubtful, where nobody overlooks it."""
-    told = gathered(lines)
-    if not told:
+    gathered_lines = gathered(lines)
+    if not gathered_lines:
         return ""
-    if len(told) == 1:
-        return f'<div class="note">{esc(told[0])}</div>'
-    return f'<div class="note"><ul>{"".join(f"<li>{esc(line)}</li>" for line in told)}</ul></div>'
+    if len(gathered_lines) == 1:
+        return f'<div class="note">{esc(gathered_lines[0])}</div>'
+    return f'<div class="note"><ul>{"".join(f"<li>{esc(line)}</li>" for line in gathered_lines)}</ul></div>'
 
 
 def side_by_side(prompt: str, group: str, answers: Iterable[tuple[str, Mapping[str, Any] | None]]) -> str:

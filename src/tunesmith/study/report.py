@@ -262,8 +262,8 @@ def _answers(run: Run) -> str:
 def _by_prompt(records: Sequence[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
     """(prompt, which of its answers) -> record: a line lost at one step must not move answers under another prompt."""
     seen: Counter[str] = Counter()
-    found = {}
+    by_prompt = {}
     for record in records:
         seen[record["prompt"]] += 1
-        found[record["prompt"], seen[record["prompt"]]] = record
-    return found
+        by_prompt[record["prompt"], seen[record["prompt"]]] = record
+    return by_prompt

@@ -125,5 +125,5 @@ def reward_curve(run: Run) -> Plate:
 
 def _series(records: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
     """Steps and values of one figure, where it was finite."""
-    found = [(r["step"], r[name]) for r in records if r.get(name) is not None]
-    return [step for step, _ in found], [value for _, value in found]
+    points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
+    return [step for step, _ in points], [value for _, value in points]

@@ -57,16 +57,16 @@ def finals(
 
 def peaks(experiment: Experiment, labels: Sequence[str]) -> tuple[dict[str, dict[int, Point]], list[str]]:
     """Label -> seed -> largest memory of the finished runs, and the runs left out."""
-    found: dict[str, dict[int, Point]] = {}
+    by_label: dict[str, dict[int, Point]] = {}
     left = []
     for label in labels:
-        found[label] = {}
+        by_label[label] = {}
         for seed, run in experiment.runs(label).items():
             if run.state == "finished" and run.peak:
-                found[label][seed] = run.peak
+                by_label[label][seed] = run.peak
             else:
                 left.append(f"{label}, seed {seed} ({run.name}): {run.trouble or 'no memory logged'}")
-    return found, left
+    return by_label, left
 
 
 def differences(a: Mapping[int, Point], b: Mapping[int, Point]) -> list[float]:

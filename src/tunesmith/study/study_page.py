@@ -85,11 +85,11 @@ def _progress(study: Study) -> str:
         states[run.state] = states.get(run.state, 0) + 1
     order = ("finished", "running", "waiting", "stopped", "diverged", "failed", "missing")
     names = {"waiting": "not run yet"}
-    told = ", ".join(
+    counts = ", ".join(
         f"{states[s]} {names.get(s, s)}" for s in sorted(states, key=lambda s: order.index(s) if s in order else 9)
     )
     scale = f", {study.scale} scale" if study.scale else ""
-    return f'<p class="dim">Study {esc(study.name)}{esc(scale)}: {len(study.runs)} runs, {esc(told)}.</p>'
+    return f'<p class="dim">Study {esc(study.name)}{esc(scale)}: {len(study.runs)} runs, {esc(counts)}.</p>'
 
 
 def _summary(study: Study, known: Known, links: Links) -> str:

@@ -36,11 +36,11 @@ def unit_suffix(unit: str) -> str:
 
 def by_unit(e: Experiment, labels: Sequence[str] | None = None) -> dict[str, list[str]]:
     """Unit -> the labels whose losses are counted in it."""
-    found: dict[str, list[str]] = {}
+    labels_of: dict[str, list[str]] = {}
     for label in e.labels if labels is None else labels:
         for unit in dict.fromkeys(unit_of(run) for run in e.runs(label).values()):
-            found.setdefault(unit, []).append(label)
-    return found
+            labels_of.setdefault(unit, []).append(label)
+    return labels_of
 
 
 def comparable(runs: Sequence[RunRecord], what: str = "losses") -> list[str]:
@@ -50,12 +50,12 @@ def comparable(runs: Sequence[RunRecord], what: str = "losses") -> list[str]:
     for key, values in differing(runs).items():
         if what == "rewards" and key.startswith(("dpo.", "the training")):
             continue  # a scorer does not ask how the answers were trained
-        told = "; ".join(
+        each = "; ".join(
             f"{value}: {', '.join(r.name for r, v in zip(runs, values, strict=True) if v == value)}"
             for value in dict.fromkeys(values)
         )
         of = "loss" if key.startswith("dpo.") else "data or model"
-        notes.append(f"The runs differ in {of}, so their {what} are not comparable: {key} is {told}")
+        notes.append(f"The runs differ in {of}, so their {what} are not comparable: {key} is {each}")
     return notes
 
 

@@ -119,7 +119,7 @@ def cut_pairs_shared(store: PairStore, block_size: int) -> Cut:
 def cut_pairs_here(store: PairStore, block_size: int, rule: str) -> Cut:
     """OWN on pairs. Raises: UsageError for a rule that pairs do not know."""
     lengths = store.lengths
-    cuts, told = cut_pairs(store, np.arange(len(store)), block_size, rule)
+    cuts, truncation = cut_pairs(store, np.arange(len(store)), block_size, rule)
     longest = lengths[:, 0] + lengths[:, 1:].max(1)
     left_out = np.setdiff1d(np.arange(len(store)), cuts.pairs).tolist()
     same = left_out if rule == "keep_start" else []  # only that rule cuts answers; it leaves out what became equal
@@ -127,7 +127,7 @@ def cut_pairs_here(store: PairStore, block_size: int, rule: str) -> Cut:
         OWN,
         PAIRS,
         len(store),
-        sum(told.counts.values()),
+        sum(truncation.counts.values()),
         len(left_out),
         len(same),
         end_lost=int((~cuts.ends[:, 0]).sum()),

@@ -102,44 +102,44 @@ def row_defects(raw: dict[str, Any], row: Row) -> set[str]:
     if isinstance(row, Text):
         return _text_defects([row.text]) | ({"empty_text"} if not row.text.strip() else set())
     prompt = raw.get("prompt")
-    found = {"prompt_space"} if isinstance(prompt, str) and prompt != prompt.rstrip() else set()
+    defects = {"prompt_space"} if isinstance(prompt, str) and prompt != prompt.rstrip() else set()
     if not isinstance(row, Preference):
-        return found | _turn_defects(row.messages, "empty_answer")
+        return defects | _turn_defects(row.messages, "empty_answer")
     chosen, rejected = row.chosen.messages, row.rejected.messages
-    found |= _turn_defects(chosen, "empty_chosen") | _turn_defects(rejected, "empty_rejected")
+    defects |= _turn_defects(chosen, "empty_chosen") | _turn_defects(rejected, "empty_rejected")
     if prompt_of(chosen) != prompt_of(rejected):
-        found.add("prompts_differ")
+        defects.add("prompts_differ")
     elif not prompt_of(chosen):
-        found.add("no_prompt")
-    return found | ({"same_answers"} if chosen == rejected else set())
+        defects.add("no_prompt")
+    return defects | ({"same_answers"} if chosen == rejected else set())
 
 
 def _turn_defects(turns: tuple[Message, ...], empty: str) -> set[str]:
-    found = _text_defects(m.content for m in turns)
+    defects = _text_defects(m.content for m in turns)
     *before, last = turns
     if last.role != "assistant":
-        found.add("no_final_answer")
+        defects.add("no_final_answer")
     elif not last.content.strip():
-        found.add(empty)
+        defects.add(empty)
     if not all(m.content.strip() for m in before):
-        found.add("empty_turn")
+        defects.add("empty_turn")
     if any(a.role == b.role for a, b in zip(before, turns[1:], strict=True)):
-        found.add("repeated_role")
+        defects.add("repeated_role")
     for m in turns:
         if not m.content.strip():
             continue
         if m.lead != " " or m.content[0].isspace():
-            found.add("turn_start")
+            defects.add("turn_start")
         if m.content[-1].isspace():
-            found.add("answer_end" if m.role == "assistant" else "prompt_space")
-    return found
+            defects.add("answer_end" if m.role == "assistant" else "prompt_space")
+    return defects
 
 
 def _text_defects(texts: Iterable[str]) -> set[str]:
-    found = set()
+    defects = set()
     for text in texts:
         if marker_inside(text):
-            found.add("role_marker")
+            defects.add("role_marker")
         if ("<" in text or "[" in text) and _TEMPLATE.search(text):
-            found.add("template_text")
-    return found
+            defects.add("template_text")
+    return defects

@@ -211,46 +211,46 @@ class Texts:
 
 
 def _read(source: Source, split: str) -> Texts:
-    found, seen = Texts(), dict[tuple[bytes, ...], str]()
+    texts, seen = Texts(), dict[tuple[bytes, ...], str]()
     prompts = set[bytes]()
-    reader, rows = source.opened(split, found.unreadable)
+    reader, rows = source.opened(split, texts.unreadable)
     for located in rows:
-        found.rows += 1
+        texts.rows += 1
         place = source.place(split, located.file, located.line)
         try:
             row = reader.read(located.value)
         except BadRow as reason:
-            found.unreadable.add_bad(str(reason), place)
+            texts.unreadable.add_bad(str(reason), place)
             continue
         form, usable = form_of(row), _is_usable(row)
-        found.forms[form] += 1
-        found.usable[form] += usable
+        texts.forms[form] += 1
+        texts.usable[form] += usable
         if isinstance(row, Preference):
-            found.pair_places.add((located.file, located.line))
+            texts.pair_places.add((located.file, located.line))
             if not usable:
-                found.skipped.append((row, place))
+                texts.skipped.append((row, place))
         printed = fingerprint(row, place, usable)
-        found.prints.append(printed)
+        texts.prints.append(printed)
         defects = row_defects(located.value if isinstance(located.value, dict) else {}, row)
         if printed.texts in seen:
-            found.defects["duplicate"].append(f"{place} = {seen[printed.texts]}")
+            texts.defects["duplicate"].append(f"{place} = {seen[printed.texts]}")
         elif len(printed.texts) == 2 and printed.texts[::-1] in seen and "same_answers" not in defects:
-            found.defects["contradiction"].append(f"{place} = {seen[printed.texts[::-1]]}")
+            texts.defects["contradiction"].append(f"{place} = {seen[printed.texts[::-1]]}")
         elif printed.prompt in prompts:
-            found.repeated_prompts += 1
+            texts.repeated_prompts += 1
         if printed.texts:
             seen.setdefault(printed.texts, place)
         if printed.prompt:
             prompts.add(printed.prompt)
         for kind in defects:
-            found.defects[kind].append(place)
-    found.rows += found.unreadable.rows
-    found.form, found.notes = reader.form_lines(), reader.notes()
-    if not found.rows:
+            texts.defects[kind].append(place)
+    texts.rows += texts.unreadable.rows
+    texts.form, texts.notes = reader.form_lines(), reader.notes()
+    if not texts.rows:
         raise UserError(
             f"{source.name} ({split}) has no row in {', '.join(map(str, source.files[split]))}; add some, or remove the file"
         )
-    return found
+    return texts
 
 
 def _is_usable(row: Row) -> bool:
@@ -276,22 +276,24 @@ def _findings(read: Texts, forms: Mapping[str, int]) -> Iterator[Defect]:
 def _overlaps(
     texts: Mapping[str, Texts], holdout: float, seed: int, against: Sequence[Source]
 ) -> dict[str, list[Overlap]]:
-    found: dict[str, list[Overlap]] = {split: [] for split in texts}
+    overlaps: dict[str, list[Overlap]] = {split: [] for split in texts}
     train = texts["train"].prints
     if "test" in texts:
-        found["test"].append(overlap(texts["test"].prints, train, "train"))
+        overlaps["test"].append(overlap(texts["test"].prints, train, "train"))
     elif len(usable := [p for p in train if p.usable]) > 1:
         rest, held = holdout_rows(len(usable), holdout, seed)
         ours = [usable[i] for i in held]
         whose = "rows held out for validation (--data.holdout)"
-        found["train"].append(overlap(ours, [usable[i] for i in rest], "the rest of train", whose=whose))
+        overlaps["train"].append(overlap(ours, [usable[i] for i in rest], "the rest of train", whose=whose))
     for other in against:
         for other_split in other.files:
             there = _read(other, other_split)
             unread = sum(there.unreadable.bad.values())
             for split, read in texts.items():
-                found[split].append(overlap(read.prints, there.prints, f"{other.name} ({other_split})", unread=unread))
-    return found
+                overlaps[split].append(
+                    overlap(read.prints, there.prints, f"{other.name} ({other_split})", unread=unread)
+                )
+    return overlaps
 
 
 # ---- tokens --------------------------------------------------------------------------------------------------------
@@ -368,11 +370,11 @@ def _told_cut(cut: Cut, block_size: int) -> str:
     )
 
 
-def _told_overlap(found: Overlap) -> str:
-    where = _places(found.places, len(found.places))
+def _told_overlap(overlap: Overlap) -> str:
+    where = _places(overlap.places, len(overlap.places))
     return (
-        f"{found.prompts:,} prompts and {found.texts:,} whole texts of {found.rows:,} {found.whose or _plural(found.rows)} "
-        f"are also in {found.other} ({where}): remove them from one of the two, or scores there measure memorisation"
+        f"{overlap.prompts:,} prompts and {overlap.texts:,} whole texts of {overlap.rows:,} {overlap.whose or _plural(overlap.rows)} "
+        f"are also in {overlap.other} ({where}): remove them from one of the two, or scores there measure memorisation"
     )
 
 

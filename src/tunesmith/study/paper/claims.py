@@ -67,26 +67,28 @@ class Claim:
 
 def judge_all(study: Study) -> list[tuple[Claim, Finding]]:
     """Every claim with its verdict; what a study has not run cannot be told."""
-    found = []
+    findings = []
     for claim in CLAIMS:
         if study.experiment(claim.experiment).members:
-            found.append((claim, claim.judge(study)))
+            findings.append((claim, claim.judge(study)))
         else:
-            found.append((claim, Finding(Verdict(OPEN, f"experiment {claim.experiment.upper()} is not in this study"))))
-    return found
+            findings.append(
+                (claim, Finding(Verdict(OPEN, f"experiment {claim.experiment.upper()} is not in this study")))
+            )
+    return findings
 
 
 # ---- what the judges share ------------------------------------------------------------------------------------------
 
 
-def _sources(*found: Mapping[str, Mapping[int, Point]]) -> tuple[Point, ...]:
-    return tuple(p for labels in found for seeds in labels.values() for p in seeds.values())
+def _sources(*tables: Mapping[str, Mapping[int, Point]]) -> tuple[Point, ...]:
+    return tuple(p for labels in tables for seeds in labels.values() for p in seeds.values())
 
 
-def _against(found: Mapping[str, Mapping[int, Point]], one: str, sign: int = 1) -> dict[str, list[float]]:
+def _against(values: Mapping[str, Mapping[int, Point]], one: str, sign: int = 1) -> dict[str, list[float]]:
     """`sign` times (one - other) for every other label, by seed."""
-    names = {o: f"{one} minus {o}" if sign > 0 else f"{o} minus {one}" for o in found if o != one}
-    return {names[o]: [sign * d for d in differences(found[one], found[o])] for o in names}
+    names = {o: f"{one} minus {o}" if sign > 0 else f"{o} minus {one}" for o in values if o != one}
+    return {names[o]: [sign * d for d in differences(values[one], values[o])] for o in names}
 
 
 def resolution_of(runs: Sequence[RunRecord]) -> float:
@@ -135,8 +137,8 @@ def _on_the_same_batches(study: Study, line: Line, steps: Sequence[int]) -> Call
     def parts(i: int) -> list[tuple[float, int]]:
         points = [seed[steps[i]] for seed in whole]
         logged = [next(r for r in study.runs[p.run].lines["eval"] if r["line"] == p.line) for p in points]
-        found = [study.runs[p.run].parts(r["step"]) for p, r in zip(points, logged, strict=True)]
-        return [x for batches in found for x in batches] if all(found) else []
+        kept = [study.runs[p.run].parts(r["step"]) for p, r in zip(points, logged, strict=True)]
+        return [x for batches in kept for x in batches] if all(kept) else []
 
     def difference(i: int, j: int) -> Interval | None:
         a, b = parts(i), parts(j)
@@ -187,10 +189,10 @@ def _mean_negative(study: Study) -> Finding:
         return Finding(Verdict(OPEN, "no reward with its interval at the chosen checkpoint"))
     scorer, marks = chosen.get("scorer", "an unnamed model"), one.marks(one.best)
     interval = f"{chosen['mean']:.3f} [{chosen['low']:.3f}, {chosen['high']:.3f}]"
-    told = f"mean {interval} at step {one.best:,}, scored by {scorer_words(study, scorer)}"
+    evidence = f"mean {interval} at step {one.best:,}, scored by {scorer_words(study, scorer)}"
     if scorer != PAPER_SCORER:
-        return Finding(Verdict(OPEN, f"{told}: scorers differ in their zero point"), marks)
-    return Finding(Verdict(HOLDS if chosen["high"] < 0 else FAILS if chosen["low"] > 0 else OPEN, told), marks)
+        return Finding(Verdict(OPEN, f"{evidence}: scorers differ in their zero point"), marks)
+    return Finding(Verdict(HOLDS if chosen["high"] < 0 else FAILS if chosen["low"] > 0 else OPEN, evidence), marks)
 
 
 def _tuned_answers(study: Study) -> Finding:
@@ -224,76 +226,76 @@ def _batches_alike(study: Study) -> Finding:
 
 
 def _alike(e: Experiment, one: str, other: str, *, by_rows: bool = False) -> Finding:
-    found, left = finals(e, present(e, one, other), "eval", "validation_loss", by_rows=by_rows)
+    losses, left = finals(e, present(e, one, other), "eval", "validation_loss", by_rows=by_rows)
     starts = [s[0].value for s in e.line(one, "eval", "validation_loss").seeds.values()]
-    ends = [p.value for p in found.get(one, {}).values()]
-    if not starts or not ends or not found.get(other):
+    ends = [p.value for p in losses.get(one, {}).values()]
+    if not starts or not ends or not losses.get(other):
         return Finding(Verdict(OPEN, f"needs finished runs of {one} and {other}"), (), tuple(left))
     margin = VISIBLE * abs(fmean(starts) - fmean(ends))
-    verdict = verdicts.alike({f"{one} minus {other}": differences(found[one], found[other])}, margin, unit="nats")
-    return Finding(verdict, _sources(found), tuple(left))
+    verdict = verdicts.alike({f"{one} minus {other}": differences(losses[one], losses[other])}, margin, unit="nats")
+    return Finding(verdict, _sources(losses), tuple(left))
 
 
 def _sgd_learns_slowest(study: Study) -> Finding:
     e = study.experiment("e4")
-    found, left = finals(e, present(e, *OPTIMIZERS), "eval", "validation_loss")
-    if "SGD" not in found or len(found) < 2:
+    losses, left = finals(e, present(e, *OPTIMIZERS), "eval", "validation_loss")
+    if "SGD" not in losses or len(losses) < 2:
         return Finding(Verdict(OPEN, "needs SGD and another optimizer"), (), tuple(left))
-    return Finding(verdicts.all_greater(_against(found, "SGD"), unit="nats"), _sources(found), tuple(left))
+    return Finding(verdicts.all_greater(_against(losses, "SGD"), unit="nats"), _sources(losses), tuple(left))
 
 
 def _sgd_least_memory(study: Study) -> Finding:
     e = study.experiment("e4")
-    found, left = peaks(e, present(e, *OPTIMIZERS))
-    return _least(e, found, left, "SGD")
+    memory, left = peaks(e, present(e, *OPTIMIZERS))
+    return _least(e, memory, left, "SGD")
 
 
 def _lora_less_memory(study: Study) -> Finding:
     e = study.experiment("e5")
-    found, left = peaks(e, [*ranks(e), *present(e, FULL)])
-    if FULL not in found or not ranks(e):
+    memory, left = peaks(e, [*ranks(e), *present(e, FULL)])
+    if FULL not in memory or not ranks(e):
         return Finding(Verdict(OPEN, "needs a rank and full tuning"), (), tuple(left))
     return Finding(
-        verdicts.all_greater(_against(found, FULL), resolution=_resolution(e, found), unit="GB"),
-        _sources(found),
+        verdicts.all_greater(_against(memory, FULL), resolution=_resolution(e, memory), unit="GB"),
+        _sources(memory),
         tuple(left),
     )
 
 
-def _least(e: Experiment, found: Mapping[str, Mapping[int, Point]], left: list[str], one: str) -> Finding:
-    if one not in found or len(found) < 2:
+def _least(e: Experiment, memory: Mapping[str, Mapping[int, Point]], left: list[str], one: str) -> Finding:
+    if one not in memory or len(memory) < 2:
         return Finding(Verdict(OPEN, f"needs {one} and another optimizer"), (), tuple(left))
-    verdict = verdicts.all_greater(_against(found, one, -1), resolution=_resolution(e, found), unit="GB")
-    return Finding(verdict, _sources(found), tuple(left))
+    verdict = verdicts.all_greater(_against(memory, one, -1), resolution=_resolution(e, memory), unit="GB")
+    return Finding(verdict, _sources(memory), tuple(left))
 
 
-def _resolution(e: Experiment, found: Mapping[str, Mapping[int, Point]]) -> float:
+def _resolution(e: Experiment, memory: Mapping[str, Mapping[int, Point]]) -> float:
     """Of a difference of two peaks, GB."""
-    largest = max((p.value for seeds in found.values() for p in seeds.values()), default=0.0)
+    largest = max((p.value for seeds in memory.values() for p in seeds.values()), default=0.0)
     return resolution_of([m.run for m in e.members]) * largest
 
 
 def _sgd_least_time(study: Study) -> Finding:
     e = study.experiment("e4")
     labels = present(e, *OPTIMIZERS)
-    found = {
+    minutes = {
         label: {s: r.minutes for s, r in e.runs(label).items() if r.state == "finished" and r.minutes}
         for label in labels
     }
-    if "SGD" not in found or len(found) < 2:
+    if "SGD" not in minutes or len(minutes) < 2:
         return Finding(Verdict(OPEN, "needs SGD and another optimizer"))
-    return Finding(verdicts.all_greater(_against(found, "SGD", -1), unit="min"), _sources(found))
+    return Finding(verdicts.all_greater(_against(minutes, "SGD", -1), unit="min"), _sources(minutes))
 
 
 def _lora(event: str, key: str, unit: str) -> Callable[[Study], Finding]:
     def judge(study: Study) -> Finding:
         e = study.experiment("e5")
-        found, left = finals(e, [*ranks(e), *present(e, FULL)], event, key)
-        if not ranks(e) or not found.get(FULL):
+        values, left = finals(e, [*ranks(e), *present(e, FULL)], event, key)
+        if not ranks(e) or not values.get(FULL):
             return Finding(
                 Verdict(OPEN, f"needs finished runs of a rank and of full tuning with a {event} line"), (), tuple(left)
             )
-        return Finding(verdicts.all_greater(_against(found, FULL, -1), unit=unit), _sources(found), tuple(left))
+        return Finding(verdicts.all_greater(_against(values, FULL, -1), unit=unit), _sources(values), tuple(left))
 
     return judge
 
@@ -301,14 +303,14 @@ def _lora(event: str, key: str, unit: str) -> Callable[[Study], Finding]:
 def _rank_memory(study: Study) -> Finding:
     e = study.experiment("e5")
     labels = ranks(e)
-    found, left = peaks(e, [labels[0], labels[-1]] if len(labels) > 1 else [])
-    if len(found) < 2 or not all(found.values()):
+    memory, left = peaks(e, [labels[0], labels[-1]] if len(labels) > 1 else [])
+    if len(memory) < 2 or not all(memory.values()):
         return Finding(Verdict(OPEN, "needs finished runs of two ranks"), (), tuple(left))
     low, high = labels[0], labels[-1]
-    margin = HARDLY * fmean(p.value for p in found[low].values())
-    gaps = {f"{high} minus {low}": differences(found[high], found[low])}
-    verdict = verdicts.alike(gaps, margin, resolution=_resolution(e, found), unit="GB")
-    return Finding(verdict, _sources(found), tuple(left))
+    margin = HARDLY * fmean(p.value for p in memory[low].values())
+    gaps = {f"{high} minus {low}": differences(memory[high], memory[low])}
+    verdict = verdicts.alike(gaps, margin, resolution=_resolution(e, memory), unit="GB")
+    return Finding(verdict, _sources(memory), tuple(left))
 
 
 def _accumulation(study: Study) -> Finding:
@@ -364,16 +366,19 @@ def _dpo_fits(study: Study) -> Finding:
     for run in runs:
         if run.state == "failed" and re.search(r"out of memory(?!\?)", run.reason.lower()):  # "?": only a guess
             return Finding(Verdict(FAILS, f"{run.name} failed: {run.reason}"))
-    found = [r.peak for r in runs if r.state == "finished" and r.peak]
-    if not found:
+    measured = [r.peak for r in runs if r.state == "finished" and r.peak]
+    if not measured:
         return Finding(Verdict(OPEN, "no finished DPO run"))
-    top = max(found, key=lambda p: p.value)
-    told = f"peak {top.value:.2f} GB, policy and reference together"
+    top = max(measured, key=lambda p: p.value)
+    evidence = f"peak {top.value:.2f} GB, policy and reference together"
     if study.scale != FULL:
         return Finding(
-            Verdict(OPEN, f"{told}, but for the {study.scale or 'unnamed'} scale's model, not for gpt2-medium"), (top,)
+            Verdict(OPEN, f"{evidence}, but for the {study.scale or 'unnamed'} scale's model, not for gpt2-medium"),
+            (top,),
         )
-    return Finding(Verdict(HOLDS if top.value <= CARD_GB else FAILS, f"{told}; one card has {CARD_GB:.0f} GB"), (top,))
+    return Finding(
+        Verdict(HOLDS if top.value <= CARD_GB else FAILS, f"{evidence}; one card has {CARD_GB:.0f} GB"), (top,)
+    )
 
 
 CLAIMS = (

@@ -56,9 +56,9 @@ def judged(study: Study) -> list[Judged]:
         e = study.experiment(key)
         labels = [FIRST, CONTINUED] if {FIRST, CONTINUED} <= set(e.labels) else e.labels[:1]
         seeds = dict.fromkeys(m.seed for m in e.members if m.label in labels)
-        found = [whole_training([run for x in labels if (run := e.runs(x).get(seed))]) for seed in seeds]
-        if found := [j for j in found if j.at]:
-            return found
+        trainings = [whole_training([run for x in labels if (run := e.runs(x).get(seed))]) for seed in seeds]
+        if trainings := [j for j in trainings if j.at]:
+            return trainings
     return []
 
 

@@ -89,20 +89,20 @@ def _claim(claim: Claim, finding: Finding, links: Links) -> str:
 
 def answer_columns(study: Study) -> list[Column]:
     """Whose answers stand side by side: base, fine-tuned, LoRA, DPO; each at its chosen checkpoint."""
-    found: list[Column] = []
+    columns: list[Column] = []
     if one := next(iter(judged(study)), None):
         chosen = max(one.at) if one.best is None else one.best
-        found = [(name, *one.at[step]) for name, step in (("base", 0), ("fine-tuned", chosen)) if step in one.at]
+        columns = [(name, *one.at[step]) for name, step in (("base", 0), ("fine-tuned", chosen)) if step in one.at]
     lora = [
         r for x in reversed(ranks(study.experiment("e5"))) for r in study.experiment("e5").runs(x).values() if r.answers
     ]
     if not lora and FULL not in study.experiment("e5").labels:
         lora = [m.run for m in study.experiment("e5").members if m.run.answers]
     if lora:
-        found += _at_choice(f"LoRA, rank {lora[0].config.get('lora', {}).get('rank', '?')}", lora[0])
+        columns += _at_choice(f"LoRA, rank {lora[0].config.get('lora', {}).get('rank', '?')}", lora[0])
     if dpo := next((r for r in dpo_runs(study).values() if r.answers), None):
-        found += _at_choice("DPO", dpo)
-    return found
+        columns += _at_choice("DPO", dpo)
+    return columns
 
 
 def _at_choice(name: str, run: RunRecord) -> list[Column]:

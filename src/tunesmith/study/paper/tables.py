@@ -194,11 +194,11 @@ def _share_or_seeds(points: list[Point], runs: Sequence[RunRecord], key: str) ->
 def prompts(study: Study) -> Table | None:
     """The best and the worst prompts of the chosen checkpoint, beside the paper's."""
     one = next(iter(judged(study)), None)
-    if one is None or one.best is None or len(found := one.rewards(one.best)) < 2:
+    if one is None or one.best is None or len(rewards := one.rewards(one.best)) < 2:
         return None
-    order = sorted(found, key=lambda p: (-found[p], p))
-    told = [("best", p) for p in order[:3]] + [("worst", p) for p in order[::-1][: min(3, len(order) - 3) or 1][::-1]]
-    rows = tuple((Cell(which), Cell(p), Cell(f"{found[p]:.2f}")) for which, p in told)
+    order = sorted(rewards, key=lambda p: (-rewards[p], p))
+    shown = [("best", p) for p in order[:3]] + [("worst", p) for p in order[::-1][: min(3, len(order) - 3) or 1][::-1]]
+    rows = tuple((Cell(which), Cell(p), Cell(f"{rewards[p]:.2f}")) for which, p in shown)
     caption = (
         f"{one.run.name}, step {one.best:,}. The paper's best: 2.29, “how blockchain technology works”; "
         "its worst: -3.56, “principles of sustainable architecture”."
@@ -241,11 +241,11 @@ def choices(study: Study) -> Table | None:
 
 def memory_parts(study: Study) -> Table | None:
     """The numbers of the memory figure."""
-    found = memory_rows(study)
-    if not any(parts for _, parts, _ in found):
+    memory = memory_rows(study)
+    if not any(parts for _, parts, _ in memory):
         return None
     rows = []
-    for label, parts, measured in found:
+    for label, parts, measured in memory:
         total = sum(parts.values()) if parts else None
         cell = of_seeds(measured, 3)
         error = 100 * (total / cell.value.mean - 1) if total and cell.value and cell.value.mean else None

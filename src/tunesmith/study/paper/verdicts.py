@@ -52,15 +52,17 @@ def all_greater(
     if not differences or not all(differences.values()):
         empty = ", ".join(name for name, values in differences.items() if not values)
         return Verdict(OPEN, f"no value to compare{': ' + empty if empty else ''}")
-    found = {name: over_seeds(values, resolution) for name, values in differences.items()}
-    told = "; ".join(f"{name}: {interval_words(x, digits, unit)}" for name, x in found.items()) + _seeds(found.values())
-    if few := _too_few(found.values()):
-        return Verdict(OPEN, told + few)
-    if any(over_seeds(values, resolution, 1 - 0.05 / len(found)).high < 0 for values in differences.values()):
-        return Verdict(FAILS, told)
-    if all(x.low > 0 for x in found.values()):
-        return Verdict(HOLDS, told)
-    return Verdict(OPEN, told + "; not all differences are clearly of one sign")
+    intervals = {name: over_seeds(values, resolution) for name, values in differences.items()}
+    evidence = "; ".join(f"{name}: {interval_words(x, digits, unit)}" for name, x in intervals.items()) + _seeds(
+        intervals.values()
+    )
+    if few := _too_few(intervals.values()):
+        return Verdict(OPEN, evidence + few)
+    if any(over_seeds(values, resolution, 1 - 0.05 / len(intervals)).high < 0 for values in differences.values()):
+        return Verdict(FAILS, evidence)
+    if all(x.low > 0 for x in intervals.values()):
+        return Verdict(HOLDS, evidence)
+    return Verdict(OPEN, evidence + "; not all differences are clearly of one sign")
 
 
 def alike(
@@ -74,25 +76,27 @@ def alike(
     """Is every difference within +-margin? Not finding a difference is no proof: its whole interval must lie inside."""
     if not differences or not all(differences.values()):
         return Verdict(OPEN, "no value to compare")
-    found = {name: over_seeds(values, resolution) for name, values in differences.items()}
-    told = "; ".join(f"{name}: {interval_words(x, digits, unit)}" for name, x in found.items()) + _seeds(found.values())
-    told += f"; alike means within ±{margin:.{digits}f}{' ' + unit if unit else ''}"
-    if few := _too_few(found.values()):
-        return Verdict(OPEN, told + few)
-    if any(x.low > margin or x.high < -margin for x in found.values()):
-        return Verdict(FAILS, told)
-    if all(-margin <= x.low and x.high <= margin for x in found.values()):
-        return Verdict(HOLDS, told)
-    return Verdict(OPEN, told + "; an interval crosses that limit")
+    intervals = {name: over_seeds(values, resolution) for name, values in differences.items()}
+    evidence = "; ".join(f"{name}: {interval_words(x, digits, unit)}" for name, x in intervals.items()) + _seeds(
+        intervals.values()
+    )
+    evidence += f"; alike means within ±{margin:.{digits}f}{' ' + unit if unit else ''}"
+    if few := _too_few(intervals.values()):
+        return Verdict(OPEN, evidence + few)
+    if any(x.low > margin or x.high < -margin for x in intervals.values()):
+        return Verdict(FAILS, evidence)
+    if all(-margin <= x.low and x.high <= margin for x in intervals.values()):
+        return Verdict(HOLDS, evidence)
+    return Verdict(OPEN, evidence + "; an interval crosses that limit")
 
 
-def _seeds(found: Collection[Interval]) -> str:
-    n = min(x.n for x in found)
+def _seeds(intervals: Collection[Interval]) -> str:
+    n = min(x.n for x in intervals)
     return f" ({n} seed{'s' * (n > 1)})"
 
 
-def _too_few(found: Collection[Interval]) -> str:
-    missing = any(math.isnan(x.low) for x in found)
+def _too_few(intervals: Collection[Interval]) -> str:
+    missing = any(math.isnan(x.low) for x in intervals)
     return f"; one seed says nothing about the next, and the claim needs {SEEDS}" if missing else ""
 
 
@@ -135,35 +139,35 @@ def overfits(
     rise = fmean(validation[-WINDOW:]) - smooth[low]
 
     def apart(i: int) -> Interval:
-        found = difference(i, low) if difference else None
+        paired = difference(i, low) if difference else None
         gap = rise if i == n - 1 else smooth[i] - smooth[low]
-        return found or Interval(gap, gap - margin, gap + margin, n)
+        return paired or Interval(gap, gap - margin, gap + margin, n)
 
     end = apart(n - 1)
     base = steps[0] == 0  # the estimate before the training is no validation of it
     same = ", paired over the same batches" if difference and difference(n - 1, low) else ""
     lowest = f"lowest at validation {low + (not base)} of {n - base} (step {steps[low]:,.0f})"
-    told = f"{lowest}, {interval_words(end)} above that at the end{same}"
+    evidence = f"{lowest}, {interval_words(end)} above that at the end{same}"
     if n - 1 - low < WINDOW:
         before = fmean(validation[-2 * WINDOW : -WINDOW]) - fmean(validation[-WINDOW:])
         if before > margin:
             return Verdict(FAILS, f"still falling at the end, by {before:.3f} over the last {WINDOW} validations")
-        return Verdict(OPEN, f"{told}: flat at the end, training was too short to tell")
+        return Verdict(OPEN, f"{evidence}: flat at the end, training was too short to tell")
     if end.low <= 0:
-        return Verdict(OPEN, f"{told}: the rise may be chance")
+        return Verdict(OPEN, f"{evidence}: the rise may be chance")
     if fmean(train[-WINDOW:]) >= train[low]:
-        return Verdict(FAILS, f"{told}, but the training loss rose too: unstable, not overfitting")
+        return Verdict(FAILS, f"{evidence}, but the training loss rose too: unstable, not overfitting")
     close = [i for i in range(n) if i == low or apart(i).low <= 0]
-    return _placed(between, close[0] / (n - 1), close[-1] / (n - 1), told)
+    return _placed(between, close[0] / (n - 1), close[-1] / (n - 1), evidence)
 
 
-def _placed(between: Stretch | None, first: float, last: float, told: str) -> Verdict:
+def _placed(between: Stretch | None, first: float, last: float, evidence: str) -> Verdict:
     """HOLDS if a place that cannot be told from the turning point (`first` to `last`) lies where it is said to be."""
     if between is None or (first <= between[1] and between[0] <= last):
-        return Verdict(HOLDS, told)
+        return Verdict(HOLDS, evidence)
     span = f"{first:.0%} to {last:.0%}" if last > first else f"{first:.0%}"
     said = f"{max(0.0, between[0]):.0%} to {between[1]:.0%}"
-    return Verdict(FAILS, f"{told}; the turn is at {span} of training, not within {said}")
+    return Verdict(FAILS, f"{evidence}; the turn is at {span} of training, not within {said}")
 
 
 def falls_after_best(rewards: Mapping[int, Sequence[float]], *, between: Stretch | None = None) -> Verdict:
@@ -187,27 +191,27 @@ def falls_after_best(rewards: Mapping[int, Sequence[float]], *, between: Stretch
     if best == [last, last]:
         return Verdict(FAILS, f"the last of {len(steps)} checkpoints (step {last:,}) has the best reward")
     interval = paired_difference(falls, [0.0] * len(falls))
-    told = f"best at step {top:,} of {last:,}; from there to the end it falls by {interval_words(interval)} ({n} prompts, paired)"
+    evidence = f"best at step {top:,} of {last:,}; from there to the end it falls by {interval_words(interval)} ({n} prompts, paired)"
     if interval.low <= 0:
-        return Verdict(FAILS if interval.high < 0 else OPEN, told)
+        return Verdict(FAILS if interval.high < 0 else OPEN, evidence)
     level = [s for s in steps if paired_difference(rewards[top], rewards[s]).low <= 0]
     share = [(steps.index(s)) / (len(steps) - 1) for s in (level[0], level[-1])]
-    return _placed(between, share[0], share[1], told)
+    return _placed(between, share[0], share[1], evidence)
 
 
 def never_learns(starts: Mapping[str, Sequence[float]], ends: Mapping[str, Sequence[float | None]]) -> Verdict:
     """Does no run of any setting end below its start? A diverged run has None for its end."""
     if not ends or not all(ends.values()):
         return Verdict(OPEN, "no finished or diverged run")
-    learned, told = [], []
+    learned, ends_of = [], []
     for name, values in ends.items():
         below = [v is not None and v < s for s, v in zip(starts[name], values, strict=True)]
         learned += below
         ways = [f"{s:.3f} → {v:.3f}" for s, v in zip(starts[name], values, strict=True) if v is not None]
         gone = values.count(None)
         parts = [f"{gone} of {len(values)} diverged"] * bool(gone) + [f"validation loss {', '.join(ways)}"] * bool(ways)
-        told.append(f"{name}: {'; '.join(parts)}")
-    text = "; ".join(told)
+        ends_of.append(f"{name}: {'; '.join(parts)}")
+    text = "; ".join(ends_of)
     if not any(learned):
         return Verdict(HOLDS, text)
     if all(learned):
@@ -224,12 +228,12 @@ def above_chance(accuracies: Sequence[float], margins: Sequence[float], pairs: i
         return Verdict(OPEN, "no estimate on validation pairs")
     share = share_interval(fmean(accuracies) * pairs, pairs)
     margin = fmean(margins)
-    told = f"accuracy {interval_words(share)} of {pairs} pairs, mean margin {margin:.3f}"
+    evidence = f"accuracy {interval_words(share)} of {pairs} pairs, mean margin {margin:.3f}"
     if share.low > 0.5 and margin > 0:
-        return Verdict(HOLDS, told)
+        return Verdict(HOLDS, evidence)
     if share.high < 0.5 or (share.low > 0.5 and margin < 0):
-        return Verdict(FAILS, told)
-    return Verdict(OPEN, told + "; the interval includes one half")
+        return Verdict(FAILS, evidence)
+    return Verdict(OPEN, evidence + "; the interval includes one half")
 
 
 def better_paired(a: Sequence[float], b: Sequence[float], name: str) -> Verdict:
@@ -237,10 +241,10 @@ def better_paired(a: Sequence[float], b: Sequence[float], name: str) -> Verdict:
     if len(a) != len(b) or len(a) < 2:
         return Verdict(OPEN, f"{min(len(a), len(b))} prompts with a reward from both; 2 are needed")
     interval = paired_difference(a, b)
-    told = f"{name} {interval_words(interval)} ({len(a)} prompts, paired)"
+    evidence = f"{name} {interval_words(interval)} ({len(a)} prompts, paired)"
     if interval.low > 0:
-        return Verdict(HOLDS, told)
-    return Verdict(FAILS, told) if interval.high < 0 else Verdict(OPEN, told + "; the interval includes 0")
+        return Verdict(HOLDS, evidence)
+    return Verdict(FAILS, evidence) if interval.high < 0 else Verdict(OPEN, evidence + "; the interval includes 0")
 
 
 def alike_paired(a: Sequence[float], b: Sequence[float], name: str) -> Verdict:
@@ -250,12 +254,12 @@ def alike_paired(a: Sequence[float], b: Sequence[float], name: str) -> Verdict:
     mean = fmean(b)
     margin = math.sqrt(fmean((x - mean) ** 2 for x in b)) / 2
     interval = paired_difference(a, b)
-    told = f"{name} {interval_words(interval)} ({len(a)} prompts, paired); equally good means within ±{margin:.3f}"
+    evidence = f"{name} {interval_words(interval)} ({len(a)} prompts, paired); equally good means within ±{margin:.3f}"
     if -margin <= interval.low and interval.high <= margin:
-        return Verdict(HOLDS, told)
+        return Verdict(HOLDS, evidence)
     if interval.low > margin or interval.high < -margin:
-        return Verdict(FAILS, told)
-    return Verdict(OPEN, told + "; the interval crosses that limit")
+        return Verdict(FAILS, evidence)
+    return Verdict(OPEN, evidence + "; the interval crosses that limit")
 
 
 def same_steps(a: Mapping[int, float], b: Mapping[int, float], tolerance: float) -> Verdict:
@@ -265,5 +269,5 @@ def same_steps(a: Mapping[int, float], b: Mapping[int, float], tolerance: float)
         return Verdict(OPEN, "no step was logged by both")
     worst = max(shared, key=lambda s: abs(a[s] - b[s]) / max(abs(a[s]), 1e-12))
     gap = abs(a[worst] - b[worst]) / max(abs(a[worst]), 1e-12)
-    told = f"largest relative difference of the loss {gap:.1e}, at step {worst:,} of {len(shared):,} compared"
-    return Verdict(HOLDS if gap <= tolerance else FAILS, f"{told}; the same means at most {tolerance:.0e}")
+    evidence = f"largest relative difference of the loss {gap:.1e}, at step {worst:,} of {len(shared):,} compared"
+    return Verdict(HOLDS if gap <= tolerance else FAILS, f"{evidence}; the same means at most {tolerance:.0e}")
