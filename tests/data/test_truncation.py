@@ -126,6 +126,10 @@ def test_pieces_without_a_target_take_no_room(store):
     layout = BatchLayout("padded", BLOCK, batch_size=1, loss_on="assistant", truncation="keep_start", shuffle=False)
     assert [b.sources for b in Batches(text_rows(store, [0, 3], layout)).fixed()] == [(0,)]
     assert len(list(Batches(text_rows(store, [0, 3], dataclasses.replace(layout, loss_on="all"))).fixed())) == 2
-    with pytest.raises(UserError, match="is left to learn from"):
+    lost = r"is left to learn from: 1 longer than block_size \d+ lost their end .*long.jsonl:4.*; 1 have no target at block_size"
+    with pytest.raises(UserError, match=lost):
         text_rows(store, [3], layout)
+    dropped = r"is left to learn from: 1 longer than block_size \d+ were dropped .*: long.jsonl:4 with \d+$"
+    with pytest.raises(UserError, match=dropped):
+        text_rows(store, [3], dataclasses.replace(layout, truncation="drop"))
     assert (store.row(3, "assistant", 0, BLOCK)[1] == IGNORE_INDEX).all()

@@ -113,9 +113,9 @@ class TextRows:
         # A piece without a target (its answer was cut off) would take room in a row, and time, for nothing.
         self.pieces = cut if self.loss_on == "all" else cut.taken(np.flatnonzero(taught(store, cut)))
         if not len(self.pieces):
+            without = [f"{len(cut):,} have no target at block_size {layout.block_size:,}"] if len(cut) else []
             raise UserError(
-                f"no row of {store.source.name} ({store.split}) is left to learn from: {len(cut)} have no target at "
-                f"block_size {layout.block_size}"
+                f"no row of {store.source.name} ({store.split}) is left to learn from: {'; '.join([*self.cut_lines(), *without])}"
             )
         self.plan = epoch_plans(self.pieces.lengths, layout)
         # As many in every epoch: how many rows packing needs depends on the lengths, not on which piece has which.
