@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+import tunesmith
 from tunesmith.__main__ import COMMANDS, GROUPS, main
 from tunesmith.options import commands as command_options
 from tunesmith.options.help import PAGES, all_options, help_text
@@ -207,3 +208,9 @@ def test_a_closed_pipe_for_errors_is_no_traceback_either():
     )
     os.close(writer)
     assert (done.returncode, done.stdout) == (141, b"")
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "train_reward_model", "pretrain"])
+def test_help_of_a_training_function_says_what_it_raises(name):
+    """In Python, `help(ts.sft)` shows this one text."""
+    assert "Raises: UserError before the first step" in getattr(tunesmith, name).__doc__

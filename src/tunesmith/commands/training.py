@@ -31,22 +31,34 @@ from tunesmith.train.trainee import load_trainee, prepare_model
 
 
 def sft(config: SFTConfig) -> Run:
-    """Fine-tune on dialogues and return the finished run. Raises: as `train`."""
+    """Fine-tune on dialogues and return the finished run.
+
+    Raises: UserError before the first step, for anything in the configuration, data or model that cannot work.
+    """
     return train(METHODS["sft"], config)
 
 
 def dpo(config: DPOConfig) -> Run:
-    """Train on preferences and return the finished run. Raises: as `train`."""
+    """Train on preferences and return the finished run.
+
+    Raises: UserError before the first step, for anything in the configuration, data or model that cannot work.
+    """
     return train(METHODS["dpo"], config)
 
 
 def train_reward_model(config: RewardConfig) -> Run:
-    """Train a reward model and return the finished run; `ts.load_reward` loads its best checkpoint. Raises: as `train`."""
+    """Train a reward model and return the finished run; `ts.load_reward` loads its best checkpoint.
+
+    Raises: UserError before the first step, for anything in the configuration, data or model that cannot work.
+    """
     return train(METHODS["reward"], config)
 
 
 def pretrain(config: PretrainConfig) -> Run:
-    """Train from scratch and return the finished run. Raises: as `train`."""
+    """Train from scratch and return the finished run.
+
+    Raises: UserError before the first step, for anything in the configuration, data or model that cannot work.
+    """
     return train(METHODS["pretrain"], config)
 
 
