@@ -148,6 +148,10 @@ def test_what_does_not_count_is_said(tmp_path, capsys):
         (["--config", "paper/e8", "--train.steps", "3"], ("train.epochs", "train.steps")),
         (["--config", str(file), "--train.epochs", "2"], ("train.steps", "train.epochs")),
         (["--config", str(file), "--train.steps", "3"], ()),
+        (
+            ["--config", str(file), "--train.epochs", "2", "--resume"],
+            (),
+        ),  # the run's own length comes from no file of its user's
     ):
         assert main(["dpo", "--model", "nowhere", *argv, "--data.name", "nowhere.jsonl"]) != 0
         notes = [row for row in capsys.readouterr().out.splitlines() if row.startswith("note: train")]

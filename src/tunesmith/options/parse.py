@@ -68,7 +68,7 @@ def parse(
     except jsonargparse.ArgumentError as error:
         raise UsageError(_told(str(error), options, files, prog, positionals)) from None
     config = options(**{f.name: built[f.name] for f in dataclasses.fields(options)})  # type: ignore[arg-type]
-    if not show:
+    if not (show or getattr(config, "resume", False)):  # a resumed run's own length is in no file that its user wrote
         for name in replaced:
             print(
                 f"note: {name} of a configuration file does not count, as {LENGTHS[1 - LENGTHS.index(name)]} was given after it"
