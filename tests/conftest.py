@@ -14,7 +14,8 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the suite proves the CPU; t
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Models this small only wait for a second thread: on a busy machine that makes seconds into minutes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # started with nohup; what we start would ignore a closing terminal too
+# Started with nohup, we and all that we start would ignore a terminal that closes.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
