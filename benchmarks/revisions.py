@@ -4,9 +4,10 @@
     python benchmarks/revisions.py ../before . --out benchmarks/results
 
 Each tree runs in a process of its own and is let go for one training step (or one batch of answers) at a time, so that
-whatever else the machine does falls on both alike. Printed is the ratio of the two times of each pair of steps, before over
-after (above 1: faster now), its mean with a 95 % interval, and whether the losses and answers are equal to the bit. A first
-order decides the pair: odd pairs begin with the one tree, even pairs with the other.
+whatever else the machine does falls on both alike; which of the two begins changes from pair to pair. Where a process happens
+to lie in memory makes it some percent faster or slower for as long as it lives, so every round starts two new ones. Printed
+are the ratio of the times, before over after (above 1: faster now), as the mean over the rounds with a 95 % interval, and
+whether the losses and answers are equal to the bit.
 """
 
 from __future__ import annotations
@@ -98,27 +99,34 @@ class Tree:
         return self.waits()
 
 
-def compared(job: list[str], trees: tuple[Path, Path], pairs: int, warmup: int) -> dict[str, Any]:
-    """The ratios of one job's pairs of steps, and whether the results were equal."""
+def compared(job: list[str], trees: tuple[Path, Path], pairs: int, warmup: int) -> tuple[float, bool]:
+    """The ratio of the times of one round's pairs of steps, and whether the results were equal."""
     steps = [] if job == ["answers"] else ["--train.steps", str(pairs + warmup + 2), "--train.device", "cpu"]
     with tempfile.TemporaryDirectory() as work:
         before, after = (Tree(tree, [*job, *steps], Path(work) / str(i)) for i, tree in enumerate(trees))
-        ratios, equal = [], True
+        seconds: dict[Tree, list[float]] = {before: [], after: []}
+        equal = True
         for pair in range(pairs + warmup):
-            order = (before, after) if pair % 2 else (after, before)
-            results = {tree: tree.step() for tree in order}
+            results = {tree: tree.step() for tree in ((before, after) if pair % 2 else (after, before))}
             equal &= results[before][1] == results[after][1]
-            if pair >= warmup:
-                ratios.append(results[before][0] / results[after][0])
+            for tree, (time_taken, _) in results.items():
+                seconds[tree].append(time_taken)
         for tree in (before, after):
             tree.process.kill()
             tree.process.wait()
-    mean, interval = sum(ratios) / len(ratios), t_interval(ratios)
+    return sum(seconds[before][warmup:]) / sum(seconds[after][warmup:]), equal
+
+
+def summarised(rounds: list[tuple[float, bool]]) -> dict[str, Any]:
+    """Mean ratio of the rounds, its 95 % interval, and whether every result was equal."""
+    ratios = [ratio for ratio, _ in rounds]
+    interval = t_interval(ratios)
     return {
-        "ratio": round(mean, 4),
-        "low": round(interval.low or 0, 4),
-        "high": round(interval.high or 0, 4),
-        "equal": equal,
+        "ratio": round(sum(ratios) / len(ratios), 4),
+        "low": None if interval.low is None else round(interval.low, 4),
+        "high": None if interval.high is None else round(interval.high, 4),
+        "equal": all(equal for _, equal in rounds),
+        "rounds": [round(ratio, 4) for ratio in ratios],
     }
 
 
@@ -126,23 +134,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
-    parser.add_argument("--pairs", type=int, default=40)
-    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=6, help="of steps in a round")
+    parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--only", nargs="*", choices=JOBS, default=[])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows = []
     for name in args.only or JOBS:
         began = time.perf_counter()
-        row = compared(JOBS[name], (args.before, args.after), args.pairs, args.warmup)
+        trees = (args.before, args.after)
+        row = summarised([compared(JOBS[name], trees, args.pairs, args.warmup) for _ in range(args.rounds)])
         rows.append({"name": name, **row})
         print(
-            f"{name:10} before / after {row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f}), results "
+            f"{name:10} before / after {row['ratio']:.3f} ({row['low']} to {row['high']}), results "
             f"{'equal' if row['equal'] else 'DIFFER'}, {time.perf_counter() - began:.0f} s",
             flush=True,
         )
     if args.out:
-        write_result(args.out / "revisions-2core.json", {"pairs": args.pairs, "warmup": args.warmup}, rows, {})
+        write_result(
+            args.out / "revisions-2core.json",
+            {"rounds": args.rounds, "pairs": args.pairs, "warmup": args.warmup},
+            rows,
+            {},
+        )
 
 
 if __name__ == "__main__":
