@@ -6,6 +6,7 @@ Shapes: B rows, T tokens a row, C width, V vocabulary.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -45,7 +46,7 @@ class _Tied(torch.autograd.Function):
         return None, d_weight.index_put_((index,), rows, accumulate=True)
 
 
-class Model(nn.Module):
+class Model(nn.Module, ABC):
     """Token ids to hidden states; `lm_head` turns hidden states into logits.
 
     An architecture's own class makes the modules, under the names of its published checkpoints, and says which of them are
@@ -74,31 +75,31 @@ class Model(nn.Module):
             self.lm_head.weight = self.embedding.weight
 
     @property
+    @abstractmethod
     def embedding(self) -> nn.Embedding:
         """Of the tokens: its weight is (V, C)."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def blocks(self) -> nn.ModuleList:
         """In the order in which they run."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def last_norm(self) -> nn.Module:
         """Before the head."""
-        raise NotImplementedError
 
+    @abstractmethod
     def embed(self, embedded: Tensor, positions: Tensor) -> Tensor:
         """What the first block gets: (B, T, C), in the exact type. embedded: (B, T, C); positions: (1 or B, T) int64."""
-        raise NotImplementedError
 
     def for_blocks(self, positions: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG002
         """What all blocks need to know of the positions, made once: angles of a rotary embedding, say. By default nothing."""
         return ()
 
+    @abstractmethod
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw new weights as the architecture's publication does."""
-        raise NotImplementedError
 
     @property
     def family(self) -> Family:
