@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import Interrupted, Note, UsageError, UserError, did_you_mean
 from tunesmith.progress import STOP
-from tunesmith.train.methods.method import Method
-from tunesmith.train.methods.table import METHODS
+from tunesmith.train.methods.table import ABOUT, METHODS
 
 if TYPE_CHECKING:
     from tunesmith.files.run import Run
@@ -26,11 +25,12 @@ Argv = Sequence[str]
 KERNELS_KEPT = "24"
 
 
-def _train(method: Method, argv: Argv) -> None:
-    config = _training_options(method.config, argv, method.command)
+def _train(command: str, argv: Argv) -> None:
+    method = METHODS[command]
+    config = _training_options(method.config, argv, command)
     from tunesmith.commands.training import train
 
-    _finish(train(method, config), method.command)
+    _finish(train(method, config), command)
 
 
 def _finish(run: Run, command: str) -> None:
@@ -179,7 +179,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Argv], None]]] = {
     "demo": ("the whole chain on the embedded sample, in minutes on two CPU cores", _demo),
     "data": ("build or check a data set; show which tokens carry loss", _data),
     "plan": ("memory and time of a training run in advance; --fit finds what fits", _plan),
-    **{method.command: (method.about, partial(_train, method)) for method in METHODS.values()},
+    **{command: (about, partial(_train, command)) for command, about in ABOUT.items()},
     "chat": ("talk to a model in the terminal", _chat),
     "compare": ("the same prompts to two models, side by side", _compare),
     "evaluate": ("loss and perplexity of a model on a data set; on pairs, accuracy", _evaluate),

@@ -166,6 +166,12 @@ def test_report_is_rendered_without_importing_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_the_top_level_help_reads_no_options():
+    """Their dataclasses would take as long as all the rest of it."""
+    code = "import sys; from tunesmith.__main__ import main; main(['--help']); sys.exit('tunesmith.options' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
 def processor_seconds():
     """Of all ended child processes: what else runs beside the tests does not count."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -144,11 +144,10 @@ def cheaper(config: DPOConfig) -> dict[str, tuple[Any, str]]:
     return {"dpo.reference": ("cached", "no second set of weights; computed once before training")}
 
 
-DPO = Method(
+METHOD = Method(
     command="dpo",
     config=DPOConfig,
     title="Direct preference optimisation",
-    about="direct preference optimisation: full or LoRA",
     learning_rate=1e-6,
     pairs=True,
     observed=OBSERVED,

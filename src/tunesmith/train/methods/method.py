@@ -50,8 +50,7 @@ def _nothing_cheaper(_: Any) -> Mapping[str, tuple[Any, str]]:
 class Method:
     """One way to train. Its functions take its own configuration, resolved unless they say otherwise.
 
-    command: what the command line calls it. config: the class of its options. title: what a report calls it; about: what
-        `tunesmith --help` says of it.
+    command: what the command line calls it. config: the class of its options. title: what a report calls it.
     learning_rate: the peak with which all weights are trained where none is given. warmup: steps, where none are given; a
         tenth of a run that is no longer than that.
     loss_sum: the loss of a model on its device (a language model, or the reward model around it), as the training has it and a plan
@@ -73,7 +72,6 @@ class Method:
     command: str
     config: type[Any]
     title: str
-    about: str
     learning_rate: float
     loss_sum: Callable[[Any, Any], LossSum]
     task: Callable[[Prepared], Task[Any]]

@@ -85,11 +85,10 @@ def held_out_bytes(run: Prepared) -> int:
         raise UserError(f"--tokenizer.name {name}: not a byte-level tokenizer like GPT-2's; use gpt2 or new") from None
 
 
-PRETRAIN = Method(
+METHOD = Method(
     command="pretrain",
     config=PretrainConfig,
     title="Pretraining",
-    about="a new GPT-2, and its tokenizer, from plain text",
     learning_rate=6e-4,
     warmup=100,
     new_shape=new_shape,

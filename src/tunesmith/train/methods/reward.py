@@ -58,11 +58,10 @@ def task(run: Prepared) -> Task[Any]:
     )
 
 
-REWARD = Method(
+METHOD = Method(
     command="reward",
     config=RewardConfig,
     title="Reward model",
-    about="train a reward model on preference pairs (Bradley-Terry)",
     learning_rate=1e-5,
     pairs=True,
     scored=True,

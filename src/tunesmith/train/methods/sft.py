@@ -68,11 +68,10 @@ def task(run: Prepared) -> Task[Any]:
     return token_task(run, f"{rows:,} rows, {in_batches:,} batch rows per epoch")
 
 
-SFT = Method(
+METHOD = Method(
     command="sft",
     config=SFTConfig,
     title="Supervised fine-tuning",
-    about="supervised fine-tuning on dialogues: full or LoRA",
     learning_rate=1e-4,
     resolve=resolve,
     loss_sum=token_loss_sum,

@@ -1,16 +1,43 @@
-"""Every method by its command. A new one is a file beside this one, and its name here."""
+"""Every method by its command. A new one is a file beside this one, named after its command, and a line here."""
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
-from tunesmith.train.methods.dpo import DPO
-from tunesmith.train.methods.method import Method
-from tunesmith.train.methods.pretrain import PRETRAIN
-from tunesmith.train.methods.reward import REWARD
-from tunesmith.train.methods.sft import SFT
+if TYPE_CHECKING:
+    from tunesmith.train.methods.method import Method
 
-METHODS = {method.command: method for method in (PRETRAIN, SFT, REWARD, DPO)}
+ABOUT = {
+    "pretrain": "a new GPT-2, and its tokenizer, from plain text",
+    "sft": "supervised fine-tuning on dialogues: full or LoRA",
+    "reward": "train a reward model on preference pairs (Bradley-Terry)",
+    "dpo": "direct preference optimisation: full or LoRA",
+}
+"""Command -> what `tunesmith --help` says of it."""
+
+
+class _Methods(Mapping[str, "Method"]):
+    # Read when asked for: the dataclasses of all their options take as long to make as all else that `tunesmith --help` does.
+    def __getitem__(self, command: str) -> Method:
+        if command not in ABOUT:
+            raise KeyError(command)
+        method: Method = importlib.import_module(f"tunesmith.train.methods.{command}").METHOD
+        return method
+
+    def __contains__(self, command: object) -> bool:
+        return command in ABOUT
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(ABOUT)
+
+    def __len__(self) -> int:
+        return len(ABOUT)
+
+
+METHODS = _Methods()
+"""Command -> the record of its file."""
 
 
 def method_of(config: Any) -> Method:
