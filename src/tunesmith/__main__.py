@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import Interrupted, Note, UsageError, UserError, did_you_mean
@@ -48,16 +49,16 @@ def _finish(run: Run, command: str) -> None:
 def _training_options(options: type[Any], argv: Argv, command: str) -> Any:
     """The options of a training command. With `--resume` the run's own come first, so that only changes need to be given."""
     from tunesmith.data.mixture import parse_sets
-    from tunesmith.files.lock import default_directory
+    from tunesmith.files.lock import check_command, default_directory
     from tunesmith.options.parse import parse
 
     prog, printed = f"tunesmith {command}", [word for word in argv if word == "--print_config"]
     config, _ = parse(options, [word for word in argv if word not in printed], prog=prog)
-    out = config.out or default_directory(
-        command, config.model.name, [name for name, _ in parse_sets(config.data.name)]
-    )
-    if config.resume and os.path.exists(stored := os.path.join(out, "config.yaml")):
-        config, _ = parse(options, ["--config", stored, *argv], prog=prog)
+    sets = [name for name, _ in parse_sets(config.data.name)]
+    out = Path(config.out or default_directory(command, config.model.name, sets))
+    if config.resume and (stored := out / "config.yaml").exists():
+        check_command(out, command)  # before its options are read, which may be none of this command's
+        config, _ = parse(options, ["--config", str(stored), *argv], prog=prog)
     elif printed:
         parse(options, argv, prog=prog)  # prints them and exits
     return config

@@ -161,10 +161,18 @@ def test_a_version_that_skips_other_rows_of_the_same_files_says_so(tiny_director
         ts.sft(tiny_config(tiny_directory, run.path, **LONGER, data__name=str(rows), resume=True))
 
 
-def test_another_command_cannot_go_on_with_a_run(tiny_directory, tmp_path):
-    run = ts.sft(tiny_config(tiny_directory, tmp_path / "r", **SHORT))
+def test_another_command_cannot_go_on_with_a_run(tiny_directory, tmp_path, capsys):
+    """That is said before anything about options of the one that the other lacks, or would set otherwise."""
+    run = ts.sft(tiny_config(tiny_directory, tmp_path / "r", **SHORT, data__batching="windows"))
     with pytest.raises(UserError, match="was made by tunesmith sft, and tunesmith dpo cannot continue it"):
         ts.dpo(tiny_config(tiny_directory, run.path, DPOConfig, **SHORT, resume=True))
+    for command in ("dpo", "reward", "pretrain"):
+        capsys.readouterr()
+        assert main([command, "--resume", "--out", str(run.path)]) == 1
+        told = (
+            f"tunesmith: --resume: {run.path} was made by tunesmith sft, and tunesmith {command} cannot continue it\n"
+        )
+        assert capsys.readouterr().err == told
 
 
 # Bases and references

@@ -17,6 +17,7 @@ import yaml
 from tunesmith.data.fingerprint import content_hash
 from tunesmith.data.tokenstore import TokenStore
 from tunesmith.errors import UsageError, UserError
+from tunesmith.files.lock import check_command
 from tunesmith.files.places import PLACES
 from tunesmith.files.run import DRAWS, Run
 from tunesmith.options.marks import HISTORY, Marked, checked_history, marked_options
@@ -145,9 +146,7 @@ def settle_origin(config: AnyConfig, path: Path, inputs: dict[str, Any]) -> Orig
     inputs = {**inputs, PLACES: {**(before or {}).get(PLACES, {}), **places_named(config, path, without=kept)}}
     earlier = checked_history(stored.get(HISTORY), str(path / "config.yaml"))
     step = max((at for at, _ in run.checkpoints()), default=0)
-    if before and before.get("command") != inputs["command"]:
-        made, now = before.get("command"), inputs["command"]
-        raise UserError(f"--resume: {path} was made by tunesmith {made}, and tunesmith {now} cannot continue it")
+    check_command(path, inputs["command"])
     if config.train.steps is not None and config.train.steps < step:
         raise UsageError(
             f"--train.steps {config.train.steps:,}: {path} is already at step {step:,}; give more steps, or start a new "
