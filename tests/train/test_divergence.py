@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import tunesmith as ts
 from tiny_runs import change_step_loss, comparable, digest, tiny_config
 from tunesmith.__main__ import main
 from tunesmith.errors import UserError
+from tunesmith.files.weights import save_model
 from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
 from tunesmith.train.choice import Estimate
 from tunesmith.train.divergence import Watch, batches_to_judge_by, sound_steps
@@ -161,7 +163,7 @@ def test_a_run_that_diverges_at_its_end_names_the_checkpoint_to_use(tiny_directo
     """Its newest checkpoint, of the diverged weights, has the only estimate where none was made at the start."""
     options = {"optimizer__lr": 1.0, "train__steps": 3, "eval__every": 1000, "checkpoint__every": 1000}
     run = ts.sft(tiny_config(tiny_directory, tmp_path / "r", **options, eval__at_start=at_start))
-    assert capsys.readouterr().out.splitlines()[-1] == f"diverged at step 3: {run.status['reason']}"
+    assert capsys.readouterr().out.splitlines()[-1] == f"diverged: {run.status['reason']}"
     assert [step for step, _ in run.checkpoints()] == [0, 3][not at_start :]
     if at_start:
         assert run.status["reason"].endswith("; the best checkpoint from before is that of step 0")
@@ -177,6 +179,21 @@ def test_a_run_that_diverges_at_its_end_names_the_checkpoint_to_use(tiny_directo
     with pytest.raises(UserError, match=f"{run.path} has diverged and left no good checkpoint: .*{run.path}@3"):
         ts.load(str(run.path), device="cpu")
     assert ts.load(f"{run.path}@3", device="cpu")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_base_whose_loss_is_no_number_is_not_what_to_go_on_from(tiny_directory, tmp_path, capsys, precision):
+    model, tokenizer = ts.load(str(tiny_directory), device="cpu")
+    with torch.no_grad():
+        next(model.parameters())[:] = float("nan")
+    save_model(model, tokenizer, tmp_path / "base")
+    run = ts.sft(tiny_config(tmp_path / "base", tmp_path / "r", train__precision=precision, eval__iters=1))
+    told = run.status["reason"]
+    assert told.startswith("loss nan or gradient norm nan is not finite at step 1 (rows ")
+    or_else = ", or use --train.precision fp32 (now bf16)" * (precision == "bf16")
+    ways = "; the loss was nan before the first step already: look at the weights it began with"
+    assert told.endswith(f"){ways}{or_else}; it has no good checkpoint")
+    assert capsys.readouterr().out.splitlines()[-1] == f"diverged: {told}"
 
 
 def test_a_run_that_breaks_off_keeps_its_choice_of_the_estimates_before(tiny_directory, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ that is read at once.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -244,7 +245,18 @@ class Training(Generic[B]):
     def _diverged(self, number: int, reason: str, or_else: str = "", **observed: float) -> None:
         lr, self.diverged_at = self.timetable.learning_rate(number), number
         self.log.record("diverged", number, **observed, lr=lr)
-        self.trouble = f"{reason}; lower --optimizer.lr (now {lr:g}){or_else}"
+        way_out = f"lower --optimizer.lr (now {lr:g}){or_else}"
+        if self._began_broken():
+            way_out = (
+                f"the loss was {self.watch.before:g} before the first step already: look at the weights it began with"
+            )
+            if (precision := self.log.run.config["train"]["precision"]) != "fp32":
+                way_out += f", or use --train.precision fp32 (now {precision})"
+        self.trouble = f"{reason}; {way_out}"
+
+    def _began_broken(self) -> bool:
+        """Whether the loss was not finite before any weight had moved: then neither rate nor step is at fault."""
+        return self.watch.before is not None and not math.isfinite(self.watch.before)
 
     # ---- between two steps -------------------------------------------------------------------------------------------
 
@@ -338,7 +350,7 @@ class Training(Generic[B]):
         state.best_loss = min((e.validation_loss for e in read_estimates(run) if e.step in sound), default=None)
         if choice:
             way_out = f"the best checkpoint from before is that of step {choice.best_step:,}"
-        elif self.trainee.base:
+        elif self.trainee.base and not self._began_broken():
             way_out = f"it has no good checkpoint: go on from {run.config['model']['name']}, with which it began"
         else:
             way_out = "it has no good checkpoint"
@@ -361,7 +373,9 @@ class Training(Generic[B]):
         )
         for line in choice_lines(choice, read_estimates(self.log.run)) if choice else ():
             self.bar.say(line)
-        self.bar.say(f"{kind} at step {state.step:,}{': ' + reason if reason else ''}")
+        # A divergence is shown by a step that counts for nothing, after the last that does: its reason names it.
+        ended = kind if kind == "diverged" else f"{kind} at step {state.step:,}"
+        self.bar.say(f"{ended}{': ' + reason if reason else ''}")
 
 
 def _bounds(rewards: dict[str, Any]) -> str:
