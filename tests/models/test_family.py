@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import tunesmith as ts
 from tiny_runs import tiny_config
 from toy_family import TOY, Toy, ToyConfig
-from tunesmith.data.tokenizer import TEMPLATES, Tokenizer
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 from tunesmith.files.names import SAMPLE, load_adapted, load_plain
 from tunesmith.files.reward_models import load_reward_model, save_reward_model
@@ -26,7 +26,7 @@ from tunesmith.models.lora import apply_lora, find_targets
 from tunesmith.models.model import build_model
 from tunesmith.models.reward_head import RewardModel
 from tunesmith.options.training import DPOConfig
-from tunesmith.plan.memory import Work, activation_bytes, adapted_layers, predict_memory, tensor_sizes
+from tunesmith.plan.memory import Work, activation_bytes, adapted_layers, predict_memory
 
 IDS = torch.arange(40)[None] * 97 % 6000
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -95,9 +95,8 @@ def test_what_it_does_not_compute_is_refused_by_name():
         known.config_from_hf({"model_type": "mamba"})
 
 
-def test_every_family_names_a_template_and_its_sizes_have_a_tokenizer():
+def test_the_sizes_of_a_family_have_a_tokenizer():
     for family in (GPT2, TOY):
-        assert family.template in TEMPLATES
         assert family.tokenizer or not family.sizes
 
 
@@ -112,8 +111,8 @@ def test_layers_and_weights_are_those_that_a_family_lists(shape):
         layer = model.blocks[0].get_submodule(name)
         assert (layer.in_features, layer.out_features, layer.bias is not None) == (inputs, outputs, bias)
     assert model.get_submodule(shape.family.keys.embedding) is model.embedding
-    assert shape.family.count(shape) == model.parameter_count() == sum(tensor_sizes(shape))
-    assert sorted(tensor_sizes(shape)) == sorted(p.numel() for p in model.parameters())
+    assert shape.family.count(shape) == model.parameter_count() == sum(shape.family.tensor_sizes(shape))
+    assert sorted(shape.family.tensor_sizes(shape)) == sorted(p.numel() for p in model.parameters())
 
 
 def test_a_layer_that_is_not_there_is_answered_with_those_that_are(toy):

@@ -158,7 +158,6 @@ class Family:
         embedding and head.
     kept: of a block, in forward order.
     sizes: published configurations by their names on the hub. tokenizer: theirs, where it comes with this package.
-    template: of dialogues, by default.
     """
 
     name: str
@@ -176,14 +175,18 @@ class Family:
     kept: Callable[[Any], tuple[Kept, ...]]
     sizes: Mapping[str, Config]
     tokenizer: str | None = None
-    template: str = "hh"
+
+    def tensor_sizes(self, config: Config) -> list[int]:
+        """Numbers in each weight of a model of that shape; a tied head counts once."""
+        linear = self.linear_layers(config).values()
+        block = [n for layer in linear for n in (layer.matrix, layer.outputs * layer.bias) if n]
+        block += self.vectors(config)
+        ends = [config.vocab_size * config.width] * (1 if config.tied_head else 2)
+        return block * config.depth + ends + [math.prod(sizes) for sizes in self.outside(config)]
 
     def count(self, config: Config) -> int:
-        """Numbers in a model of that shape; a tied head counts once."""
-        linear = self.linear_layers(config).values()
-        block = sum(layer.matrix + layer.outputs * layer.bias for layer in linear) + sum(self.vectors(config))
-        ends = config.vocab_size * config.width * (1 if config.tied_head else 2)
-        return ends + sum(map(math.prod, self.outside(config))) + config.depth * block
+        """Numbers in a model of that shape."""
+        return sum(self.tensor_sizes(config))
 
     def late_layers(self, config: Config) -> frozenset[str]:
         """The linear layers of a block that come after attention."""

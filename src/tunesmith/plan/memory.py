@@ -7,7 +7,6 @@ step (`Memory.moments`). What the process itself needs (Python and torch, `PROCE
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -178,7 +177,7 @@ def _unused(shape: Config, work: Work, width: int) -> int:
 def state_bytes(shape: Config, work: Work) -> int:
     """Bytes of optimizer state. In 8 bits: one byte a number, a float32 scale a block of 256; what is small stays float32."""
     slots = SLOTS[work.optimizer]
-    sizes = [count_adapters(shape, work.rank, work.targets)] if work.rank else tensor_sizes(shape)
+    sizes = [count_adapters(shape, work.rank, work.targets)] if work.rank else shape.family.tensor_sizes(shape)
     if work.optimizer != "adamw8bit":
         return 4 * slots * sum(sizes)
     if work.rank:
@@ -188,15 +187,6 @@ def state_bytes(shape: Config, work: Work) -> int:
 
 def _in_8_bits(n: int) -> bool:
     return n >= EIGHT_BIT_FROM and n % EIGHT_BIT_BLOCK == 0
-
-
-def tensor_sizes(shape: Config) -> list[int]:
-    """Numbers in each of the model's weights; a tied head counts once."""
-    linear = shape.family.linear_layers(shape).values()
-    block = [n for layer in linear for n in (layer.matrix, layer.outputs * layer.bias) if n]
-    block += shape.family.vectors(shape)
-    ends = [shape.vocab_size * shape.width] * (1 if shape.tied_head else 2)
-    return block * shape.depth + ends + [math.prod(sizes) for sizes in shape.family.outside(shape)]
 
 
 def _vectors(shape: Config) -> int:
@@ -222,7 +212,7 @@ def predict_memory(shape: Config, work: Work) -> Memory:
     before it, and in its first, when the gradients of all others are there; the end of backward, when all are, and a tied
     embedding's in bfloat16 comes beside the head's; the update.
     """
-    sizes, whole = tensor_sizes(shape), not work.rank
+    sizes, whole = shape.family.tensor_sizes(shape), not work.rank
     base, adapters = sum(sizes), count_adapters(shape, work.rank, work.targets)
     stored, exact = _stored(work), 2 if work.half else 4
     model = base * 4 - (base - _vectors(shape)) * (4 - stored)
