@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 
 from real_studies import write_study
-from tunesmith.commands.study import check_runs, tell
+from tunesmith.commands.study import check_runs, study, tell
 from tunesmith.errors import UserError
+from tunesmith.files.lock import one_writer
 from tunesmith.files.run import Run
+from tunesmith.options.commands import StudyCommand
 from tunesmith.progress import span
 from tunesmith.study.definition import read_study_file
 from tunesmith.study.executors import Ended, Job, Local, launch, slot_environment
 from tunesmith.study.forecast import RunWork, forecasts_of, probe, times, work_of
-from tunesmith.study.ledger import Ledger, only_one
+from tunesmith.study.ledger import Ledger
 from tunesmith.study.matrix import make_plan
 from tunesmith.study.runner import conduct
 from tunesmith.study.view import View
@@ -167,11 +169,12 @@ def test_a_damaged_progress_file_loses_the_times_only(go, tmp_path):
 
 
 def test_two_studies_at_once_in_one_directory_are_refused(tmp_path):
-    told = f"another process .number {os.getpid()}. is working on this study"
-    with only_one(tmp_path), pytest.raises(UserError, match=told), only_one(tmp_path):
-        pass
-    with only_one(tmp_path):
-        pass
+    file, out = write_study(tmp_path, "sample", EXPERIMENTS), tmp_path / "study"
+    out.mkdir()
+    told = f"by process {os.getpid()} on .*a study has only one writer.*--out"
+    with one_writer(out, "study"), pytest.raises(UserError, match=told):
+        study(str(file), StudyCommand(out=str(out)))
+    assert not list(out.iterdir()), "the refused one has written nothing"
 
 
 # ---- time, devices, view ---------------------------------------------------------------------------------------------

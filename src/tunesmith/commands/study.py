@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 
 from tunesmith.errors import UsageError, UserError
+from tunesmith.files.lock import one_writer
 from tunesmith.files.run import write_atomically
 from tunesmith.options.commands import StudyCommand
 from tunesmith.options.parse import from_settings, nearest
@@ -22,7 +23,7 @@ from tunesmith.progress import STOP, span
 from tunesmith.study.definition import COMMANDS, read_study_file, study_path
 from tunesmith.study.executors import Executor, Local, visible_gpus
 from tunesmith.study.forecast import Forecast, RunWork, Seconds, forecasts_of, probe, times, work_of
-from tunesmith.study.ledger import DONE, Ledger, choices, only_one
+from tunesmith.study.ledger import DONE, Ledger, choices
 from tunesmith.study.matrix import Plan, make_plan, plan_record
 from tunesmith.study.report import write_report
 from tunesmith.study.runner import conduct
@@ -51,7 +52,7 @@ def study(name: str, options: StudyCommand) -> Path:
         show(plan, out, wanted, forecasts, works)
         return out
     out.mkdir(parents=True, exist_ok=True)
-    with only_one(out), STOP.catching():
+    with one_writer(out, "study"), STOP.catching():
         write_plan(plan, out, forecasts)
         ledger = Ledger(plan, out)
         ledger.save()

@@ -1,4 +1,4 @@
-"""A run's directory for the one process that writes there: found or made, and locked by a file that names the process. No torch."""
+"""A directory for the one process that writes there: locked by a file that names the process, and of a run found or made. No torch."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ UNREADABLE_FOR = 1.0  # seconds in which whoever has just made the file has sure
 
 
 @contextlib.contextmanager
-def one_writer(directory: Path) -> Iterator[None]:
-    """The directory belongs to this process until the end; then the file is gone.
+def one_writer(directory: Path, what: str = "run") -> Iterator[None]:
+    """The directory, which holds a `what`, belongs to this process until the end; then the file is gone.
 
     Where the file system knows locks (flock), they decide: the kernel takes them back from whatever dies, on this host or
     another. Where it does not, the file itself is the lock, and one that a dead process of this host left is taken over.
     Raises: UserError naming the process that writes there, its host, and since when.
     """
     path = directory.absolute() / NAME
-    descriptor = _locked(path) if fcntl else None
+    descriptor = _locked(path, what) if fcntl else None
     if descriptor is None:
-        _claimed(path)
+        _claimed(path, what)
     try:
         yield
     finally:
@@ -53,7 +53,7 @@ def one_writer(directory: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _locked(path: Path) -> int | None:
+def _locked(path: Path, what: str) -> int | None:
     """The open file with the kernel's lock on it; None where there are no such locks."""
     assert fcntl
     while True:
@@ -62,7 +62,7 @@ def _locked(path: Path) -> int | None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise _taken(path) from None
+            raise _taken(path, what) from None
         except OSError:  # some network file systems
             if os.fstat(descriptor).st_size == 0:
                 path.unlink(missing_ok=True)
@@ -82,7 +82,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _claimed(path: Path) -> None:
+def _claimed(path: Path, what: str) -> None:
     """Make the file, or take over that of a dead process of this host."""
     while True:
         try:
@@ -92,7 +92,7 @@ def _claimed(path: Path) -> None:
         except FileExistsError:
             holder = _holder(path)
             if holder.get("host") != socket.gethostname() or _lives(int(holder.get("process", 0))):
-                raise _taken(path) from None
+                raise _taken(path, what) from None
             path.unlink(missing_ok=True)  # two that find the same dead process within microseconds both go on here
 
 
@@ -115,13 +115,13 @@ def _holder(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _taken(path: Path) -> UserError:
+def _taken(path: Path, what: str) -> UserError:
     holder = _holder(path)
     who = "another process"
     if holder:
         who = f"process {holder.get('process')} on {holder.get('host')} (since {holder.get('since')})"
     return UserError(
-        f"{path.parent} is being written by {who}, and a run has only one writer: wait for that process or end it, "
+        f"{path.parent} is being written by {who}, and a {what} has only one writer: wait for that process or end it, "
         f"or name another directory with --out. If it is gone, remove {path}"
     )
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,23 +150,3 @@ def best_loss(out: Path, name: str) -> float:
     status = Run(out / directory_of(name)).status
     loss = status.get("best_validation_loss")
     return math.inf if status["state"] == "diverged" or loss is None else float(loss)
-
-
-@contextlib.contextmanager
-def only_one(out: Path) -> Iterator[None]:
-    """Raises: UserError if another process works on this study. The lock goes with the process, however it ends."""
-    import fcntl
-
-    with (out / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            owner = file.read().strip() or "of another user"
-            raise UserError(
-                f"{out}: another process ({owner}) is working on this study; wait for it, or name another --out"
-            ) from None
-        file.truncate(0)
-        file.write(f"number {os.getpid()}")
-        file.flush()
-        yield
