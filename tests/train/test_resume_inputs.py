@@ -227,6 +227,22 @@ def test_a_base_that_has_moved_is_no_change(base, tmp_path):
     assert last_digest(run) == last_digest(whole)
 
 
+@pytest.mark.parametrize("kind", [SFTConfig, DPOConfig, RewardConfig])
+def test_new_adapters_on_an_adapter_that_is_gone_go_on_from_the_base_that_the_run_keeps(base, tmp_path, kind):
+    train = {SFTConfig: ts.sft, DPOConfig: ts.dpo, RewardConfig: ts.train_reward_model}[kind]
+    first = ts.sft(tiny_config(base, tmp_path / "first", **SHORT, lora__rank=2))
+    whole = train(tiny_config(first.path, tmp_path / "whole", kind, **LONGER, lora__rank=2))
+    run = train(tiny_config(first.path, tmp_path / "r", kind, **SHORT, lora__rank=2))
+    first.path.rename(tmp_path / "moved")
+    command = run.inputs["command"]
+    assert main([command, "--resume", "--out", str(run.path), "--train.steps", str(LONGER["train__steps"])]) == 0
+    assert last_digest(run) == last_digest(whole)
+    assert run.config["model"]["name"] == str(first.path), "as it was given"
+    assert "history" not in run.config
+    (run.path / "base").rename(tmp_path / "base of the run")
+    assert main([command, "--resume", "--out", str(run.path), "--train.steps", "6"]) == 1
+
+
 def test_another_tokenizer_is_refused(base, tmp_path):
     run = ts.sft(tiny_config(base, tmp_path / "r", **SHORT))
     content = json.loads((base / "tokenizer.json").read_text())

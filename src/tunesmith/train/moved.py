@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from tunesmith.data.mixture import parse_sets
 from tunesmith.errors import UserError
+from tunesmith.files.bases import OWN_BASE, holds_model
 from tunesmith.files.places import PLACES, exists, gone, located, located_sets, places_of
 from tunesmith.files.run import Run
 from tunesmith.options.marks import marked_options
@@ -71,15 +72,19 @@ def _located(run: Run, name: str, value: str) -> str:
         return located_sets(run, value)
     place = located(run, value)
     if name == "model.name" and place in (run.inputs or {}).get(PLACES, {}) and not exists(Path(place).expanduser()):
-        return _whole_checkpoint(run) or place
+        return _own_weights(run) or place
     return place
 
 
-def _whole_checkpoint(run: Run) -> str:
-    """Of a run that trains all weights of a language model: its last checkpoint, which is all that it needs of its base. Else ""."""
-    if (run.inputs or {}).get("command") != "sft" or (run.config.get("lora") or {}).get("rank"):
-        return ""
-    saved = run.checkpoints()
+def _own_weights(run: Run) -> str:
+    """What a run has in place of the model that it began with; "" where it has nothing.
+
+    With adapters: the base that it keeps. Of all weights of a language model: its last checkpoint, all that it needs of one.
+    """
+    if (run.config.get("lora") or {}).get("rank"):
+        own = run.path / OWN_BASE
+        return str(own) if holds_model(own) else ""
+    saved = run.checkpoints() if (run.inputs or {}).get("command") == "sft" else []
     return str(saved[-1][1]) if saved else ""
 
 
