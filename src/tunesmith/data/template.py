@@ -81,11 +81,13 @@ class Template:
         return self.cut_at_stop(decoded)[0].removeprefix(self.lead)
 
     def settled(self, answer: str) -> int:
-        """How many characters of an answer's beginning stay, however it goes on: its end could become a stop text."""
-        safe = len(answer)
-        for stop in self.stop_texts:
-            safe -= next((n for n in range(min(len(stop), safe), 0, -1) if answer[:safe].endswith(stop[:n])), 0)
-        return safe
+        """How many characters of an answer's beginning stay, however it goes on: all but the beginning of a stop text at its end.
+
+        answer: without a stop text (`cut_at_stop`).
+        """
+        return len(answer) - max(
+            (n for stop in self.stop_texts for n in range(1, len(stop)) if answer.endswith(stop[:n])), default=0
+        )
 
     @property
     def longest_stop(self) -> int:
