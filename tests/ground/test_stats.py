@@ -60,6 +60,11 @@ def test_a_share_of_single_examples_is_as_without_clusters_and_all_right_is_wort
     assert clustered_share(right, [1] * 7) == share_interval(4, 7)
     assert clustered_share([5, 2, 3], [5, 2, 3]).low == wilson_interval(3, 3)[0]
     assert clustered_share([2], [4]).low == wilson_interval(0.5, 1)[0]
+    # residuals 1, -1, 0 of six: 6 * 0.25 / (2 / 6), times 2/3 for the clusters and 6/5 for the examples, are 3.6
+    assert clustered_share([2, 0, 1], [2, 2, 2]).low == pytest.approx(wilson_interval(1.8, 3.6)[0], abs=1e-12)
+    # clusters that vary less than single examples would: still worth no more than ten of them
+    even = clustered_share([1, 1, 1, 1, 2], [2] * 5)
+    assert (even.low, even.high) == wilson_interval(6, 10)
     with pytest.raises(ValueError, match="there is no share"):
         clustered_share([], [])
 
