@@ -30,10 +30,11 @@ def here(tmp_path, monkeypatch):
 
 
 def suggested(text):
-    """The commands in the last lines of a training."""
+    """The line about the best checkpoint, and the commands in the last lines of a training."""
     lines = text.splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("next: "))
-    return lines[first - 1], [line[6:] for line in lines[first:]]
+    (best,) = (line for line in lines if "best checkpoint" in line)
+    return best, [line[6:] for line in lines[first:]]
 
 
 def trained(config, capsys):
@@ -52,7 +53,9 @@ def test_a_training_ends_with_the_directory_to_load_and_two_commands_that_run(
     options = {**SHORT, **({"kind": kind} if kind else {})}
     best, found = trained(tiny_config(tiny_directory, "runs/my run", **options), capsys)
     run = Run("runs/my run")
-    assert best == f"best checkpoint: '{run.best_checkpoint()}' (MODEL 'runs/my run' selects it)"
+    step = run.status["best_step"]
+    where = f"'{run.best_checkpoint()}'; MODEL 'runs/my run' selects it"
+    assert best.partition("; not distinguishable")[0] == f"best checkpoint: step {step} (by validation loss; {where})"
     assert [shlex.split(line)[:2] for line in found] == [["tunesmith", command] for command in commands]
     for line in found:
         words = shlex.split(line)[1:]

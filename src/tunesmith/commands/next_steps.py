@@ -1,4 +1,4 @@
-"""What a training says at its end: which directory to load, and the two commands that usually come next. No torch."""
+"""What a training says at its end: the two commands that usually come next. No torch."""
 
 from __future__ import annotations
 
@@ -16,13 +16,8 @@ def next_steps(run: Run, command: str) -> list[str]:
     config, status, path = run.config, run.status, shlex.quote(str(run.path))
     if status["state"] != "finished" or not run.checkpoints():
         return []
-    best = shlex.quote(str(run.best_checkpoint()))
     first, second = _commands(command, path, config)
-    return [
-        f"best checkpoint: {best} (MODEL {path} selects it)",
-        f"next: tunesmith {first}",
-        f"      tunesmith {second}",
-    ]
+    return [f"next: tunesmith {first}", f"      tunesmith {second}"]
 
 
 def _commands(command: str, path: str, config: Mapping[str, Any]) -> tuple[str, str]:

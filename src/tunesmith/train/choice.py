@@ -8,6 +8,7 @@ The best is picked after looking at all of them. Each of the others is therefore
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -150,10 +151,12 @@ def choose_checkpoint(run: Run, available: Collection[int], *, among: Collection
     return choose(estimates, by_prompt, available)
 
 
-def choice_lines(choice: Choice, estimates: Sequence[Estimate]) -> list[str]:
-    """The choice in words."""
-    by = "reward, then validation loss" if choice.by == "reward" else "validation loss"
-    line = f"best checkpoint: step {choice.best_step:,} (by {by})"
+def choice_lines(choice: Choice, estimates: Sequence[Estimate], run: Run | None = None) -> list[str]:
+    """The choice in words; with the checkpoint's directory where the `run` is given of which it is."""
+    reasons = ["by reward, then validation loss" if choice.by == "reward" else "by validation loss"]
+    if run and (directory := dict(run.checkpoints()).get(choice.best_step)):
+        reasons += [shlex.quote(str(directory)), f"MODEL {shlex.quote(str(run.path))} selects it"]
+    line = f"best checkpoint: step {choice.best_step:,} ({'; '.join(reasons)})"
     if choice.not_distinguishable:
         line += f"; not distinguishable from it: {', '.join(f'{s:,}' for s in choice.not_distinguishable)}"
     if choice.overfitting_since is None:

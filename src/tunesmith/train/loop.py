@@ -343,11 +343,11 @@ class Training(Generic[B]):
 
     def _end_diverged(self) -> None:
         """The checkpoint of a step that showed the divergence is the newest, and may be the only one: it is never the one to use."""
-        run, state = self.log.run, self.state
-        sound = sound_steps(read_estimates(run), state.loss_before, self.diverged_at).intersection(self._saved_steps())
+        run, state, estimates = self.log.run, self.state, read_estimates(self.log.run)
+        sound = sound_steps(estimates, state.loss_before, self.diverged_at).intersection(self._saved_steps())
         choice = choose_checkpoint(run, sound, among=sound)
         state.best_step = choice.best_step if choice else None
-        state.best_loss = min((e.validation_loss for e in read_estimates(run) if e.step in sound), default=None)
+        state.best_loss = min((e.validation_loss for e in estimates if e.step in sound), default=None)
         if choice:
             way_out = f"the best checkpoint from before is that of step {choice.best_step:,}"
         elif self.trainee.base and not self._began_broken():
@@ -371,7 +371,7 @@ class Training(Generic[B]):
             steps=self.timetable.steps,
             **optional,
         )
-        for line in choice_lines(choice, read_estimates(self.log.run)) if choice else ():
+        for line in choice_lines(choice, read_estimates(self.log.run), self.log.run) if choice else ():
             self.bar.say(line)
         # A divergence is shown by a step that counts for nothing, after the last that does: its reason names it.
         ended = kind if kind == "diverged" else f"{kind} at step {state.step:,}"
