@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from tunesmith.data.batch import Batch
 from tunesmith.data.cutting import block_size_of
 from tunesmith.device import describe
 from tunesmith.options.pretraining import PretrainConfig
@@ -26,7 +27,7 @@ from tunesmith.train.resolve import precision_of
 from tunesmith.train.splitting import Split, Splitting, step_in_memory
 from tunesmith.train.step import DeviceStats, StepStats, Unread, optimizer_step, step_on_device
 from tunesmith.train.step_graph import RecordedStep, recorder
-from tunesmith.train.task import B
+from tunesmith.train.task import LossSum
 from tunesmith.train.trainee import AnyConfig, make_optimizer
 
 READ_LATE_ON = ("cuda",)  # devices that would have nothing to do while the host reads a step's numbers
@@ -39,14 +40,14 @@ class Readable(Protocol):
 
 
 @dataclass(frozen=True)
-class Launched(Generic[B]):
+class Launched:
     """A step that the device was given and that the host has not looked at yet. number: from 1.
 
     began: the end of the step before where the device went on to this one at once, else the moment of the launch.
     """
 
     number: int
-    batches: Sequence[B]
+    batches: Sequence[Batch]
     lr: float
     began: Mark
     ended: Mark
@@ -54,7 +55,7 @@ class Launched(Generic[B]):
 
 
 @dataclass(frozen=True)
-class Launcher(Generic[B]):
+class Launcher:
     """What takes the steps of a training.
 
     take_step: micro-batches -> `step.optimizer_step` of them, or a step that is read later.
@@ -66,7 +67,7 @@ class Launcher(Generic[B]):
     device: torch.device
     optimizer: Optimizer | OneByOne
     scaler: GradScaler | None
-    take_step: Callable[[Sequence[B]], Readable]
+    take_step: Callable[[Sequence[Batch]], Readable]
     ahead: bool
     splitting: Splitting
 
@@ -75,36 +76,34 @@ class Launcher(Generic[B]):
         return mark(self.device if self.ahead else torch.device("cpu"))
 
     def launch(
-        self, number: int, batches: Sequence[B], lr: float, began: Mark, on_split: Callable[[Split], None]
-    ) -> Launched[B]:
+        self, number: int, batches: Sequence[Batch], lr: float, began: Mark, on_split: Callable[[Split], None]
+    ) -> Launched:
         """Take a step, or put it behind those that the device is still at. Raises: as `splitting.step_in_memory`."""
         set_learning_rate(self.optimizer, lr)
         result = step_in_memory(batches, self.take_step, self.optimizer, self.splitting, on_split, self.device)
         return Launched(number, batches, lr, began, self.now(), result)
 
 
-def make_launcher(
-    config: AnyConfig, model: nn.Module, loss_sum: Callable[[B], Tensor], device: torch.device
-) -> Launcher[B]:
+def make_launcher(config: AnyConfig, model: nn.Module, loss_sum: LossSum, device: torch.device) -> Launcher:
     """The launcher of a resolved configuration, its optimizer's state made. Raises: as `trainee.make_optimizer`."""
     optimizer = make_optimizer(model, config)
     scaler = GradScaler(device.type) if precision_of(config) == "fp16" else None
     splitting, max_norm = splitting_of(config, device), config.train.grad_clip
 
-    def step_at_once(micro_batches: Sequence[B]) -> Readable:
+    def step_at_once(micro_batches: Sequence[Batch]) -> Readable:
         return optimizer_step(model, micro_batches, loss_sum, optimizer, max_norm=max_norm, scaler=scaler)
 
     if device.type not in READ_LATE_ON or scaler or not decides_on_device(optimizer):
         return Launcher(device, optimizer, scaler, step_at_once, False, splitting)
     assert isinstance(optimizer, Optimizer)
     halted = torch.zeros((), device=device)  # one for the whole run: what was launched after a bad step must see it
-    step: Callable[[Sequence[B]], DeviceStats] = partial(
+    step: Callable[[Sequence[Batch]], DeviceStats] = partial(
         step_on_device, model, loss_sum=loss_sum, optimizer=optimizer, max_norm=max_norm, halted=halted
     )
     if config.train.cuda_graphs is True:
         step = RecordedStep(step, optimizer, recorder(device), device)
 
-    def step_ahead(micro_batches: Sequence[B]) -> Readable:
+    def step_ahead(micro_batches: Sequence[Batch]) -> Readable:
         return Unread(step(micro_batches))
 
     return Launcher(device, optimizer, scaler, step_ahead, True, splitting)

@@ -4,7 +4,7 @@ The way of a step:
 
     numbers     Timetable.numbers       which micro-batches belong to it
     batches     Task.micro_batch        each made by its number, on a GPU ahead of time in a thread (`prefetch`)
-    launch      Launcher.launch         forward and backward of each MicroBatch, division by the count of the whole step, clipping,
+    launch      Launcher.launch         forward and backward of each micro-batch, division by the count of the whole step, clipping,
                                         update (`step`); where memory ends, again in smaller ones (`splitting`)
     read        Training._read_oldest   wait for its numbers; if they are not finite, the run has diverged
     log         Training._log           a line of metrics.jsonl, the bar
@@ -23,7 +23,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Generic
+from typing import Any
 
 from tunesmith.device import peak_memory_gb
 from tunesmith.errors import Interrupted
@@ -38,7 +38,7 @@ from tunesmith.train.launch import Launched, Launcher
 from tunesmith.train.outlook import Outlook
 from tunesmith.train.splitting import Split
 from tunesmith.train.step import StepStats
-from tunesmith.train.task import B, Sampled, Task
+from tunesmith.train.task import Sampled, Task
 from tunesmith.train.trainee import Trainee
 
 UNSPOKEN = ("train_accuracy", "_reward", "_drift_chosen", "_drift_rejected")  # metrics that go to the log only
@@ -47,9 +47,9 @@ STOPPING = "stopping after this step, with a checkpoint (a running estimate is c
 
 def fit(
     log: RunLog,
-    task: Task[B],
+    task: Task,
     timetable: Timetable,
-    launcher: Launcher[B],
+    launcher: Launcher,
     trainee: Trainee,
     *,
     resume: bool,
@@ -78,7 +78,7 @@ def fit(
     Training(log, task, timetable, launcher, trainee, state).run()
 
 
-class Training(Generic[B]):
+class Training:
     """A training on its way from where `state` stands. `run` is all there is to call.
 
     trouble: why it has diverged, "" while it has not; diverged_at: the step that showed it.
@@ -88,9 +88,9 @@ class Training(Generic[B]):
     def __init__(
         self,
         log: RunLog,
-        task: Task[B],
+        task: Task,
         timetable: Timetable,
-        launcher: Launcher[B],
+        launcher: Launcher,
         trainee: Trainee,
         state: TrainingState,
     ) -> None:
@@ -101,7 +101,7 @@ class Training(Generic[B]):
             state.step, timetable.steps, timetable.eval_every, timetable.eval_at_start, timetable.eval_cost
         )
         self.bar = Progress(timetable.steps, state.step)
-        self.waiting: deque[Launched[B]] = deque()  # launched and not read, oldest first; at most two
+        self.waiting: deque[Launched] = deque()  # launched and not read, oldest first; at most two
         self.sampled: Sampled = []  # an estimate and the loss that the same step is judged by share what they compute
         self.trouble, self.diverged_at, self.stopped = "", 0, False
 
@@ -189,7 +189,7 @@ class Training(Generic[B]):
         self.watch.take(done.number, stats.loss)
         self._log(done, stats)
 
-    def _log(self, done: Launched[B], stats: StepStats) -> None:
+    def _log(self, done: Launched, stats: StepStats) -> None:
         state, task = self.state, self.task
         seconds = seconds_between(done.began, done.ended)
         tokens = sum(b.tokens for b in done.batches)

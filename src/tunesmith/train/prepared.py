@@ -105,7 +105,7 @@ class Prepared:
         train_loss: Callable[[int, Sampled], float],
         about: str,
         opening: Sequence[tuple[str, dict[str, Any]]] = (),
-    ) -> Task[Batch]:
+    ) -> Task:
         """The task with what all methods have alike. about: the data in words."""
         train, device = self.data.train, self.device
         return Task(

@@ -27,7 +27,7 @@ from tunesmith.train.optim import schedule_factor
 from tunesmith.train.prefetch import made_ahead
 from tunesmith.train.resolve import as_dict, batches_of_step, iters_of, passes_of, precision_of
 from tunesmith.train.resuming import Config, Origin, as_begun
-from tunesmith.train.task import B, Task
+from tunesmith.train.task import Task
 from tunesmith.train.trainee import AnyConfig, Trainee
 
 
@@ -51,7 +51,7 @@ def begin(config: Config, command: str) -> Iterator[tuple[Config, Path]]:
 
 
 def run_training(
-    config: AnyConfig, path: Path, trainee: Trainee, device: torch.device, origin: Origin, task: Task[B]
+    config: AnyConfig, path: Path, trainee: Trainee, device: torch.device, origin: Origin, task: Task
 ) -> Run:
     """Say what will be done and do it; the run's status says how it ended.
 

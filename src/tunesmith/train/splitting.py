@@ -14,29 +14,18 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self, TypeVar
+from typing import TypeVar
 
 import torch
 from torch.optim import Optimizer
 
+from tunesmith.data.batch import Batch
 from tunesmith.device import return_freed_memory
 from tunesmith.errors import UserError
 from tunesmith.outofmemory import OutOfMemory, is_out_of_memory
 from tunesmith.progress import STOP
 from tunesmith.train.optim import OneByOne
 
-
-class Splittable(Protocol):
-    """A micro-batch that can be had in two. size: tokens through the model, padding counted; extent: the same in words."""
-
-    @property
-    def size(self) -> int: ...
-    @property
-    def extent(self) -> str: ...
-    def halves(self) -> tuple[Self, Self] | None: ...
-
-
-B = TypeVar("B", bound=Splittable)
 T = TypeVar("T")
 
 
@@ -66,9 +55,9 @@ class Split:
     line: str
 
 
-def split_to(batches: Iterable[B], limit: int | None) -> list[B]:
+def split_to(batches: Iterable[Batch], limit: int | None) -> list[Batch]:
     """The same in pieces of at most `limit` tokens, or of one document where that is longer; order kept."""
-    pieces: list[B] = []
+    pieces: list[Batch] = []
     for batch in batches:
         halves = None if limit is None or batch.size <= limit else batch.halves()
         pieces += [batch] if halves is None else split_to(halves, limit)
@@ -76,8 +65,8 @@ def split_to(batches: Iterable[B], limit: int | None) -> list[B]:
 
 
 def step_in_memory(
-    micro_batches: Sequence[B],
-    step: Callable[[Sequence[B]], T],
+    micro_batches: Sequence[Batch],
+    step: Callable[[Sequence[Batch]], T],
     optimizer: Optimizer | OneByOne,
     splitting: Splitting,
     on_split: Callable[[Split], None],
@@ -95,7 +84,7 @@ def step_in_memory(
     restore = _random_state(device)
     # What did not fit once is not tried again: each failure costs a part of a step, and on a CPU perhaps the process. A step
     # that updates inside backward has to be one micro-batch, so it is taken as it comes.
-    batches: Sequence[B] = split_to(micro_batches, splitting.limit) if splitting.repeatable else micro_batches
+    batches: Sequence[Batch] = split_to(micro_batches, splitting.limit) if splitting.repeatable else micro_batches
     while True:
         # The traceback of the error holds the frames, and they the graph: all of it must be gone before anything is freed.
         # So nothing of the error but its text leaves the block, and the work is done below it.
@@ -131,7 +120,7 @@ def step_in_memory(
 
 
 def within_memory(
-    batches: Iterable[B], compute: Callable[[B], T], kept: list[list[T]] | None = None
+    batches: Iterable[Batch], compute: Callable[[Batch], T], kept: list[list[T]] | None = None
 ) -> Iterator[list[T]]:
     """For every batch what `compute` gives: one result, or where memory ends those of its pieces, in order.
 
@@ -174,7 +163,7 @@ def within_memory(
         yield results
 
 
-def _split(micro_batches: Sequence[B], failed: B, splitting: Splitting) -> Split:
+def _split(micro_batches: Sequence[Batch], failed: Batch, splitting: Splitting) -> Split:
     limit, rows = splitting.limit, len(micro_batches) * splitting.batch_size
     assert limit is not None
     # Settings with the same rows a step, so that whoever starts that way gets the same training: divisors of the rows only.
@@ -191,7 +180,7 @@ def _split(micro_batches: Sequence[B], failed: B, splitting: Splitting) -> Split
     return Split(failed.size, limit, line)
 
 
-def _no_way_on(failed: Splittable, splitting: Splitting, text: str) -> str:
+def _no_way_on(failed: Batch, splitting: Splitting, text: str) -> str:
     # A step that cannot be repeated is not cut even where it could be: its weights have begun to move.
     why = (
         "which cannot be split further"

@@ -13,16 +13,16 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from tunesmith.capture import capture, reason_of
+from tunesmith.data.batch import Batch
 from tunesmith.train.step import DeviceStats
 
-B = TypeVar("B")
 Record = Callable[[Callable[[], DeviceStats]], Callable[[], DeviceStats]]
 """Work that is recorded, not done -> what does it once more on the same memory, at every call."""
 
@@ -30,15 +30,15 @@ WARM_UP = 3  # plain steps of one signature before it is recorded: by then kerne
 
 
 @dataclass(frozen=True)
-class Recording(Generic[B]):
+class Recording:
     """What is replayed. inputs: the micro-batches that it reads."""
 
     signature: object
-    inputs: Sequence[B]
+    inputs: Sequence[Batch]
     replay: Callable[[], DeviceStats]
 
 
-class RecordedStep(Generic[B]):
+class RecordedStep:
     """`step`, recorded when WARM_UP steps in a row had one signature, and replayed for batches of that signature.
 
     Every step is a training step, those of the warm-up too. A step with another signature is done plainly; if WARM_UP
@@ -52,21 +52,21 @@ class RecordedStep(Generic[B]):
 
     def __init__(
         self,
-        step: Callable[[Sequence[B]], DeviceStats],
+        step: Callable[[Sequence[Batch]], DeviceStats],
         optimizer: Optimizer,
         record: Record,
         device: torch.device,
         say: Callable[[str], None] = print,
     ) -> None:
         self.step, self.optimizer, self.record, self.say = step, optimizer, record, say
-        self.recording: Recording[B] | None = None
+        self.recording: Recording | None = None
         self.failed = False
         self.last: object = None  # signature of the step before, if that was plain
         self.repeats = 0  # how many plain steps before it had the same
         for group in optimizer.param_groups:
             group["lr"] = torch.tensor(float(group["lr"]), device=device)
 
-    def __call__(self, micro_batches: Sequence[B]) -> DeviceStats:
+    def __call__(self, micro_batches: Sequence[Batch]) -> DeviceStats:
         signature = [signature_of(batch) for batch in micro_batches]
         if self.recording is None or self.recording.signature != signature:
             self.repeats, self.last = self.repeats + 1 if signature == self.last else 0, signature
@@ -79,7 +79,7 @@ class RecordedStep(Generic[B]):
                 tensor.copy_(getattr(batch, name), non_blocking=True)
         return self.recording.replay()
 
-    def _recorded(self, signature: object, micro_batches: Sequence[B]) -> bool:
+    def _recorded(self, signature: object, micro_batches: Sequence[Batch]) -> bool:
         """Make the recording; False where that failed."""
         self.recording = None  # its memory is free for the next
         try:
@@ -106,7 +106,7 @@ def own_tensors(batch: Any) -> dict[str, Tensor]:
     return {k: v for k, v in vars(batch).items() if isinstance(v, Tensor)}
 
 
-def with_own_tensors(batch: B) -> B:
+def with_own_tensors(batch: Batch) -> Batch:
     """A copy of a batch with tensors that nobody else has."""
     copied = copy.copy(batch)
     vars(copied).update({k: v.clone() for k, v in own_tensors(batch).items()})

@@ -4,27 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
 from torch import Tensor
 
+from tunesmith.data.batch import Batch
 from tunesmith.train.choice import Sums
-from tunesmith.train.splitting import Splittable
 
-
-class MicroBatch(Splittable, Protocol):
-    """What the loop needs to know about a batch: terms of its summed loss, tokens through the model, and how to split it."""
-
-    @property
-    def count(self) -> int: ...
-    @property
-    def tokens(self) -> int: ...
-
-
-B = TypeVar("B", bound=MicroBatch)
-
-
-LossSum = Callable[[Any], Tensor]
+LossSum = Callable[[Batch], Tensor]
 """A batch -> its summed loss, and what is observed beside it, as `step.optimizer_step` takes it."""
 
 
@@ -37,7 +24,7 @@ Sampled = list[Any]
 
 
 @dataclass(frozen=True)
-class Task(Generic[B]):
+class Task:
     """One training as a command has prepared it: its data, its loss, and the words for both. `session.run_training` carries it out.
 
     micro_batch: number from 0 -> batch on the device; the same number always gives the same batch.
@@ -58,12 +45,12 @@ class Task(Generic[B]):
         loss chooses.
     """
 
-    micro_batch: Callable[[int], B]
+    micro_batch: Callable[[int], Batch]
     per_epoch: int | None
-    loss_sum: Callable[[B], Tensor]
+    loss_sum: LossSum
     evaluate: Callable[[Sampled], Estimated]
     train_loss: Callable[[int, Sampled], float]
-    describe_rows: Callable[[Sequence[B]], str]
+    describe_rows: Callable[[Sequence[Batch]], str]
     counted: str
     about: str
     notes: Sequence[str] = ()

@@ -98,7 +98,7 @@ def data(config: DPOConfig, trainee: Trainee) -> Data:
     return dataclasses.replace(pairs, watched=watched, notes=[*pairs.notes, *notes])
 
 
-def task(run: Prepared) -> Task[Any]:
+def task(run: Prepared) -> Task:
     """The run as the loop reads it. Called before the first step, while the policy still is the reference."""
     from tunesmith.train.pair_loss import estimate_dpo
     from tunesmith.train.reference import make_references

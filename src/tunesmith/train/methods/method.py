@@ -74,7 +74,7 @@ class Method:
     title: str
     learning_rate: float
     loss_sum: Callable[[Any, Any], LossSum]
-    task: Callable[[Prepared], Task[Any]]
+    task: Callable[[Prepared], Task]
     pairs: bool = False
     scored: bool = False
     observed: tuple[str, ...] = ()

@@ -8,7 +8,7 @@ tokenizers can be compared. Left out: a schedule of lengths, a mixture of data s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tunesmith.errors import UserError
 from tunesmith.options.pretraining import PretrainConfig
@@ -57,7 +57,7 @@ def tokens_of(splits: Splits) -> int:
     return int(splits.train.lengths[splits.train_rows].sum())
 
 
-def task(run: Prepared) -> Task[Any]:
+def task(run: Prepared) -> Task:
     """The run as the loop reads it."""
     from tunesmith.data.tokenizer import bits_per_byte
 

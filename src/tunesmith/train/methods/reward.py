@@ -37,7 +37,7 @@ def loss_sum(model: RewardModel, config: RewardConfig) -> LossSum:
     return lambda batch: reward_loss_sum(model, batch, precision)
 
 
-def task(run: Prepared) -> Task[Any]:
+def task(run: Prepared) -> Task:
     """The run as the loop reads it."""
     from tunesmith.train.pair_loss import estimate_reward
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tunesmith.options.training import SFTConfig
 from tunesmith.train.methods.method import Method
@@ -38,7 +38,7 @@ def token_loss_sum(model: Model, config: SFTConfig | PretrainConfig) -> LossSum:
     return lambda batch: nll_sum(model, batch, precision)
 
 
-def token_task(run: Prepared, about: str, more: Callable[[LossEstimate], dict[str, float]] = lambda _: {}) -> Task[Any]:
+def token_task(run: Prepared, about: str, more: Callable[[LossEstimate], dict[str, float]] = lambda _: {}) -> Task:
     """The task of a loss of tokens. more: metrics of the estimate on the validation rows, besides loss and perplexity."""
     from tunesmith.train.token_loss import estimate_loss
 
@@ -62,7 +62,7 @@ def token_task(run: Prepared, about: str, more: Callable[[LossEstimate], dict[st
     )
 
 
-def task(run: Prepared) -> Task[Any]:
+def task(run: Prepared) -> Task:
     """The run as the loop reads it."""
     rows, in_batches = len(run.data.splits.train_rows), run.data.train.rows_per_epoch
     return token_task(run, f"{rows:,} rows, {in_batches:,} batch rows per epoch")
