@@ -49,7 +49,8 @@ def _finish(run: Run, command: str) -> None:
 def _training_options(options: type[Any], argv: Argv, command: str) -> Any:
     """The options of a training command. With `--resume` the run's own come first, so that only changes need to be given."""
     from tunesmith.data.mixture import parse_sets
-    from tunesmith.files.lock import check_command, default_directory
+    from tunesmith.files.lock import default_directory
+    from tunesmith.files.run import check_command
     from tunesmith.options.parse import parse
 
     prog, printed = f"tunesmith {command}", [word for word in argv if word == "--print_config"]

@@ -232,10 +232,3 @@ def check_resumable_directory(path: Path) -> None:
             f"--resume: {path} was at step {step:,} ({run.status['state']}) but holds no checkpoint to continue from; start "
             "a new run with another --out"
         )
-
-
-def check_command(path: Path, command: str) -> None:
-    """Raises: UserError if another command made the run."""
-    made = (Run(path).inputs or {"command": command}).get("command")  # an earlier version did not record it
-    if made != command:
-        raise UserError(f"--resume: {path} was made by tunesmith {made}, and tunesmith {command} cannot continue it")

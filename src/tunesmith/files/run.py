@@ -227,6 +227,13 @@ def is_run(path: Path) -> bool:
     return (path / "status.json").exists()
 
 
+def check_command(path: Path, command: str) -> None:
+    """Raises: UserError if another command made the run."""
+    made = (Run(path).inputs or {"command": command}).get("command")  # an earlier version did not record it
+    if made != command:
+        raise UserError(f"--resume: {path} was made by tunesmith {made}, and tunesmith {command} cannot continue it")
+
+
 def noted(file: str, damage: list[str]) -> Bad:
     """For `json_lines`: a damaged line is left out with a note."""
     return lambda number, why: damage.append(f"{file} line {number} is damaged and was left out: {why}")

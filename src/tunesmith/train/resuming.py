@@ -17,9 +17,8 @@ import yaml
 from tunesmith.data.fingerprint import content_hash
 from tunesmith.data.tokenstore import TokenStore
 from tunesmith.errors import UsageError, UserError
-from tunesmith.files.lock import check_command
 from tunesmith.files.places import PLACES
-from tunesmith.files.run import DRAWS, Run
+from tunesmith.files.run import DRAWS, Run, check_command
 from tunesmith.options.marks import HISTORY, Marked, checked_history, marked_options
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
