@@ -109,6 +109,7 @@ def test_a_training_says_in_whose_tokens_answers_are_long(capsys):
     class Pairs(list):
         used = staticmethod(lambda iters: [0, 1])
         longer_chosen = staticmethod(lambda numbers: 0.5)
+        different_prompts = len
 
     describe_pairs(Pairs([1] * 5), Pairs([1, 2]), 3)
     told = "in 50.0% of the 2 validation pairs the chosen answer is the longer one, in tokens of this model"

@@ -273,3 +273,12 @@ def test_steady_batches_have_few_shapes(batching, most):
 def test_the_share_of_longer_chosen_answers_counts_equal_ones_half():
     batches = batches_of(random_pairs([(2, 3, 1), (2, 1, 3), (2, 2, 2), (2, 5, 4)]), block_size=64)
     assert [batches.rows.longer_chosen(n) for n in ([0], [1], [2], [0, 1, 2, 3])] == [1.0, 0.0, 0.5, 0.625]
+
+
+def test_pairs_of_one_prompt_are_counted_as_one_prompt_also_where_it_was_cut():
+    long = [*range(1, 81)]
+    other = [99, *long[1:]]  # differs only in what a block of 64 cuts off
+    batches = batches_of(
+        [(long, [1], [2]), (long, [3], [4]), (other, [1], [2]), (long[:79], [80, 1], [2])], block_size=64
+    )
+    assert [batches.rows.different_prompts(n) for n in ([0], [0, 1], [0, 1, 2], [0, 1, 2, 3])] == [1, 1, 2, 3]

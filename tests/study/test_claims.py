@@ -210,7 +210,9 @@ def test_rates_that_do_not_converge(ends, verdict):
     ],
 )
 def test_preference_above_chance(accuracies, margins, pairs, verdict):
-    assert above_chance(accuracies, margins, pairs).verdict == verdict
+    assert above_chance(accuracies, margins, {"validation_pairs": pairs}).verdict == verdict
+    many = {"validation_pairs": 400, "validation_prompts": pairs}
+    assert above_chance(accuracies, margins, many).verdict == verdict, "pairs of one prompt are one example"
 
 
 def test_paired_over_prompts():

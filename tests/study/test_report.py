@@ -15,6 +15,7 @@ from tiny_runs import tiny_config
 from tunesmith.__main__ import main
 from tunesmith.errors import UserError
 from tunesmith.files.run import Run
+from tunesmith.stats import wilson_interval
 from tunesmith.study.report import facts_of, render_report, write_report
 
 
@@ -119,6 +120,15 @@ def test_a_preference_run_shows_accuracy_with_its_interval_and_the_margin(frozen
     assert "perplexity" not in page
 
 
+def test_pairs_of_one_prompt_count_once_in_the_interval_of_a_logged_accuracy(frozen_dpo_run):
+    log = frozen_dpo_run / "metrics.jsonl"
+    log.write_text(
+        log.read_text().replace('"validation_pairs": 40', '"validation_pairs": 40, "validation_prompts": 10')
+    )
+    low = 100 * wilson_interval(10, 10)[0]
+    assert f"100.0 % ({low:.1f} to 100.0)" in render_report([Run(frozen_dpo_run)])
+
+
 def test_several_runs_begin_with_a_table_of_all(frozen_run, frozen_dpo_run):
     page = render_report([Run(frozen_run), Run(frozen_dpo_run)])
     table = page[page.index("<table>") : page.index("</table>")]
@@ -150,6 +160,17 @@ def test_a_log_cut_in_mid_line_is_told_on_the_page(frozen_run):
     assert "metrics.jsonl line 8 is damaged and was left out: the file is cut off there" in render_report(
         [Run(frozen_run)]
     )
+
+
+def test_an_earlier_damaged_line_is_an_error_and_a_cut_last_one_is_left_out(frozen_run):
+    log = frozen_run / "metrics.jsonl"
+    whole = Run(frozen_run).metrics()
+    first, *others = log.read_text().splitlines(keepends=True)
+    log.write_text(first + "{nonsense\n" + "".join(others))
+    with pytest.raises(UserError, match=r"metrics\.jsonl line 2 is damaged .*delete that line"):
+        Run(frozen_run).metrics()
+    log.write_text(first + "".join(others[:-1]) + '{"event": "tr')
+    assert Run(frozen_run).metrics() == whole[: len(others)]
 
 
 @pytest.mark.parametrize("file", ["metrics.jsonl", "status.json", "config.yaml", "answers/step-00000002.jsonl"])

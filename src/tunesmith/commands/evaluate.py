@@ -38,7 +38,7 @@ from tunesmith.files.names import gives_scores, load, run_and_step
 from tunesmith.files.places import located
 from tunesmith.files.run import Run
 from tunesmith.judge.measures import interval_record
-from tunesmith.judge.preferences import firsts, preference_record
+from tunesmith.judge.preferences import preference_record
 from tunesmith.judge.scorers import OwnScorer, load_scorer
 from tunesmith.judge.trained_rows import trained_rows, training_runs
 from tunesmith.judge.two_models import interval_text
@@ -189,7 +189,7 @@ def text_losses(model: Model, tokenizer: Tokenizer, held: Held) -> tuple[dict[st
     of_all = held.dialogues(tokenizer, "all", model.longest)
     everything = answer_losses(model, of_all, precision)
     report, rows = of_answers.rows.store.report, held.rows.of(len(of_answers.rows.store))
-    alone = dict(zip(rows.tolist(), firsts(of_answers.rows.store, rows), strict=True))
+    alone = dict(zip(rows.tolist(), of_answers.rows.store.firsts(rows), strict=True))
     record = {
         "rows": len(rows),
         "response": loss_record(answers, alone),

@@ -95,6 +95,10 @@ class PairRows:
         chosen, rejected = lengths[:, 1], lengths[:, 2]
         return float(np.mean(np.where(chosen == rejected, 0.5, chosen > rejected)))
 
+    def different_prompts(self, numbers: Sequence[int]) -> int:
+        """How many prompts these pairs have, as they were written: what their figures rest on."""
+        return len(np.unique(self.store.prompts(self.pairs.pairs[list(numbers)])))
+
     def key(self, number: int) -> bytes:
         """SHA-256 of exactly what a model computes for a pair: its tokens as cut, and which ends are targets."""
         cut = self.pairs[number]

@@ -35,6 +35,10 @@ class PairStore:
         """(pairs, 3) int64: tokens of prompt, chosen and rejected."""
         return self.store.lengths.reshape(-1, 3)
 
+    def prompts(self, numbers: Array) -> Array:
+        """(n,) int64: which prompt each of these pairs has, counted from 0; equal tokens are one prompt."""
+        return np.unique(self.store.firsts(numbers, 3, 1), return_inverse=True)[1]
+
     def place(self, pair: int) -> str:
         """`file:line` of a pair."""
         return self.store.place(3 * pair)

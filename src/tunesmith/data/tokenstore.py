@@ -85,6 +85,19 @@ class TokenStore:
         flags = None if loss_on == "all" else self.flags[a:b]
         return tokens[start:stop], targets_of(tokens, flags, self.end_of_text)[start:stop]
 
+    def firsts(self, rows: Array, each: int = 1, compared: int | None = None) -> list[int]:
+        """For every one of some rows the first of them with the same tokens.
+
+        each: stretches of the store that are a row. compared: only so many of them, the first ones; default all.
+        """
+        first_with: dict[tuple[bytes, bytes], int] = {}
+        first_rows = []
+        for row in rows.tolist():
+            cuts = self.offsets[row * each : row * each + (compared or each) + 1]
+            key = self.tokens[int(cuts[0]) : int(cuts[-1])].tobytes(), np.diff(cuts).tobytes()
+            first_rows.append(first_with.setdefault(key, row))
+        return first_rows
+
     def place(self, index: int) -> str:
         """`file:line` of a row."""
         file, line = self.places[index]

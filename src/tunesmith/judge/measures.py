@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
 from tunesmith.files.answers import ScoredAnswer, by_prompt, rewards
-from tunesmith.stats import Interval, Wins, bootstrap_interval, count_wins, paired_difference, win_rate
+from tunesmith.jsontext import is_number
+from tunesmith.stats import Interval, Wins, bootstrap_interval, count_wins, paired_difference, wilson_interval, win_rate
 
 REPEATED = 4  # words of the sequences whose repetition is counted
 LIKE_LENGTH = 0.2  # answers are of like length where the shorter has at least 80 % of the longer one's tokens
@@ -80,6 +81,25 @@ def reward_summary(answers: Sequence[ScoredAnswer]) -> dict[str, Any]:
     return interval_record(bootstrap_interval(list(values.values()))) | {
         "groups": {g: interval_record(bootstrap_interval(v)) for g, v in by_group.items()}
     }
+
+
+def examples_of(pairs: Mapping[str, Any]) -> tuple[int, str]:
+    """How many independent examples the pairs of a run's estimates are, and of what; 0 where it logged none.
+
+    pairs: the event of that name in its log. Pairs of one prompt are not independent: prompts count, which are what their
+    pairs are worth at least. A run of an earlier version did not log its prompts: its pairs count.
+    """
+    unit = "prompts" if "validation_prompts" in pairs else "pairs"
+    count = pairs.get(f"validation_{unit}")
+    return (int(count) if is_number(count) and count >= 1 else 0), unit
+
+
+def accuracy_interval(accuracy: float, pairs: Mapping[str, Any]) -> Interval | None:
+    """A logged share of validation pairs with Wilson's interval for `examples_of` them; None where no pairs were logged."""
+    examples, _ = examples_of(pairs)
+    if not examples:
+        return None
+    return Interval(accuracy, *wilson_interval(accuracy * examples, examples), int(pairs["validation_pairs"]))
 
 
 def interval_record(interval: Interval) -> dict[str, Any]:

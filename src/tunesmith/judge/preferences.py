@@ -8,25 +8,10 @@ from typing import Any
 import numpy as np
 
 from tunesmith.data.pairstore import PairStore
-from tunesmith.data.tokenstore import TokenStore
 from tunesmith.judge.measures import interval_record, like_length
 from tunesmith.stats import clustered_share, ratio_interval
 
 Array = np.ndarray[Any, Any]
-
-
-def firsts(store: TokenStore, rows: Array, each: int = 1, compared: int | None = None) -> list[int]:
-    """For every one of some rows the first of them with the same tokens.
-
-    each: stretches of the store that are a row. compared: only so many of them, the first ones; default all.
-    """
-    first_with: dict[tuple[bytes, bytes], int] = {}
-    first_rows = []
-    for row in rows.tolist():
-        cuts = store.offsets[row * each : row * each + (compared or each) + 1]
-        key = store.tokens[int(cuts[0]) : int(cuts[-1])].tobytes(), np.diff(cuts).tobytes()
-        first_rows.append(first_with.setdefault(key, row))
-    return first_rows
 
 
 def preference_record(values: Array, store: PairStore, numbers: Array, by: str) -> tuple[dict[str, Any], list[str]]:
@@ -34,7 +19,7 @@ def preference_record(values: Array, store: PairStore, numbers: Array, by: str) 
 
     numbers: (pairs,) of the pairs in their store. One that stands there twice counts once; those of one prompt are a cluster.
     """
-    once = np.array(firsts(store.store, numbers, 3)) == numbers
+    once = np.array(store.store.firsts(numbers, 3)) == numbers
     repeats = len(numbers) - int(once.sum())
     notes = [f"{repeats:,} of the {len(numbers):,} pairs repeat another one; each counts once"] * bool(repeats)
     values, numbers = values[once], numbers[once]
@@ -43,7 +28,7 @@ def preference_record(values: Array, store: PairStore, numbers: Array, by: str) 
     chosen, rejected = lengths[:, 1], lengths[:, 2]
     like = np.array([like_length(a, b) for a, b in zip(chosen, rejected, strict=True)])
     longer = np.where(chosen == rejected, 0.5, chosen > rejected)
-    prompts = np.unique(firsts(store.store, numbers, 3, 1), return_inverse=True)[1]
+    prompts = store.prompts(numbers)
     if (different := int(prompts.max()) + 1) < len(values):
         notes.append(
             f"the {len(values):,} pairs have {different:,} different prompts; the intervals take the pairs of one prompt as one unit"

@@ -21,12 +21,12 @@ from tunesmith.files.reward_models import is_reward_model
 from tunesmith.files.run import Run
 from tunesmith.generation.context import Reading, fit_with_answer
 from tunesmith.jsontext import read_json
+from tunesmith.judge.measures import accuracy_interval
 from tunesmith.models.attention import Documents
 from tunesmith.models.known import FAMILIES
 from tunesmith.models.modes import evaluation_mode
 from tunesmith.models.reward_head import RewardModel
 from tunesmith.progress import STOP
-from tunesmith.stats import share_interval
 
 PACKED_TOKENS = 4096  # in one forward pass of our own reward models
 PADDED_TOKENS = 4096  # the same for a classifier of transformers, padding included
@@ -232,11 +232,10 @@ def describe_run(name: str) -> str:
     held = next((e for e in run.metrics("eval") if e["step"] == step), None)
     pairs = next(iter(run.metrics("pairs")), None)
     words = f"{name}: trained on {run.config['data']['name']}"
-    if held and pairs and held.get("validation_accuracy") is not None:
-        n = pairs["validation_pairs"]
-        right = share_interval(held["validation_accuracy"] * n, n)
+    accuracy = None if held is None else held.get("validation_accuracy")
+    if pairs and accuracy is not None and (right := accuracy_interval(accuracy, pairs)):
         words += (
-            f"; right on {_percent(right.mean)} ({_percent(right.low)} to {_percent(right.high)}) of {n:,} held-out pairs, "
+            f"; right on {_percent(right.mean)} ({_percent(right.low)} to {_percent(right.high)}) of {right.n:,} held-out pairs, "
             f'where "the longer answer is better" is right on {_percent(pairs["validation_longer_chosen"])}'
         )
     return words

@@ -9,7 +9,7 @@ from typing import Any
 import tunesmith.study.look as look
 from tunesmith.files.run import Run
 from tunesmith.jsontext import is_number
-from tunesmith.stats import wilson_interval
+from tunesmith.judge.measures import accuracy_interval, examples_of
 from tunesmith.study.lines import (
     STEPS,
     count_validations,
@@ -180,9 +180,10 @@ def preferences(study: Study, spec: Spec) -> Drawn:
         )
     lines = [e.line(label, "eval", "validation_accuracy") for label in labels]
     notes = missing_notes(lines) + comparable([r for x in labels for r in e.runs(x).values()])
+    unit = examples_of(next((r.pairs for x in labels for r in e.runs(x).values() if r.pairs), {}))[1]
     caption = (
         f"On the validation pairs{'; drift is the log-ratio of policy to reference' if drifts else ''}. "
-        "With one seed, the accuracy's band is the 95 % interval over the pairs. "
+        f"With one seed, the accuracy's band is the 95 % interval over the {unit}. "
         f"{seeds_in_words(lines)}"
     )
     return look.to_plate(figure, spec.name, spec.title, caption, notes)
@@ -191,9 +192,9 @@ def preferences(study: Study, spec: Spec) -> Drawn:
 def _accuracy_bands(e: Experiment, label: str) -> dict[int, tuple[float, float]]:
     bands = {}
     for run in e.runs(label).values():
-        pairs = [int(p.value) for p in run.series("pairs", "validation_pairs")]
-        for p in run.series("eval", "validation_accuracy") if pairs and pairs[0] > 0 else ():
-            bands[p.step] = wilson_interval(p.value * pairs[0], pairs[0])
+        for p in run.series("eval", "validation_accuracy"):
+            if share := accuracy_interval(p.value, run.pairs):
+                bands[p.step] = share.low, share.high
     return bands
 
 

@@ -7,7 +7,8 @@ from statistics import fmean
 
 from tunesmith.files.run import Run
 from tunesmith.jsontext import is_number
-from tunesmith.stats import Interval, bootstrap_interval, paired_difference, ratio_interval, wilson_interval
+from tunesmith.judge.measures import accuracy_interval
+from tunesmith.stats import Interval, bootstrap_interval, paired_difference, ratio_interval
 from tunesmith.study.select import rewards_by_prompt
 from tunesmith.study.units import loss_unit, measured_on, rows_seed
 from tunesmith.train.choice import Estimate, apart, choose, comparable, loss_difference, read_estimates
@@ -30,11 +31,10 @@ def kind_of(run: Run) -> str:
 
 def accuracy_text(run: Run, accuracy: float) -> str:
     """`97.5 % (87.1 to 99.6)`: a share of the validation pairs with its 95 % interval."""
-    n = next((r["validation_pairs"] for r in run.metrics("pairs")), 0)
-    if not n:
+    share = accuracy_interval(accuracy, next(iter(run.metrics("pairs")), {}))
+    if share is None:
         return f"{accuracy:.1%}"
-    low, high = wilson_interval(accuracy * n, n)
-    return f"{100 * accuracy:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+    return f"{100 * accuracy:.1f} % ({100 * share.low:.1f} to {100 * share.high:.1f})"
 
 
 # ---- one run ---------------------------------------------------------------------------------------------------------

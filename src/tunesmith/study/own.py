@@ -8,7 +8,8 @@ from itertools import combinations
 from statistics import fmean
 
 from tunesmith.jsontext import is_number
-from tunesmith.stats import Interval, ratio_interval, share_interval, t_interval
+from tunesmith.judge.measures import accuracy_interval
+from tunesmith.stats import Interval, ratio_interval, t_interval
 from tunesmith.study.lines import members_of
 from tunesmith.study.outcome import ranked_by_reward
 from tunesmith.study.records import Experiment, Point, Study
@@ -261,9 +262,8 @@ def _accuracies(e: Experiment, labels: Iterable[str]) -> str:
     shares = []
     for label in labels:
         points = list(finals(e, [label], "eval", "validation_accuracy")[0][label].values())
-        pairs = [int(p.value) for run in e.runs(label).values() for p in run.series("pairs", "validation_pairs")]
-        if points and pairs and pairs[0] > 0:
-            share = share_interval(fmean(p.value for p in points) * pairs[0], pairs[0])  # more seeds are no more pairs
+        pairs = next((run.pairs for run in e.runs(label).values() if run.pairs), {})  # more seeds are no more pairs
+        if points and (share := accuracy_interval(fmean(p.value for p in points), pairs)):
             shares.append(f"{label} {100 * share.mean:.1f} % [{100 * share.low:.1f}, {100 * share.high:.1f}]")
     return f" Pairs with the chosen answer ahead: {'; '.join(shares)}." if shares else ""
 

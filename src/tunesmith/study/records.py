@@ -57,6 +57,11 @@ class RunRecord:
         ]
 
     @property
+    def pairs(self) -> Json:
+        """What it logged of its pairs; empty for a run without any."""
+        return next(iter(self.lines.get("pairs", ())), {})
+
+    @property
     def trained_weights(self) -> int | None:
         """How many weights the run trained, as its last checkpoint has them; None without one."""
         return Run(self.directory).trained_weights(adapter=bool((self.config.get("lora") or {}).get("rank")))

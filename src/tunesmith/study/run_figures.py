@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tunesmith.files.run import DRAWS, Run
-from tunesmith.stats import wilson_interval
+from tunesmith.judge.measures import accuracy_interval
 from tunesmith.study.look import (
     DASHES,
     MARK,
@@ -66,8 +66,9 @@ def preference_curves(run: Run) -> Plate:
             axes.plot(*_series(train, name), color=TRAIN, alpha=0.3, linewidth=1, label="each step")
             steps, values = _series(estimates, f"validation_{name}")
             axes.plot(steps, values, color=VALIDATION, linestyle=DASHES[1], marker="s", label="validation pairs")
-            if name == "accuracy" and (n := pairs.get("validation_pairs")) and values:
-                low, high = zip(*(wilson_interval(v * n, n) for v in values), strict=True)
+            shares = [share for v in values if (share := accuracy_interval(v, pairs))] if name == "accuracy" else []
+            if shares:
+                low, high = [share.low for share in shares], [share.high for share in shares]
                 axes.fill_between(steps, low, high, color=VALIDATION, alpha=0.15, linewidth=0, label="95 % interval")
                 by_length = pairs["validation_longer_chosen"]
                 axes.axhline(by_length, color=MARK, linestyle="--", linewidth=1, label="the longer answer")

@@ -123,4 +123,9 @@ def describe_pairs(train: PairRows, validation: PairRows, iters: int) -> dict[st
     print(
         f"note: in {share:.1%} of the {len(numbers):,} validation pairs the chosen answer is the longer one, in tokens of this model"
     )
-    return {"train_pairs": len(train), "validation_pairs": len(numbers), "validation_longer_chosen": share}
+    return {
+        "train_pairs": len(train),
+        "validation_pairs": len(numbers),
+        "validation_prompts": validation.different_prompts(numbers),
+        "validation_longer_chosen": share,
+    }

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from tunesmith.jsontext import Json, is_number
+from tunesmith.judge.measures import examples_of
 from tunesmith.stats import Interval, t_interval
 from tunesmith.study.paper import verdicts
 from tunesmith.study.paper.experiments import (
@@ -347,8 +348,8 @@ def _dpo_improves(study: Study) -> Finding:
     accuracy, margin = (
         [s[-1] for r in runs if (s := r.series("eval", f"validation_{k}"))] for k in ("accuracy", "margin")
     )
-    pairs = [p.value for r in runs for p in r.series("pairs", "validation_pairs")]
-    verdict = verdicts.above_chance([p.value for p in accuracy], [p.value for p in margin], int(min(pairs, default=0)))
+    pairs = min((r.pairs for r in runs if r.pairs), key=examples_of, default={})
+    verdict = verdicts.above_chance([p.value for p in accuracy], [p.value for p in margin], pairs)
     left = [f"{r.name}: {r.trouble}" for r in dpo_runs(study).values() if r.trouble]
     return Finding(verdict, tuple(accuracy), tuple(left))
 

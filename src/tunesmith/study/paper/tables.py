@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
-from tunesmith.jsontext import is_number
-from tunesmith.stats import Interval, wilson_interval
+from tunesmith.jsontext import Json, is_number
+from tunesmith.judge.measures import accuracy_interval, examples_of
 from tunesmith.study.paper.experiments import (
     BATCH_4,
     FULL,
@@ -173,21 +173,22 @@ def preference(study: Study) -> Table:
     head = (("on the validation pairs", False), ("before", True), ("after", True))
     left = tuple(f"{r.name}: {r.trouble}" for r in dpo_runs(study).values() if r.trouble)
     caption = (
-        "The accuracy's interval is over the pairs. While policy and reference are equal, the loss is ln 2 = 0.693 "
+        f"The accuracy's interval is over the {examples_of(_pairs_of(runs))[1]}. "
+        "While policy and reference are equal, the loss is ln 2 = 0.693 "
         "and all else is 0."
     )
     return Table("table-dpo", "e8", "DPO before and after", head, tuple(rows), caption, left)
 
 
+def _pairs_of(runs: Sequence[RunRecord]) -> Json:
+    """What the runs logged of their pairs: the same for every seed, so more seeds are no more pairs."""
+    return next((r.pairs for r in runs if r.pairs), {})
+
+
 def _share_or_seeds(points: list[Point], runs: Sequence[RunRecord], key: str) -> Cell:
-    pairs = [int(p.value) for r in runs for p in r.series("pairs", "validation_pairs")]
-    if (
-        key == "validation_accuracy" and pairs and pairs[0] > 0
-    ):  # the same pairs for every seed: more seeds are no more pairs
-        share = fmean(p.value for p in points)
-        return Cell(
-            value=Interval(share, *wilson_interval(share * pairs[0], pairs[0]), pairs[0]), sources=tuple(points)
-        )
+    pairs = _pairs_of(runs)
+    if key == "validation_accuracy" and (share := accuracy_interval(fmean(p.value for p in points), pairs)):
+        return Cell(value=share, sources=tuple(points))
     return of_seeds(points, signed=is_signed(key, [r.config for r in runs]))
 
 

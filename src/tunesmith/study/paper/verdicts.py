@@ -10,8 +10,10 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
-from tunesmith.stats import Interval, paired_difference, share_interval, t_interval
+from tunesmith.judge.measures import accuracy_interval
+from tunesmith.stats import Interval, paired_difference, t_interval
 from tunesmith.study.tables import interval_words
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
@@ -222,13 +224,16 @@ def never_learns(starts: Mapping[str, Sequence[float]], ends: Mapping[str, Seque
 # ---- single figures --------------------------------------------------------------------------------------------------
 
 
-def above_chance(accuracies: Sequence[float], margins: Sequence[float], pairs: int) -> Verdict:
-    """Is the chosen answer ahead in more than half of the pairs, by a margin above 0? One value a seed, the same pairs."""
-    if not accuracies or not margins or pairs < 1:
+def above_chance(accuracies: Sequence[float], margins: Sequence[float], pairs: Mapping[str, Any]) -> Verdict:
+    """Is the chosen answer ahead in more than half of the pairs, by a margin above 0? One value a seed, the same pairs.
+
+    pairs: the runs' event of that name.
+    """
+    share = accuracy_interval(fmean(accuracies), pairs) if accuracies and margins else None
+    if share is None:
         return Verdict(OPEN, "no estimate on validation pairs")
-    share = share_interval(fmean(accuracies) * pairs, pairs)
     margin = fmean(margins)
-    evidence = f"accuracy {interval_words(share)} of {pairs} pairs, mean margin {margin:.3f}"
+    evidence = f"accuracy {interval_words(share)} of {share.n} pairs, mean margin {margin:.3f}"
     if share.low > 0.5 and margin > 0:
         return Verdict(HOLDS, evidence)
     if share.high < 0.5 or (share.low > 0.5 and margin < 0):
