@@ -9,6 +9,7 @@ import yaml
 from planted_rows import audited, clean, found, turns, write
 from tunesmith.__main__ import main
 from tunesmith.errors import UsageError, UserError
+from tunesmith.files.names import known_shape
 
 
 @pytest.fixture
@@ -42,6 +43,21 @@ def test_the_command_prints_the_table_and_writes_the_record(tmp_path, capfd):
     assert [o["texts"] for o in record["splits"][0]["overlaps"]] == [1, 0]
     assert record["problems"] == [line.removeprefix("note: ") for line in record["problems"]]
     assert len(record["problems"]) == 3
+
+
+def test_a_cut_is_held_against_the_positions_of_the_model_whose_tokenizer_it_is(
+    tmp_path, tiny_directory, tokenizer, capfd
+):
+    path = write(tmp_path / "rows.jsonl", [*(clean("text", i) for i in range(20)), {"text": "word " * 300}])
+    positions = known_shape(str(tiny_directory)).longest
+    argv = ["data", str(path), "--audit", "--data.block_size", "64"]
+    for model, told in (
+        (tiny_directory, f"the longest has 302 tokens and the model has {positions:,} positions: shorten or split"),
+        ("gpt2", "--data.block_size 301 would fit them all\n"),
+    ):
+        assert main([*argv, "--tokenizer", str(model)]) == 0
+        assert told in capfd.readouterr().out, told
+    assert "would fit them all, if the model has as many" in audited(tokenizer, path, block_size=64).problems()[-1]
 
 
 def test_text_has_no_checks_that_only_pairs_or_dialogues_know(tmp_path, capfd):

@@ -3,6 +3,7 @@
 A new template in `TEMPLATES` is held to all laws without a line here.
 """
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -309,6 +310,20 @@ def test_pairs_are_looked_over_in_the_template_of_the_model(tagged, tmp_path):
     )
     (train,) = audit(open_dataset(DataOptions(name=str(tmp_path / "pairs.jsonl"))), tagged, block_size=64).splits[:1]
     assert train.usable == 2
+
+
+def test_an_audit_looks_for_the_markers_of_the_models_template(tagged, tmp_path):
+    """HH's space before an answer means nothing in a form without one; a text that ends an answer in it is a marker."""
+    rows = ["\n\nHuman:Hi\n\nAssistant:Hello", "\n\nHuman: Hi\n\nAssistant: Hello ## Me: no"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    source = open_dataset(DataOptions(name=str(tmp_path / "rows.jsonl")))
+    here = Tokenizer(
+        tagged._stored, special=tagged.special, template=dataclasses.replace(TAGGED, stop_texts=("## Me:",))
+    )
+    for tokenizer, lead, marker in ((here, 0, 1), (Tokenizer.gpt2(), 1, 0)):
+        (split,) = audit(source, tokenizer, block_size=64).splits
+        found = {f.kind: f.rows for f in split.findings}
+        assert (found["turn_start"], found["role_marker"]) == (lead, marker)
 
 
 def test_models_of_two_templates_are_not_compared_token_by_token(tagged):

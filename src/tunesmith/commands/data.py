@@ -42,7 +42,11 @@ def show_data(name: str, options: DataCommand) -> None:
         )
     source = open_dataset(data)
     console = Console(highlight=False, soft_wrap=True)
-    problems = (_show_audit if options.audit else _show_figures)(source, data, tokenizer, options, console)
+    positions = shape.longest if shape else None
+    if options.audit:
+        problems = _show_audit(source, data, tokenizer, positions, options, console)
+    else:
+        problems = _show_figures(source, data, tokenizer, options, console)
     if options.show:
         _show_rows(source, data, tokenizer, options.show, console)
     if data.strict and problems:
@@ -146,7 +150,12 @@ def supervised_tokens(store: TokenStore, loss_on: str) -> int:
 
 
 def _show_audit(
-    source: Source, data: DataOptions, tokenizer: Tokenizer, options: DataCommand, console: Console
+    source: Source,
+    data: DataOptions,
+    tokenizer: Tokenizer,
+    positions: int | None,
+    options: DataCommand,
+    console: Console,
 ) -> list[str]:
     others = [_other(name, data) for name in dict.fromkeys(options.against)]
     survey = audit(
@@ -158,6 +167,7 @@ def _show_audit(
         holdout=data.holdout,
         seed=data.rows_seed,
         against=others,
+        positions=positions,
     )
     _show_form(console, {split.split: split.form for split in survey.splits})
     console.print(audit_table(survey, options.tokenizer))

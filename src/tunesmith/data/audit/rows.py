@@ -13,6 +13,7 @@ from typing import Any
 
 from tunesmith.data.dialogue import Message, Preference, Row, Text
 from tunesmith.data.hh_template import HH_ROLES, marker_inside
+from tunesmith.data.template import Template
 
 PAIRS, DIALOGUES, TEXTS = FORMS = ("pairs", "dialogues", "texts")
 
@@ -97,16 +98,19 @@ def prompt_of(turns: tuple[Message, ...]) -> tuple[Message, ...]:
     return turns[:-1] if turns and turns[-1].role == "assistant" else turns
 
 
-def row_defects(raw: dict[str, Any], row: Row) -> set[str]:
-    """The CHECKS that a row fails, by its text alone. raw: its columns; row: what `datasets.read_row` makes of them."""
+def row_defects(raw: dict[str, Any], row: Row, template: Template) -> set[str]:
+    """The CHECKS that a row fails, by its text alone.
+
+    raw: its columns; row: what `datasets.read_row` makes of them; template: the form in which a model would read it.
+    """
     if isinstance(row, Text):
-        return _text_defects([row.text]) | ({"empty_text"} if not row.text.strip() else set())
+        return _text_defects([row.text], template) | ({"empty_text"} if not row.text.strip() else set())
     prompt = raw.get("prompt")
     defects = {"prompt_space"} if isinstance(prompt, str) and prompt != prompt.rstrip() else set()
     if not isinstance(row, Preference):
-        return defects | _turn_defects(row.messages, "empty_answer")
+        return defects | _turn_defects(row.messages, "empty_answer", template)
     chosen, rejected = row.chosen.messages, row.rejected.messages
-    defects |= _turn_defects(chosen, "empty_chosen") | _turn_defects(rejected, "empty_rejected")
+    defects |= _turn_defects(chosen, "empty_chosen", template) | _turn_defects(rejected, "empty_rejected", template)
     if prompt_of(chosen) != prompt_of(rejected):
         defects.add("prompts_differ")
     elif not prompt_of(chosen):
@@ -114,8 +118,8 @@ def row_defects(raw: dict[str, Any], row: Row) -> set[str]:
     return defects | ({"same_answers"} if chosen == rejected else set())
 
 
-def _turn_defects(turns: tuple[Message, ...], empty: str) -> set[str]:
-    defects = _text_defects(m.content for m in turns)
+def _turn_defects(turns: tuple[Message, ...], empty: str, template: Template) -> set[str]:
+    defects = _text_defects((m.content for m in turns), template)
     *before, last = turns
     if last.role != "assistant":
         defects.add("no_final_answer")
@@ -128,17 +132,18 @@ def _turn_defects(turns: tuple[Message, ...], empty: str) -> set[str]:
     for m in turns:
         if not m.content.strip():
             continue
-        if m.lead != " " or m.content[0].isspace():
+        if m.content[0].isspace() or (template.lead and m.lead != template.lead):
             defects.add("turn_start")
         if m.content[-1].isspace():
             defects.add("answer_end" if m.role == "assistant" else "prompt_space")
     return defects
 
 
-def _text_defects(texts: Iterable[str]) -> set[str]:
+def _text_defects(texts: Iterable[str], template: Template) -> set[str]:
     defects = set()
     for text in texts:
-        if marker_inside(text):
+        # A transcript's markers, with which most rows come, and those of the model's own form.
+        if marker_inside(text) or any(stop in text for stop in template.stop_texts):
             defects.add("role_marker")
         if ("<" in text or "[" in text) and _TEMPLATE.search(text):
             defects.add("template_text")

@@ -28,10 +28,10 @@ from tunesmith.data.datasets import Source, holdout_rows
 from tunesmith.data.dialogue import BadRow, Preference, Row
 from tunesmith.data.pairstore import PairStore
 from tunesmith.data.readers import Report
+from tunesmith.data.template import Template
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokenstore import tokenise
 from tunesmith.errors import UsageError, UserError
-from tunesmith.models.known import SIZES
 from tunesmith.stats import Interval, share_interval
 
 Array = np.ndarray[Any, Any]
@@ -99,19 +99,22 @@ class SplitAudit:
 
 @dataclass(frozen=True)
 class Audit:
-    """What was found in a data set, at one block size and truncation rule."""
+    """What was found in a data set, at one block size and truncation rule. positions: the model's, None where it is unknown."""
 
     name: str
     block_size: int
     truncation: str
     splits: tuple[SplitAudit, ...]
+    positions: int | None = None
 
     def problems(self) -> list[str]:
         """One line for each thing that is wrong or would be lost in training, with its remedy."""
         lines = []
         for s in self.splits:
             lines += [f"{s.split}: {_told(f)}: {f.remedy}" for f in s.findings if f.rows]
-            lines += [f"{s.split}: {_told_cut(c, self.block_size)}" for c in s.cuts if c.rule == OWN and c.cut]
+            lines += [
+                f"{s.split}: {_told_cut(c, self.block_size, self.positions)}" for c in s.cuts if c.rule == OWN and c.cut
+            ]
             lines += [f"{s.split}: {_told_overlap(o)}" for o in s.overlaps if o.prompts or o.texts]
         return lines
 
@@ -150,11 +153,12 @@ def audit(
     holdout: float = 0.05,
     seed: int = 0,
     against: Sequence[Source] = (),
+    positions: int | None = None,
 ) -> Audit:
     """Look over every split of `source`.
 
     truncation: None where rows are not cut one by one (windows). holdout, seed: as in training, for a data set without
-        a test split. against: other data sets, in which the rows of this one should not be.
+        a test split. against: other data sets, in which the rows of this one should not be. positions: as in Audit.
     Raises: UserError for a file that cannot be read or has no row at all; UsageError for settings out of range.
     """
     if block_size < 1:
@@ -165,8 +169,8 @@ def audit(
         )
     if not 0 < holdout < 1:
         raise UsageError(f"--data.holdout is {holdout}, expected a share between 0 and 1")
-    texts = {split: _read(source, split) for split in source.files}
-    overlaps = _overlaps(texts, holdout, seed, against)
+    texts = {split: _read(source, split, tokenizer.template) for split in source.files}
+    overlaps = _overlaps(texts, holdout, seed, against, tokenizer.template)
     splits = []
     for split, read in texts.items():
         cuts, lengths, bias, notes = _read_tokens(source, split, read, tokenizer, block_size, truncation, loss_on)
@@ -187,7 +191,7 @@ def audit(
                 tuple(read.form),
             )
         )
-    return Audit(source.name, block_size, truncation or "windows", tuple(splits))
+    return Audit(source.name, block_size, truncation or "windows", tuple(splits), positions)
 
 
 # ---- texts ---------------------------------------------------------------------------------------------------------
@@ -210,7 +214,7 @@ class Texts:
     notes: list[str] = field(default_factory=list)
 
 
-def _read(source: Source, split: str) -> Texts:
+def _read(source: Source, split: str, template: Template) -> Texts:
     texts, seen = Texts(), dict[tuple[bytes, ...], str]()
     prompts = set[bytes]()
     reader, rows = source.opened(split, texts.unreadable)
@@ -231,7 +235,7 @@ def _read(source: Source, split: str) -> Texts:
                 texts.skipped.append((row, place))
         printed = fingerprint(row, place, usable)
         texts.prints.append(printed)
-        defects = row_defects(located.value if isinstance(located.value, dict) else {}, row)
+        defects = row_defects(located.value if isinstance(located.value, dict) else {}, row, template)
         if printed.texts in seen:
             texts.defects["duplicate"].append(f"{place} = {seen[printed.texts]}")
         elif len(printed.texts) == 2 and printed.texts[::-1] in seen and "same_answers" not in defects:
@@ -274,7 +278,7 @@ def _findings(read: Texts, forms: Mapping[str, int]) -> Iterator[Defect]:
 
 
 def _overlaps(
-    texts: Mapping[str, Texts], holdout: float, seed: int, against: Sequence[Source]
+    texts: Mapping[str, Texts], holdout: float, seed: int, against: Sequence[Source], template: Template
 ) -> dict[str, list[Overlap]]:
     overlaps: dict[str, list[Overlap]] = {split: [] for split in texts}
     train = texts["train"].prints
@@ -287,7 +291,7 @@ def _overlaps(
         overlaps["train"].append(overlap(ours, [usable[i] for i in rest], "the rest of train", whose=whose))
     for other in against:
         for other_split in other.files:
-            there = _read(other, other_split)
+            there = _read(other, other_split, template)
             unread = sum(there.unreadable.bad.values())
             for split, read in texts.items():
                 overlaps[split].append(
@@ -349,7 +353,7 @@ def _told(finding: Defect) -> str:
     return f"{finding.rows:,} {_plural(finding.rows)}: {finding.what} ({_places(finding.places, finding.rows)})"
 
 
-def _told_cut(cut: Cut, block_size: int) -> str:
+def _told_cut(cut: Cut, block_size: int, positions: int | None) -> str:
     parts = {
         "left out": cut.left_out,
         "with nothing left to learn": cut.no_signal,
@@ -358,12 +362,12 @@ def _told_cut(cut: Cut, block_size: int) -> str:
         "without the end of the prompt": cut.prompt_end_lost,
     }
     cost = ", ".join(f"{n:,} {what}" for what, n in parts.items() if n) or "nothing is lost"
-    most = SIZES["gpt2"].longest
-    way = (
-        f"--data.block_size {cut.longest:,} would fit them all"
-        if cut.longest <= most
-        else f"the longest has {cut.longest:,} tokens and GPT-2 has {most:,} positions: shorten or split such rows"
-    )
+    if positions is None:
+        way = f"--data.block_size {cut.longest:,} would fit them all, if the model has as many positions"
+    elif cut.longest <= positions:
+        way = f"--data.block_size {cut.longest:,} would fit them all"
+    else:
+        way = f"the longest has {cut.longest:,} tokens and the model has {positions:,} positions: shorten or split such rows"
     return (
         f"{cut.cut:,} of {cut.rows:,} {cut.form} are longer than block_size {block_size:,} ({cost}; "
         f"{_places(cut.places, cut.cut)}): {way}"
