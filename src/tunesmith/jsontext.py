@@ -1,4 +1,4 @@
-"""JSON that comes from outside: whatever is wrong with a text is one kind of error, one bad line, or one clear message.
+"""JSON that comes from outside: anything wrong with a text is one kind of error, one bad line, or one clear message.
 
 `parse_json` and `json_object` raise the bare fact, and their callers add what the file is and the way out.
 """

@@ -57,12 +57,12 @@ def test_who_finds_another_in_the_directory_that_it_made_leaves_it_alone(tmp_pat
     """Two processes with one --out: the first makes it, the second locks it and has not yet begun its run."""
     out = tmp_path / "r"
 
-    def the_other_was_faster(lock_file):
+    def the_other_was_faster(lock_file, what):
         (out / "config.yaml").write_text("another's")
-        raise UserError(f"{lock_file} is taken")
+        raise UserError(f"{lock_file}: the {what} is taken")
 
     monkeypatch.setattr(lock, "fcntl", True)
     monkeypatch.setattr(lock, "_locked", the_other_was_faster)
-    with pytest.raises(UserError, match="is taken"), lock.run_directory(str(out), "", resume=False):
+    with pytest.raises(UserError, match="the run is taken"), lock.run_directory(str(out), "", resume=False):
         pytest.fail("two writers")
     assert (out / "config.yaml").read_text() == "another's"

@@ -90,7 +90,7 @@ class Source:
         return content_hash([*rules, *map(bytes.fromhex, digests.values())])
 
     def content(self, digests: Mapping[str, str]) -> str:
-        """Of which rows there are, whatever the files are called; digests: those of their files."""
+        """Of which rows there are, independent of the files' names; digests: those of their files."""
         mixed = [repr([(p.recipe, w) for p, w in zip(self.parts, self.weights, strict=True)])] if self.parts else []
         return content_hash([self.recipe, *mixed, *map(bytes.fromhex, digests.values())])
 

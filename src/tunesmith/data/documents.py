@@ -1,4 +1,4 @@
-"""JSON that is no plain JSON lines: one document of many rows, documents one after the other, and columns in place of rows."""
+"""JSON in forms other than JSON lines: one document of many rows, documents one after the other, and columns in place of rows."""
 
 from __future__ import annotations
 

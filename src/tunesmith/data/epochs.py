@@ -103,7 +103,7 @@ class Batches(Generic[R]):
         return (self._batch(epoch, number) for number in range(batches)[:limit])
 
     def _batch(self, epoch: int, number: int, *, beyond: bool = False) -> Batch:
-        # An estimate over everything ends with the rows, for windows too, whatever the batch size.
+        # An estimate over everything ends with the rows, also for windows and with any batch size.
         start = number * self.batch_size
         stop = start + self.batch_size
         return self.rows.batch(epoch, range(start, stop if beyond else min(stop, self.rows_per_epoch)))

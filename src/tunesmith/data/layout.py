@@ -1,4 +1,4 @@
-"""Which files of a directory make a data set: splits by name, configurations, and what is no data."""
+"""Which files of a directory make a data set: splits by name, configurations, and what is not data."""
 
 from __future__ import annotations
 

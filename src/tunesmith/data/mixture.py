@@ -31,7 +31,7 @@ def parse_sets(name: str) -> list[Part]:
 def _exists(name: str) -> bool:
     try:
         return Path(name).expanduser().exists()
-    except (OSError, RuntimeError, ValueError):  # a long list is no file's name
+    except (OSError, RuntimeError, ValueError):  # a long list cannot be a file's name
         return False
 
 

@@ -84,13 +84,13 @@ class PairRows:
         return sorted(plan.members[: plan.borders[rows]].tolist())
 
     def of(self, numbers: Sequence[int], tokens: int) -> Iterator[Batch]:
-        """Batches of about `tokens` tokens that hold these pairs once, in whatever order packs best."""
+        """Batches of about `tokens` tokens that hold these pairs once, in the order that packs best."""
         for group in grouped(np.asarray(numbers, np.int64), self.pairs.lengths, tokens):
             yield self.assemble(group.tolist())  # order is free here: each pair's numbers are kept under its own key
 
     def longer_chosen(self, numbers: Sequence[int]) -> float:
         """Share of these pairs whose chosen answer has more tokens, equal ones counting half: what length alone would score."""
-        # Of the answers as they were written, whatever was cut of them.
+        # Of the answers as they were written, before any cut.
         lengths = self.store.lengths[self.pairs.pairs[list(numbers)]]
         chosen, rejected = lengths[:, 1], lengths[:, 2]
         return float(np.mean(np.where(chosen == rejected, 0.5, chosen > rejected)))

@@ -198,7 +198,7 @@ class _Reading:
         yield from self._lines(file)
 
     def _lines(self, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
-        """Rows of JSON lines; of a document, or of several, if the first line is no value by itself."""
+        """Rows of JSON lines; of a document, or of several, if the first line is not a value by itself."""
         lines = enumerate(file, 1)
         first = next(((line, data) for line, data in lines if data.strip(b"\xef\xbb\xbf \t\r\n")), None)
         if first is None:
@@ -324,7 +324,7 @@ def _are_json_lines(file: IO[bytes]) -> bool:
 def _stretches(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, str]]:
     """(line, text) of a text file's rows. A line `<|endoftext|>` ends a text; long ones are cut at the best place near STRETCH.
 
-    Holds little more than a row. Raises: UserError if it is no text.
+    Holds little more than a row. Raises: UserError if it is not text.
     """
     line, waiting, size = 1, list[str](), 0
     for text in lines:
@@ -356,7 +356,7 @@ def _stretches(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, str]]:
 
 
 def _text_lines(path: Path, file: IO[bytes], start: bytes) -> Iterator[str]:
-    """The lines of a text file that begins with the bytes `start`, line ends included. Raises: UserError if it is no text."""
+    """The lines of a text file that begins with the bytes `start`, line ends included. Raises: UserError if it is not text."""
     at, encoding = 0, _by_mark(start[:4])
     if encoding != "utf-8-sig":  # a text in UTF-16 has no lines of bytes
         yield from _decoded(path, file.read(), _by_mark).splitlines(keepends=True)

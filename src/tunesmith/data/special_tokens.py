@@ -49,7 +49,7 @@ class SpecialTokens:
     def prefix_space(self, stored: bool) -> bool:
         """Whether a text is encoded as if a space stood before it. stored: what tokenizer.json says.
 
-        transformers builds GPT-2's own class anew from tokenizer_config.json, whatever tokenizer.json says.
+        transformers builds GPT-2's own class anew from tokenizer_config.json and ignores tokenizer.json.
         """
         return bool(self.settings.get("add_prefix_space")) if self.is_gpt2s else stored
 

@@ -21,7 +21,7 @@ class Segment(NamedTuple):
     """A stretch of a dialogue that is encoded by itself.
 
     text: its words; of a `special` one the text of a single special token, which becomes that token's id. Words never do,
-        whatever they say.
+        even if they spell one.
     loss: its tokens are targets. A special token that is one ends an answer.
     closes: behind its last token the end of text is a target, but does not stand in the row: no later token reads it.
     """

@@ -251,7 +251,7 @@ class Tokenizer:
         That is `tokenizer.json`, `tokenizer_config.json` with the special tokens, their settings and the chat template,
         and `generation_config.json`. embeddings: how many the model has; None: as many as there are tokens.
         """
-        # not `backend.save`: that tells of a full disk as a bare Exception
+        # not `backend.save`: that reports a full disk as a bare Exception
         (directory / "tokenizer.json").write_text(self._in_force(self._stored).to_str(pretty=True), encoding="utf-8")
         write_json(directory / "tokenizer_config.json", self._config(block_size))
         room = embeddings or self.vocab_size

@@ -48,7 +48,7 @@ class TokenStore:
     plain: (rows,) bool, True for plain text.
     places: (rows, 2) int32, file number and line of each row.
     end_of_text, end_of_answer: the tokenizer's.
-    fingerprint: of the content of the split's files and what is made of them (`Source.fingerprint`), whatever the tokenizer.
+    fingerprint: of the content of the split's files and what is made of them (`Source.fingerprint`), independent of the tokenizer.
     digests: name of each file that was read -> SHA-256 of its content.
     """
 

@@ -27,14 +27,14 @@ except ImportError:  # Windows
     fcntl = None
 
 NAME = ".lock"  # hidden: a copy of a run (a study's `continues`) does not take it along
-UNREADABLE_FOR = 1.0  # seconds in which whoever has just made the file has surely written its name into it
+UNREADABLE_FOR = 1.0  # seconds in which a process that has just made the file has written its name into it
 
 
 @contextlib.contextmanager
 def one_writer(directory: Path, what: str = "run") -> Iterator[None]:
     """The directory, which holds a `what`, belongs to this process until the end; then the file is gone.
 
-    Where the file system knows locks (flock), they decide: the kernel takes them back from whatever dies, on this host or
+    Where the file system knows locks (flock), they decide: the kernel releases them when a process dies, on this host or
     another. Where it does not, the file itself is the lock, and one that a dead process of this host left is taken over.
     Raises: UserError naming the process that writes there, its host, and since when.
     """

@@ -73,7 +73,7 @@ def gone(run: Run, names: str) -> str | None:
 
 def _places(run: Run) -> dict[str, Any]:
     known = None
-    with contextlib.suppress(UserError):  # damaged: who resumes the run is told so
+    with contextlib.suppress(UserError):  # damaged: resuming the run reports it
         known = (run.inputs or {}).get(PLACES)
     return known if isinstance(known, dict) else {}
 

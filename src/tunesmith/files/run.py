@@ -19,7 +19,7 @@ from tunesmith.errors import UserError, path_meant
 from tunesmith.jsontext import CUT_OFF, Bad, Json, is_number, json_lines, json_object, parse_json
 
 STEP_NAME = re.compile(r"step-(\d{8})")
-LAST_LINE = 4096  # bytes that surely hold a line of metrics.jsonl
+LAST_LINE = 4096  # bytes; no line of metrics.jsonl is longer
 DRAWS = 2
 """How a run draws its rows: `draws` in its inputs.json. Without the entry (1), the training loss was estimated on the rows that
 are trained on first, and a step could take rows of two epochs."""
@@ -312,7 +312,7 @@ class RunLog:
         from tensorboardX.summary import scalar
 
         for key, value in clean.items():
-            if isinstance(value, int | float) and event != "changed":  # an option is no curve
+            if isinstance(value, int | float) and event != "changed":  # an option is not a curve
                 self._board_event(step=step, summary=scalar(f"{event}/{key}", value))
         if event != "train":
             self._board.flush()

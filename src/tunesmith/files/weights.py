@@ -41,7 +41,7 @@ def config_to_hf(model: Model, end_of_text: int) -> dict[str, Any]:
 
 
 def from_hf_state_dict(model: Model, state: Iterable[tuple[str, Tensor]], where: str) -> None:
-    """Copy published weights into `model`, whatever their dtype, with or without the architecture's prefix.
+    """Copy published weights of any dtype into `model`, with or without the architecture's prefix.
 
     A head that is stored although the model's is tied must equal the embedding (it is checked, not assumed). Weights
     that the architecture does not use, of a value head for instance, are left out with a note, as transformers does.
@@ -209,7 +209,7 @@ def save_model(model: Model, tokenizer: Tokenizer, directory: Path) -> None:
 
 
 def write_safetensors(state: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """`safetensors.torch.save_file`, with a full disk or a read-only folder told as the OSError that it is."""
+    """`safetensors.torch.save_file`, with a full disk or a read-only folder raised as the OSError that it is."""
     try:
         safetensors.torch.save_file(state, path, metadata)
     except SafetensorError as error:

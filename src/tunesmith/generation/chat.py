@@ -54,7 +54,7 @@ class ChatSession:
     Attributes:
         messages: the conversation. It grows with every piece, so it holds what was shown at any time: an answer that is
             interrupted is kept up to that point and can be retried; one that is interrupted before its first word
-            leaves the conversation as it was. So does one that fails, whatever was shown of it.
+            leaves the conversation as it was. So does one that fails, even if part of it was shown.
         over: whether /quit was given.
     """
 

@@ -23,7 +23,7 @@ from tunesmith.data.prompts import Conversation, encode_prompt, turns_of
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UsageError, UserError, note
 
-MOST_RESERVED = 4  # an answer keeps at most one in so many of the positions, whatever max_new_tokens says
+MOST_RESERVED = 4  # an answer keeps at most one in so many of the positions, even if max_new_tokens is more
 
 TooLong = Literal["refuse", "turns", "cut"]
 """What is done with a prompt that is too long: nothing is left out; whole turns are; the beginning of the question too."""

@@ -201,7 +201,7 @@ def decode(
     fixed = None if record is None else token_graph.FixedSteps(next_logits, cache, logits, record)
     rows, ends, template = list(range(len(prompts))), tokenizer.stops, tokenizer.template
     tails: list[list[int]] = [[] for _ in prompts]
-    kept = template.longest_stop + 1  # tokens that surely hold a whole stop text: none of them has less than a byte
+    kept = template.longest_stop + 1  # tokens that hold any stop text whole: none of them has less than a byte
     for step in range(max_new_tokens):
         STOP.check()
         tokens = sample_tokens(logits, draws[:, step], sampling)

@@ -22,7 +22,7 @@ from tunesmith.models.attention import Documents
 from tunesmith.models.cache import Cache, KVCache
 
 COLUMNS = 128  # columns of the cache by which what a recording reads grows
-ENOUGH_STEPS = 16  # steps that surely pay for a recording, which takes as long as a few plain ones
+ENOUGH_STEPS = 16  # steps that always pay for a recording, which takes as long as a few plain ones
 FEW_ROWS = 8  # a batch of fewer rows costs what one row does: the weights are read
 
 Work = Callable[[], None]
@@ -57,7 +57,7 @@ class FixedSteps:
         self.going = len(cache.starts)  # rows that still have an answer to make, the first ones
         self.rows = self.extent = 0  # of the recording: rows of the batch and columns that are read
         for held in (*cache.keys, *cache.values):
-            held[:, :, cache.end :] = 0  # masked, but 0 times whatever lay there might be no number
+            held[:, :, cache.end :] = 0  # masked, but 0 times NaN, which might lie there, is NaN
 
     def __call__(self, tokens: Tensor, left: int) -> Tensor:
         """Logits after one more token of every sequence: (n, V), to be read before the next call.

@@ -73,7 +73,7 @@ class Endpoint:
         self._opener.add_handler(urllib.request.HTTPErrorProcessor())
 
     def chat(self, messages: Messages) -> str:
-        """The reply to these messages. Raises: UserError if there is none to be had, NoReply if it cannot be read."""
+        """The reply to these messages. Raises: UserError if none comes, NoReply if it cannot be read."""
         trouble, longer = "", 0.0
         for attempt in range(self.retries + 1):
             if attempt:
@@ -157,12 +157,12 @@ class Endpoint:
 def _address(url: str) -> tuple[str, str]:
     """Where questions are sent, and how it is called in messages: without a query, which may hold a key.
 
-    Raises: UsageError if `url` is no base of an API.
+    Raises: UsageError if `url` is not the base of an API.
     """
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number, half an IPv6 address
+    except ValueError:  # a port that is not a number, half an IPv6 address
         usable = False
     if not usable or any(c.isspace() for c in url):
         shown = re.sub(r"//[^/]*@", "//", url.partition("?")[0])

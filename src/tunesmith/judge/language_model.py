@@ -116,7 +116,7 @@ class Judge:
         verdicts: list[tuple[str | None, str]] = [(None, "")] * len(questions)
         if not questions:
             return verdicts
-        verdicts[0] = self._ask(questions[0])  # alone, so that a wrong address or key is told at once
+        verdicts[0] = self._ask(questions[0])  # alone, so that a wrong address or key is reported at once
         report(1, len(questions))
         pool = ThreadPoolExecutor(self.parallel)
         try:

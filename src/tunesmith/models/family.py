@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 if TYPE_CHECKING:
     from torch import Tensor
 
-HEAD = "lm_head"  # the attribute of every model here, whatever its publication calls it
+HEAD = "lm_head"  # every model here has this attribute; Keys.head is its published name
 
 
 class Config(Protocol):

@@ -24,8 +24,8 @@ def titles() -> str:
 def config_from_hf(hf: Mapping[str, Any]) -> Config:
     """The shape in a Hugging Face `config.json`, read as transformers reads it: other names and missing ones included.
 
-    Raises: UserError if it is of no family that is known here, uses a variant that is not computed here, or holds a value
-        that is no size (each is named).
+    Raises: UserError if it is of no family that is known here, uses a variant that is not computed here, or holds an invalid
+        size (each is named).
     """
     kind = hf.get("model_type")
     if kind is None:

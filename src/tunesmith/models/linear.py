@@ -23,7 +23,7 @@ ROWS = 40  # rows that packed weights are laid out for; the layout is the same f
 class Linear(nn.Linear):
     """As nn.Linear, which it is, to a rounding error.
 
-    On a CPU in float32, from 2 rows on, a row's result has the same bits whatever the rows beside it, with or without
+    On a CPU in float32, from 2 rows on, a row's result has the same bits no matter which rows are beside it, with or without
     gradients, packed or not: a policy equals its reference, an answer alone the same answer in a batch.
     """
 

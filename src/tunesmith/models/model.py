@@ -40,7 +40,7 @@ class _Tied(torch.autograd.Function):
         (tokens,) = ctx.saved_tensors
         index, rows = tokens.flatten(), d_rows.flatten(0, -2)
         # Of the two that add rows, each is repeatable on one device only: index_put_ sorts on a GPU, and on a CPU several
-        # threads add in whatever order they come; index_add_ takes a row after the other on a CPU, and is 3 times as fast.
+        # threads add in no fixed order; index_add_ takes one row after the other on a CPU, and is 3 times as fast.
         if d_weight.is_cpu:
             return None, d_weight.index_add_(0, index, rows)
         return None, d_weight.index_put_((index,), rows, accumulate=True)
@@ -227,7 +227,7 @@ class Model(nn.Module, ABC):
         keys = [empty.new_empty(shape) for _ in range(c.depth)]
         values = [empty.new_empty(shape) for _ in range(c.depth)]
         for held in (*keys, *values):
-            held[:, :, : max(starts)] = 0  # masked, but 0 times whatever lay there might be no number
+            held[:, :, : max(starts)] = 0  # masked, but 0 times NaN, which might lie there, is NaN
         first_columns, mask = torch.tensor(starts, device=device), None
         if any(starts):
             before = torch.arange(columns, device=device) < first_columns[:, None]

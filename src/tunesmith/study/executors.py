@@ -135,14 +135,14 @@ class Local:
             process.send_signal(number)
 
     def close(self) -> None:
-        """End whatever still runs."""
+        """End all that still runs."""
         for _, process in self._running.values():
             process.kill()
             process.wait()
 
 
 def slot_environment(slots: int, gpus: Sequence[str], slot: int) -> dict[str, str]:
-    """What a slot's process is told: its GPU; or its share of the cores where several runs share a CPU."""
+    """The environment of a slot's process: its GPU; or its share of the cores where several runs share a CPU."""
     if gpus:
         return {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]}
     if slots > 1 and "OMP_NUM_THREADS" not in os.environ:

@@ -51,7 +51,7 @@ class Plate:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The look of all figures, whatever the user's matplotlibrc says."""
+    """The look of all figures, independent of the user's matplotlibrc."""
     import matplotlib
 
     with matplotlib.rc_context():

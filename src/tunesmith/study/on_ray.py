@@ -27,7 +27,7 @@ def carry_out(job: Job) -> int:
     """On a machine of the cluster: run a job's process to its end and return its exit code.
 
     Wishes to stop come through the shared directory, as the length of a file: the first asks the process to stop, a second
-    ends it. Ray's own cancellation is an exception in the middle of whatever runs, and was once lost.
+    ends it. Ray's own cancellation is an exception in the middle of the code that runs, and was once lost.
     """
     if wishes(job):
         return -signal.SIGTERM
@@ -159,6 +159,6 @@ class OnRay:
                 file.write(b".")
 
     def close(self) -> None:
-        """End whatever still runs and leave the cluster."""
+        """End all that still runs and leave the cluster."""
         self.stop()
         self.ray.shutdown()

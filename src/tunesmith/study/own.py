@@ -43,7 +43,7 @@ class Difference:
 
     @property
     def apart(self) -> bool:
-        """Whether `one` is surely below `other`, or above: every interval there is lies on one side of 0."""
+        """Whether `one` is clearly below `other`, or above: every interval there is lies on one side of 0."""
         bounds = [x for x in (self.by_seed, self.by_batch) if x is not None and x.low == x.low]
         return bool(bounds) and (all(x.low > 0 for x in bounds) or all(x.high < 0 for x in bounds))
 

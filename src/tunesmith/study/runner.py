@@ -180,7 +180,7 @@ def conduct(
 
 
 def _start(plan: Plan, ledger: Ledger, executor: Executor, view: View, name: str, sizes: dict[str, int]) -> None:
-    """Start one run; what is wrong with it is told as its failure."""
+    """Start one run; what is wrong with it becomes its failure."""
     try:
         job, resumed = prepare(plan, ledger.out, plan.runs[name])
         log = Path(job.log)

@@ -42,7 +42,7 @@ class Print:
 
 
 def fingerprint(row: Row, place: str = "", usable: bool = True) -> Print:
-    """What two rows share that say the same, whatever their form, case and white space."""
+    """What two rows share that say the same in different forms, case or white space."""
     if isinstance(row, Text):
         return Print(place, usable, None, (_digest([row.text]),) if row.text.strip() else ())
     dialogues = (row.chosen, row.rejected) if isinstance(row, Preference) else (row,)

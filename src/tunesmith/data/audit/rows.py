@@ -94,7 +94,7 @@ def form_of(row: Row) -> str:
 
 
 def prompt_of(turns: tuple[Message, ...]) -> tuple[Message, ...]:
-    """What stands before the answer at the end; everything where the last turn is no answer."""
+    """What stands before the answer at the end; everything where the last turn is not an answer."""
     return turns[:-1] if turns and turns[-1].role == "assistant" else turns
 
 

@@ -67,7 +67,7 @@ class Claim:
 
 
 def judge_all(study: Study) -> list[tuple[Claim, Finding]]:
-    """Every claim with its verdict; what a study has not run cannot be told."""
+    """Every claim with its verdict; what a study has not run stays undecided."""
     findings = []
     for claim in CLAIMS:
         if study.experiment(claim.experiment).members:
@@ -215,7 +215,7 @@ def _tuned_answers(study: Study) -> Finding:
 def _batches_alike(study: Study) -> Finding:
     """Batch 4 by accumulation where it was run: its estimates are on the rows that batch 1 has; a batch of 4 sees more rows.
 
-    Both after as many rows read: an iteration of the report is a row, whatever the batch.
+    Both after as many rows read: an iteration of the report is a row, at any batch size.
     """
     e = study.experiment("e7")
     done = any(r.state == "finished" for r in e.runs(SPLIT).values())

@@ -1,6 +1,6 @@
 """Claims judged: numbers in, a verdict with the sentence that says why out. Pure functions; no files, no torch.
 
-Three verdicts. A claim *holds* or *does not hold* only where a 95 % interval says so; everything else *cannot be told*,
+Three verdicts. A claim *holds* or *does not hold* only where a 95 % interval says so; everything else is *undecided*,
 and the sentence says what is missing. What one training shows of a method is one draw: such claims need two seeds.
 """
 
