@@ -1,6 +1,6 @@
 """Memory over long runs: is what a process takes after its first twentieth what it takes at the end?
 
-    python benchmarks/steady.py --out benchmarks/results             # 2,000 steps, 1,000 messages, 1,000 prompts: hours on two cores
+    python benchmarks/steady.py --out benchmarks/results             # 2,000 steps, 1,000 messages, 1,000 prompts: an hour or two
     python benchmarks/steady.py --steps 100 --messages 100 --only sft-fp32 chat
 
 Every command runs as users run it, in a process of its own whose resident set is read from outside, on the embedded model.
@@ -25,18 +25,8 @@ from contest import write_result
 PERIOD = 0.2  # seconds between two looks
 SHOWN = 40  # points of a curve that are kept
 TRAININGS = {"sft": [], "sft-lora": ["--lora.rank", "8"], "reward": [], "dpo": [], "pretrain": []}
-SHAPE = [
-    "--model.n_layer",
-    "4",
-    "--model.n_head",
-    "4",
-    "--model.n_embd",
-    "256",
-    "--model.block_size",
-    "512",
-    "--tokenizer.vocab_size",
-    "2048",
-]
+BLOCK = "128"  # tokens a row, two rows a step: 2,000 steps of a training take a few minutes
+SHAPE = ["--model.n_layer", "4", "--model.n_head", "4", "--model.n_embd", "256", "--tokenizer.vocab_size", "2048"]
 
 
 def jobs(args: argparse.Namespace, work: Path) -> dict[str, tuple[list[str], str]]:
@@ -46,7 +36,12 @@ def jobs(args: argparse.Namespace, work: Path) -> dict[str, tuple[list[str], str
     for name, more in TRAININGS.items():
         for precision in ("fp32", "bf16"):
             command = name.partition("-")[0]
-            model = SHAPE if command == "pretrain" else ["--model.name", "sample", "--data.block_size", "512"]
+            model = (
+                [*SHAPE, "--model.block_size", BLOCK]
+                if command == "pretrain"
+                else ["--model.name", "sample", "--data.block_size", BLOCK]
+            )
+            model += ["--train.batch_size", "2"]
             out = ["--data.name", "sample", "--eval.iters", "10", "--out", str(work / f"{name}-{precision}")]
             found[f"{name}-{precision}"] = ([command, *model, *more, *steps, "--train.precision", precision, *out], "")
     lengths = [n % 800 + 1 for n in range(args.messages)]
@@ -145,10 +140,10 @@ def main() -> None:
                 f"{name:16} peak {found[name]['peak_mb']:5,} MB, plan {found[name]['plan_mb']}, growth {found[name]['growth']:.3f}",
                 flush=True,
             )
-    if args.out:
-        settings = {"steps": args.steps, "messages": args.messages, "only": args.only}
-        rows = [{"name": name, **values} for name, values in found.items()]
-        write_result(Path(args.out) / "steady-2core.json", settings, rows, {})
+            if args.out:
+                settings = {"steps": args.steps, "messages": args.messages, "only": args.only}
+                rows = [{"name": name, **values} for name, values in found.items()]
+                write_result(Path(args.out) / "steady-2core.json", settings, rows, {})
 
 
 if __name__ == "__main__":
