@@ -102,6 +102,15 @@ def test_what_is_frozen_gets_no_gradient_and_the_other_the_right_one(frozen):
     torch.testing.assert_close(learning.grad, expected, rtol=FLOAT64, atol=FLOAT64)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_estimate_makes_no_gradients(mode, monkeypatch):
+    hidden, weight, targets = problem()
+    right = head_nll_sum(hidden, weight, targets, chunk=7)
+    monkeypatch.setattr("tunesmith.models.head._Chunks.add_gradients", lambda *_: pytest.fail("gradients are made"))
+    with mode():
+        assert head_nll_sum(hidden, weight, targets, chunk=7) == right
+
+
 def test_a_tied_weight_gets_the_gradients_of_both_its_uses():
     _, weight, targets = problem()
     ours = gradients(head_nll_sum(torch.tanh(weight[targets]), weight, targets, chunk=7), weight)

@@ -14,6 +14,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from tunesmith.device import return_freed_memory
 from tunesmith.files.run import Run
 from tunesmith.judge.answering import rewards_at_steps
 from tunesmith.models.family import Config
@@ -85,6 +86,7 @@ def _train(method: Method, config: Any, shape: Config | None, path: Path) -> Run
     config = resolve_data(config, trainee.trunk.longest)
     config = resolve_machine(config, trainee.trunk.width, method.learning_rate)
     data = method.data(config, trainee) if method.data else load_data(config, trainee, pairs=method.pairs)
+    return_freed_memory()  # texts and tokens of a first start would lie in the heap during the run
     config = resolve_length(config, data.train, data.validation, warmup=method.warmup)
     watched = {"sft_data": rows_of(data.watched.rows.store)} if data.watched else {}
     made_from = inputs_of(method.command, trainee, data.splits, prompts_of(config.eval.prompts) | watched)

@@ -142,6 +142,10 @@ def _head_loss(
     # An adapter on the head comes as two more terms. Merged into the weight it would be one more matrix of the head's size in
     # every step, and autograd would have to find its gradient in one of that size.
     terms = (hidden, weight, *(low_rank or ()))
+    if (
+        not torch.is_grad_enabled()
+    ):  # `needs_input_grad` does not ask: an estimate would make the head's gradients, at twice its time
+        terms = tuple(t.detach() for t in terms)
     return _HeadLoss.apply(targets, groups, chunk, outer, *terms)  # type: ignore[no-any-return,no-untyped-call]
 
 

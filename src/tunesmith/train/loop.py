@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from tunesmith.device import peak_memory_gb
+from tunesmith.device import peak_memory_gb, return_freed_memory
 from tunesmith.errors import Interrupted
 from tunesmith.files.run import RunLog
 from tunesmith.progress import STOP, Progress
@@ -293,6 +293,7 @@ class Training:
             self._say(f"reward {rewards['mean']:.3f} ({_bounds(rewards)}, {rewards['n']} prompts)")
             chosen = choose_checkpoint(self.log.run, {state.step, *self._saved_steps()})
             state.best_step = chosen.best_step if chosen else state.lowest_step
+        return_freed_memory()  # other sizes than a step's leave holes in the heap that its tensors do not fit
 
     def _save(self) -> None:
         state, launcher = self.state, self.launcher
