@@ -14,12 +14,11 @@ import warnings
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.capture import capture, reason_of
 from tunesmith.models.attention import Documents
-from tunesmith.models.cache import Cache, KVCache
+from tunesmith.models.cache import Cache, KVCache, attend_last
 
 COLUMNS = 128  # columns of the cache by which what a recording reads grows
 ENOUGH_STEPS = 16  # steps that always pay for a recording, which takes as long as a few plain ones
@@ -120,10 +119,9 @@ class FixedSteps:
         """Store one more token of every sequence and attend to all columns, those that hold nothing of it masked."""
         assert documents is None
         keys, values = (held[layer][: self.rows, :, : self.extent] for held in (self.cache.keys, self.cache.values))
-        q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, H, 1, D)
-        keys.index_copy_(2, self.column, k)
-        values.index_copy_(2, self.column, v)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask).transpose(1, 2)
+        for held, new in ((keys, k), (values, v)):
+            held.index_copy_(2, self.column, new.transpose(1, 2))
+        return attend_last(q, keys, values, self.mask)
 
     def advance(self, documents: Documents | None) -> None:
         """The column is set before a step."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+HALVES = (torch.bfloat16, torch.float16)
 VARLEN_SINCE = (8, 0)  # compute capability (A100): older cards have no flash kernel
 VARLEN_WIDEST = 192  # of wider heads some cards lack the backward kernel
 
@@ -131,8 +133,22 @@ def _borders(lengths: Sequence[int]) -> Tensor:
     return borders
 
 
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    """Causal attention inside every row. Shapes as in `attend_documents`."""
+    shared = q.shape[2] != k.shape[2]
+    if shared and q.is_cuda and q.dtype not in HALVES:  # whose only kernel without a (T, T) matrix wants equal heads
+        k, v = (z.repeat_interleave(q.shape[2] // k.shape[2], 2) for z in (k, v))
+        shared = False
+    q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, H, T, D)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=shared)
+    return y.transpose(1, 2)
+
+
 def attend_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: float = 0.0) -> Tensor:
-    """Causal attention inside every document. q, k, v and the result: (B, T, H, D).
+    """Causal attention inside every document.
+
+    q and the result: (B, T, H, D). k, v: (B, T, K, D), where H is a multiple of K: queries h, h + 1, ... of H / K heads share
+    a key head, which is never copied (Ainslie et al. 2023, arXiv 2305.13245).
 
     Where a card has it one variable-length flash kernel does all documents (`attention_path`); elsewhere each stretch
     is one call of `scaled_dot_product_attention`. No (T, T) mask is ever made. On two CPU cores at T = 1,024 and six
@@ -146,7 +162,8 @@ def attend_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents, drop
         if documents.key_index is not None:
             k, v = (z.index_select(0, documents.key_index) for z in (k, v))
         # the kernel aligns its causal mask with the last key: a stretch sees its parent whole and itself up to here
-        y = varlen_attn(q, k, v, cu, cu if cu_keys is None else cu_keys, longest, longest, window_size=(-1, 0))
+        more: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] and varlen_asks_for_groups() else {}
+        y = varlen_attn(q, k, v, cu, cu if cu_keys is None else cu_keys, longest, longest, window_size=(-1, 0), **more)
         assert isinstance(y, Tensor)
         return y.view(*documents.positions.shape, *y.shape[1:])
     y = _attend_one_by_one(q, k, v, documents, dropout)
@@ -158,18 +175,23 @@ def _attend_one_by_one(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dr
     # On a CPU attention is float32 under bf16 autocast too: it is 1.6 times as fast at these lengths, and torch keeps
     # a bf16 kernel for every length that it ever met, 30 MB a step here.
     on_cpu = q.device.type == "cpu"
-    dtype = torch.float32 if on_cpu and q.dtype in (torch.bfloat16, torch.float16) else q.dtype
+    dtype = torch.float32 if on_cpu and q.dtype in HALVES else q.dtype
+    # Heads of keys stand where a batch does and heads that share one beside each other, as an expanded view of it: neither
+    # torch's kernels nor autograd see a copy, and those for float32 on a GPU know no other way to share.
+    batch = 1 if q.shape[2] == k.shape[2] else k.shape[2]
     with torch.autocast(q.device.type, enabled=torch.is_autocast_enabled(q.device.type) and not on_cpu):
-        flat = (z.to(dtype).flatten(0, 1).transpose(0, 1)[None] for z in (q, k, v))  # each (1, H, N, D)
-        queries, keys, values = (torch.split(z, list(documents.lengths), 2) for z in flat)
+        flat = (torch.unflatten(z.to(dtype).flatten(0, 1), 1, (batch, -1)).permute(1, 2, 0, 3) for z in (q, k, v))
+        queries, keys, values = (torch.split(z, list(documents.lengths), 2) for z in flat)  # each (batch, heads, n, D)
         parts = []
         for i, parent in enumerate(documents.parents or (-1,) * len(queries)):
             own, k_i, v_i, mask = queries[i], keys[i], values[i], None
             if parent >= 0:
                 k_i, v_i = torch.cat([keys[parent], k_i], 2), torch.cat([values[parent], v_i], 2)
                 mask = documents.mask(i, dtype)
-            parts.append(F.scaled_dot_product_attention(own, k_i, v_i, mask, dropout, is_causal=mask is None))
-    return torch.cat(parts, 2)[0].transpose(0, 1).reshape(q.shape).to(q.dtype)
+            k_i, v_i = (z.expand(-1, own.shape[1], -1, -1) for z in (k_i, v_i))
+            y = F.scaled_dot_product_attention(own, k_i, v_i, mask, dropout, is_causal=mask is None)
+            parts.append(y.permute(2, 0, 1, 3))
+    return torch.cat(parts).view(q.shape).to(q.dtype)
 
 
 def attention_path(
@@ -182,7 +204,7 @@ def attention_path(
     >>> attention_path(True, torch.bfloat16, 64), attention_path(True, torch.float32, 64)
     ('varlen', 'stretches')
     """
-    half = dtype in (torch.float16, torch.bfloat16)
+    half = dtype in HALVES
     fits = head_width % 8 == 0 and head_width <= VARLEN_WIDEST
     return "varlen" if flash and half and fits and dropout == 0.0 else "stretches"
 
@@ -206,12 +228,21 @@ def flash_capability(device: torch.device) -> tuple[int, int] | None:
 
 
 @cache
+def varlen_asks_for_groups() -> bool:
+    """Whether this torch's kernel wants to be told that heads share keys; those that do not ask take them as they are."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+@cache
 def prepare_for_compiling() -> None:
     """Make this module ready for compiled callers. Before, torch's compiler is not loaded: 70 MB and a second for nothing.
 
     A Python loop over lengths that change with every batch would be compiled anew each time: it stays outside. What a
     card can do is asked once.
     """
-    global _attend_one_by_one, has_flash_kernel
+    global _attend_one_by_one, has_flash_kernel, varlen_asks_for_groups
     _attend_one_by_one = torch.compiler.disable(_attend_one_by_one)  # type: ignore[no-untyped-call]
     has_flash_kernel = torch.compiler.assume_constant_result(has_flash_kernel)  # type: ignore[no-untyped-call]
+    varlen_asks_for_groups = torch.compiler.assume_constant_result(varlen_asks_for_groups)  # type: ignore[no-untyped-call]

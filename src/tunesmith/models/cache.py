@@ -1,6 +1,7 @@
 """Keys and values of growing sequences, which decoding keeps from token to token.
 
-Shapes: B sequences, T tokens, N tokens of packed prompts, H heads, D width of a head.
+Shapes: B sequences, T tokens, N tokens of packed prompts, H heads of queries, K heads of keys (H is a multiple), D width of
+a head.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.models.attention import Documents, attend_documents
+from tunesmith.models.attention import Documents, attend_documents, attend_rows
 
 ALIGNED_COLUMNS = 16
 """Of a mask that is added to the scores. torch's memory-efficient kernel loads 16 bytes of it at a time, and torch takes a
@@ -32,7 +33,10 @@ class Cache(Protocol):
         """Of the next token of every sequence: (B, 1) int64."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
-        """Store keys and values, of packed prompts or of one more token of every sequence, and attend. All (B, T, H, D)."""
+        """Store keys and values, of packed prompts or of one more token of every sequence, and attend.
+
+        q and the result: (B, T, H, D); k, v: (B, T, K, D).
+        """
 
     def advance(self, documents: Documents | None) -> None:
         """Every layer has stored them."""
@@ -44,7 +48,7 @@ class KVCache:
 
     All sequences end in the same column, so that their next tokens go into one column and what is read is one slice.
 
-    keys, values: one a layer, each (B, H, size, D), size a multiple of ALIGNED_COLUMNS. A column before a sequence's
+    keys, values: one a layer, each (B, K, size, D), size a multiple of ALIGNED_COLUMNS. A column before a sequence's
         first one holds a number, which the mask hides.
     copies: for every prompt to be read, how many sequences begin with it.
     starts: first column of each sequence; `first_columns` is the same on the device, (B,) int64.
@@ -85,7 +89,7 @@ class KVCache:
             self.read += len(documents.lengths)
 
     def attend_prompts(self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-        """Store the keys of packed prompts, the next ones', and attend within each. q, k, v: (1, N, H, D)."""
+        """Store the keys of packed prompts, the next ones', and attend within each. q: (1, N, H, D)."""
         start, row = 0, sum(self.copies[: self.read])
         for n, copies in zip(documents.lengths, self.copies[self.read :], strict=False):
             place = slice(row, row + copies), slice(None), slice(self.end - n, self.end)
@@ -95,14 +99,14 @@ class KVCache:
         return attend_documents(q, k, v, documents)
 
     def attend_next(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store one more token of every sequence and attend to all before it. q, k, v: (B, 1, H, D)."""
+        """Store one more token of every sequence and attend to all before it. q: (B, 1, H, D)."""
         b, begin, end = len(self.starts), min(self.starts), self.end + 1
         if self.mask is not None:
             begin -= begin % ALIGNED_COLUMNS  # columns that are masked for every sequence
         keys, values = self.keys[layer][:b, :, begin:end], self.values[layer][:b, :, begin:end]
         keys[:, :, -1], values[:, :, -1] = k[:, 0], v[:, 0]
         mask = None if self.mask is None else self.mask[:b, :, :, begin:end]
-        return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=mask).transpose(1, 2)
+        return attend_last(q, keys, values, mask)
 
     def drop(self, rows: Sequence[int]) -> list[int]:
         """Forget these sequences; the last ones move into their places. Returns the former numbers of those that stay."""
@@ -119,3 +123,23 @@ class KVCache:
         self.first_columns = self.first_columns[moved]
         self.mask = None if self.mask is None or len(set(self.starts)) == 1 else self.mask[moved]
         return order
+
+
+def attend_last(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of each sequence's last token to all that is held. q and the result: (B, 1, H, D); keys: (B, K, n, D).
+
+    Heads that share a key head take the place of several queries: nothing is repeated.
+    """
+    grouped = torch.unflatten(q[:, 0], 1, (keys.shape[1], -1))  # (B, K, H / K, D)
+    return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).flatten(1, 2)[:, None]
+
+
+def attend(
+    layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, cache: Cache | None, dropout: float = 0.0
+) -> Tensor:
+    """A block's attention: of what `cache` holds, inside documents, or inside rows; causal. (B, T, H, D), as q."""
+    if cache is not None:
+        return cache.attend(layer, q, k, v, documents)
+    if documents is not None:
+        return attend_documents(q, k, v, documents, dropout)
+    return attend_rows(q, k, v, dropout)

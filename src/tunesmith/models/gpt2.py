@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.errors import UserError
-from tunesmith.models.attention import Documents, attend_documents
-from tunesmith.models.cache import Cache
+from tunesmith.models.attention import Documents
+from tunesmith.models.cache import Cache, attend
 from tunesmith.models.family import Family, Kept, Keys, LinearLayer
 from tunesmith.models.linear import Linear
 from tunesmith.models.model import Model
@@ -120,14 +120,7 @@ class Attention(nn.Module):
         """Heads' outputs side by side, before the output projection. qkv: (B, T, 3 C); the result: (B, T, C)."""
         q, k, v = (torch.unflatten(z, 2, (self.n_head, -1)) for z in qkv.chunk(3, 2))  # (B, T, H, D)
         dropout = self.dropout if self.training else 0.0
-        if cache is not None:
-            y = cache.attend(self.layer, q, k, v, documents)
-        elif documents is not None:
-            y = attend_documents(q, k, v, documents, dropout)
-        else:
-            q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, H, T, D)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout).transpose(1, 2)
-        return y.flatten(2)
+        return attend(self.layer, q, k, v, documents, cache, dropout).flatten(2)
 
 
 class MLP(nn.Module):
@@ -140,7 +133,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.Module, chain: Chain) -> Tensor:
         """(..., C) -> (..., C), of what `norm` makes of x."""
-        return chain(_gelu, chain(norm, x, self.c_fc), self.c_proj)
+        y: Tensor = chain(_gelu, chain(norm, x, self.c_fc), self.c_proj)
+        return y
 
 
 def _gelu(x: Tensor) -> Tensor:
