@@ -60,6 +60,11 @@ class _Product(torch.autograd.Function):
         return dx, dw, rows.sum(0) if for_bias else None
 
 
+def cast_once(x: Tensor) -> Tensor:
+    """What several layers are to read, in autocast's type where that is on: each would make and keep a copy of its own."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if _autocast(x) else x
+
+
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T, without gradients: (n, in) and (out, in) -> (n, out)."""
     return F.linear(x, weight) if _autocast(x) else _product(x, weight)
