@@ -8,8 +8,9 @@ from typing import Any
 from tunesmith.errors import UserError
 from tunesmith.models.family import Config, Family
 from tunesmith.models.gpt2 import GPT2
+from tunesmith.models.llama import LLAMA
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (GPT2,)}
+FAMILIES: Mapping[str, Family] = {family.name: family for family in (GPT2, LLAMA)}
 """Hugging Face's `model_type` -> the family."""
 
 SIZES: Mapping[str, Config] = {name: size for family in FAMILIES.values() for name, size in family.sizes.items()}
