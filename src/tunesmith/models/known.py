@@ -9,8 +9,18 @@ from tunesmith.errors import UserError
 from tunesmith.models.family import Config, Family
 from tunesmith.models.gpt2 import GPT2
 from tunesmith.models.llama import LLAMA
+from tunesmith.models.mistral import MISTRAL
+from tunesmith.models.qwen2 import QWEN2
+from tunesmith.models.qwen3 import QWEN3
 
-FAMILIES: Mapping[str, Family] = {family.name: family for family in (GPT2, LLAMA)}
+_ALL = (
+    GPT2,
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+)
+FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}
 """Hugging Face's `model_type` -> the family."""
 
 SIZES: Mapping[str, Config] = {name: size for family in FAMILIES.values() for name, size in family.sizes.items()}
@@ -19,7 +29,8 @@ SIZES: Mapping[str, Config] = {name: size for family in FAMILIES.values() for na
 
 def titles() -> str:
     """The names of all architectures, for messages."""
-    return " or ".join(family.title for family in FAMILIES.values())
+    *most, last = (family.title for family in FAMILIES.values())
+    return f"{', '.join(most)} or {last}"
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> Config:

@@ -179,7 +179,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Heads' outputs side by side, before the output projection: (B, T, H D). heads: as `split` gives them."""
         q, k, v = heads
-        q, k = rotate(q, *turn), rotate(k, *turn)
+        q, k = rotate(q, *turn).to(v.dtype), rotate(k, *turn).to(v.dtype)
         return attend(self.layer, q, k, v, documents, cache, self.dropout if self.training else 0.0).flatten(2)
 
 

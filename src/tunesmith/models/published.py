@@ -40,6 +40,14 @@ def refuse_unless(hf: Mapping[str, Any], computed: Mapping[str, tuple[Any, ...]]
         raise UserError(f"config.json asks for {', '.join(odd)}, which tunesmith's {title} does not support")
 
 
+def refuse_windows(hf: Mapping[str, Any], title: str) -> None:
+    """Raises: UserError if some layers of a config.json see only the last tokens (Qwen's two ways to say so)."""
+    kinds = hf.get("layer_types") or []
+    refuse_unless(hf, {"use_sliding_window": (False,)}, title)
+    if other := [kind for kind in kinds if kind != "full_attention"]:
+        raise UserError(f"config.json asks for layers of {other[0]!r}, which tunesmith's {title} does not support")
+
+
 def read_settings(hf: Mapping[str, Any], settings: Mapping[str, Setting]) -> dict[str, Any]:
     """Field -> value of the settings that config.json holds. Raises: UserError naming every value that is not of its kind."""
     given = {field: entry for field, setting in settings.items() if (entry := setting.find(hf)) is not None}

@@ -53,7 +53,7 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, scale, weight = ctx.saved_tensors  # with s = scale: dx = s * (dy * w - x * s^2 * mean(dy * w * x))
-        product = torch.mul(dy, x)
+        product = torch.mul(dy.contiguous(), x)
         rows = product.view(-1, x.shape[-1])
         d_weight = torch.mv(rows.t(), scale.view(-1)) if ctx.needs_input_grad[1] else None
         along = torch.mv(rows, weight).view_as(scale).mul_(scale**3).div_(-x.shape[-1])
