@@ -95,6 +95,8 @@ class Kept:
     late: comes after attention, which in the last block only tokens that carry loss leave.
     remade: cheap to compute again: not kept with activation checkpointing "selective".
     joined: a copy of attention's result, made where documents share a row or only some tokens leave attention.
+    beside: in a branch that starts at the block's input, as attention does. picked: the part of that input which such a branch
+    keeps where only some tokens leave attention; elsewhere it is the tensor that attention's norm keeps.
     """
 
     numbers: int = 0
@@ -103,6 +105,8 @@ class Kept:
     late: bool = False
     remade: bool = False
     joined: bool = False
+    beside: bool = False
+    picked: bool = False
 
 
 @dataclass(frozen=True)

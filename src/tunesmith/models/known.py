@@ -8,6 +8,7 @@ from typing import Any
 from tunesmith.errors import UserError
 from tunesmith.models.family import Config, Family
 from tunesmith.models.gpt2 import GPT2
+from tunesmith.models.gpt_neox import GPT_NEOX
 from tunesmith.models.llama import LLAMA
 from tunesmith.models.mistral import MISTRAL
 from tunesmith.models.qwen2 import QWEN2
@@ -19,6 +20,7 @@ _ALL = (
     MISTRAL,
     QWEN2,
     QWEN3,
+    GPT_NEOX,
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}
 """Hugging Face's `model_type` -> the family."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tunesmith.models.family import HEAD, Config
+from tunesmith.models.family import HEAD, Config, Kept
 
 SLOTS: Mapping[str, int] = {"adamw": 2, "adam": 2, "sgd": 0, "sgd-momentum": 1, "sgd-nesterov": 1, "adamw8bit": 2}
 """Numbers that an optimizer keeps per trained weight."""
@@ -129,6 +129,7 @@ def block_bytes(shape: Config, work: Work, *, last: bool = False, selective: boo
         a_token = 4 * work.rank * sum(name in work.targets for name in kept.read_by)
         needed = not kept.read_by or any(map(work.learns, kept.read_by))
         made = work.packed or fewer if kept.joined else not (kept.remade and selective)
+        made = fewer if kept.picked else made
         if needed and made:
             a_token += kept.exact + width * kept.numbers
         kept_bytes += a_token * (work.losses if kept.late and fewer else work.tokens)
@@ -160,17 +161,22 @@ def backward_bytes(shape: Config, work: Work, *, last: bool) -> int:
 
 
 def _unused(shape: Config, work: Work, width: int) -> int:
-    """Bytes that the first block does not keep: with LoRA nothing in it learns before its first adapter."""
+    """Bytes that the first block does not keep: with LoRA nothing in a branch of it learns before the first adapter there."""
     if not work.rank:
         return 0
+    listed = shape.family.kept(shape)
+    return sum(_before_adapters([k for k in listed if k.beside is beside], work, width) for beside in (False, True))
+
+
+def _before_adapters(branch: Sequence[Kept], work: Work, width: int) -> int:
     a_token = 0
-    for kept in shape.family.kept(shape):
+    for kept in branch:
         learns = any(map(work.learns, kept.read_by))
         if learns and kept.joined and not work.packed:  # the layer's input is what attention gave, which is kept for it
             a_token -= width * kept.numbers
         if learns:
             break
-        a_token += 0 if kept.read_by else kept.exact + width * kept.numbers
+        a_token += 0 if kept.read_by or kept.picked else kept.exact + width * kept.numbers
     return a_token * work.tokens
 
 
