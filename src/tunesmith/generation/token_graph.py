@@ -55,6 +55,7 @@ class FixedSteps:
         self.column = self.columns[:1].clone()
         self.going = len(cache.starts)  # rows that still have an answer to make, the first ones
         self.rows = self.extent = 0  # of the recording: rows of the batch and columns that are read
+        self.masks: dict[int | None, Tensor] = {}  # window -> mask of the step
         for held in (*cache.keys, *cache.values):
             held[:, :, cache.end :] = 0  # masked, but 0 times NaN, which might lie there, is NaN
 
@@ -99,9 +100,7 @@ class FixedSteps:
 
     def _step(self) -> None:
         """One step from tensors in place to tensors in place. Done once more, it leaves the same."""
-        columns, first = self.columns[: self.extent], self.first_columns[: self.rows, None, None, None]
-        hidden = (columns < first) | (columns > self.column)
-        self.mask = self.cache.keys[0].new_zeros(hidden.shape).masked_fill_(hidden, -math.inf)  # (B, 1, 1, extent)
+        self.masks = {}
         self.logits[: self.rows].copy_(self.next_logits(self.tokens[: self.rows], self))
 
     # ---- as a Cache, of the recorded rows --------------------------------------------------------------------------
@@ -115,13 +114,27 @@ class FixedSteps:
         """Of the next token of every sequence: (B, 1) int64."""
         return (self.column - self.first_columns[: self.rows])[:, None]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, window: int | None = None
+    ) -> Tensor:
         """Store one more token of every sequence and attend to all columns, those that hold nothing of it masked."""
         assert documents is None
         keys, values = (held[layer][: self.rows, :, : self.extent] for held in (self.cache.keys, self.cache.values))
         for held, new in ((keys, k), (values, v)):
             held.index_copy_(2, self.column, new.transpose(1, 2))
-        return attend_last(q, keys, values, self.mask)
+        return attend_last(q, keys, values, self._mask(window))
+
+    def _mask(self, window: int | None) -> Tensor:
+        """What is added to the scores of a step: (B, 1, 1, extent), made once for all layers of a kind."""
+        window = None if window is None or window >= self.extent else window
+        if (mask := self.masks.get(window)) is None:
+            columns, first = self.columns[: self.extent], self.first_columns[: self.rows, None, None, None]
+            hidden = (columns < first) | (columns > self.column)
+            if window is not None:
+                hidden |= columns <= self.column - window
+            mask = self.cache.keys[0].new_zeros(hidden.shape).masked_fill_(hidden, -math.inf)
+            self.masks[window] = mask
+        return mask
 
     def advance(self, documents: Documents | None) -> None:
         """The column is set before a step."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import pairwise
@@ -17,6 +17,7 @@ from torch import Tensor
 HALVES = (torch.bfloat16, torch.float16)
 VARLEN_SINCE = (8, 0)  # compute capability (A100): older cards have no flash kernel
 VARLEN_WIDEST = 192  # of wider heads some cards lack the backward kernel
+WINDOW_ROWS = 256  # tokens that are computed together under a window; each passes over up to so many keys that it does not see
 
 
 @dataclass(frozen=True)
@@ -88,19 +89,23 @@ class Documents:
         return max(n + (self.lengths[p] if p >= 0 else 0) for n, p in zip(self.lengths, self.parents, strict=True))
 
     @cached_property
-    def _masks(self) -> dict[tuple[int, torch.dtype], Tensor]:
+    def _masks(self) -> dict[tuple[int, int, int | None, torch.dtype], Tensor]:
         return {}
 
-    def mask(self, stretch: int, dtype: torch.dtype) -> Tensor:
-        """What is added to the scores of a stretch that continues another: (its tokens, the parent's and its own), 0 or -inf.
+    def mask(self, own: int, keys: int, dtype: torch.dtype, window: int | None = None) -> Tensor:
+        """What is added to the scores of the last `own` of `keys` tokens: (own, keys), 0 or -inf.
 
-        Made once, so that all layers keep the same one for backward.
+        A token sees itself and those before it, with a window the last `window` of these. Made once, so that all layers keep
+        the same one for backward.
         """
-        if (mask := self._masks.get((stretch, dtype))) is None:
-            own, before = self.lengths[stretch], self.lengths[self.parents[stretch]]
-            hidden = torch.ones(own, before + own, dtype=torch.bool, device=self.positions.device).triu(before + 1)
+        window = None if window is None or window >= keys else window
+        if (mask := self._masks.get((own, keys, window, dtype))) is None:
+            every = torch.ones(own, keys, dtype=torch.bool, device=self.positions.device)
+            hidden = every.triu(keys - own + 1)
+            if window is not None:
+                hidden |= every.tril(keys - own - window)
             mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -math.inf)
-            self._masks[stretch, dtype] = mask
+            self._masks[own, keys, window, dtype] = mask
         return mask
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Documents:
@@ -144,11 +149,14 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor
     return y.transpose(1, 2)
 
 
-def attend_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: float = 0.0) -> Tensor:
+def attend_documents(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: float = 0.0, window: int | None = None
+) -> Tensor:
     """Causal attention inside every document.
 
     q and the result: (B, T, H, D). k, v: (B, T, K, D), where H is a multiple of K: queries h, h + 1, ... of H / K heads share
-    a key head, which is never copied (Ainslie et al. 2023, arXiv 2305.13245).
+    a key head, which is never copied (Ainslie et al. 2023, arXiv 2305.13245). window: tokens that a token sees, itself
+    included, the last ones of its document; None: all. A document that is no longer costs what it costs without.
 
     Where a card has it one variable-length flash kernel does all documents (`attention_path`); elsewhere each stretch
     is one call of `scaled_dot_product_attention`. No (T, T) mask is ever made. On two CPU cores at T = 1,024 and six
@@ -163,15 +171,18 @@ def attend_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents, drop
             k, v = (z.index_select(0, documents.key_index) for z in (k, v))
         # the kernel aligns its causal mask with the last key: a stretch sees its parent whole and itself up to here
         more: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] and varlen_asks_for_groups() else {}
-        y = varlen_attn(q, k, v, cu, cu if cu_keys is None else cu_keys, longest, longest, window_size=(-1, 0), **more)
+        sees = (-1 if window is None else window - 1, 0)  # tokens before it and after it
+        y = varlen_attn(q, k, v, cu, cu if cu_keys is None else cu_keys, longest, longest, window_size=sees, **more)
         assert isinstance(y, Tensor)
         return y.view(*documents.positions.shape, *y.shape[1:])
-    y = _attend_one_by_one(q, k, v, documents, dropout)
+    y = _attend_one_by_one(q, k, v, documents, dropout, window)
     assert isinstance(y, Tensor)
     return y
 
 
-def _attend_one_by_one(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: float) -> Tensor:
+def _attend_one_by_one(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: float, window: int | None
+) -> Tensor:
     # On a CPU attention is float32 under bf16 autocast too: it is 1.6 times as fast at these lengths, and torch keeps
     # a bf16 kernel for every length that it ever met, 30 MB a step here.
     on_cpu = q.device.type == "cpu"
@@ -184,14 +195,35 @@ def _attend_one_by_one(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dr
         queries, keys, values = (torch.split(z, list(documents.lengths), 2) for z in flat)  # each (batch, heads, n, D)
         parts = []
         for i, parent in enumerate(documents.parents or (-1,) * len(queries)):
-            own, k_i, v_i, mask = queries[i], keys[i], values[i], None
+            k_i, v_i, before = keys[i], values[i], 0
             if parent >= 0:
                 k_i, v_i = torch.cat([keys[parent], k_i], 2), torch.cat([values[parent], v_i], 2)
-                mask = documents.mask(i, dtype)
-            k_i, v_i = (z.expand(-1, own.shape[1], -1, -1) for z in (k_i, v_i))
-            y = F.scaled_dot_product_attention(own, k_i, v_i, mask, dropout, is_causal=mask is None)
-            parts.append(y.permute(2, 0, 1, 3))
+                before = documents.lengths[parent]
+            k_i, v_i = (z.expand(-1, queries[i].shape[1], -1, -1) for z in (k_i, v_i))
+            for begin, end, first in _pieces(before, documents.lengths[i], window):
+                own, read = queries[i][:, :, begin:end], slice(first, before + end)
+                plain = before + begin == first  # of a text's beginning all keys are its own: torch needs no mask
+                mask = None if plain else documents.mask(end - begin, before + end - first, dtype, window)
+                y = F.scaled_dot_product_attention(own, k_i[:, :, read], v_i[:, :, read], mask, dropout, is_causal=plain)
+                parts.append(y.permute(2, 0, 1, 3))
     return torch.cat(parts).view(q.shape).to(q.dtype)
+
+
+def _pieces(before: int, own: int, window: int | None) -> Iterator[tuple[int, int, int]]:
+    """The parts of a stretch that attend together: their first token, their end, and the first key that they read.
+
+    before: tokens of the stretch's parent. Keys are counted from the parent's first.
+
+    >>> list(_pieces(0, 700, None)), list(_pieces(0, 700, 300)), list(_pieces(400, 7, 300))
+    ([(0, 700, 0)], [(0, 300, 0), (300, 556, 1), (556, 700, 257)], [(0, 7, 101)])
+    """
+    if window is None:
+        window = before + own
+    begin = min(own, max(0, window - before))
+    if begin:  # tokens from which the window reaches back to the beginning
+        yield 0, begin, 0
+    for start in range(begin, own, WINDOW_ROWS):
+        yield start, min(own, start + WINDOW_ROWS), before + start - window + 1
 
 
 def attention_path(

@@ -6,8 +6,9 @@ a head.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -32,10 +33,12 @@ class Cache(Protocol):
     def positions(self) -> Tensor:
         """Of the next token of every sequence: (B, 1) int64."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, window: int | None = None
+    ) -> Tensor:
         """Store keys and values, of packed prompts or of one more token of every sequence, and attend.
 
-        q and the result: (B, T, H, D); k, v: (B, T, K, D).
+        q and the result: (B, T, H, D); k, v: (B, T, K, D). window: as in `attend_documents`.
         """
 
     def advance(self, documents: Documents | None) -> None:
@@ -55,6 +58,7 @@ class KVCache:
     end: columns that are filled.
     mask: (B, 1, 1, size), 0 from a sequence's first column on and -inf before, added to the scores; None: all begin at once.
     read: prompts that are in.
+    narrowed: for every window a mask whose columns before it are hidden too, as far as it has come.
     """
 
     keys: list[Tensor]
@@ -65,6 +69,7 @@ class KVCache:
     end: int
     mask: Tensor | None
     read: int = 0
+    narrowed: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def reach(self) -> int:
@@ -75,11 +80,13 @@ class KVCache:
         """Of the next token of every sequence: (B, 1) int64."""
         return (self.end - self.first_columns)[:, None]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, window: int | None = None
+    ) -> Tensor:
         """As `Cache` has it."""
         if documents is None:
-            return self.attend_next(layer, q, k, v)
-        return self.attend_prompts(layer, q, k, v, documents)
+            return self.attend_next(layer, q, k, v, window)
+        return self.attend_prompts(layer, q, k, v, documents, window)
 
     def advance(self, documents: Documents | None) -> None:
         """Every layer has stored them."""
@@ -88,7 +95,9 @@ class KVCache:
         else:
             self.read += len(documents.lengths)
 
-    def attend_prompts(self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    def attend_prompts(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None = None
+    ) -> Tensor:
         """Store the keys of packed prompts, the next ones', and attend within each. q: (1, N, H, D)."""
         start, row = 0, sum(self.copies[: self.read])
         for n, copies in zip(documents.lengths, self.copies[self.read :], strict=False):
@@ -96,17 +105,21 @@ class KVCache:
             self.keys[layer][place] = k[0, start : start + n].transpose(0, 1)
             self.values[layer][place] = v[0, start : start + n].transpose(0, 1)
             start, row = start + n, row + copies
-        return attend_documents(q, k, v, documents)
+        return attend_documents(q, k, v, documents, window=window)
 
-    def attend_next(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store one more token of every sequence and attend to all before it. q: (B, 1, H, D)."""
-        b, begin, end = len(self.starts), min(self.starts), self.end + 1
-        if self.mask is not None:
+    def attend_next(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+        """Store one more token of every sequence and attend to all before it, or a window of it. q: (B, 1, H, D)."""
+        b, end = len(self.starts), self.end + 1
+        begin = seen = max(min(self.starts), end - (window or end))
+        mask = self.mask if begin < max(self.starts) else None  # for the sequences that begin later
+        if mask is not None:
             begin -= begin % ALIGNED_COLUMNS  # columns that are masked for every sequence
+            if window is not None and seen > min(self.starts):
+                mask = self.narrowed.setdefault(window, mask if window in self.narrowed else mask.clone())
+                mask[..., begin:seen] = -math.inf
         keys, values = self.keys[layer][:b, :, begin:end], self.values[layer][:b, :, begin:end]
         keys[:, :, -1], values[:, :, -1] = k[:, 0], v[:, 0]
-        mask = None if self.mask is None else self.mask[:b, :, :, begin:end]
-        return attend_last(q, keys, values, mask)
+        return attend_last(q, keys, values, None if mask is None else mask[:b, :, :, begin:end])
 
     def drop(self, rows: Sequence[int]) -> list[int]:
         """Forget these sequences; the last ones move into their places. Returns the former numbers of those that stay."""
@@ -122,6 +135,7 @@ class KVCache:
         moved = torch.tensor(order, device=self.first_columns.device)
         self.first_columns = self.first_columns[moved]
         self.mask = None if self.mask is None or len(set(self.starts)) == 1 else self.mask[moved]
+        self.narrowed = {}
         return order
 
 
@@ -135,11 +149,21 @@ def attend_last(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) ->
 
 
 def attend(
-    layer: int, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, cache: Cache | None, dropout: float = 0.0
+    layer: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents | None,
+    cache: Cache | None,
+    dropout: float = 0.0,
+    window: int | None = None,
 ) -> Tensor:
-    """A block's attention: of what `cache` holds, inside documents, or inside rows; causal. (B, T, H, D), as q."""
+    """A block's attention: of what `cache` holds, inside documents, or inside rows; causal. (B, T, H, D), as q.
+
+    window: as in `attend_documents`. Rows have none: longer ones come as documents (`Model.window`).
+    """
     if cache is not None:
-        return cache.attend(layer, q, k, v, documents)
+        return cache.attend(layer, q, k, v, documents, window)
     if documents is not None:
-        return attend_documents(q, k, v, documents, dropout)
+        return attend_documents(q, k, v, documents, dropout, window)
     return attend_rows(q, k, v, dropout)

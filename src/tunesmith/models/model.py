@@ -63,6 +63,7 @@ class Model(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
+        self.window: int | None = None  # tokens that some layers see; what is longer comes to the blocks as documents
         self.activation_checkpointing: bool | Literal["selective"] = False
         self.compiled = False
 
@@ -178,8 +179,10 @@ class Model(nn.Module, ABC):
         elif documents is not None:
             positions, longest = documents.positions, documents.reach
         else:
-            longest = embedded.shape[1]
+            count, longest = embedded.shape[:2]
             positions = torch.arange(longest, device=embedded.device)[None]
+            if self.window is not None and longest > self.window:
+                documents = Documents.from_rows([[longest]] * count, embedded.device)
         if longest > self.longest:
             raise UserError(
                 f"a text has {longest:,} tokens; {self.LIMIT.format(self.longest)}. Shorten the text, or cut it with "
