@@ -202,7 +202,7 @@ def _attend_one_by_one(
             k_i, v_i = (z.expand(-1, queries[i].shape[1], -1, -1) for z in (k_i, v_i))
             for begin, end, first in _pieces(before, documents.lengths[i], window):
                 own, read = queries[i][:, :, begin:end], slice(first, before + end)
-                plain = before + begin == first  # of a text's beginning all keys are its own: torch needs no mask
+                plain = before + begin == 0  # a text's beginning: torch needs no mask
                 mask = None if plain else documents.mask(end - begin, before + end - first, dtype, window)
                 y = F.scaled_dot_product_attention(own, k_i[:, :, read], v_i[:, :, read], mask, dropout, is_causal=plain)
                 parts.append(y.permute(2, 0, 1, 3))

@@ -7,6 +7,7 @@ from typing import Any
 
 from tunesmith.errors import UserError
 from tunesmith.models.family import Config, Family
+from tunesmith.models.gemma3 import GEMMA3
 from tunesmith.models.gpt2 import GPT2
 from tunesmith.models.gpt_neox import GPT_NEOX
 from tunesmith.models.llama import LLAMA
@@ -21,6 +22,7 @@ _ALL = (
     QWEN2,
     QWEN3,
     GPT_NEOX,
+    GEMMA3,
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}
 """Hugging Face's `model_type` -> the family."""
