@@ -17,7 +17,7 @@ from torch import Tensor
 HALVES = (torch.bfloat16, torch.float16)
 VARLEN_SINCE = (8, 0)  # compute capability (A100): older cards have no flash kernel
 VARLEN_WIDEST = 192  # of wider heads some cards lack the backward kernel
-WINDOW_ROWS = 256  # tokens that are computed together under a window; each passes over up to so many keys that it does not see
+WINDOW_ROWS = 256  # tokens that attend together under a window: each passes over so many keys that it does not see
 
 
 @dataclass(frozen=True)
@@ -201,10 +201,11 @@ def _attend_one_by_one(
                 before = documents.lengths[parent]
             k_i, v_i = (z.expand(-1, queries[i].shape[1], -1, -1) for z in (k_i, v_i))
             for begin, end, first in _pieces(before, documents.lengths[i], window):
-                own, read = queries[i][:, :, begin:end], slice(first, before + end)
-                plain = before + begin == 0  # a text's beginning: torch needs no mask
-                mask = None if plain else documents.mask(end - begin, before + end - first, dtype, window)
-                y = F.scaled_dot_product_attention(own, k_i[:, :, read], v_i[:, :, read], mask, dropout, is_causal=plain)
+                own, read, mask = queries[i][:, :, begin:end], slice(first, before + end), None
+                if before + begin:  # of a text's beginning torch needs no mask
+                    mask = documents.mask(end - begin, before + end - first, dtype, window)
+                read_k, read_v = k_i[:, :, read], v_i[:, :, read]
+                y = F.scaled_dot_product_attention(own, read_k, read_v, mask, dropout, is_causal=mask is None)
                 parts.append(y.permute(2, 0, 1, 3))
     return torch.cat(parts).view(q.shape).to(q.dtype)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, ClassVar, Self
 
 import torch
@@ -27,7 +28,7 @@ from tunesmith.models.llama import Llama, LlamaConfig
 from tunesmith.models.model import Model
 from tunesmith.models.published import Setting, read_settings, refuse_unless
 from tunesmith.models.recompute import Chain, plain
-from tunesmith.models.rms_norm import rms_norm
+from tunesmith.models.rms_norm import RMSNorm, rms_norm
 from tunesmith.models.rotary import Rotary, read_rotary, rotary_to_hf, rotate
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -89,13 +90,13 @@ def _every(pattern: int, depth: int) -> tuple[str, ...]:
     return tuple(FULL if (i + 1) % pattern == 0 else SLIDING for i in range(depth))
 
 
-class Norm(nn.Module):
-    """`rms_norm`, where the weight is what is added to 1: times `scale`, which is fixed."""
+class Norm(RMSNorm):
+    """Whose weight is what is added to 1; times `scale`, which is fixed."""
 
     def __init__(self, width: int, eps: float, scale: float = 1.0) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(width))
-        self.eps, self.scale = eps, scale
+        super().__init__(width, eps)
+        nn.init.zeros_(self.weight)
+        self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> (..., width), in the weight's type."""
@@ -155,6 +156,11 @@ class Block(nn.Module):
         return x + self.post_feedforward_layernorm(self.mlp(x, self.pre_feedforward_layernorm, chain))  # type: ignore[no-any-return]
 
 
+@cache
+def _root(width: int, dtype: torch.dtype) -> float:
+    return torch.tensor(math.sqrt(width), dtype=torch.float32).to(dtype).item()
+
+
 class Gemma3(Llama):
     """Token ids to hidden states; `lm_head` turns hidden states into logits.
 
@@ -176,8 +182,7 @@ class Gemma3(Llama):
 
     def embed(self, embedded: Tensor, positions: Tensor) -> Tensor:  # noqa: ARG002
         """(B, T, C), times sqrt(C), which is rounded to the type of the embedding, as the published model was trained."""
-        scale = torch.tensor(math.sqrt(self.width), dtype=torch.float32).to(embedded.dtype).item()
-        return (embedded * scale).to(self.exact_dtype)
+        return (embedded * _root(self.width, embedded.dtype)).to(self.exact_dtype)
 
     def for_blocks(self, positions: Tensor) -> tuple[Tensor, ...]:
         """Cosines and sines for layers that attend to all, then for those with a window."""

@@ -140,7 +140,7 @@ class Attention(nn.Module):
 
     def mix(self, qkv: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None, cache: Cache | None) -> Tensor:
         """Heads' outputs side by side, before the output projection. qkv: (B, T, 3 C); the result: (B, T, C)."""
-        q, k, v = qkv.unflatten(2, (self.heads, -1)).chunk(3, 3)  # (B, T, H, D)
+        q, k, v = torch.unflatten(qkv, 2, (self.heads, -1)).chunk(3, 3)  # (B, T, H, D)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         v = v.contiguous()  # a part of qkv would keep all of it for backward, beside the turned q and k
         dropout = self.dropout if self.training else 0.0
@@ -158,7 +158,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.Module, chain: Chain) -> Tensor:
         """(..., C) -> (..., C), of what `norm` makes of x."""
-        return chain(self.gelu, chain(norm, x, self.dense_h_to_4h), self.dense_4h_to_h)
+        return chain(self.gelu, chain(norm, x, self.dense_h_to_4h), self.dense_4h_to_h)  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -250,9 +250,8 @@ class GPTNeoX(Model):
                 nn.init.ones_(parameter)
             else:
                 projects = name.endswith(("attention.dense.weight", "dense_4h_to_h.weight"))
-                nn.init.normal_(
-                    parameter, std=into_stream if projects else math.sqrt(2 / (5 * c)), generator=generator
-                )
+                std = into_stream if projects else math.sqrt(2 / (5 * c))
+                nn.init.normal_(parameter, std=std, generator=generator)
 
 
 # ---- on disk and in memory -------------------------------------------------------------------------------------------
