@@ -61,9 +61,10 @@ def take(name: str, value: Tensor, config: Mapping[str, Any], adapted: AdaptedWe
 
 
 def _ends() -> set[str]:
-    """What the embedding and the head are called, in any family."""
+    """What the embedding and the head are called, in any family, in files and in transformers."""
     every = [family.keys for family in FAMILIES.values()]
-    return {keys.theirs(f"{name}.weight") for keys in every for name in (keys.embedding, HEAD)}
+    called = {f(name) for keys in every for name in (keys.embedding, HEAD) for f in (keys.theirs, keys.module)}
+    return {f"{name}.weight" for name in called}
 
 
 def _tokens_of(module: str, indices: Any) -> list[int]:
@@ -82,15 +83,16 @@ def apply(model: Model, adapted: AdaptedWeights, where: str) -> None:
     if not adapted:
         return
     keys = model.family.keys
-    embedding, head = keys.theirs(keys.embedding), keys.theirs(HEAD)
-    replaced = {f"{embedding}.weight", f"{head}.weight"} & adapted.whole.keys()
-    if model.config.tied_head and (replaced or embedding in adapted.low_rank):
+    ends = {keys.embedding, HEAD}
+    replaced = ends & {keys.ours(name).removesuffix(".weight") for name in adapted.whole}
+    low_rank = {keys.ours(module) for module in adapted.low_rank}
+    if model.config.tied_head and (replaced or keys.embedding in low_rank):
         model.lm_head.weight = nn.Parameter(model.embedding.weight.detach().clone())
         model.config = dataclasses.replace(model.config, tied_head=False)
-    weights = {keys.theirs(name): p for name, p in model.named_parameters()}
+    weights = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in adapted.whole.items():
-            target = weights.get(name)
+            target = weights.get(keys.ours(name))
             value = keys.turned(name, value)
             if target is None or target.shape != value.shape:
                 raise UserError(
@@ -98,7 +100,7 @@ def apply(model: Model, adapted: AdaptedWeights, where: str) -> None:
                 )
             target.copy_(value)
         for module, halves in adapted.low_rank.items():
-            target = weights.get(f"{module}.weight")
+            target = weights.get(f"{keys.ours(module)}.weight")
             if target is None or set(halves) != {"A", "B"}:
                 raise UserError(_misfit(where, module, "a low-rank change", None if target is None else "half of it"))
             if (halves["A"].shape[1], halves["B"].shape[0]) != target.shape:
@@ -107,7 +109,7 @@ def apply(model: Model, adapted: AdaptedWeights, where: str) -> None:
             change = adapted.scaling[module] * (halves["B"].double() @ halves["A"].double())
             target.copy_((target.double() + change.t()).to(target.dtype))
         for module, rows in adapted.rows.items():
-            target, tokens = weights.get(f"{module}.weight"), adapted.tokens[module]
+            target, tokens = weights.get(f"{keys.ours(module)}.weight"), adapted.tokens[module]
             fits = target is not None and rows.shape == (len(tokens), target.shape[1])
             if target is None or not fits or not all(0 <= token < len(target) for token in tokens):
                 raise UserError(_misfit(where, f"{module}'s rows {tokens}", tuple(rows.shape), None))

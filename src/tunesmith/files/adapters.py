@@ -56,8 +56,8 @@ def save_adapter(
     directory.mkdir(parents=True, exist_ok=True)
     state = {}
     for name, layer in layers.items():
-        state[f"{PREFIX}{keys.theirs(name)}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
-        state[f"{PREFIX}{keys.theirs(name)}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
+        state[f"{PREFIX}{keys.module(name)}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
+        state[f"{PREFIX}{keys.module(name)}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
     state |= {f"{PREFIX}{name}": value.detach().cpu().contiguous() for name, value in extra.items()}
     metadata = {"format": "pt", FINGERPRINT: fingerprint}
     if base != "sample" and (here := Path(base).expanduser()).is_dir():
@@ -78,9 +78,9 @@ def save_adapter(
         "r": first.rank,
         "lora_alpha": alpha(first),
         "lora_dropout": first.dropout,
-        "rank_pattern": {keys.theirs(n): m.rank for n, m in layers.items() if m.rank != first.rank},
-        "alpha_pattern": {keys.theirs(n): alpha(m) for n, m in layers.items() if alpha(m) != alpha(first)},
-        "target_modules": ends if everywhere else [keys.theirs(name) for name in layers],
+        "rank_pattern": {keys.module(n): m.rank for n, m in layers.items() if m.rank != first.rank},
+        "alpha_pattern": {keys.module(n): alpha(m) for n, m in layers.items() if alpha(m) != alpha(first)},
+        "target_modules": ends if everywhere else [keys.module(name) for name in layers],
         "fan_in_fan_out": any(keys.is_transposed(f"{name}.weight") for name in layers),
         "bias": "none",
         "modules_to_save": [name.rpartition(".")[0] for name in extra] or None,
@@ -208,9 +208,9 @@ def load_adapter(model: Model, files: AdapterFiles, *, fingerprint: str = "") ->
     Raises: UserError if the adapter was trained on a different base, or does not fit the layers.
     """
     linear = {n.removesuffix(".base"): m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    ours = {model.family.keys.theirs(name): name for name in linear}
+    ours = model.family.keys.ours
     same = all(
-        name not in ours or torch.equal(weight, linear[ours[name]].weight.to(weight.dtype))
+        ours(name) not in linear or torch.equal(weight, linear[ours(name)].weight.to(weight.dtype))
         for name, weight in files.copies.items()
     )
     if not same or (fingerprint and files.fingerprint and fingerprint != files.fingerprint):
@@ -222,9 +222,9 @@ def load_adapter(model: Model, files: AdapterFiles, *, fingerprint: str = "") ->
     if not present:
         apply(model, files.adapted, files.where)
     for theirs, (a, b, scaling) in files.layers.items():
-        name = ours.get(theirs)
-        if name is None or (present and name not in present):
-            problems.append(f"there is no {'adapter' if name else 'layer'} {theirs} in the model")
+        name = ours(theirs)
+        if name not in linear or (present and name not in present):
+            problems.append(f"there is no {'adapter' if name in linear else 'layer'} {theirs} in the model")
             continue
         base, layer = linear[name], present.get(name)
         if (a.shape[1], b.shape[0]) != (base.in_features, base.out_features) or (layer and layer.rank != len(a)):

@@ -134,8 +134,12 @@ class Keys:
         module, dot, rest = name.partition(".")
         return f"{self.head}{dot}{rest}" if module == HEAD else self.prefix + name
 
+    def module(self, name: str) -> str:
+        """A module's name in transformers' model, which adapters go by: its head is `lm_head`, whatever files call it."""
+        return name if name == HEAD else self.theirs(name)
+
     def ours(self, key: str) -> str:
-        """The name here of what is called `key` in published files; with or without the prefix."""
+        """The name here of what is called `key` in published files or in transformers; with or without the prefix."""
         module, dot, rest = key.partition(".")
         return f"{HEAD}{dot}{rest}" if module == self.head else key.removeprefix(self.prefix)
 
