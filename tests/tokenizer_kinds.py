@@ -2,7 +2,7 @@
 
 import json
 
-from tunesmith.data.tokenizer import gpt2_byte_symbols
+from tunesmith.data.backend import gpt2_byte_symbols
 
 
 def change_json(path, changes, default=None):

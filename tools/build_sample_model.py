@@ -27,7 +27,8 @@ from ngram import held_out
 from tunesmith.__main__ import main as tunesmith
 from tunesmith.data.epochs import Batches, BatchLayout
 from tunesmith.data.texts import text_rows
-from tunesmith.data.tokenizer import Tokenizer, bits_per_byte, text_bytes
+from tunesmith.data.token_bytes import bits_per_byte, text_bytes
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.files.names import SAMPLE, load
 from tunesmith.files.run import Run
 from tunesmith.files.weights import load_model, save_model

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.data.tokenizer import Tokenizer, bits_per_byte, text_bytes
+from tunesmith.data.token_bytes import bits_per_byte, text_bytes
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.files.names import load_tokenizer
 from tunesmith.options.training import DataOptions
 from tunesmith.train.splits import load_splits

@@ -14,7 +14,8 @@ from judge_server import Reply, longer, serving, verdict
 from reference import random_model
 from tunesmith.__main__ import main
 from tunesmith.commands.compare import COLOURS, coloured, with_logps
-from tunesmith.data.tokenizer import ByteRuns, Tokenizer
+from tunesmith.data.token_bytes import ByteRuns
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.files.answers import ANSWER_END, ScoredAnswer
 from tunesmith.files.names import SAMPLE, load
 from tunesmith.files.reward_models import save_reward_model

@@ -14,7 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_tokenizer import GPT2_PATTERN, ODD_TEXTS
 
-from tunesmith.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_byte_symbols
+from tunesmith.data.backend import END_OF_TEXT, gpt2_byte_symbols
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.errors import UserError
 
 SIZE = 400

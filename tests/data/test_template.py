@@ -29,7 +29,8 @@ from tunesmith.data.prompts import encode_answered, encode_prompt
 from tunesmith.data.special_tokens import read_special_tokens
 from tunesmith.data.template import Segment, Template
 from tunesmith.data.texts import text_rows
-from tunesmith.data.tokenizer import TEMPLATES, Tokenizer, text_bytes
+from tunesmith.data.token_bytes import text_bytes
+from tunesmith.data.tokenizer import TEMPLATES, Tokenizer
 from tunesmith.data.tokenstore import tokenise
 from tunesmith.errors import UserError
 from tunesmith.files.answers import ANSWER_END, ScoredAnswer
@@ -380,6 +381,7 @@ MARKER = re.compile(r"(?<!Open)(?:Human|Assistant)|\bSystem:")  # OpenAssistant 
 KNOWS_MARKERS = {"data/hh_template.py"}
 KNOWS_THE_END_OF_TEXT = {
     "data/tokenizer.py": "has it",
+    "data/token_bytes.py": "has no bytes",
     "data/encoding.py": "the target where an answer's end does not stand in the row, or a text is over",
     "data/tokenstore.py": "hands it on",
     "data/texts.py": "stands between the texts of windows, and pads",

@@ -15,7 +15,8 @@ from reference import saying
 from tunesmith.data.epochs import Batches, BatchLayout
 from tunesmith.data.prompts import Prompt, encode_prompt
 from tunesmith.data.texts import text_rows
-from tunesmith.data.tokenizer import Tokenizer, bits_per_byte, text_bytes
+from tunesmith.data.token_bytes import bits_per_byte, text_bytes
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.files.names import SAMPLE
 from tunesmith.options.training import DataOptions
 from tunesmith.train.splits import load_splits

@@ -25,7 +25,8 @@ from tiny_runs import tiny_config
 from tunesmith.__main__ import main
 from tunesmith.data.datasets import open_dataset
 from tunesmith.data.readers import STRETCH, Report, read_file
-from tunesmith.data.tokenizer import Tokenizer, bits_per_byte, text_bytes
+from tunesmith.data.token_bytes import bits_per_byte, text_bytes
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.models.known import SIZES
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import DataOptions

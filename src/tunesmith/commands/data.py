@@ -19,7 +19,8 @@ from tunesmith.data.cutting import USUAL_BLOCK, block_size_of, cut_rows, resolve
 from tunesmith.data.datasets import Source, beside, open_dataset
 from tunesmith.data.encoding import IGNORE_INDEX
 from tunesmith.data.texts import resolve_loss_on
-from tunesmith.data.tokenizer import ByteRuns, Tokenizer
+from tunesmith.data.token_bytes import ByteRuns
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokenstore import TokenStore, tokenise
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.answers import ANSWER_END

@@ -29,7 +29,8 @@ from tunesmith.data.pairs import PairRows
 from tunesmith.data.pairstore import PairStore
 from tunesmith.data.readers import Report
 from tunesmith.data.texts import TextRows
-from tunesmith.data.tokenizer import Tokenizer, bits_per_byte, text_bytes
+from tunesmith.data.token_bytes import bits_per_byte, text_bytes
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokenstore import tokenise
 from tunesmith.device import Precision, keep_freed_memory, resolve_precision
 from tunesmith.errors import UserError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from importlib import resources
@@ -14,6 +13,15 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from tunesmith.data.backend import (
+    END_OF_TEXT,
+    byte_level,
+    byte_levels,
+    gpt2_byte_symbols,
+    text_only,
+    with_prefix_space,
+    with_tokens,
+)
 from tunesmith.data.fingerprint import content_hash
 from tunesmith.data.hh_template import HH
 from tunesmith.data.special_tokens import SpecialTokens, generation_settings, read_special_tokens
@@ -21,7 +29,6 @@ from tunesmith.data.template import Segment, Template
 from tunesmith.errors import UserError
 from tunesmith.jsontext import read_json, write_json
 
-END_OF_TEXT = "<|endoftext|>"
 OTHER_ENDS = ("</s>", "<|im_end|>", "<eos>", "<|end_of_text|>", "[EOS]")  # of tokenizers that name no eos_token
 SMALLEST_VOCABULARY = 257  # the bytes and the end of text
 TEMPLATES = {template.name: template for template in (HH,)}  # a new one is a file beside hh_template.py and a word here
@@ -51,11 +58,11 @@ class Tokenizer:
         Raises: UserError if there is no end-of-text token, or none of those that end an answer in the template.
         """
         self.special = special or SpecialTokens()
-        backend = _with_tokens(backend, self.special, where)
+        backend = with_tokens(backend, self.special, where)
         cutter = json.loads(backend.pre_tokenizer.__getstate__()) if backend.pre_tokenizer is not None else {}
-        opens_with_space = any(part["add_prefix_space"] for part in _byte_levels(cutter))
+        opens_with_space = any(part["add_prefix_space"] for part in byte_levels(cutter))
         self.prefix_space = self.special.prefix_space(opens_with_space)
-        self._stored = self._backend = _plain(_with_prefix_space(backend, False) if opens_with_space else backend)
+        self._stored = self._backend = text_only(with_prefix_space(backend, False) if opens_with_space else backend)
         self.vocab_size: int = max(backend.get_vocab().values(), default=-1) + 1
         self.end_of_text: int = self._end_of_text(where)
         self.template = template
@@ -98,7 +105,7 @@ class Tokenizer:
             vocab, merges = directory / "vocab.json", directory / "merges.txt"
             if vocab.exists() and merges.exists():
                 bpe = models.BPE.from_file(str(vocab), str(merges))
-                return Tokenizer(_byte_level(bpe, END_OF_TEXT in read_json(vocab)), str(vocab), special)
+                return Tokenizer(byte_level(bpe, END_OF_TEXT in read_json(vocab)), str(vocab), special)
         except UserError:
             raise
         except Exception as error:  # the Rust side raises bare Exception
@@ -112,7 +119,7 @@ class Tokenizer:
         merges = [(a, b) for a, b in (line.split(" ") for line in lines[1:] if line)]
         symbols = [*gpt2_byte_symbols(), *(a + b for a, b in merges), END_OF_TEXT]
         vocab = {symbol: i for i, symbol in enumerate(symbols)}
-        return Tokenizer(_byte_level(models.BPE(vocab=vocab, merges=merges)), "gpt2")
+        return Tokenizer(byte_level(models.BPE(vocab=vocab, merges=merges)), "gpt2")
 
     @staticmethod
     def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -121,7 +128,7 @@ class Tokenizer:
         The end of text is token 0, then come the 256 bytes, then the merges; a merge comes at least twice in the texts.
         Raises: UserError if they hold fewer merges than `vocab_size` asks for.
         """
-        backend = _byte_level(models.BPE())
+        backend = byte_level(models.BPE())
         end = AddedToken(END_OF_TEXT, normalized=False)
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         backend.train_from_iterator(
@@ -161,7 +168,7 @@ class Tokenizer:
         if beyond:
             for token in beyond:
                 token["special"] = True
-            self._backend = _plain(tokenizers.Tokenizer.from_str(json.dumps(content)))
+            self._backend = text_only(tokenizers.Tokenizer.from_str(json.dumps(content)))
 
     def beginning(self, text: str) -> str:
         """The beginning of a text as it is encoded: with a space before it where this tokenizer has that."""
@@ -237,7 +244,7 @@ class Tokenizer:
 
     def _in_force(self, backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
         """With the space before a text as part of it, as tokenizer.json has it."""
-        return _with_prefix_space(backend, True) if self.prefix_space else backend
+        return with_prefix_space(backend, True) if self.prefix_space else backend
 
     def same_tokens(self, other: Tokenizer) -> bool:
         """Whether every id stands for the same text in both, a dialogue has the same form, and a text the same end."""
@@ -287,109 +294,3 @@ class Tokenizer:
         """The id for padding in a model of so many embeddings: the tokenizer's own, or the end of text."""
         own = self._id_of("pad_token")
         return self.end_of_text if own is None or own >= embeddings else own
-
-
-class ByteRuns:
-    """Decodes one token after the other; bytes of a character that is not complete yet wait for the rest."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer, self.waiting = tokenizer, list[int]()
-
-    def __call__(self, token: int) -> str:
-        self.waiting.append(token)
-        text = self.tokenizer.decode(self.waiting)
-        if text.endswith("\ufffd") and len(self.waiting) < 4:
-            return ""
-        self.waiting = []
-        return text
-
-    def pieces(self, tokens: Sequence[int]) -> list[str]:
-        """The text of each token, "" where a character goes on in the next; joined they are the text of all."""
-        found = [self(token) for token in tokens]
-        if self.waiting:
-            found[-1], self.waiting = self.tokenizer.decode(self.waiting), []
-        return found
-
-
-def gpt2_byte_symbols() -> list[str]:
-    """GPT-2's 256 byte symbols in the order of its vocabulary: printable bytes first, the rest from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    return [chr(b) for b in printable] + [chr(0x100 + i) for i in range(256 - len(printable))]
-
-
-def _byte_level(model: models.BPE, with_end: bool = True) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    if with_end:
-        backend.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False)])
-    return backend
-
-
-def _plain(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Itself, so set that text gives its own ids and nothing else."""
-    backend.encode_special_tokens = True
-    backend.no_padding()
-    backend.no_truncation()
-    return backend
-
-
-def _with_tokens(backend: tokenizers.Tokenizer, special: SpecialTokens, where: str) -> tokenizers.Tokenizer:
-    """The backend with what its vocabulary lacks, and with special tokens marked as such."""
-    for number, token in special.added.items():
-        if backend.token_to_id(token.content) is None:
-            (backend.add_special_tokens if token.special else backend.add_tokens)([token])
-        if backend.token_to_id(token.content) != number:
-            raise UserError(
-                f"{where}: the files beside it give {token.content!r} the id {number:,}, but the vocabulary has "
-                f"{backend.token_to_id(token.content):,}; save the tokenizer again with transformers"
-            )
-    known = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-    lacking = [text for text in special.texts if text not in known and backend.token_to_id(text) is not None]
-    if not lacking:
-        return backend
-    backend.add_special_tokens([AddedToken(text, normalized=False) for text in lacking])
-    content = json.loads(backend.to_str())
-    for token in content["added_tokens"]:
-        token["special"] |= token["content"] in lacking
-    return tokenizers.Tokenizer.from_str(json.dumps(content))
-
-
-def _byte_levels(cutter: dict[str, Any]) -> list[dict[str, Any]]:
-    """The byte-level parts of a tokenizer.json's `pre_tokenizer`, where a prefix space is set."""
-    return [part for part in cutter.get("pretokenizers", [cutter]) if part.get("type") == "ByteLevel"]
-
-
-def _with_prefix_space(backend: tokenizers.Tokenizer, on: bool) -> tokenizers.Tokenizer:
-    content = json.loads(backend.to_str())
-    for part in _byte_levels(content["pre_tokenizer"] or {}):
-        part["add_prefix_space"] = on
-    return tokenizers.Tokenizer.from_str(json.dumps(content))
-
-
-# ---- bytes that tokens stand for --------------------------------------------------------------------------------------
-
-
-def bits_per_byte(nats: float, size: int) -> float:
-    """`nats` summed over all targets, as bits for each of the `size` bytes of UTF-8 that the targets stand for.
-
-    >>> round(bits_per_byte(8 * math.log(2), 2), 6)
-    4.0
-
-    Raises: ValueError if there are no bytes.
-    """
-    if size < 1:
-        raise ValueError(f"bits per byte over {size} bytes")
-    return nats / math.log(2) / size
-
-
-def text_bytes(tokenizer: Tokenizer, targets: Sequence[int] | np.ndarray[Any, Any]) -> int:
-    """Bytes of UTF-8 that target tokens stand for. The end of a text or an answer is a target too, and has none.
-
-    Raises: ValueError if the tokenizer is not byte-level: its tokens' bytes are not known one by one.
-    """
-    ids = np.asarray(targets, np.int64)
-    sizes = tokenizer.token_bytes[ids[(ids != tokenizer.end_of_text) & (ids != tokenizer.end_of_answer)]]
-    if (sizes < 0).any():
-        raise ValueError("not a byte-level tokenizer")
-    return int(sizes.sum())

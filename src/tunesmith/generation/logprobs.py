@@ -11,7 +11,8 @@ import numpy as np
 from tunesmith.data.packing import pack
 from tunesmith.data.pairs import join_pairs
 from tunesmith.data.prompts import conversation, encode_answered, encode_prompt
-from tunesmith.data.tokenizer import ByteRuns, Tokenizer
+from tunesmith.data.token_bytes import ByteRuns
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.files.answers import ANSWER_END, ScoredAnswer
 from tunesmith.generation.context import fit
 from tunesmith.models.head import target_logps

@@ -59,7 +59,7 @@ def tokens_of(splits: Splits) -> int:
 
 def task(run: Prepared) -> Task:
     """The run as the loop reads it."""
-    from tunesmith.data.tokenizer import bits_per_byte
+    from tunesmith.data.token_bytes import bits_per_byte
 
     held_out, splits = held_out_bytes(run), run.data.splits
     about = (
@@ -75,7 +75,7 @@ def task(run: Prepared) -> Task:
 
 def held_out_bytes(run: Prepared) -> int:
     """Bytes of text that an estimate predicts. Raises: UserError if the tokenizer is not byte-level."""
-    from tunesmith.data.tokenizer import text_bytes
+    from tunesmith.data.token_bytes import text_bytes
 
     tokenizer, batches = run.trainee.tokenizer, run.data.validation.fixed(run.iters)
     try:
