@@ -28,9 +28,10 @@ from tunesmith.data.pairstore import PairStore
 from tunesmith.data.prompts import encode_answered, encode_prompt
 from tunesmith.data.special_tokens import read_special_tokens
 from tunesmith.data.template import Segment, Template
+from tunesmith.data.templates import TEMPLATES
 from tunesmith.data.texts import text_rows
 from tunesmith.data.token_bytes import text_bytes
-from tunesmith.data.tokenizer import TEMPLATES, Tokenizer
+from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokenstore import tokenise
 from tunesmith.errors import UserError
 from tunesmith.files.answers import ANSWER_END, ScoredAnswer
@@ -358,15 +359,6 @@ def test_an_answer_is_compared_with_its_end(tagged):
         logps = model.lm_head(model(torch.tensor([two.prompt + two.answers[0]])))[0].log_softmax(1)
     targets = [*two.answers[0], tagged.end_of_answer]
     assert of_a == pytest.approx([logps[len(two.prompt) - 1 + i, t].item() for i, t in enumerate(targets)])
-
-
-def test_only_words_at_the_beginning_of_a_text_get_a_space():
-    """Of a tokenizer that puts a space before every text."""
-    tokenizer = tokenizer_of(TAGGED)
-    tokenizer.prefix_space = True
-    row = TAGGED.segments(TURNS, False)
-    assert tokenizer.begun(row) == row
-    assert tokenizer.begun(row[2:])[0].text == " " + row[2].text
 
 
 def test_a_template_whose_tokens_the_tokenizer_lacks_is_refused():

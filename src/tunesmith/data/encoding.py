@@ -35,8 +35,8 @@ def targets_of(ids: Array, flags: Array | None, end_of_text: int) -> Array:
 
 
 def ids_of(segments: Sequence[Segment], tokenizer: Tokenizer) -> list[int]:
-    """Ids of the segments of one text, each encoded by itself."""
-    return list(chain.from_iterable(tokenizer.encode_segments(tokenizer.begun(segments))))
+    """Ids of the segments of one dialogue, each encoded by itself."""
+    return list(chain.from_iterable(tokenizer.encode_segments(tokenizer.begun(segments, plain=False))))
 
 
 def encode_rows(
@@ -57,7 +57,7 @@ def encode_rows(
     """
     segments = list(chain.from_iterable(rows))
     row_of = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-    if any(s.special for s in segments):
+    if not tokenizer.counts_bytes or any(s.special for s in segments):
         parts = tokenizer.encode_segments(segments)
         ids, lengths = np.array(list(chain.from_iterable(parts)), np.int64), np.array([len(part) for part in parts])
     else:

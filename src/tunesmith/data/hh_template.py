@@ -71,6 +71,7 @@ HH = Template(
     jinja=_jinja(),
     stop_texts=(MARKERS["user"], MARKERS["assistant"], MARKERS["system"]),
     lead=" ",
+    opens=True,
 )
 
 

@@ -126,9 +126,9 @@ def encode_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]
 def encode_answered(tokenizer: Tokenizer, turns: Sequence[Message], answer: str) -> tuple[list[int], list[int]]:
     """Ids of a conversation, and of an answer to it without its end, the same as in training."""
     prompt, words = tokenizer.template.answered([*turns, Message("assistant", answer)])
-    parts = tokenizer.encode_segments(tokenizer.begun([*prompt, *words]))
-    before, after = parts[: len(prompt)], parts[len(prompt) :]
-    return list(chain.from_iterable(before)), list(chain.from_iterable(after))
+    return ids_of(prompt, tokenizer), list(
+        chain.from_iterable(tokenizer.encode_segments(tokenizer.continued(prompt, words)))
+    )
 
 
 def turns_of(conversation: Conversation) -> list[Message]:

@@ -8,6 +8,7 @@ The rules are those of transformers 5: `tokenizer_config.json` with its `added_t
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,19 +25,29 @@ OF_ONE_LOADING = (  # what transformers writes of how and from where a tokenizer
     "added_tokens_decoder", "chat_template", "model_max_length", "auto_map", *EXTRA,
 )  # fmt: skip
 GPT2_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast")  # None: what transformers takes for a gpt2 model
+_END = "<|endoftext|>"
+IMPLIED: Mapping[str, Mapping[str, str]] = {
+    "GPTNeoXTokenizer": {"unk_token": _END, "bos_token": _END, "eos_token": _END, "pad_token": "<|padding|>"},
+    "Qwen2Tokenizer": {"unk_token": _END, "eos_token": _END, "pad_token": _END},
+    "LlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
+    "GemmaTokenizer": {f"{role}_token": f"<{role}>" for role in ("unk", "bos", "eos", "pad", "mask")},
+}
+"""Special tokens by their roles that a class of transformers has where its directory does not name them."""
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
     """What stands beside tokenizer.json.
 
-    settings: tokenizer_config.json without tokens and without what belongs to one loading. roles: `eos_token` and its like
-    -> the token's text. extra: further special tokens. added: id -> token, for a vocabulary that lacks it.
-    ends: ids with which transformers' `generate` ends an answer, in its order.
+    settings: tokenizer_config.json without tokens and without what belongs to one loading; a role that it expressly leaves
+    empty is None. roles: `eos_token` and its like -> the token's text. implied: the same, of roles that are not named but
+    that the class has, if there is such a token. extra: further special tokens. added: id -> token, for a vocabulary that
+    lacks it. ends: ids with which transformers' `generate` ends an answer, in its order.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
     roles: dict[str, str] = field(default_factory=dict)
+    implied: Mapping[str, str] = field(default_factory=dict)
     extra: tuple[str, ...] = ()
     added: dict[int, AddedToken] = field(default_factory=dict)
     ends: tuple[int, ...] = ()
@@ -52,6 +63,11 @@ class SpecialTokens:
         transformers builds GPT-2's own class anew from tokenizer_config.json and ignores tokenizer.json.
         """
         return bool(self.settings.get("add_prefix_space")) if self.is_gpt2s else stored
+
+    def among(self, vocabulary: Callable[[str], int | None]) -> SpecialTokens:
+        """With the implied roles whose tokens there are. vocabulary: a token's text -> its id."""
+        there = {role: text for role, text in self.implied.items() if vocabulary(text) is not None}
+        return dataclasses.replace(self, roles=there | self.roles, implied={})
 
     @property
     def is_gpt2s(self) -> bool:
@@ -81,8 +97,10 @@ def read_special_tokens(directory: Path) -> SpecialTokens:
             f"{directory}: tokenizer_config.json, special_tokens_map.json or added_tokens.json holds a value of the "
             f"wrong type ({error}); download or save the tokenizer again"
         ) from None
-    settings = {k: v for k, v in config.items() if k not in ROLES and k not in OF_ONE_LOADING}
-    return SpecialTokens(settings, roles, extra, dict(sorted(added.items())), ends_of_answers(directory))
+    settings = {k: v for k, v in config.items() if (k not in ROLES or v is None) and k not in OF_ONE_LOADING}
+    by_class = IMPLIED.get(str(config.get("tokenizer_class")).removesuffix("Fast"), {})
+    implied = {role: text for role, text in by_class.items() if role not in config}
+    return SpecialTokens(settings, roles, implied, extra, dict(sorted(added.items())), ends_of_answers(directory))
 
 
 def _text(token: Any) -> str:

@@ -3,7 +3,7 @@
 A `Template` cuts a dialogue into segments, and a tokenizer makes ids of each by itself. One cut serves training, chat and
 scoring, so what a model reads before an answer has exactly the ids that it had in training.
 
-A new form is one file that ends in its `Template`, as `hh_template.py` does, and one line in `tokenizer.TEMPLATES`;
+A new form is one file that ends in its `Template`, as `hh_template.py` does, and one line in `templates.TEMPLATES`;
 tests/data/test_template.py then holds it to the laws.
 """
 
@@ -36,7 +36,7 @@ class Segment(NamedTuple):
 class Template:
     """The form of a dialogue that a model is trained with.
 
-    name: stands for all the rest: under it a template is in `tokenizer.TEMPLATES` and its tokens are in the store, and two
+    name: stands for all the rest: under it a template is in `templates.TEMPLATES` and its tokens are in the store, and two
         of one name encode alike.
     segments: (messages, whether an answer is to follow) -> the dialogue in pieces; with True they end where the answer's
         words begin. Laws, for any messages: before each answer stand the segments of its prompt, and those with loss are
@@ -45,6 +45,8 @@ class Template:
     end: text of the special token that ends an answer; "": the tokenizer's end of text does.
     stop_texts: an answer also ends before any of these.
     lead: what an answer's text begins with before its first word.
+    opens: the token with which a tokenizer begins every text, if it has one, stands before the dialogue too; False: the
+        segments begin with all there is.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Template:
     end: str = ""
     stop_texts: tuple[str, ...] = ()
     lead: str = ""
+    opens: bool = False
 
     def text(self, messages: Sequence[Message]) -> str:
         """The dialogue as a person reads it, special tokens by their names."""

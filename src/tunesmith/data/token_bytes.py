@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,8 +17,11 @@ class ByteRuns:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.waiting = tokenizer, list[int]()
+        self.characters = codecs.getincrementaldecoder("utf-8")("replace")
 
     def __call__(self, token: int) -> str:
+        if self.tokenizer.spelling is not None:
+            return self.characters.decode(self.tokenizer.bytes_of(token))
         self.waiting.append(token)
         text = self.tokenizer.decode(self.waiting)
         if text.endswith("\ufffd") and len(self.waiting) < 4:
@@ -28,8 +32,10 @@ class ByteRuns:
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """The text of each token, "" where a character goes on in the next; joined they are the text of all."""
         found = [self(token) for token in tokens]
-        if self.waiting:
-            found[-1], self.waiting = self.tokenizer.decode(self.waiting), []
+        rest = self.characters.decode(b"", final=True) + (self.tokenizer.decode(self.waiting) if self.waiting else "")
+        if rest:
+            found[-1] += rest
+        self.waiting = []
         return found
 
 
@@ -47,12 +53,14 @@ def bits_per_byte(nats: float, size: int) -> float:
 
 
 def text_bytes(tokenizer: Tokenizer, targets: Sequence[int] | np.ndarray[Any, Any]) -> int:
-    """Bytes of UTF-8 that target tokens stand for. The end of a text or an answer is a target too, and has none.
+    """Bytes of UTF-8 that target tokens stand for. The end of a text or an answer, and a text's beginning, have none.
 
-    Raises: ValueError if the tokenizer is not byte-level: its tokens' bytes are not known one by one.
+    The bytes are those of `Tokenizer.token_bytes`: of the text as the tokenizer's normaliser leaves it.
+    Raises: ValueError if the bytes of one of them are not known.
     """
     ids = np.asarray(targets, np.int64)
-    sizes = tokenizer.token_bytes[ids[(ids != tokenizer.end_of_text) & (ids != tokenizer.end_of_answer)]]
+    edges = [tokenizer.end_of_text, tokenizer.end_of_answer, *map(tokenizer.special_id, tokenizer.begins)]
+    sizes = tokenizer.token_bytes[ids[~np.isin(ids, edges)]]
     if (sizes < 0).any():
-        raise ValueError("not a byte-level tokenizer")
+        raise ValueError("the bytes of some tokens are not known")
     return int(sizes.sum())

@@ -6,32 +6,44 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from importlib import resources
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, trainers
+from tokenizers.pre_tokenizers import ByteLevel
 
 from tunesmith.data.backend import (
     END_OF_TEXT,
     byte_level,
     byte_levels,
     gpt2_byte_symbols,
+    in_the_middle,
+    keeps_text,
+    opened,
+    opening_of,
+    parts_of,
+    specially,
+    spelling,
     text_only,
-    with_prefix_space,
+    with_parts,
     with_tokens,
 )
+from tunesmith.data.dialogue import Message
 from tunesmith.data.fingerprint import content_hash
 from tunesmith.data.hh_template import HH
 from tunesmith.data.special_tokens import SpecialTokens, generation_settings, read_special_tokens
 from tunesmith.data.template import Segment, Template
+from tunesmith.data.tokenizer_classes import class_for
 from tunesmith.errors import UserError
 from tunesmith.jsontext import read_json, write_json
 
 OTHER_ENDS = ("</s>", "<|im_end|>", "<eos>", "<|end_of_text|>", "[EOS]")  # of tokenizers that name no eos_token
 SMALLEST_VOCABULARY = 257  # the bytes and the end of text
-TEMPLATES = {template.name: template for template in (HH,)}  # a new one is a file beside hh_template.py and a word here
+WHITE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+"""What a special token with `lstrip` or `rstrip` swallows: Rust's white space. Python's has four characters more."""
 
 
 class Tokenizer:
@@ -57,12 +69,17 @@ class Tokenizer:
 
         Raises: UserError if there is no end-of-text token, or none of those that end an answer in the template.
         """
-        self.special = special or SpecialTokens()
+        self.special = (special or SpecialTokens()).among(backend.token_to_id)
         backend = with_tokens(backend, self.special, where)
-        cutter = json.loads(backend.pre_tokenizer.__getstate__()) if backend.pre_tokenizer is not None else {}
-        opens_with_space = any(part["add_prefix_space"] for part in byte_levels(cutter))
-        self.prefix_space = self.special.prefix_space(opens_with_space)
-        self._stored = self._backend = text_only(with_prefix_space(backend, False) if opens_with_space else backend)
+        parts = parts_of(backend)
+        if byte_levels(parts):
+            parts = opened(parts, self.special.prefix_space(opening_of(parts) is not None))
+        self.opening = opening_of(parts)
+        self._parts = parts  # as tokenizer.json has them; those of the backend are for the middle of a text
+        self._stored = self._backend = text_only(with_parts(backend, in_the_middle(parts)))
+        self._added, self._bytes = self._backend.get_added_tokens_decoder(), dict[int, bytes]()
+        self.begins = _begins(self._backend)
+        self.spelling = spelling(parts)
         self.vocab_size: int = max(backend.get_vocab().values(), default=-1) + 1
         self.end_of_text: int = self._end_of_text(where)
         self.template = template
@@ -130,7 +147,7 @@ class Tokenizer:
         """
         backend = byte_level(models.BPE())
         end = AddedToken(END_OF_TEXT, normalized=False)
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        alphabet = ByteLevel.alphabet()
         backend.train_from_iterator(
             texts,
             trainers.BpeTrainer(
@@ -163,25 +180,49 @@ class Tokenizer:
                 f"{self.end_of_text:,}, the model has embeddings for {embeddings:,}. Add embeddings with transformers: "
                 "model.resize_token_embeddings(len(tokenizer)), and save the model again"
             )
-        content = json.loads(self._backend.to_str())
-        beyond = [token for token in content["added_tokens"] if token["id"] >= embeddings and not token["special"]]
-        if beyond:
-            for token in beyond:
-                token["special"] = True
-            self._backend = text_only(tokenizers.Tokenizer.from_str(json.dumps(content)))
-
-    def beginning(self, text: str) -> str:
-        """The beginning of a text as it is encoded: with a space before it where this tokenizer has that."""
-        return f" {text}" if self.prefix_space and text and not text.startswith(" ") else text
+        if any(number >= embeddings and not token.special for number, token in self._added.items()):
+            self._backend = text_only(specially(self._backend, lambda token: token["id"] >= embeddings))
+            self._added, self._bytes = self._backend.get_added_tokens_decoder(), {}
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text; no special token is added or recognised."""
-        return self._backend.encode(self.beginning(text), add_special_tokens=False).ids
+        text = self.opening.before(text) if self.opening else text
+        return self._backend.encode(text, add_special_tokens=False).ids
 
-    def begun(self, segments: Sequence[Segment]) -> list[Segment]:
-        """The segments of one text, the first with its `beginning`."""
-        first, *rest = segments
-        return [first if first.special else first._replace(text=self.beginning(first.text)), *rest]
+    def begun(self, segments: Sequence[Segment], *, plain: bool = True) -> list[Segment]:
+        """The segments of one text as `encode_segments` is to read them: with all that the tokenizer does around words.
+
+        That is the token with which it begins every text, where the segments do not begin with a special token themselves;
+        the space that it puts before words (`Opening`); and white space around a special token, which some swallow.
+        plain: of a text; False: of a dialogue, which begins so only in a template that `opens` with it. A template's own
+        beginning is all that transformers' `apply_chat_template` knows.
+        """
+        found: list[Segment] = []
+        behind: Segment | None = None  # the last one that is not empty
+        for segment in segments:
+            text = segment.text
+            if segment.special:
+                if found and not (found[-1].special or found[-1].loss) and self._swallows(segment, "lstrip"):
+                    found[-1] = found[-1]._replace(text=found[-1].text.rstrip(WHITE))
+            elif behind is None or behind.special:
+                if behind and not segment.loss and self._swallows(behind, "rstrip"):
+                    text = text.lstrip(WHITE)
+                if self.opening and (behind is None or self.opening.everywhere):
+                    text = self.opening.before(text)
+            found.append(segment._replace(text=text))
+            behind = found[-1] if text else behind
+        opens = plain or self.template.opens
+        return [*[Segment(text, special=True) for text in self.begins if opens and not segments[0].special], *found]
+
+    def continued(self, before: Sequence[Segment], segments: Sequence[Segment]) -> list[Segment]:
+        """The segments of a dialogue as `encode_segments` is to read them behind others of it."""
+        begun = self.begun([*before, *segments], plain=False)
+        return begun[len(begun) - len(segments) :]
+
+    def _swallows(self, token: Segment, side: str) -> bool:
+        """Whether a special token takes the white space on that side, `lstrip` or `rstrip`, out of the text."""
+        added = self._added.get(self.special_id(token.text))
+        return added is not None and getattr(added, side)
 
     def encode_segments(self, segments: Sequence[Segment]) -> list[list[int]]:
         """Ids of many segments as they stand (see `begun`), each encoded by itself. Raises: as `special_id`."""
@@ -196,36 +237,72 @@ class Tokenizer:
         return number
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of many texts as they stand (see `beginning`), on all cores."""
+        """Ids of many texts as they stand in the middle of one (see `begun`), on all cores."""
         return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; the end-of-text token and incomplete UTF-8 at the end give nothing and U+FFFD."""
+        """Text of ids as it stands in the middle of one; special tokens give nothing, incomplete UTF-8 gives U+FFFD.
+
+        A space that the tokenizer puts before a text is part of it: `decode(encode("hi"))` may be " hi".
+        """
+        if self._falls_back:  # Rust would give U+FFFD for whole characters too where bytes beside them are incomplete
+            return b"".join(map(self.bytes_of, ids)).decode(errors="replace")
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
+    @cached_property
+    def _falls_back(self) -> bool:
+        return self.spelling is not None and not isinstance(self._backend.decoder, decoders.ByteLevel)
+
+    def bytes_of(self, number: int) -> bytes:
+        """What a token stands for in the middle of a text; nothing for a special one. Only where there is a `spelling`."""
+        if (found := self._bytes.get(number)) is None:
+            assert self.spelling is not None
+            name, added = self._backend.id_to_token(number), self._added.get(number)
+            found = b"" if name is None or (added and added.special) else self.spelling(name)
+            self._bytes[number] = found
+        return found
+
+    def answer(self, ids: Sequence[int]) -> str:
+        """What an answer of these tokens says in the template."""
+        return self.template.words(self.decode(ids).removeprefix(self._before_answers))
+
+    @cached_property
+    def _before_answers(self) -> str:
+        """The space that the tokenizer itself puts before an answer: where its prompt ends with a special token."""
+        if not self.opening or not self.opening.everywhere:
+            return ""
+        prompt = self.template.segments([Message("user", "x")], True)
+        return self.continued(prompt, [Segment("x", loss=True)])[0].text.removesuffix("x")
+
     @property
-    def _cuts_as_gpt2(self) -> bool:
-        return self._backend.normalizer is None and isinstance(self._backend.pre_tokenizer, pre_tokenizers.ByteLevel)
+    def counts_bytes(self) -> bool:
+        """Whether a row's tokens show where its segments end: byte-level words as GPT-2's, of the very bytes of the text."""
+        parts = self._backend.normalizer, self._backend.pre_tokenizer, self._backend.decoder
+        return parts[0] is None and isinstance(parts[1], ByteLevel) and isinstance(parts[2], decoders.ByteLevel)
 
     @cached_property
     def token_bytes(self) -> np.ndarray[Any, Any]:
-        """(vocab,) int64: how many bytes of text each token stands for. A byte-level symbol has one letter a byte.
+        """(vocab,) int64: how many bytes each token stands for, of the text as the normaliser leaves it.
 
-        -1 for a token that text never gives or that takes white space with it, and for every token of a tokenizer that
-        is not byte-level without normalisation: its lengths are not known.
+        That is the text itself, but that Qwen's and GPT-NeoX's have composed characters (NFC), that U+2581 is a space where
+        spaces are written so, and that a space before the text counts where the tokenizer puts one there.
+        -1 for a token that text never gives or that takes white space with it, and for every token where the lengths are not
+        known: another normaliser, or tokens that cannot be read one by one.
         """
         lengths = np.full(self.vocab_size, -1, np.int64)
-        if self._cuts_as_gpt2 and isinstance(self._backend.decoder, decoders.ByteLevel):
+        if self.spelling is not None and keeps_text(self._parts):
             for symbol, number in self._backend.get_vocab(with_added_tokens=False).items():
-                lengths[number] = len(symbol)
-            for number, token in self._backend.get_added_tokens_decoder().items():
+                lengths[number] = len(self.spelling(symbol))
+            for number, token in self._added.items():
                 takes_spaces = token.lstrip or token.rstrip
-                lengths[number] = -1 if token.special or takes_spaces else len(token.content.encode())
+                lengths[number] = -1 if token.special or takes_spaces else len(self.spelling(token.content))
         return lengths
 
     @cached_property
     def cuts_as_gpt2(self) -> bool:
         """Whether a text's tokens are those of its words one by one, words being what GPT-2's expression finds."""
+        if not self.counts_bytes:
+            return False
         definition = json.loads(self._backend.to_str())
         cut, model = definition["pre_tokenizer"] or {}, definition["model"]
         kind = {name: cut.get(name) for name in ("type", "add_prefix_space", "use_regex")}
@@ -240,11 +317,7 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the tokenizer's definition: equal fingerprints encode equally."""
-        return content_hash([self._in_force(self._backend).to_str()])
-
-    def _in_force(self, backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-        """With the space before a text as part of it, as tokenizer.json has it."""
-        return with_prefix_space(backend, True) if self.prefix_space else backend
+        return content_hash([with_parts(self._backend, self._parts).to_str()])
 
     def same_tokens(self, other: Tokenizer) -> bool:
         """Whether every id stands for the same text in both, a dialogue has the same form, and a text the same end."""
@@ -259,32 +332,47 @@ class Tokenizer:
         and `generation_config.json`. embeddings: how many the model has; None: as many as there are tokens.
         """
         # not `backend.save`: that reports a full disk as a bare Exception
-        (directory / "tokenizer.json").write_text(self._in_force(self._stored).to_str(pretty=True), encoding="utf-8")
+        whole = with_parts(self._stored, self._parts)
+        (directory / "tokenizer.json").write_text(whole.to_str(pretty=True), encoding="utf-8")
         write_json(directory / "tokenizer_config.json", self._config(block_size))
         room = embeddings or self.vocab_size
-        begin = self._id_of("bos_token")
+        begin = self.special_id(self.begins[0]) if self.begins else self._id_of("bos_token")
         settings = generation_settings(self._ends, self.pad(room), self.end_of_text if begin is None else begin)
         write_json(directory / "generation_config.json", settings)
 
     def _config(self, block_size: int) -> dict[str, Any]:
         """What tokenizer_config.json holds."""
-        end, asked = self._backend.id_to_token(self.end_of_text), self.special.settings.get("tokenizer_class")
-        roles = self.special.roles | {"eos_token": end}
-        if self.special.is_gpt2s:
-            usual = end if self._backend.token_to_id(END_OF_TEXT) is None else END_OF_TEXT  # where no other is named
-            roles = {"bos_token": usual, "unk_token": usual} | roles
-            # transformers builds that class anew: as if every one cut text into words as the first GPT-2
-            asked = "GPT2Tokenizer" if self._cuts_as_gpt2 else "PreTrainedTokenizerFast"
+        end, settings = self._backend.id_to_token(self.end_of_text), self.special.settings
+        roles: dict[str, Any] = self.special.roles | {"eos_token": end}
+        if self.begins:
+            roles = {"bos_token": self.begins[0]} | roles
+        if byte_levels(self._parts):
+            settings = settings | {"add_prefix_space": self.opening is not None}
+            if self.special.is_gpt2s:
+                usual = (
+                    end if self._backend.token_to_id(END_OF_TEXT) is None else END_OF_TEXT
+                )  # where no other is named
+                roles = {"bos_token": usual, "unk_token": usual} | roles
         extra = {"extra_special_tokens": list(self.special.extra)} if self.special.extra else {}
+        whole = with_parts(self._stored, self._parts)
         return {
-            **self.special.settings,
-            "tokenizer_class": asked,
+            **settings,
+            "tokenizer_class": class_for(settings.get("tokenizer_class"), settings, whole),
             "model_max_length": block_size,
             **roles,
             **extra,
-            "add_prefix_space": self.prefix_space,
-            "chat_template": self.template.jinja,
+            "chat_template": self._opening_in_jinja + self.template.jinja,
         }
+
+    @property
+    def _opening_in_jinja(self) -> str:
+        """What `begun` puts before a dialogue, for a template that says it to transformers."""
+        if not self.begins or not self.template.opens:
+            return ""
+        space = (
+            " " if self.opening and not self.opening.everywhere else ""
+        )  # behind a special token it puts none itself
+        return f"{{{{- {''.join(self.begins) + space!r} -}}}}"
 
     def _id_of(self, role: str) -> int | None:
         text = self.special.roles.get(role)
@@ -294,3 +382,10 @@ class Tokenizer:
         """The id for padding in a model of so many embeddings: the tokenizer's own, or the end of text."""
         own = self._id_of("pad_token")
         return self.end_of_text if own is None or own >= embeddings else own
+
+
+def _begins(backend: tokenizers.Tokenizer) -> list[str]:
+    """The special tokens that its post-processor puts before a text."""
+    with_them = backend.encode("a", add_special_tokens=True)
+    added = takewhile(lambda token: token[1], zip(with_them.tokens, with_them.special_tokens_mask, strict=True))
+    return [token for token, _ in added]

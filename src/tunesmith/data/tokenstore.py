@@ -282,9 +282,10 @@ def _blocks(rows: Iterator[Located], tokenizer: Tokenizer, form: Form) -> Iterat
     block, size = _Block([], [], []), 0
     for located in rows:
         first, *rest = stored_rows(located.value, tokenizer.template, form)
-        for segments in (tokenizer.begun(first), *rest):
+        plain = form == "prose" or isinstance(located.value, Text)
+        for segments in (tokenizer.begun(first, plain=plain), *(tokenizer.continued(first, answer) for answer in rest)):
             block.segments.append(segments)
-            block.plain.append(form == "prose" or isinstance(located.value, Text))
+            block.plain.append(plain)
             block.places.append((located.file, located.line))
             size += sum([len(segment.text) for segment in segments])
         if size >= CHARACTERS_AT_A_TIME:

@@ -147,7 +147,7 @@ def stream(
     sent, ended = 0, False
     for _, token, ended in decode(model, tokenizer, [prompt], sampling, max_new_tokens):
         new.append(token)
-        text = _text(tokenizer, new).rstrip("\ufffd")
+        text = tokenizer.answer(new).rstrip("\ufffd")
         safe = len(text) if ended else tokenizer.template.settled(text)
         if safe > sent:
             yield text[sent:safe]
@@ -160,11 +160,7 @@ def stream(
 
 def _answer(tokenizer: Tokenizer, ids: Sequence[int], stopped: bool, short: bool) -> Answer:
     """short: fewer tokens than were allowed. An answer that is so without having stopped had no further positions."""
-    return Answer(_text(tokenizer, ids), "stop" if stopped else "context" if short else "length", len(ids))
-
-
-def _text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    return tokenizer.template.words(tokenizer.decode(ids))
+    return Answer(tokenizer.answer(ids), "stop" if stopped else "context" if short else "length", len(ids))
 
 
 def decode(
