@@ -29,10 +29,11 @@ _END = "<|endoftext|>"
 IMPLIED: Mapping[str, Mapping[str, str]] = {
     "GPTNeoXTokenizer": {"unk_token": _END, "bos_token": _END, "eos_token": _END, "pad_token": "<|padding|>"},
     "Qwen2Tokenizer": {"unk_token": _END, "eos_token": _END, "pad_token": _END},
-    "LlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
-    "GemmaTokenizer": {f"{role}_token": f"<{role}>" for role in ("unk", "bos", "eos", "pad", "mask")},
+    "LlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "padding_side": "left"},
+    "GemmaTokenizer": {f"{role}_token": f"<{role}>" for role in ("unk", "bos", "eos", "pad", "mask")}
+    | {"padding_side": "left"},
 }
-"""Special tokens by their roles that a class of transformers has where its directory does not name them."""
+"""What a class of transformers has where its directory does not say: special tokens by their roles, and where it pads."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,9 @@ def read_special_tokens(directory: Path) -> SpecialTokens:
         ) from None
     settings = {k: v for k, v in config.items() if (k not in ROLES or v is None) and k not in OF_ONE_LOADING}
     by_class = IMPLIED.get(str(config.get("tokenizer_class")).removesuffix("Fast"), {})
-    implied = {role: text for role, text in by_class.items() if role not in config}
+    implied = {role: text for role, text in by_class.items() if role not in config and role in ROLES}
+    if "padding_side" in by_class:
+        settings.setdefault("padding_side", by_class["padding_side"])
     return SpecialTokens(settings, roles, implied, extra, dict(sorted(added.items())), ends_of_answers(directory))
 
 
