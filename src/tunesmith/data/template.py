@@ -10,11 +10,11 @@ tests/data/test_template.py then holds it to the laws.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
 
-from tunesmith.data.dialogue import Message
+from tunesmith.data.dialogue import BadRow, Message
 
 
 class Segment(NamedTuple):
@@ -44,9 +44,12 @@ class Template:
     jinja: the same form for transformers' `apply_chat_template`.
     end: text of the special token that ends an answer; "": the tokenizer's end of text does.
     stop_texts: an answer also ends before any of these.
-    lead: what an answer's text begins with before its first word.
+    lead, trail: what the form writes before an answer's first word and after its last, for the model to say as well.
     opens: the token with which a tokenizer begins every text, if it has one, stands before the dialogue too; False: the
         segments begin with all there is.
+    refusal: messages -> why the form does not let the last answer be learned, "" where it does. Its segments then have no loss.
+
+    `segments` and all that rest on it raise BadRow for a dialogue that the form does not know, as one without a question.
     """
 
     name: str
@@ -55,7 +58,9 @@ class Template:
     end: str = ""
     stop_texts: tuple[str, ...] = ()
     lead: str = ""
+    trail: str = ""
     opens: bool = False
+    refusal: Callable[[Sequence[Message]], str] = field(default=lambda messages: "")
 
     def text(self, messages: Sequence[Message]) -> str:
         """The dialogue as a person reads it, special tokens by their names."""
@@ -70,9 +75,15 @@ class Template:
         return joined
 
     def answered(self, messages: Sequence[Message]) -> tuple[list[Segment], list[Segment]]:
-        """A dialogue that ends with an answer of weight 1: what stands before that, and its words, without their end."""
+        """A dialogue that ends with an answer of weight 1: what stands before that, and its words, without their end.
+
+        Raises: BadRow if the form does not let it be learned.
+        """
+        if reason := self.refusal(messages):
+            raise BadRow(reason)
         prompt = self.segments(messages[:-1], True)
-        return prompt, [s for s in self.segments(messages, False)[len(prompt) :] if s.loss and not s.special]
+        learned = [s for s in self.segments(messages, False)[len(prompt) :] if s.loss]
+        return prompt, learned[:-1] if self.end and learned and learned[-1].text == self.end else learned
 
     def cut_at_stop(self, answer: str) -> tuple[str, bool]:
         """An answer up to the first stop text, and whether there was one."""
@@ -81,7 +92,7 @@ class Template:
 
     def words(self, decoded: str) -> str:
         """What an answer says. decoded: the text of its tokens."""
-        return self.cut_at_stop(decoded)[0].removeprefix(self.lead)
+        return self.cut_at_stop(decoded)[0].removeprefix(self.lead).removesuffix(self.trail)
 
     def settled(self, answer: str) -> int:
         """How many characters of an answer's beginning stay, however it goes on: all but the beginning of a stop text at its end.
