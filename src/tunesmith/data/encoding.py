@@ -63,7 +63,7 @@ def encode_rows(
     else:
         ids, lengths = _encode_words(rows, segments, row_of, tokenizer, words or Words(tokenizer))
     counts = np.bincount(row_of, lengths, len(rows)).astype(np.int64)
-    return ids, _flags(segments, row_of, lengths), counts
+    return ids, _flags(segments, row_of, lengths, tokenizer.template.end), counts
 
 
 def _encode_words(
@@ -102,11 +102,11 @@ def _known_sizes(sizes: Array, counts: Array, texts: Sequence[str]) -> tuple[Arr
     return sizes, unknown
 
 
-def _flags(segments: Sequence[Segment], row_of: Array, lengths: Array) -> Array:
-    """The bits of every token. row_of, lengths: (segments,), the row of each and its tokens."""
+def _flags(segments: Sequence[Segment], row_of: Array, lengths: Array, end: str) -> Array:
+    """The bits of every token. row_of, lengths: (segments,), the row of each and its tokens. end: text of the token that ends an answer."""
     loss = np.array([s.loss for s in segments])
     closes = np.array([s.closes for s in segments]) & (lengths > 0)
-    is_end = np.array([s.loss and s.special for s in segments])
+    is_end = np.array([s.loss and s.special and s.text == end for s in segments])
     stops = np.cumsum(lengths)
     learned, row_of_token = np.repeat(loss, lengths), np.repeat(row_of, lengths)
     flags = np.zeros(len(learned), np.uint8)

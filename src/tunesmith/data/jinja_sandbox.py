@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any
 
 from jinja2 import TemplateError, nodes
 from jinja2.environment import Template as Compiled
@@ -129,7 +129,7 @@ def _check_numbers(node: nodes.Node) -> None:
 class _Generation(Extension):
     """`{% generation %}`: transformers marks by it what an assistant says. Which that is we find without it."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - declared so by jinja2
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno

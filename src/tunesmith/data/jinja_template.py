@@ -21,6 +21,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 from tokenizers import AddedToken
 
@@ -32,6 +33,8 @@ from tunesmith.errors import UserError
 
 FIRST_PLACE = 0x100000  # of a plane for private use: no text of a template, no white space, in no case
 MOST_PLACES = 0xFFFE
+Pattern = tuple[tuple[str, str], ...]
+"""Role and content of each turn, a placeholder in place of words."""
 _PLACE = re.compile("[\U00100000-\U0010fffd]")
 KEPT = 4096  # skeletons; a data set has few patterns of roles, but some templates look into the words
 
@@ -46,6 +49,14 @@ class Stretch:
     parts: tuple[str | int, ...]
     answer: int = -1
     special: bool = False
+    closes: bool = False
+
+
+class Span(NamedTuple):
+    """Where an answer stands in a rendered dialogue, its end included. closes: nothing there ends it, the end of text does."""
+
+    begin: int
+    end: int
     closes: bool = False
 
 
@@ -101,8 +112,8 @@ class Renderer:
         self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         marks = sorted((m for m in rendering.marks if not self._special.search(m)), key=len, reverse=True)
         self._marks = re.compile("(" + "|".join(map(re.escape, marks)) + ")") if marks else None
-        self._skeletons: dict[tuple[tuple[tuple[str, str], ...], bool], Skeleton] = {}
-        self._texts: dict[tuple[tuple[tuple[str, str], ...], bool], str] = {}
+        self._skeletons: dict[tuple[Pattern, bool], Skeleton] = {}
+        self._texts: dict[tuple[Pattern, bool], str] = {}
         self.end = ""
 
     # ---- from the outside --------------------------------------------------------------------------------------------
@@ -167,7 +178,7 @@ class Renderer:
 
     # ---- patterns ----------------------------------------------------------------------------------------------------
 
-    def _pattern(self, messages: Sequence[Message]) -> tuple[tuple[tuple[str, str], ...], list[str]]:
+    def _pattern(self, messages: Sequence[Message]) -> tuple[Pattern, list[str]]:
         """Roles and contents with a placeholder for words, and the words.
 
         What a template may look at stays: white space around a content, whether there is anything in it, and marks that
@@ -189,7 +200,7 @@ class Renderer:
             raise BadRow(f"more than {MOST_PLACES:,} turns")
         return tuple(turns), words
 
-    def _render(self, pattern: tuple[tuple[str, str], ...], answer_follows: bool) -> str:
+    def _render(self, pattern: Pattern, answer_follows: bool) -> str:
         """A pattern's rendering. Raises: BadRow if the template raises."""
         key = pattern, answer_follows
         if key not in self._texts:
@@ -198,7 +209,7 @@ class Renderer:
             self._texts[key] = self.rendering([_turn(*turn) for turn in pattern], answer_follows)
         return self._texts[key]
 
-    def _skeleton(self, pattern: tuple[tuple[str, str], ...], answer_follows: bool) -> Skeleton:
+    def _skeleton(self, pattern: Pattern, answer_follows: bool) -> Skeleton:
         key = pattern, answer_follows
         if key not in self._skeletons:
             if len(self._skeletons) >= KEPT:
@@ -208,13 +219,12 @@ class Renderer:
 
     # ---- a skeleton --------------------------------------------------------------------------------------------------
 
-    def _made(self, pattern: tuple[tuple[str, str], ...], answer_follows: bool) -> Skeleton:
+    def _made(self, pattern: Pattern, answer_follows: bool) -> Skeleton:
         text = self._render(pattern, answer_follows)
         for role, content in pattern:
             if role != "assistant" and any(place not in text for place in _PLACE.findall(content)):
                 raise BadRow(f"{self.where} leaves out what the {role} says")
-        spans: dict[int, tuple[int, int, bool]] = {}  # of each answer: begin, end, whether nothing in the row ends it
-        refusals = {}
+        spans, refusals = dict[int, Span](), dict[int, str]()
         for number, (role, _) in enumerate(pattern):
             if role == "assistant":
                 found = self._answer(text, pattern, number)
@@ -224,30 +234,41 @@ class Renderer:
                     spans[number] = found
         return Skeleton(_parts(text), tuple(self._stretches(text, spans)), frozenset(spans), refusals)
 
-    def _answer(self, text: str, pattern: tuple[tuple[str, str], ...], number: int) -> tuple[int, int, bool] | str:
-        """Where a turn's answer begins and ends in a rendered dialogue, and whether nothing there ends it; or why it is not learned."""
+    def _answer(self, text: str, pattern: Pattern, number: int) -> Span | str:
+        """Where the answer of a turn stands in a rendered dialogue; or why it cannot be learned there."""
         try:
             prompt = self._render(pattern[:number], True)
+            found = self._span(text, prompt, pattern[number][1])
+            if isinstance(found, str) or number + 1 == len(pattern):
+                return found
+            given = self._render(pattern[: number + 1], False)
         except BadRow as reason:
-            return f"no prompt for an answer: {reason}"
+            return str(reason)
+        at_first = self._span(given, prompt, pattern[number][1])
+        if isinstance(at_first, str):
+            return at_first
+        if text[found.begin : found.end] != given[at_first.begin : at_first.end]:
+            return f"{self.where} changes earlier answers once there are later turns"
+        return found
+
+    def _span(self, text: str, prompt: str, content: str) -> Span | str:
+        """Where an answer stands in a text, given its prompt and its content in the pattern; or why that is not to be found."""
         if not text.startswith(prompt):
             return self._difference(prompt, text)
-        places = _PLACE.findall(pattern[number][1])
+        places = _PLACE.findall(content)
         if any(text.count(place) != 1 for place in places):
-            return f"{self.where} leaves out a part of an earlier answer, or writes it twice"
-        start = len(prompt)
-        if any(text.index(place) < start for place in places):
+            return f"{self.where} leaves out a part of an answer, or writes it twice"
+        begin = len(prompt)
+        if any(text.index(place) < begin for place in places):
             return f"{self.where} writes an answer before its prompt"
-        after = text.index(places[-1]) + 1 if places else start
+        after = text.index(places[-1]) + 1 if places else begin
+        if not self.end:
+            space = content.rpartition(places[-1])[2] if places else ""
+            return Span(begin, after + (len(space) if text.startswith(space, after) else 0), closes=True)
         following = _PLACE.search(text, after)
         limit = following.start() if following else len(text)
-        if not self.end:
-            space = pattern[number][1].rpartition(places[-1])[2] if places else ""
-            return start, after + (len(space) if text.startswith(space, after) else 0), True
         end = next((m for m in self._special.finditer(text, after, limit) if m[0] == self.end), None)
-        if end is None:
-            return f"{self.where} does not end this answer with {self.end}, as it ends others"
-        return start, end.end(), False
+        return f"{self.where} does not end every answer with {self.end}" if end is None else Span(begin, end.end())
 
     def _difference(self, prompt: str, text: str) -> str:
         """Why a prompt is no prefix of the dialogue, as far as that can be said."""
@@ -263,19 +284,16 @@ class Renderer:
             f"{self.where} changes earlier turns once there are later ones: this answer was given to a different text"
         )
 
-    def _stretches(self, text: str, spans: Mapping[int, tuple[int, int, bool]]) -> Iterator[Stretch]:
+    def _stretches(self, text: str, spans: Mapping[int, Span]) -> Iterator[Stretch]:
         """A rendered pattern cut at its special tokens, and where answers begin and end."""
         special = {m.start(): m.end() for m in self._special.finditer(text)}
-        answer_at = {begin: (number, end, closes) for number, (begin, end, closes) in spans.items()}
-        edges = {0, len(text), *special, *special.values()}
-        edges |= {at for begin, end, _ in spans.values() for at in (begin, end)}
-        cuts = sorted(edges)
-        number, stop, closes, eaten = -1, 0, False, False
+        answer_at = {span.begin: number for number, span in spans.items()}
+        borders = {at for span in spans.values() for at in (span.begin, span.end)}
+        cuts = sorted({0, len(text), *special, *special.values(), *borders})
+        number, eaten = -1, False
         for a, b in pairwise(cuts):
-            if a in answer_at:
-                number, stop, closes = answer_at[a]
-            elif a >= stop:
-                number = -1
+            if a in answer_at or (number >= 0 and a >= spans[number].end):
+                number = answer_at.get(a, -1)
             piece = text[a:b]
             if a in special:
                 yield Stretch((piece,), number, special=True)
@@ -287,7 +305,8 @@ class Renderer:
             if special.get(b, 0) and text[b : special[b]] in self._eats_before:
                 piece = piece.rstrip()
             if piece:
-                yield Stretch(_parts(piece), number, closes=closes and number >= 0 and b >= stop)
+                closes = number >= 0 and spans[number].closes and b == spans[number].end
+                yield Stretch(_parts(piece), number, closes=closes)
 
 
 def _turn(role: str, content: str) -> Turn:

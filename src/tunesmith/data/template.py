@@ -22,7 +22,7 @@ class Segment(NamedTuple):
 
     text: its words; of a `special` one the text of a single special token, which becomes that token's id. Words never do,
         even if they spell one.
-    loss: its tokens are targets. A special token that is one ends an answer.
+    loss: its tokens are targets. The template's `end` that is one ends an answer.
     closes: behind its last token the end of text is a target, but does not stand in the row: no later token reads it.
     """
 
