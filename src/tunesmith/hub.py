@@ -27,6 +27,7 @@ def download_model(repo: str) -> Path:
         "generation_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
+        "chat_template.jinja",
         "special_tokens_map.json",
         "added_tokens.json",
         "spm.model",

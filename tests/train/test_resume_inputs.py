@@ -407,5 +407,5 @@ def test_one_fingerprint_of_content(tmp_path):
 def test_config_and_history_are_plain_yaml(tiny_directory, tmp_path):
     run = ts.sft(tiny_config(tiny_directory, tmp_path / "r", **SHORT))
     assert set(yaml.safe_load((run.path / "config.yaml").read_text())) == {
-        "model", "data", "train", "optimizer", "lora", "eval", "checkpoint",
+        "model", "data", "chat", "train", "optimizer", "lora", "eval", "checkpoint",
     }  # fmt: skip

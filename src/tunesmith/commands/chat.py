@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tunesmith.commands.chat_terminal import converse
+from tunesmith.data.chosen_template import chat_template
 from tunesmith.device import keep_freed_memory
 from tunesmith.files.bases import base_at
 from tunesmith.files.names import load
@@ -17,7 +18,7 @@ from tunesmith.terminal import latin1_where_undecodable
 def chat(model_name: str, options: ChatCommand) -> None:
     """Answer messages until /quit or the end of the input. A long conversation loses its beginning, with a word about it."""
     keep_freed_memory()
-    with base_at(options.model.base):
+    with base_at(options.model.base), chat_template(options.chat.template):
         model, tokenizer = load(model_name, device=options.device)
     count = model.parameter_count()  # before `prepare`, which frees the plain weights on a CPU
     g = options.generate

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tunesmith.data.chosen_template import chat_template
 from tunesmith.data.prompts import Prompt, each_once, load_prompts
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.device import keep_freed_memory
@@ -66,7 +67,7 @@ def compare(a: str, b: str, options: CompareCommand) -> Comparison:
     judge = make_judge(options)
     for file in filter(None, (options.out, options.html)):  # told now, not after minutes
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-    with base_at(options.model.base):
+    with base_at(options.model.base), chat_template(options.chat.template):
         comparison = answered(a, b, options)
     if judge:
         try:

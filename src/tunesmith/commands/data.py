@@ -15,6 +15,7 @@ from rich.text import Text as RichText
 from tunesmith.data.audit.cuts import END_CUT, OWN, SHARED, Cut
 from tunesmith.data.audit.rows import DIALOGUES, PAIRS, TEXTS
 from tunesmith.data.audit.survey import Audit, SplitAudit, audit
+from tunesmith.data.chosen_template import chat_template
 from tunesmith.data.cutting import USUAL_BLOCK, block_size_of, cut_rows, resolve_block_size
 from tunesmith.data.datasets import Source, beside, open_dataset
 from tunesmith.data.encoding import IGNORE_INDEX
@@ -35,7 +36,8 @@ def show_data(name: str, options: DataCommand) -> None:
     data = one_name(name, options.data)
     if not options.audit and (options.against or options.out):
         raise UsageError(f"--{'against' if options.against else 'out'} is for an audit; add --audit true")
-    tokenizer = load_tokenizer(options.tokenizer)
+    with chat_template(options.chat.template):
+        tokenizer = load_tokenizer(options.tokenizer)
     shape = known_shape(options.tokenizer)
     if data.block_size == "auto":  # a size of one's own is held against no model: whose tokenizer it is does not matter
         data = dataclasses.replace(

@@ -21,6 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tunesmith.commands.data import one_name
+from tunesmith.data.chosen_template import chat_template
 from tunesmith.data.cutting import resolve_block_size
 from tunesmith.data.datasets import Source, open_dataset
 from tunesmith.data.dialogue import Preference
@@ -141,7 +142,7 @@ def evaluate(model_name: str, dataset: str, options: EvaluateCommand) -> dict[st
     data = one_name(dataset, options.data)
     source = open_dataset(data)
     split = options.split if options.split in source.files else "train"
-    with base_at(options.model.base):
+    with base_at(options.model.base), chat_template(options.chat.template):
         return _evaluate(Held(source, split, data, options, model_name, training_runs(model_name)), dataset)
 
 

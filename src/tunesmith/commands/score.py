@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tunesmith.data.chosen_template import chat_template
 from tunesmith.data.prompts import each_once, load_prompts
 from tunesmith.device import keep_freed_memory
 from tunesmith.errors import UsageError
@@ -50,7 +51,7 @@ def score(names: Sequence[str], options: ScoreCommand) -> dict[str, Any]:
             f"--samples is {options.samples}, expected at least 1; --shown is {options.shown}, expected 0 or more"
         )
     keep_freed_memory()
-    with base_at(options.model.base):
+    with base_at(options.model.base), chat_template(options.chat.template):
         return _score(names, options)
 
 

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import tokenizers
@@ -209,3 +210,10 @@ def _of_metaspace(name: str) -> bytes:
 def keeps_text(parts: Parts) -> bool:
     """Whether the normaliser changes no more of a text than the form of its characters (NFC) and how a space is written."""
     return all(part in (_PREPEND, _REPLACE, {"type": "NFC"}) for part in _sequence(parts["normalizer"], "normalizers"))
+
+
+def begins_of(backend: tokenizers.Tokenizer) -> list[str]:
+    """The special tokens that its post-processor puts before a text."""
+    with_them = backend.encode("a", add_special_tokens=True)
+    added = takewhile(lambda token: token[1], zip(with_them.tokens, with_them.special_tokens_mask, strict=True))
+    return [token for token, _ in added]

@@ -119,13 +119,26 @@ def conversation(prompt: str | Conversation) -> list[Message]:
 
 
 def encode_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
-    """Ids of what a model reads of a conversation before it answers, the same as in training. Raises: as `turns_of`."""
-    return ids_of(tokenizer.template.segments(turns_of(conversation), True), tokenizer)
+    """Ids of what a model reads of a conversation before it answers, the same as in training.
+
+    Raises: as `turns_of`, or UserError if the template refuses the conversation.
+    """
+    turns = turns_of(conversation)
+    try:
+        return ids_of(tokenizer.template.segments(turns, True), tokenizer)
+    except BadRow as reason:
+        raise UserError(f"the model's form of a dialogue has no place for this conversation: {reason}") from None
 
 
 def encode_answered(tokenizer: Tokenizer, turns: Sequence[Message], answer: str) -> tuple[list[int], list[int]]:
-    """Ids of a conversation, and of an answer to it without its end, the same as in training."""
-    prompt, words = tokenizer.template.answered([*turns, Message("assistant", answer)])
+    """Ids of a conversation, and of an answer to it without its end, the same as in training.
+
+    Raises: UserError if the template refuses them.
+    """
+    try:
+        prompt, words = tokenizer.template.answered([*turns, Message("assistant", answer)])
+    except BadRow as reason:
+        raise UserError(f"the model's form of a dialogue has no place for this answer: {reason}") from None
     return ids_of(prompt, tokenizer), list(
         chain.from_iterable(tokenizer.encode_segments(tokenizer.continued(prompt, words)))
     )

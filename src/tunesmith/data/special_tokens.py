@@ -43,7 +43,7 @@ class SpecialTokens:
     settings: tokenizer_config.json without tokens and without what belongs to one loading; a role that it expressly leaves
     empty is None. roles: `eos_token` and its like -> the token's text. implied: the same, of roles that are not named but
     that the class has, if there is such a token. extra: further special tokens. added: id -> token, for a vocabulary that
-    lacks it. ends: ids with which transformers' `generate` ends an answer, in its order.
+    lacks it. ends: ids with which transformers' `generate` ends an answer, in its order. chat_template: the text of the model's; "": none.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -52,6 +52,7 @@ class SpecialTokens:
     extra: tuple[str, ...] = ()
     added: dict[int, AddedToken] = field(default_factory=dict)
     ends: tuple[int, ...] = ()
+    chat_template: str = ""
 
     @property
     def texts(self) -> list[str]:
@@ -103,7 +104,8 @@ def read_special_tokens(directory: Path) -> SpecialTokens:
     implied = {role: text for role, text in by_class.items() if role not in config and role in ROLES}
     if "padding_side" in by_class:
         settings.setdefault("padding_side", by_class["padding_side"])
-    return SpecialTokens(settings, roles, implied, extra, dict(sorted(added.items())), ends_of_answers(directory))
+    ends, template = ends_of_answers(directory), stored_template(directory)
+    return SpecialTokens(settings, roles, implied, extra, dict(sorted(added.items())), ends, template)
 
 
 def _text(token: Any) -> str:
@@ -152,3 +154,28 @@ def generation_settings(ends: list[int], pad: int, begin: int) -> dict[str, Any]
         "eos_token_id": ends[0] if len(ends) == 1 else ends,
         "pad_token_id": pad,
     }
+
+
+def stored_template(directory: Path) -> str:
+    """The text of the chat_template in a model's directory, as transformers finds it; "" where there is none.
+
+    That is the file chat_template.jinja, else `chat_template` of tokenizer_config.json, where of several the one named default.
+    Raises: UserError for one that is no text, or for several without a default.
+    """
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    value: Any = read_json_if_there(directory / "tokenizer_config.json").get("chat_template")
+    if isinstance(value, list):
+        named = {t.get("name"): t.get("template") for t in value if isinstance(t, dict)}
+        if "default" not in named:
+            raise UserError(
+                f"{directory}/tokenizer_config.json: chat_template is a list without one named default ({', '.join(map(str, named))}); "
+                "choose one with --chat.template FILE.jinja"
+            )
+        value = named["default"]
+    if value is not None and not isinstance(value, str):
+        raise UserError(
+            f"{directory}/tokenizer_config.json: chat_template is a {type(value).__name__}, expected a text"
+        )
+    return value or ""

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from importlib import resources
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from tunesmith.data.backend import (
     END_OF_TEXT,
+    begins_of,
     byte_level,
     byte_levels,
     gpt2_byte_symbols,
@@ -34,8 +34,10 @@ from tunesmith.data.backend import (
 from tunesmith.data.dialogue import Message
 from tunesmith.data.fingerprint import content_hash
 from tunesmith.data.hh_template import HH
+from tunesmith.data.jinja_template import from_jinja
 from tunesmith.data.special_tokens import SpecialTokens, generation_settings, read_special_tokens
 from tunesmith.data.template import Segment, Template
+from tunesmith.data.templates import TEMPLATES
 from tunesmith.data.tokenizer_classes import class_for
 from tunesmith.errors import UserError
 from tunesmith.jsontext import read_json, write_json
@@ -49,8 +51,8 @@ WHITE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(
 class Tokenizer:
     """A model's tokenizer, and the template that says what it encodes of a dialogue.
 
-    template: the form that the model is trained with. It is decided here, where a tokenizer is made or loaded, and nowhere
-        else: who has a tokenizer knows the form. Today it is the HH form for every model.
+    template: the form that the model is trained with: its own, or what `chosen_template` asks for. It is decided where a
+        tokenizer is made or loaded, and nowhere else: who has a tokenizer knows the form.
     end_of_text: the id that ends a text in training: the model's `eos_token`. end_of_answer: that ends an answer in the
         template. stops: all ids that end an answer.
     vocab_size: the largest id and one more.
@@ -63,9 +65,9 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         where: str = "tokenizer",
         special: SpecialTokens | None = None,
-        template: Template = HH,
+        template: Template | None = None,
     ) -> None:
-        """special: what is known beside `backend`.
+        """special: what is known beside `backend`. template: None: that of `special`, or HH where there is none.
 
         Raises: UserError if there is no end-of-text token, or none of those that end an answer in the template.
         """
@@ -78,12 +80,27 @@ class Tokenizer:
         self._parts = parts  # as tokenizer.json has them; those of the backend are for the middle of a text
         self._stored = self._backend = text_only(with_parts(backend, in_the_middle(parts)))
         self._added, self._bytes = self._backend.get_added_tokens_decoder(), dict[int, bytes]()
-        self.begins = _begins(self._backend)
+        self.begins = begins_of(self._backend)
         self.spelling = spelling(parts)
         self.vocab_size: int = max(backend.get_vocab().values(), default=-1) + 1
         self.end_of_text: int = self._end_of_text(where)
+        self.use(template or self.special.chat_template or HH, f"the chat_template beside {where}")
+
+    def use(self, template: Template | str, where: str = "chat_template") -> None:
+        """Give dialogues this form; a text is a Jinja chat_template, which may be that of a form of our own.
+
+        Raises: UserError if it cannot be used, or needs a token that there is not.
+        """
+        if isinstance(template, str):
+            text, special = template, [token for token in self._added.values() if token.special]
+            own = next((form for form in TEMPLATES.values() if text in (form.jinja, self._jinja(form))), None)
+            template = own or from_jinja(text, special, self.special.roles, where)
         self.template = template
+        self.__dict__.pop("_before_answers", None)
         self.end_of_answer: int = self.special_id(template.end) if template.end else self.end_of_text
+        for segment in template.segments([Message("user", "x")], True):
+            if segment.special:
+                self.special_id(segment.text)
 
     def _end_of_text(self, where: str) -> int:
         """The token that ends a text: the one that is named, GPT-2's, the first that ends an answer, or a usual one."""
@@ -361,18 +378,15 @@ class Tokenizer:
             "model_max_length": block_size,
             **roles,
             **extra,
-            "chat_template": self._opening_in_jinja + self.template.jinja,
+            "chat_template": self._jinja(self.template),
         }
 
-    @property
-    def _opening_in_jinja(self) -> str:
-        """What `begun` puts before a dialogue, for a template that says it to transformers."""
-        if not self.begins or not self.template.opens:
-            return ""
-        space = (
-            " " if self.opening and not self.opening.everywhere else ""
-        )  # behind a special token it puts none itself
-        return f"{{{{- {''.join(self.begins) + space!r} -}}}}"
+    def _jinja(self, template: Template) -> str:
+        """A template for transformers, with what `begun` puts before a dialogue."""
+        if not self.begins or not template.opens:
+            return template.jinja
+        space = " " if self.opening and not self.opening.everywhere else ""  # which Rust puts behind no special token
+        return f"{{{{- {''.join(self.begins) + space!r} -}}}}{template.jinja}"
 
     def _id_of(self, role: str) -> int | None:
         text = self.special.roles.get(role)
@@ -382,10 +396,3 @@ class Tokenizer:
         """The id for padding in a model of so many embeddings: the tokenizer's own, or the end of text."""
         own = self._id_of("pad_token")
         return self.end_of_text if own is None or own >= embeddings else own
-
-
-def _begins(backend: tokenizers.Tokenizer) -> list[str]:
-    """The special tokens that its post-processor puts before a text."""
-    with_them = backend.encode("a", add_special_tokens=True)
-    added = takewhile(lambda token: token[1], zip(with_them.tokens, with_them.special_tokens_mask, strict=True))
-    return [token for token, _ in added]

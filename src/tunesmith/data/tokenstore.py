@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tunesmith.data.datasets import Source
-from tunesmith.data.dialogue import Preference, Row, Text, prose
+from tunesmith.data.dialogue import BadRow, Dialogue, Preference, Row, Text, prose
 from tunesmith.data.encoding import encode_rows, targets_of
 from tunesmith.data.fingerprint import content_hash
 from tunesmith.data.readers import Located, Report
@@ -129,7 +129,8 @@ def tokenise(source: Source, split: str, tokenizer: Tokenizer, *, form: Form = "
 
     def write(aside: Path) -> None:
         report = Report()
-        _encode(source.rows(split, report, pairs=form == "pairs", as_text=form == "texts"), tokenizer, form, aside)
+        read = source.rows(split, report, pairs=form == "pairs", as_text=form == "texts")
+        _encode(_cut(read, source, split, report, tokenizer.template, form), tokenizer, aside)
         with _writing():
             (aside / "report.json").write_text(json.dumps(dataclasses.asdict(report)), encoding="utf-8")
 
@@ -241,7 +242,49 @@ class _Column:
         np.lib.format.write_array_header_1_0(self.file, header)
 
 
-def _encode(rows: Iterator[Located], tokenizer: Tokenizer, form: Form, directory: Path) -> None:
+@dataclass(frozen=True)
+class _Cut:
+    """A row as segments: what is stored of it, and where it stood."""
+
+    stored: list[list[Segment]]
+    plain: bool
+    place: tuple[int, int]
+
+
+def _cut(
+    rows: Iterator[Located], source: Source, split: str, report: Report, template: Template, form: Form
+) -> Iterator[_Cut]:
+    """The rows as segments. One that the template refuses, or of which it lets nothing be learned, is counted with the reason.
+
+    Raises: UserError if none is left.
+    """
+    answers = unlearned = used = 0
+    for located in rows:
+        try:
+            stored = stored_rows(located.value, template, form)
+            if form == "dialogues" and isinstance(located.value, Dialogue | Preference):
+                messages = _dialogue(located.value).messages
+                asked = sum(m.role == "assistant" and m.weight != 0 and bool(m.content) for m in messages)
+                learned = sum(s.closes or (s.loss and s.special and s.text == template.end) for s in stored[0])
+                if not any(s.loss for s in stored[0]):
+                    raise BadRow(template.refusal(messages) or "no token of it carries loss")
+                answers, unlearned = answers + asked, unlearned + max(0, asked - learned)
+        except BadRow as reason:
+            report.used -= 1
+            report.add_bad(str(reason), source.place(split, located.file, located.line))
+            continue
+        used += 1
+        yield _Cut(stored, form == "prose" or isinstance(located.value, Text), (located.file, located.line))
+    if not used:
+        raise UserError(f"{source.name} ({split}) has no usable row: {'; '.join(report.lines())}")
+    if unlearned:
+        report.notes.append(
+            f"{unlearned:,} of {answers:,} answers are read but not learned: the chat template changes earlier turns once there are "
+            "later ones. A row that ends with such an answer would let it be learned"
+        )
+
+
+def _encode(rows: Iterator[_Cut], tokenizer: Tokenizer, directory: Path) -> None:
     """The columns of a store, a block of rows at a time; while one is encoded the next is read."""
     small = tokenizer.vocab_size <= 1 << 16
     kinds: dict[str, tuple[Any, ...]] = {
@@ -259,7 +302,7 @@ def _encode(rows: Iterator[Located], tokenizer: Tokenizer, form: Form, directory
             files.callback(columns[name].abandon)
         columns["offsets"].append(np.zeros(1))
         end, words = 0, Words(tokenizer)
-        for block in _ahead(_blocks(rows, tokenizer, form), lambda block: _encoded(block, words)):
+        for block in _ahead(_blocks(rows, tokenizer), lambda block: _encoded(block, words)):
             end += int(block["lengths"].sum())
             block["offsets"] = end - block["lengths"].sum() + np.cumsum(block.pop("lengths"))
             for name, values in block.items():
@@ -277,16 +320,16 @@ class _Block:
     places: list[tuple[int, int]]
 
 
-def _blocks(rows: Iterator[Located], tokenizer: Tokenizer, form: Form) -> Iterator[_Block]:
+def _blocks(rows: Iterator[_Cut], tokenizer: Tokenizer) -> Iterator[_Block]:
     """The rows in blocks of about CHARACTERS_AT_A_TIME."""
     block, size = _Block([], [], []), 0
-    for located in rows:
-        first, *rest = stored_rows(located.value, tokenizer.template, form)
-        plain = form == "prose" or isinstance(located.value, Text)
-        for segments in (tokenizer.begun(first, plain=plain), *(tokenizer.continued(first, answer) for answer in rest)):
+    for row in rows:
+        first, *rest = row.stored
+        begun = tokenizer.begun(first, plain=row.plain)
+        for segments in (begun, *(tokenizer.continued(first, answer) for answer in rest)):
             block.segments.append(segments)
-            block.plain.append(plain)
-            block.places.append((located.file, located.line))
+            block.plain.append(row.plain)
+            block.places.append(row.place)
             size += sum([len(segment.text) for segment in segments])
         if size >= CHARACTERS_AT_A_TIME:
             yield block
@@ -329,7 +372,11 @@ def stored_rows(row: Row, template: Template, form: Form = "dialogues") -> list[
         return [prompt, chosen, template.answered(row.rejected.messages)[1]]
     if form == "prose":
         return [[Segment(prose(row), loss=True, closes=True)]]
-    dialogue = row.chosen if isinstance(row, Preference) else row
-    if isinstance(dialogue, Text):
-        return [[Segment(dialogue.text, loss=True, closes=True)]]
+    if isinstance(row, Text):
+        return [[Segment(row.text, loss=True, closes=True)]]
+    dialogue = _dialogue(row)
     return [template.whole(dialogue.messages) if form == "texts" else template.segments(dialogue.messages, False)]
+
+
+def _dialogue(row: Dialogue | Preference) -> Dialogue:
+    return row.chosen if isinstance(row, Preference) else row

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 
+from tunesmith.data.chosen_template import with_template_asked_for
 from tunesmith.data.special_tokens import ends_of_answers, with_ends
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.device import resolve_device
@@ -177,7 +178,7 @@ def load(name: str, *, device: str = "auto", dtype: torch.dtype = torch.float32)
         raise UsageError(f"dtype is {dtype!r}, expected a floating-point one, as torch.bfloat16")
 
     def read(directory: Path) -> tuple[Model, Tokenizer]:
-        model, tokenizer = load_plain(directory), _tokenizer_in(directory)
+        model, tokenizer = load_plain(directory), with_template_asked_for(_tokenizer_in(directory))
         tokenizer.limit(model.config.vocab_size, str(directory))
         return model, tokenizer
 
@@ -322,7 +323,11 @@ def load_for_training(name: str, *, init: str, dropout: float, seed: int) -> tup
         tokenizer = load_tokenizer(name)
     else:
         model, tokenizer = read_model(
-            name, lambda directory: (load_plain(directory, dropout=dropout), _tokenizer_in(directory))
+            name,
+            lambda directory: (
+                load_plain(directory, dropout=dropout),
+                with_template_asked_for(_tokenizer_in(directory)),
+            ),
         )
     tokenizer.limit(model.config.vocab_size, name)
     return model, tokenizer
@@ -358,8 +363,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     The one of the named sizes (gpt2, gpt2-medium, ...) comes with the package and needs no download. Raises: as `find_model`.
     """
     if name in SIZES and SIZES[name].family.tokenizer == "gpt2":
-        return Tokenizer.gpt2()
-    return read_model(name, _tokenizer_in)
+        return with_template_asked_for(Tokenizer.gpt2())
+    return with_template_asked_for(read_model(name, _tokenizer_in))
 
 
 def new_model(shape: Config, seed: int) -> Model:

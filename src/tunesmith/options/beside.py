@@ -13,6 +13,7 @@ from tunesmith.jsontext import parse_json
 PLACES = (
     "model.name",
     "model.base",
+    "chat.template",
     "data.name",
     "data.root",
     "data.rm_static",

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tunesmith.options.training import DataOptions, GenerateOptions
+from tunesmith.options.training import ChatOptions, DataOptions, GenerateOptions
 
 
 @dataclass(frozen=True)
@@ -11,6 +11,7 @@ class DataCommand:
     """Build or check a data set: rows, tokens, lengths, what was skipped and why."""
 
     data: DataOptions = field(default_factory=DataOptions)
+    chat: ChatOptions = field(default_factory=ChatOptions)
     tokenizer: str = "gpt2"
     """MODEL whose tokenizer counts the tokens; `gpt2` comes with the package."""
     show: int = 0
@@ -37,6 +38,7 @@ class EvaluateCommand:
 
     model: BaseOptions = field(default_factory=BaseOptions)
     data: DataOptions = field(default_factory=DataOptions)
+    chat: ChatOptions = field(default_factory=ChatOptions)
     batch_size: int = 1
     """Rows of block_size tokens in one forward pass."""
     split: Literal["test", "train"] = "test"
@@ -65,6 +67,7 @@ class ScoreCommand:
     samples: int = 1
     """Answers per prompt; with more than one, best-of-n is shown beside the mean."""
     generate: GenerateOptions = field(default_factory=GenerateOptions)
+    chat: ChatOptions = field(default_factory=ChatOptions)
     limit: int | None = None
     """Use only the first N prompts."""
     shown: int = 2
@@ -83,6 +86,7 @@ class CompareCommand:
     prompts: str | None = None
     """Prompt file: one per line, or rows with `prompt` and optionally `group`, or any data format; default: the embedded 40."""
     generate: GenerateOptions = field(default_factory=GenerateOptions)
+    chat: ChatOptions = field(default_factory=ChatOptions)
     limit: int | None = None
     """Use only the first N prompts."""
     reward: str | None = None
@@ -112,6 +116,7 @@ class ChatCommand:
 
     model: BaseOptions = field(default_factory=BaseOptions)
     generate: GenerateOptions = field(default_factory=GenerateOptions)
+    chat: ChatOptions = field(default_factory=ChatOptions)
     system: str | None = None
     """System prompt, placed before the conversation."""
     device: str = "auto"

@@ -24,6 +24,14 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
+class ChatOptions:
+    """How a dialogue is written for the model"""
+
+    template: str = "auto"
+    """hh, chatml, llama3, gemma, or a file with a Jinja chat_template; auto: the model's own, or hh where it has none."""
+
+
+@dataclass(frozen=True)
 class DataOptions:
     """The dialogues to train on"""
 
@@ -202,6 +210,7 @@ class SFTConfig:
 
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
+    chat: ChatOptions = field(default_factory=ChatOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     lora: LoRAOptions = field(default_factory=LoRAOptions)
@@ -235,6 +244,7 @@ class DPOConfig:
 
     model: ModelOptions = field(default_factory=ModelOptions)
     data: PairDataOptions = field(default_factory=PairDataOptions)
+    chat: ChatOptions = field(default_factory=ChatOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     lora: LoRAOptions = field(default_factory=LoRAOptions)
@@ -255,6 +265,7 @@ class RewardConfig:
 
     model: ModelOptions = field(default_factory=ModelOptions)
     data: PairDataOptions = field(default_factory=PairDataOptions)
+    chat: ChatOptions = field(default_factory=ChatOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     lora: LoRAOptions = field(default_factory=LoRAOptions)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import yaml
 
 from tunesmith.data.fingerprint import content_hash
+from tunesmith.data.hh_template import HH
 from tunesmith.data.tokenstore import TokenStore
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.places import PLACES
@@ -108,6 +109,7 @@ def inputs_of(command: str, trainee: Trainee, splits: Splits, more: Mapping[str,
     inputs = {
         "command": command,
         "tokenizer": trainee.tokenizer.fingerprint,
+        "template": trainee.tokenizer.template.name,
         "weights": trainee.fingerprint,
         "draws": DRAWS,
         "train": rows_of(splits.train),
@@ -270,6 +272,9 @@ def input_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Cha
     if before.get("tokenizer") != now["tokenizer"]:
         words = "the model's tokenizer is not the one that this run began with"
         changes.append(Change("tokenizer", before.get("tokenizer"), now["tokenizer"], words))
+    if (old := before.get("template", HH.name)) != now["template"]:
+        words = f"the chat template was {old}, now {now['template']}"
+        changes.append(Change("chat template", old, now["template"], words))
     return changes
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from tunesmith.data.chosen_template import AUTO, chat_template
 from tunesmith.data.mixture import parse_sets
 from tunesmith.device import describe, environment, seed_everything, set_allocator
 from tunesmith.errors import UsageError
@@ -46,8 +47,13 @@ def begin(config: Config, command: str) -> Iterator[tuple[Config, Path]]:
     default = default_directory(command, config.model.name, [name for name, _ in parse_sets(config.data.name)])
     with STOP.catching(), run_directory(config.out, default, config.resume) as path:
         seed_everything(config.train.seed)
-        with base_at(config.model.base if not isinstance(config, PretrainConfig) else None):
-            yield as_begun(as_they_lie(config, Run(path)), Run(path).config) if config.resume else config, path
+        if config.resume:
+            config = as_begun(as_they_lie(config, Run(path)), Run(path).config)
+        base, template = None, AUTO
+        if not isinstance(config, PretrainConfig):
+            base, template = config.model.base, config.chat.template
+        with base_at(base), chat_template(template):
+            yield config, path
 
 
 def run_training(
