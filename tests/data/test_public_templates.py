@@ -1,0 +1,51 @@
+"""Public models' chat templates: what is said of them in `public_templates`, checked with transformers alone."""
+
+import pytest
+
+from public_templates import PUBLIC, theirs_of
+from real_dialogues import SYSTEM, embedded, real
+
+every_public = pytest.mark.parametrize("name", PUBLIC)
+TALK = [
+    {"role": "user", "content": " Hi, what is 12345? "},
+    {"role": "assistant", "content": " A number.\n\n\nYes  two \u00e9 \U0001f600\n"},
+    {"role": "user", "content": "More"},
+    {"role": "assistant", "content": "Words."},
+]
+
+
+def rendered(theirs, messages, follows=False):
+    return theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=follows)
+
+
+@every_public
+def test_an_answer_is_its_words_between_the_prompt_and_the_end(name):
+    public, theirs = PUBLIC[name], theirs_of(PUBLIC[name])
+    whole, asked = rendered(theirs, TALK), rendered(theirs, TALK[:-1], True)
+    assert public.rewrites != whole.startswith(f"{asked}{public.lead}Words.{public.tail}{public.ends}")
+    first = TALK[1]["content"].strip() if public.strips else TALK[1]["content"]
+    prompt = rendered(theirs, TALK[:1], True)
+    assert public.rewrites or whole.startswith(f"{prompt}{public.lead}{first}{public.tail}{public.ends}")
+
+
+@every_public
+def test_what_becomes_of_a_system_turn_and_of_two_questions_in_a_row(name):
+    public, theirs = PUBLIC[name], theirs_of(PUBLIC[name])
+    scene = [{"role": "system", "content": SYSTEM}]
+    if public.system == "refused":
+        with pytest.raises(Exception, match="System role not supported|must alternate"):
+            rendered(theirs, scene + TALK)
+    else:
+        assert (SYSTEM in rendered(theirs, scene + TALK[:1], True)) == (public.system == "kept")
+    if public.alternates:
+        with pytest.raises(Exception, match="must alternate"):
+            rendered(theirs, [TALK[0], TALK[2]], True)
+    else:
+        assert "More" in rendered(theirs, [TALK[0], TALK[2]], True)
+
+
+def test_there_are_two_hundred_real_dialogues_of_many_turns(shared_data):
+    talks = real(shared_data, 200)
+    assert len(talks) == 200
+    assert sum(len(talk) > 2 for talk in talks) > 100
+    assert {talk[-1]["role"] for talk in [*talks, *embedded(24)]} == {"assistant"}
