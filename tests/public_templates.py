@@ -18,9 +18,19 @@ from transformers import PreTrainedTokenizerFast
 from tunesmith.files.names import SAMPLE
 
 TEXTS = Path(__file__).parent / "data" / "chat_templates"
-IM = ("<|im_start|>", "<|im_end|>")
 HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 THINK = ("<think>", "</think>")
+GEMMA = ("<start_of_turn>", "<end_of_turn>")
+MISTRAL = (
+    "[INST]",
+    "[/INST]",
+    *(f"[{slash}{name}]" for name in ("AVAILABLE_TOOLS", "TOOL_RESULTS") for slash in ("", "/")),
+    "[TOOL_CALLS]",
+)
+BEGIN, END, USER, ASSISTANT = (
+    f"<\uff5c{name}\uff5c>"
+    for name in ("begin\u2581of\u2581sentence", "end\u2581of\u2581sentence", "User", "Assistant")
+)
 
 
 @dataclass(frozen=True)
@@ -64,29 +74,154 @@ PUBLIC = {
     p.name: p
     for p in (
         Public("chatml", "teknium/OpenHermes-2.5-Mistral-7B", "llama2", "<s>", "<|im_end|>", ("<|im_start|>",)),
-        Public("llama2", "meta-llama/Llama-2-7b-chat-hf", "llama2", "<s>", "</s>", strips=True, alternates=True, lead=" ", tail=" "),
-        Public("llama3", "meta-llama/Meta-Llama-3-8B-Instruct", "llama3", "<|begin_of_text|>", "<|eot_id|>", HEADERS, strips=True),
-        Public("llama32", "meta-llama/Llama-3.2-1B-Instruct", "llama3", "<|begin_of_text|>", "<|eot_id|>", HEADERS, strips=True),
-        Public("gemma2", "google/gemma-2-2b-it", "gemma", "<bos>", "<eos>", ("<start_of_turn>", "<end_of_turn>"), end="<end_of_turn>", strips=True, system="refused", alternates=True),
-        Public("gemma3", "google/gemma-3-1b-it", "gemma", "<bos>", "<eos>", ("<start_of_turn>", "<end_of_turn>"), end="<end_of_turn>", strips=True, alternates=True),
-        Public("qwen25", "Qwen/Qwen2.5-0.5B-Instruct", "qwen", None, "<|im_end|>", ("<|endoftext|>", "<|im_start|>"), ("<tool_call>", "</tool_call>")),
-        Public("qwen3", "Qwen/Qwen3-0.6B", "qwen", None, "<|im_end|>", ("<|endoftext|>", "<|im_start|>"), ("<tool_call>", "</tool_call>", *THINK), rewrites=True),
-        Public("smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", "smollm", "<|im_start|>", "<|im_end|>", ("<|endoftext|>",)),
-        Public("smollm3", "HuggingFaceTB/SmolLM3-3B", "llama3", None, "<|im_end|>", ("<|begin_of_text|>", "<|end_of_text|>", "<|im_start|>"), THINK),
+        Public(
+            "llama2",
+            "meta-llama/Llama-2-7b-chat-hf",
+            "llama2",
+            "<s>",
+            "</s>",
+            strips=True,
+            alternates=True,
+            lead=" ",
+            tail=" ",
+        ),
+        Public(
+            "llama3",
+            "meta-llama/Meta-Llama-3-8B-Instruct",
+            "llama3",
+            "<|begin_of_text|>",
+            "<|eot_id|>",
+            HEADERS,
+            strips=True,
+        ),
+        Public(
+            "llama32",
+            "meta-llama/Llama-3.2-1B-Instruct",
+            "llama3",
+            "<|begin_of_text|>",
+            "<|eot_id|>",
+            HEADERS,
+            strips=True,
+        ),
+        Public(
+            "gemma2",
+            "google/gemma-2-2b-it",
+            "gemma",
+            "<bos>",
+            "<eos>",
+            GEMMA,
+            end="<end_of_turn>",
+            strips=True,
+            system="refused",
+            alternates=True,
+        ),
+        Public(
+            "gemma3",
+            "google/gemma-3-1b-it",
+            "gemma",
+            "<bos>",
+            "<eos>",
+            GEMMA,
+            end="<end_of_turn>",
+            strips=True,
+            alternates=True,
+        ),
+        Public(
+            "qwen25",
+            "Qwen/Qwen2.5-0.5B-Instruct",
+            "qwen",
+            None,
+            "<|im_end|>",
+            ("<|endoftext|>", "<|im_start|>"),
+            ("<tool_call>", "</tool_call>"),
+        ),
+        Public(
+            "qwen3",
+            "Qwen/Qwen3-0.6B",
+            "qwen",
+            None,
+            "<|im_end|>",
+            ("<|endoftext|>", "<|im_start|>"),
+            ("<tool_call>", "</tool_call>", *THINK),
+            rewrites=True,
+        ),
+        Public(
+            "smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", "smollm", "<|im_start|>", "<|im_end|>", ("<|endoftext|>",)
+        ),
+        Public(
+            "smollm3",
+            "HuggingFaceTB/SmolLM3-3B",
+            "llama3",
+            None,
+            "<|im_end|>",
+            ("<|begin_of_text|>", "<|end_of_text|>", "<|im_start|>"),
+            THINK,
+        ),
         Public("zephyr", "HuggingFaceH4/zephyr-7b-beta, TinyLlama/TinyLlama-1.1B-Chat-v1.0", "llama2", "<s>", "</s>"),
-        Public("phi3", "microsoft/Phi-3-mini-4k-instruct", "phi3", "<s>", "<|endoftext|>", ("</s>",), end="<|end|>", system="dropped"),
+        Public(
+            "phi3",
+            "microsoft/Phi-3-mini-4k-instruct",
+            "phi3",
+            "<s>",
+            "<|endoftext|>",
+            ("</s>",),
+            end="<|end|>",
+            system="dropped",
+        ),
         Public("phi35", "microsoft/Phi-3.5-mini-instruct", "phi3", "<s>", "<|endoftext|>", ("</s>",), end="<|end|>"),
         Public("phi4", "microsoft/phi-4", "llama3", "<|endoftext|>", "<|im_end|>", ("<|im_start|>", "<|im_sep|>")),
-        Public("mistral01", "mistralai/Mistral-7B-Instruct-v0.1", "llama2", "<s>", "</s>", system="refused", alternates=True),
-        Public("mistral03", "mistralai/Mistral-7B-Instruct-v0.3", "mistral3", "<s>", "</s>", ("[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"), strips=True, alternates=True, lead=" "),
-        Public("deepseek2", "deepseek-ai/DeepSeek-V2-Lite-Chat", "qwen", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", lead=" "),
-        Public("r1distill", "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "qwen", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", plain=("<｜User｜>", "<｜Assistant｜>", *THINK), rewrites=True),
-        Public("granite3", "ibm-granite/granite-3.0-8b-instruct", "gpt2", "<|end_of_text|>", "<|end_of_text|>", ("<|start_of_role|>", "<|end_of_role|>", "<|tool_call|>")),
+        Public(
+            "mistral01",
+            "mistralai/Mistral-7B-Instruct-v0.1",
+            "llama2",
+            "<s>",
+            "</s>",
+            system="refused",
+            alternates=True,
+        ),
+        Public(
+            "mistral03",
+            "mistralai/Mistral-7B-Instruct-v0.3",
+            "mistral3",
+            "<s>",
+            "</s>",
+            MISTRAL,
+            strips=True,
+            alternates=True,
+            lead=" ",
+        ),
+        Public("deepseek2", "deepseek-ai/DeepSeek-V2-Lite-Chat", "qwen", BEGIN, END, lead=" "),
+        Public(
+            "r1distill",
+            "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+            "qwen",
+            BEGIN,
+            END,
+            plain=(USER, ASSISTANT, *THINK),
+            rewrites=True,
+        ),
+        Public(
+            "granite3",
+            "ibm-granite/granite-3.0-8b-instruct",
+            "gpt2",
+            "<|end_of_text|>",
+            "<|end_of_text|>",
+            ("<|start_of_role|>", "<|end_of_role|>", "<|tool_call|>"),
+        ),
         Public("olmo2", "allenai/OLMo-2-1124-7B-Instruct", "llama3", "<|endoftext|>", "<|endoftext|>"),
         Public("openchat", "openchat/openchat-3.5-0106", "llama2", "<s>", "<|end_of_turn|>", ("</s>",), lead=" "),
-        Public("commandr", "CohereForAI/c4ai-command-r-plus", "gpt2", "<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>", ("<|START_OF_TURN_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>"), strips=True, alternates=True),
+        Public(
+            "commandr",
+            "CohereForAI/c4ai-command-r-plus",
+            "gpt2",
+            "<BOS_TOKEN>",
+            "<|END_OF_TURN_TOKEN|>",
+            ("<|START_OF_TURN_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>"),
+            strips=True,
+            alternates=True,
+        ),
     )
-}  # fmt: skip
+}
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------------

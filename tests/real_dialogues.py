@@ -23,13 +23,18 @@ def embedded(count):
     return [_messages(pairs[2 * i] + (pairs[2 * i + 1] if i % 3 else [])) for i in range(count)]
 
 
+def _rows(path: Path):
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
+
+
 def _hh(path: Path):
-    for row in map(json.loads, gzip.open(path, "rt", encoding="utf-8")):
+    for row in _rows(path):
         yield [text.strip(" ") for text in re.split(r"\n\n(?:Human|Assistant):", row["chosen"])[1:]]
 
 
 def _oasst(path: Path):
-    for tree in map(json.loads, gzip.open(path, "rt", encoding="utf-8")):
+    for tree in _rows(path):
         node, turns = tree["prompt"], []
         while node:
             turns.append(node["text"])
@@ -39,7 +44,7 @@ def _oasst(path: Path):
 
 def real(shared_data: Path, count: int):
     """From HH-RLHF, OpenAssistant and Schema-Guided Dialogue in turn; texts as they are, white space included."""
-    sgd = (row["turns"] for row in map(json.loads, gzip.open(shared_data / "sgd/dev.jsonl.gz", "rt", encoding="utf-8")))
+    sgd = (row["turns"] for row in _rows(shared_data / "sgd/dev.jsonl.gz"))
     hh, oasst = (
         _hh(shared_data / "hh-rlhf/harmless-base/test.jsonl.gz"),
         _oasst(shared_data / "oasst-en/trees.jsonl.gz"),

@@ -33,7 +33,7 @@ def test_what_becomes_of_a_system_turn_and_of_two_questions_in_a_row(name):
     public, theirs = PUBLIC[name], theirs_of(PUBLIC[name])
     scene = [{"role": "system", "content": SYSTEM}]
     if public.system == "refused":
-        with pytest.raises(Exception, match="System role not supported|must alternate"):
+        with pytest.raises(Exception, match=r"System role not supported|must alternate"):
             rendered(theirs, scene + TALK)
     else:
         assert (SYSTEM in rendered(theirs, scene + TALK[:1], True)) == (public.system == "kept")
