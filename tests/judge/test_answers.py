@@ -1,9 +1,11 @@
 """Records of answers: what is measured on them without a judge, their file, and how two sets are compared."""
 
+import json
 from dataclasses import replace
 
 import pytest
 
+from tunesmith.data.hh_template import HH
 from tunesmith.errors import UserError
 from tunesmith.files.answers import ScoredAnswer, read_answers, rewards, write_answers
 from tunesmith.judge.measures import (
@@ -44,11 +46,13 @@ def test_repetition_is_the_share_of_four_word_sequences_seen_before():
     ],
 )  # fmt: skip
 def test_role_markers_at_the_beginning_of_a_line_are_leaks(text, leaks):
-    assert answer(text=text).leaks is leaks
+    assert HH.leaks(text) is leaks
 
 
 def test_measures_of_a_set():
-    found = measures([answer(text="a b", tokens=3), answer(text="Human: a", tokens=9, reason="length")])
+    found = measures(
+        [answer(text="a b", tokens=3), replace(answer(text="Human: a", tokens=9, reason="length"), leaks=True)]
+    )
     assert found == {
         "length": 6, "distinct_1": 4 / 5, "distinct_2": 1, "repetition": 0, "role_leaks": 0.5, "self_stopped": 0.5,
     }  # fmt: skip
@@ -60,6 +64,18 @@ def test_the_file_brings_back_what_went_in(tmp_path):
     answers = [answer(text='é\u2028 "x"\n', reward=0.25, group="g"), answer()]
     write_answers(tmp_path / "answers" / "step-00000001.jsonl", answers)
     assert read_answers(tmp_path / "answers" / "step-00000001.jsonl") == answers
+
+
+def test_answers_of_earlier_versions_leak_as_in_the_hh_form(tmp_path):
+    answers = [
+        replace(answer(text=text), leaks=leaks) for text, leaks in (("Sure.\nHuman: hi", True), ("Sure.", False))
+    ]
+    write_answers(tmp_path / "a.jsonl", answers)
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    (tmp_path / "old.jsonl").write_text(
+        "".join(json.dumps({k: v for k, v in row.items() if k != "leaks"}) + "\n" for row in rows)
+    )
+    assert read_answers(tmp_path / "old.jsonl") == answers
 
 
 def test_a_broken_line_is_named(tmp_path):

@@ -23,6 +23,7 @@ _TURN = re.compile(r"\n\n(Human|Assistant):")
 _OPENING = re.compile(r"\s*(?:Human|Assistant|System):")
 _ONE_BREAK = re.compile(r"\n(?=(?:Human|Assistant):)")
 _OPEN_END = re.compile(r"\n\nAssistant:\s*(?:\Z|\n\nHuman:)")
+_LEAK = re.compile(rf"^\s*({'|'.join(ROLE_NAMES)})\s*:", re.IGNORECASE | re.MULTILINE)
 _LEFT_INSIDE = re.compile(r"(?:^|\n)[ \t]*(?:Human|Assistant):|\n\nSystem:|\bAssistant:\s*\Z")
 
 
@@ -65,6 +66,13 @@ def _jinja() -> str:
     )
 
 
+def marker_inside(content: str) -> bool:
+    """Whether a turn's text holds what looks like the marker of another turn, which was not split off."""
+    # plain `in` first: most texts have none of these, and it is far cheaper than a search
+    likely = "Human:" in content or "Assistant:" in content or "System:" in content
+    return likely and _LEFT_INSIDE.search(content) is not None
+
+
 HH = Template(
     name="hh",
     segments=_segments,
@@ -72,6 +80,8 @@ HH = Template(
     stop_texts=(MARKERS["user"], MARKERS["assistant"], MARKERS["system"]),
     lead=" ",
     opens=True,
+    borders=marker_inside,
+    leak=lambda answer: _LEAK.search(answer) is not None,
 )
 
 
@@ -132,10 +142,3 @@ def _after_marker(role: str, body: str) -> Message:
 def asks_for_answers(transcript: str) -> bool:
     """Whether an answer of a transcript is left open, as in a file of prompts: nothing stands behind its marker."""
     return _OPEN_END.search(transcript) is not None
-
-
-def marker_inside(content: str) -> bool:
-    """Whether a turn's text holds what looks like the marker of another turn, which was not split off."""
-    # plain `in` first: most texts have none of these, and it is far cheaper than a search
-    likely = "Human:" in content or "Assistant:" in content or "System:" in content
-    return likely and _LEFT_INSIDE.search(content) is not None

@@ -9,8 +9,10 @@ tests/data/test_template.py then holds it to the laws.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from typing import NamedTuple
 
@@ -48,6 +50,8 @@ class Template:
     opens: the token with which a tokenizer begins every text, if it has one, stands before the dialogue too; False: the
         segments begin with all there is.
     refusal: messages -> why the form does not let the last answer be learned, "" where it does. Its segments then have no loss.
+    borders: whether words hold what looks like the border of a turn in this form; None: see `border_inside`.
+    leak: whether an answer goes on with a turn of its own, which a reader should never see; None: as `border_inside`.
 
     `segments` and all that rest on it raise BadRow for a dialogue that the form does not know, as one without a question.
     """
@@ -61,6 +65,8 @@ class Template:
     trail: str = ""
     opens: bool = False
     refusal: Callable[[Sequence[Message]], str] = field(default=lambda messages: "")
+    borders: Callable[[str], bool] | None = None
+    leak: Callable[[str], bool] | None = None
 
     def text(self, messages: Sequence[Message]) -> str:
         """The dialogue as a person reads it, special tokens by their names."""
@@ -102,6 +108,27 @@ class Template:
         return len(answer) - max(
             (n for stop in self.stop_texts for n in range(1, len(stop)) if answer.endswith(stop[:n])), default=0
         )
+
+    def border_inside(self, words: str) -> bool:
+        """Whether words hold what begins or ends a turn in this form: a model that learns them learns to write both sides."""
+        if any(stop in words for stop in self.stop_texts):
+            return True
+        return self.borders(words) if self.borders else self._borders.search(words) is not None
+
+    def leaks(self, answer: str) -> bool:
+        """Whether an answer goes on with a turn of its own."""
+        return (self.leak or self.border_inside)(answer)
+
+    @cached_property
+    def _borders(self) -> re.Pattern[str]:
+        """The form's special tokens anywhere, and what else it writes before a turn where a line begins, unless that is a mere word."""
+        said = [Message("user", "\ue000"), Message("assistant", "\ue001"), Message("user", "\ue002")]
+        pieces = self.segments(said, False)
+        special = {re.escape(s.text) for s in pieces if s.special}
+        between = re.split("[\ue000-\ue002]|\0", "".join("\0" if s.special else s.text for s in pieces))
+        heads = {re.escape(text.strip()) for text in between[1:-1]}
+        lines = [rf"^[ \t]*{head}" for head in sorted(heads) if not re.fullmatch(r"\w*", head)]
+        return re.compile("|".join([*sorted(special), *lines]) or "(?!)", re.MULTILINE)
 
     @property
     def longest_stop(self) -> int:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Literal, NoReturn
 
-from tunesmith.data.dialogue import ROLE_NAMES
+from tunesmith.data.hh_template import HH
 from tunesmith.errors import UserError
 from tunesmith.files.run import write_atomically
 from tunesmith.jsontext import json_lines
@@ -24,12 +23,15 @@ ENDINGS: dict[FinishReason, str] = {
 }
 ANSWER_END = "<|endoftext|>"
 """How the end of an answer is written among the texts of its tokens, in records and on pages, whichever token it is."""
-_LEAK = re.compile(rf"^\s*({'|'.join(ROLE_NAMES)})\s*:", re.IGNORECASE | re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class ScoredAnswer:
-    """One answer. tokens: its length, the end included. reward: what a reward model gave it, None where none was asked."""
+    """One answer.
+
+    tokens: its length, the end included. reward: what a reward model gave it, None where none was asked.
+    leaks: whether it goes on with a turn of its own (`Template.leaks`).
+    """
 
     prompt: str
     group: str
@@ -37,11 +39,7 @@ class ScoredAnswer:
     finish_reason: FinishReason
     tokens: int
     reward: float | None = None
-
-    @property
-    def leaks(self) -> bool:
-        """Whether a line of it begins like a turn of a dialogue, a role and a colon, which a reader should never see."""
-        return bool(_LEAK.search(self.answer))
+    leaks: bool = False
 
 
 def write_answers(path: Path, answers: Sequence[ScoredAnswer]) -> None:
@@ -59,7 +57,10 @@ def read_answers(path: Path) -> list[ScoredAnswer]:
     answers = []
     for number, row in json_lines(path, refuse):
         try:
-            answers.append(ScoredAnswer(**{k: row[k] for k in ScoredAnswer.__dataclass_fields__ if k in row}))
+            found = ScoredAnswer(**{k: row[k] for k in ScoredAnswer.__dataclass_fields__ if k in row})
+            if "leaks" not in row:  # a file of a version whose models all had the HH form
+                found = replace(found, leaks=HH.leaks(found.answer))
+            answers.append(found)
         except TypeError as error:
             refuse(number, error)
     return answers

@@ -43,7 +43,7 @@ def answer_prompts(
         model, tokenizer, conversations, sampling, options.max_new_tokens, too_long="turns", samples=samples
     )
     answers = [
-        ScoredAnswer(p.text, p.group, a.text, a.finish_reason, a.tokens)
+        ScoredAnswer(p.text, p.group, a.text, a.finish_reason, a.tokens, leaks=tokenizer.template.leaks(a.text))
         for p, a in zip((p for p in prompts for _ in range(samples)), drawn, strict=True)
     ]
     return scored(answers, scorer) if scorer else answers

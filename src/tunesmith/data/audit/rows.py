@@ -1,18 +1,21 @@
 """What can be wrong with the text of one row: nothing to learn from, or a border that the tokenizer sees differently.
 
-Borders matter because in the HH form the space before an answer belongs to its first token. A space at the end of a prompt,
-none before an answer, or two, make tokens that the model never meets when it answers.
+Borders matter because a token may hold the white space before a word. In the HH form the space before an answer belongs to
+its first token: a space at the end of a prompt, none before an answer, or two, make tokens that the model never meets when it
+answers. A template that strips its turns has no such borders, so the template is asked: white space that changes nothing
+of what it writes is no defect.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.data.dialogue import Message, Preference, Row, Text
-from tunesmith.data.hh_template import HH_ROLES, marker_inside
+from tunesmith.data.dialogue import BadRow, Dialogue, Message, Preference, Row, Text
+from tunesmith.data.hh_template import marker_inside
 from tunesmith.data.template import Template
 
 PAIRS, DIALOGUES, TEXTS = FORMS = ("pairs", "dialogues", "texts")
@@ -74,15 +77,22 @@ CHECKS = {
         "it yields tokens that training never shows in that place: strip the prompt",
     ),
     "turn_start": Check(
-        "turn without one space before it",
+        "odd white space before a turn",
         TURNS,
-        f"its first token differs from other turns': put one space after the marker `{HH_ROLES['assistant']}:`, none at the start "
-        "of `content` or `completion`",
+        "its first token differs from other turns': put one space after a transcript's role marker, none at the start of `content` or "
+        "`completion`",
     ),
     "answer_end": Check(
         "answer ends in white space", TURNS, "the model learns to write it before it stops: strip the answer"
     ),
+    "not_learned": Check(
+        "answer that the template does not let be learned",
+        (DIALOGUES,),
+        "it is read without loss: the template writes it, or what stands before it, differently once later turns follow. Make rows that "
+        "end with that answer, or choose another template (--chat.template)",
+    ),
 }
+REFUSED = "such rows are skipped in training: change them, or choose another template (--chat.template)"
 UNREADABLE = "they are skipped: repair or delete them; docs/data.md lists the row formats"
 
 _TEMPLATE = re.compile(r"<\|[a-z_]+\|>|\A<s>|</s>\s*\Z|\[/?INST\]|<(?:start|end)_of_turn>")
@@ -98,6 +108,35 @@ def prompt_of(turns: tuple[Message, ...]) -> tuple[Message, ...]:
     return turns[:-1] if turns and turns[-1].role == "assistant" else turns
 
 
+def refused(row: Row, template: Template) -> str:
+    """Why a template does not take a row, or nothing of it can be learned; "" if it can."""
+    if isinstance(row, Text):
+        return ""
+    try:
+        if isinstance(row, Preference):
+            for dialogue in (row.chosen, row.rejected):
+                template.answered(dialogue.messages)
+            return ""
+        return "" if learned_answers(row, template) else template.refusal(row.messages)
+    except BadRow as reason:
+        return str(reason)
+
+
+def learned_answers(dialogue: Dialogue, template: Template) -> int:
+    """How many answers carry loss, each with its end. Raises: BadRow if the template does not take the dialogue."""
+    segments = template.segments(dialogue.messages, False)
+    return sum(s.closes or (s.loss and s.special and s.text == template.end) for s in segments)
+
+
+def _partly_learned(dialogue: Dialogue, template: Template) -> bool:
+    """Whether some answers are learned, but not all that have weight and words."""
+    wanted = sum(m.role == "assistant" and m.weight != 0 and bool(m.content.strip()) for m in dialogue.messages)
+    try:
+        return 0 < learned_answers(dialogue, template) < wanted
+    except BadRow:
+        return False
+
+
 def row_defects(raw: dict[str, Any], row: Row, template: Template) -> set[str]:
     """The CHECKS that a row fails, by its text alone.
 
@@ -106,9 +145,11 @@ def row_defects(raw: dict[str, Any], row: Row, template: Template) -> set[str]:
     if isinstance(row, Text):
         return _text_defects([row.text], template) | ({"empty_text"} if not row.text.strip() else set())
     prompt = raw.get("prompt")
-    defects = {"prompt_space"} if isinstance(prompt, str) and prompt != prompt.rstrip() else set()
+    ends_in_space = isinstance(prompt, str) and prompt != prompt.rstrip()
+    defects = {"prompt_space"} if ends_in_space and _writes_leads(template) else set()
     if not isinstance(row, Preference):
-        return defects | _turn_defects(row.messages, "empty_answer", template)
+        partly = {"not_learned"} if _partly_learned(row, template) else set()
+        return defects | partly | _turn_defects(row.messages, "empty_answer", template)
     chosen, rejected = row.chosen.messages, row.rejected.messages
     defects |= _turn_defects(chosen, "empty_chosen", template) | _turn_defects(rejected, "empty_rejected", template)
     if prompt_of(chosen) != prompt_of(rejected):
@@ -119,7 +160,7 @@ def row_defects(raw: dict[str, Any], row: Row, template: Template) -> set[str]:
 
 
 def _turn_defects(turns: tuple[Message, ...], empty: str, template: Template) -> set[str]:
-    defects = _text_defects((m.content for m in turns), template)
+    defects = _text_defects((m.content for m in turns), template) | _space_defects(turns, template)
     *before, last = turns
     if last.role != "assistant":
         defects.add("no_final_answer")
@@ -129,22 +170,47 @@ def _turn_defects(turns: tuple[Message, ...], empty: str, template: Template) ->
         defects.add("empty_turn")
     if any(a.role == b.role for a, b in zip(before, turns[1:], strict=True)):
         defects.add("repeated_role")
-    for m in turns:
+    return defects
+
+
+def _space_defects(turns: tuple[Message, ...], template: Template) -> set[str]:
+    """White space at the borders of turns, where the template writes it."""
+    defects = set()
+    for i, m in enumerate(turns):
         if not m.content.strip():
             continue
-        if m.content[0].isspace() or (template.lead and m.lead != template.lead):
+        usual = Message(m.role, m.content.lstrip(), weight=m.weight)
+        if (m.content, m.lead) != (usual.content, usual.lead) and _differ(turns, i, usual, template):
             defects.add("turn_start")
-        if m.content[-1].isspace():
+        stripped = dataclasses.replace(m, content=m.content.rstrip())
+        if m.content != stripped.content and _differ(turns, i, stripped, template):
             defects.add("answer_end" if m.role == "assistant" else "prompt_space")
     return defects
+
+
+def _differ(turns: Sequence[Message], number: int, other: Message, template: Template) -> bool:
+    """Whether the dialogue reads differently with another turn in a place. False for one that the template does not take."""
+    try:
+        return template.text(turns) != template.text([*turns[:number], other, *turns[number + 1 :]])
+    except BadRow:
+        return False
+
+
+def _writes_leads(template: Template) -> bool:
+    """Whether what stood between a transcript's marker and its text stands there in this form too."""
+    return _differ([Message("user", "a")], 0, Message("user", "a", lead=""), template)
 
 
 def _text_defects(texts: Iterable[str], template: Template) -> set[str]:
     defects = set()
     for text in texts:
-        # A transcript's markers, with which most rows come, and those of the model's own form.
-        if marker_inside(text) or any(stop in text for stop in template.stop_texts):
+        own = template.border_inside(text)
+        if own:
             defects.add("role_marker")
-        if ("<" in text or "[" in text) and _TEMPLATE.search(text):
+        # a transcript's markers, with which many rows come, are plain text in any other form
+        foreign = marker_inside(text) and not own
+        if "<" in text or "[" in text:
+            foreign |= any(not template.border_inside(mark[0]) for mark in _TEMPLATE.finditer(text))
+        if foreign:
             defects.add("template_text")
     return defects

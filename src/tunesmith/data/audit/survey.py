@@ -7,7 +7,7 @@ Two passes, each linear: one over the texts (defects, duplicates, fingerprints f
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,16 +22,15 @@ from tunesmith.data.audit.cuts import (
     cut_rows_end,
     cut_rows_here,
 )
-from tunesmith.data.audit.overlap import Overlap, Print, fingerprint, overlap
-from tunesmith.data.audit.rows import CHECKS, DIALOGUES, FORMS, PAIRS, TEXTS, UNREADABLE, form_of, row_defects
+from tunesmith.data.audit.first_pass import Texts, read_texts
+from tunesmith.data.audit.overlap import Overlap, overlap
+from tunesmith.data.audit.rows import CHECKS, DIALOGUES, PAIRS, REFUSED, TEXTS, UNREADABLE
 from tunesmith.data.datasets import Source, holdout_rows
-from tunesmith.data.dialogue import BadRow, Preference, Row
 from tunesmith.data.pairstore import PairStore
-from tunesmith.data.readers import Report
 from tunesmith.data.template import Template
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokenstore import tokenise
-from tunesmith.errors import UsageError, UserError
+from tunesmith.errors import UsageError
 from tunesmith.stats import Interval, share_interval
 
 Array = np.ndarray[Any, Any]
@@ -39,9 +38,9 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Defect:
-    """How many rows have one defect, and where: all places, of unreadable rows the first three of each reason.
+    """How many rows have one defect, and where: all places, of unreadable and refused rows the first three of each reason.
 
-    kind: a key of CHECKS, or `unreadable`, of which `what` is the reason.
+    kind: a key of CHECKS, or `unreadable` or `refused` (by the template), of which `what` is the reason.
     """
 
     kind: str
@@ -169,7 +168,7 @@ def audit(
         )
     if not 0 < holdout < 1:
         raise UsageError(f"--data.holdout is {holdout}, expected a share between 0 and 1")
-    texts = {split: _read(source, split, tokenizer.template) for split in source.files}
+    texts = {split: read_texts(source, split, tokenizer.template) for split in source.files}
     overlaps = _overlaps(texts, holdout, seed, against, tokenizer.template)
     splits = []
     for split, read in texts.items():
@@ -197,77 +196,10 @@ def audit(
 # ---- texts ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Texts:
-    """What one pass over the rows of a split gives. skipped: unusable pairs that have two texts all the same."""
-
-    rows: int = 0
-    forms: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FORMS, 0))
-    usable: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FORMS, 0))
-    unreadable: Report = field(default_factory=Report)
-    defects: dict[str, list[str]] = field(default_factory=lambda: {kind: [] for kind in CHECKS})
-    prints: list[Print] = field(default_factory=list)
-    skipped: list[tuple[Preference, str]] = field(default_factory=list)
-    pair_places: set[tuple[int, int]] = field(default_factory=set)
-    repeated_prompts: int = 0
-    form: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
-def _read(source: Source, split: str, template: Template) -> Texts:
-    texts, seen = Texts(), dict[tuple[bytes, ...], str]()
-    prompts = set[bytes]()
-    reader, rows = source.opened(split, texts.unreadable)
-    for located in rows:
-        texts.rows += 1
-        place = source.place(split, located.file, located.line)
-        try:
-            row = reader.read(located.value)
-        except BadRow as reason:
-            texts.unreadable.add_bad(str(reason), place)
-            continue
-        form, usable = form_of(row), _is_usable(row)
-        texts.forms[form] += 1
-        texts.usable[form] += usable
-        if isinstance(row, Preference):
-            texts.pair_places.add((located.file, located.line))
-            if not usable:
-                texts.skipped.append((row, place))
-        printed = fingerprint(row, place, usable)
-        texts.prints.append(printed)
-        defects = row_defects(located.value if isinstance(located.value, dict) else {}, row, template)
-        if printed.texts in seen:
-            texts.defects["duplicate"].append(f"{place} = {seen[printed.texts]}")
-        elif len(printed.texts) == 2 and printed.texts[::-1] in seen and "same_answers" not in defects:
-            texts.defects["contradiction"].append(f"{place} = {seen[printed.texts[::-1]]}")
-        elif printed.prompt in prompts:
-            texts.repeated_prompts += 1
-        if printed.texts:
-            seen.setdefault(printed.texts, place)
-        if printed.prompt:
-            prompts.add(printed.prompt)
-        for kind in defects:
-            texts.defects[kind].append(place)
-    texts.rows += texts.unreadable.rows
-    texts.form, texts.notes = reader.form_lines(), reader.notes()
-    if not texts.rows:
-        raise UserError(
-            f"{source.name} ({split}) has no row in {', '.join(map(str, source.files[split]))}; add some, or remove the file"
-        )
-    return texts
-
-
-def _is_usable(row: Row) -> bool:
-    try:
-        row.check()
-    except BadRow:
-        return False
-    return True
-
-
 def _findings(read: Texts, forms: Mapping[str, int]) -> Iterator[Defect]:
-    for reason, n in read.unreadable.bad.items():
-        yield Defect("unreadable", reason, n, tuple(read.unreadable.places[reason]), UNREADABLE)
+    for kind, report, remedy in (("unreadable", read.unreadable, UNREADABLE), ("refused", read.refused, REFUSED)):
+        for reason, n in report.bad.items():
+            yield Defect(kind, reason, n, tuple(report.places[reason]), remedy)
     for kind, check in CHECKS.items():
         if any(form in forms for form in check.forms):
             places = tuple(read.defects[kind])
@@ -291,7 +223,7 @@ def _overlaps(
         overlaps["train"].append(overlap(ours, [usable[i] for i in rest], "the rest of train", whose=whose))
     for other in against:
         for other_split in other.files:
-            there = _read(other, other_split, template)
+            there = read_texts(other, other_split, template)
             unread = sum(there.unreadable.bad.values())
             for split, read in texts.items():
                 overlaps[split].append(
