@@ -15,6 +15,9 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from tunesmith.data.jinja_template import from_jinja
+from tunesmith.data.special_tokens import SpecialTokens
+from tunesmith.data.tokenizer import Tokenizer as OurTokenizer
 from tunesmith.files.names import SAMPLE
 
 TEXTS = Path(__file__).parent / "data" / "chat_templates"
@@ -39,9 +42,10 @@ class Public:
 
     cut: the kind of tokenizer, a key of CUTS. special: tokens beside bos and eos. plain: added tokens that are not special.
     end: text of the token that ends an answer. strips: white space around an answer is removed. system: what the template
-    makes of a system turn: "kept", "dropped" without a word, or "refused". alternates: two user turns in a row are refused.
+    makes of a system turn: "kept", "dropped" without a word, "moved" to the last turn if that is a question, and left out if
+    it is an answer, or "refused". alternates: two user turns in a row are refused.
     lead, tail: what stands between the generation prompt and an answer's words, and between these and the end.
-    rewrites: an answer reads differently once a later turn follows it.
+    learns: which answers stand in a dialogue behind the very prompt that they are asked for with: "all", "last" or "none".
     """
 
     name: str
@@ -57,7 +61,7 @@ class Public:
     alternates: bool = False
     lead: str = ""
     tail: str = ""
-    rewrites: bool = False
+    learns: str = "all"
 
     @property
     def text(self) -> str:
@@ -143,7 +147,8 @@ PUBLIC = {
             "<|im_end|>",
             ("<|endoftext|>", "<|im_start|>"),
             ("<tool_call>", "</tool_call>", *THINK),
-            rewrites=True,
+            lead="<think>\n\n</think>\n\n",
+            learns="last",
         ),
         Public(
             "smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", "smollm", "<|im_start|>", "<|im_end|>", ("<|endoftext|>",)
@@ -187,6 +192,7 @@ PUBLIC = {
             "</s>",
             MISTRAL,
             strips=True,
+            system="moved",
             alternates=True,
             lead=" ",
         ),
@@ -198,7 +204,7 @@ PUBLIC = {
             BEGIN,
             END,
             plain=(USER, ASSISTANT, *THINK),
-            rewrites=True,
+            learns="none",
         ),
         Public(
             "granite3",
@@ -333,3 +339,12 @@ def theirs_of(public: Public, text: str | None = None) -> PreTrainedTokenizerFas
     return PreTrainedTokenizerFast(
         tokenizer_object=backend_of(public), eos_token=public.eos, chat_template=text or public.text, **named
     )
+
+
+def ours_of(public: Public, text: str | None = None) -> OurTokenizer:
+    """Our tokenizer of the same tokens, with the template as read here."""
+    backend = backend_of(public)
+    roles = {"eos_token": public.eos} | ({"bos_token": public.bos} if public.bos else {})
+    special = [token for token in backend.get_added_tokens_decoder().values() if token.special]
+    template = from_jinja(text or public.text, special, roles, public.name)
+    return OurTokenizer(backend, special=SpecialTokens(roles=roles), template=template)

@@ -50,5 +50,5 @@ def real(shared_data: Path, count: int):
         _oasst(shared_data / "oasst-en/trees.jsonl.gz"),
     )
     mixed = (turns for group in itertools.zip_longest(hh, oasst, sgd) for turns in group if turns)
-    found = (_messages(turns[:8]) for turns in mixed if len(turns) > 1 and all(turn.strip() for turn in turns[:8]))
+    found = (_messages(turns[:6]) for turns in mixed if len(turns) > 1 and all(turn.strip() for turn in turns[:6]))
     return list(itertools.islice(found, count))
