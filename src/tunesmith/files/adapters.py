@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import re
@@ -18,7 +19,7 @@ from tunesmith.files.adapted_weights import AdaptedWeights, apply, take
 from tunesmith.files.weights import read_pickled, read_safetensors, write_safetensors
 from tunesmith.jsontext import read_json, write_json
 from tunesmith.models.known import titles
-from tunesmith.models.lora import LoRALinear, freeze_base, lora_layers, replace_layer, short_name
+from tunesmith.models.lora import LoRALinear, freeze_base, lora_layers, merge, replace_layer, short_name, strip
 from tunesmith.models.model import Model
 from tunesmith.models.reward_head import SCORE
 
@@ -244,3 +245,11 @@ def load_adapter(model: Model, files: AdapterFiles, *, fingerprint: str = "") ->
         raise UserError(f"{files.where} does not fit this base: {first_three(problems)}")
     if not present:
         freeze_base(model)
+
+
+def merge_into_base(model: Model) -> None:
+    """Add the adapters of `model` to its weights and take them off."""
+    merge(model)
+    strip(model)
+    if model.lm_head.weight is not model.embedding.weight:  # an adapted head is no longer the embedding
+        model.config = dataclasses.replace(model.config, tied_head=False)

@@ -11,6 +11,7 @@ from pathlib import Path
 from tunesmith.errors import note
 from tunesmith.files import adapters
 from tunesmith.files.adapters import AdapterFiles
+from tunesmith.files.converted import converted_here
 
 OWN_BASE = "base"  # in a run's directory: the base of its adapters where no other directory holds it
 SAMPLE = Path(__file__).parents[1] / "sample" / "model"
@@ -66,6 +67,8 @@ def places_of_base(directory: Path, files: AdapterFiles) -> Iterator[Path]:
                 above / stored for above in home.parents
             )  # its owner's folder would have to lie above the adapter
         yield stored
+        if (in_cache := converted_here(files.base)) is not None:
+            yield in_cache
         if files.fingerprint:
             yield home.parent.parent / OWN_BASE
 

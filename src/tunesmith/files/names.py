@@ -1,4 +1,4 @@
-"""What a MODEL name means: hub name, directory, adapter, run, RUN@STEP, or `sample`; and loading it."""
+"""What a MODEL name means: hub name, directory, adapter, run, RUN@STEP, a .gguf file, `smollm2` or `sample`; and loading it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from tunesmith.errors import UsageError, UserError, note, path_meant
 from tunesmith.files import adapters
 from tunesmith.files.adapters import AdapterFiles, load_adapter, read_adapter
 from tunesmith.files.bases import SAMPLE, asked_base, holds_model, may_be_on_hub, places_of_base
+from tunesmith.files.converted import SMOLLM2, converted_directory
 from tunesmith.files.reward_models import is_reward_model, load_reward_model, set_score
 from tunesmith.files.run import STEP_NAME, Run
 from tunesmith.files.weights import load_model, weights_fingerprint
@@ -26,27 +27,32 @@ from tunesmith.hub import download_model
 from tunesmith.jsontext import read_json
 from tunesmith.models.family import Config
 from tunesmith.models.known import SIZES, config_from_hf
-from tunesmith.models.lora import merge, strip
 from tunesmith.models.model import Model, build_model
 from tunesmith.models.reward_head import SCORE, RewardModel
 
 T = TypeVar("T")
+EMBEDDED = ("sample", SMOLLM2)  # names that need neither a path nor the hub
 
 
 def find_model(name: str) -> Path:
     """Directory of a MODEL: a whole model or an adapter. Raises: UserError if there is none, or its step has no checkpoint."""
     if not isinstance(name, str | PathLike) or not str(name):
-        raise UsageError(f"model {name!r}: expected a name on the hub, a directory, a run, RUN@STEP, or sample")
+        raise UsageError(
+            f"model {name!r}: expected a name on the hub, a directory, a run, RUN@STEP, a .gguf file, {SMOLLM2} or sample"
+        )
     name = str(name)
     if name == "sample":
         return SAMPLE
+    if (directory := converted_directory(name)) is not None:
+        return directory
     path = Path(name).expanduser()
     if (path / "status.json").exists():
         return Run(path).best_checkpoint()
     if path.is_dir():
         if not (path / "config.json").exists() and not is_adapter(path):
+            inside = next((f"; name the file in it: {file}" for file in sorted(path.glob("*.gguf"))), "")
             raise UserError(
-                f"{path} is neither a model (no config.json) nor an adapter (no {adapters.CONFIG}) nor a run (no status.json)"
+                f"{path} is neither a model (no config.json) nor an adapter (no {adapters.CONFIG}) nor a run (no status.json){inside}"
             )
         return path
     run, at, step = name.rpartition("@")
@@ -97,7 +103,7 @@ def nearest_model(name: str) -> str:
     more = {}
     if Path(run).name == run:
         more = {found.name: str(found) for found in Path("runs").glob("*") if (found / "status.json").exists()}
-        more |= {} if at else {known: known for known in ("sample", *SIZES)}
+        more |= {} if at else {known: known for known in (*EMBEDDED, *SIZES)}
     near = path_meant(Path(run).expanduser(), Path.is_dir, more)
     return f"{near.removesuffix('?')}{at}{step}?" if near else ""
 
@@ -132,7 +138,7 @@ def lasting_name(name: str) -> str:
     """A MODEL's name that still means the same model later: the name on the hub, or a directory's path (`lasting_path`)."""
     if name == "sample" or name in SIZES:
         return name
-    here = Path(name).expanduser().exists() or "@" in name
+    here = Path(name).expanduser().exists() or "@" in name or name == SMOLLM2
     return lasting_path(find_model(name)) if here else name
 
 
@@ -147,7 +153,7 @@ def lasting_path(directory: Path) -> str:
 
 def is_adapted(name: str) -> bool:
     """Whether a MODEL is an adapter, so that its weights exist only after merging. Raises: as `find_model`."""
-    return name != "sample" and name not in SIZES and read_model(name, is_adapter)
+    return name not in (*EMBEDDED, *SIZES) and read_model(name, is_adapter)
 
 
 def is_adapter(directory: Path) -> bool:
@@ -168,7 +174,7 @@ def load(name: str, *, device: str = "auto", dtype: torch.dtype = torch.float32)
 
     Args:
         name: name on the hub (`gpt2-medium`), directory in the Hugging Face layout, PEFT adapter directory, run
-            directory (its best checkpoint), `RUN@STEP`, or `sample`.
+            directory (its best checkpoint), `RUN@STEP`, a .gguf file, `smollm2`, or `sample`.
         device: auto, cpu, cuda, cuda:1, ...
         dtype: of the weights.
     Raises: UserError saying what was looked for and where.
@@ -231,10 +237,7 @@ def load_adapted(directory: Path, files: AdapterFiles | None = None, dropout: fl
 
 def _merged(directory: Path, files: AdapterFiles, dropout: float | None = None) -> Model:
     model = load_adapted(directory, files, dropout)
-    merge(model)
-    strip(model)
-    if model.lm_head.weight is not model.embedding.weight:  # an adapted head is no longer the embedding
-        model.config = dataclasses.replace(model.config, tied_head=False)
+    adapters.merge_into_base(model)
     return model
 
 
@@ -349,7 +352,7 @@ def known_shape(model: str) -> Config | None:
     """The shape of a local MODEL or a named size; None where it would take a download to find out."""
     if model in SIZES:
         return SIZES[model]
-    if model != "sample" and not Path(model.rpartition("@")[0] or model).expanduser().exists():
+    if model not in EMBEDDED and not Path(model.rpartition("@")[0] or model).expanduser().exists():
         return None
     try:
         return _stored_shape(find_model(model))

@@ -39,7 +39,7 @@ def located(run: Run, name: str) -> str:
     Looked for where it lay from the run; then by the name as it is; then, for a relative one, from every folder above the
     run. `@STEP` stays at its end.
     """
-    if name == "sample":
+    if name in ("sample", "smollm2"):  # never a path, even in a project's folder of that name
         return name
     stem, step = _stem(name)
     plain = Path(stem).expanduser()
@@ -64,7 +64,7 @@ def gone(run: Run, names: str) -> str | None:
     """Of the files and directories that an option names the first that lies nowhere any more, as the place where it lay."""
     places = _places(run)
     for name, _ in parse_sets(names):
-        if name == "sample" or is_named(name) or not isinstance(place := places.get(name), str):
+        if name in ("sample", "smollm2") or is_named(name) or not isinstance(place := places.get(name), str):
             continue
         if not exists(Path(_stem(located(run, name))[0]).expanduser()):
             return os.path.normpath(run.path / place)
