@@ -1,16 +1,26 @@
 """GGUF files as MODELs: what was written is read back, as transformers reads it; what cannot be read is one clear line."""
 
+import os
+import shutil
+import sys
+
 import gguf
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers.integrations.gguf import dequant
 
 import gguf_made as made
 import tunesmith as ts
+from tiny_runs import tiny_config
+from tunesmith.__main__ import main
 from tunesmith.errors import Note, UserError
+from tunesmith.files import converted
 from tunesmith.files.names import find_model, load_plain
+from tunesmith.files.run import Run
 from tunesmith.models.known import FAMILIES
 
 KINDS = [kind for kind in made.CONFIGS if kind.partition(",")[0] in FAMILIES]
@@ -246,3 +256,115 @@ def test_a_damaged_cache_is_made_anew(kind, own_cache, tmp_path):
         assert find_model(str(file)) == directory
     assert (directory / "model.safetensors").read_bytes() == weights
     assert (directory / "tokenizer.json").exists()
+
+
+def test_of_two_that_convert_at_once_the_second_takes_what_the_first_made(own_cache, tmp_path, monkeypatch):
+    file, plain, times = write_gpt2(tmp_path / "model.gguf"), converted.convert, []
+
+    def overtaken(source, aside):
+        plain(source, aside)
+        times.append(None)
+        if len(times) == 1:  # another process begins and ends while this one writes
+            made = find_model(str(file))
+            times.append((made / "model.safetensors").stat())
+
+    monkeypatch.setattr(converted, "convert", overtaken)
+    directory = find_model(str(file))
+    assert len(times) == 3
+    assert (directory / "model.safetensors").stat() == times[-1]
+    assert not list(own_cache.glob(".*"))
+
+
+def test_nothing_half_written_stays(own_cache, tmp_path, monkeypatch):
+    file = write_gpt2(tmp_path / "model.gguf")
+    old, new = own_cache / ".writing-old", own_cache / ".writing-new"
+    old.mkdir(parents=True)
+    new.mkdir()
+    os.utime(old, (0, 0))
+
+    def killed(source, aside):
+        (aside / "config.json").write_text("{")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(converted, "convert", killed)
+        with pytest.raises(KeyboardInterrupt):
+            find_model(str(file))
+    assert list(own_cache.iterdir()) == [new]  # of a process that may be writing there
+    assert find_model(str(file)).is_dir()
+
+
+def test_a_cache_that_cannot_be_written_is_one_clear_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"cannot be written to the cache.*set TUNESMITH_CACHE"):
+        find_model(str(write_gpt2(tmp_path / "model.gguf")))
+
+
+def test_without_the_package_the_way_out_is_named(tmp_path, monkeypatch):
+    file = write_gpt2(tmp_path / "model.gguf")
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match="package gguf, which is not installed: pip install gguf"):
+        find_model(str(file))
+
+
+def test_a_name_that_leads_nowhere_is_answered_with_the_nearest(tmp_path, monkeypatch):
+    write_gpt2(tmp_path / "model.gguf")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no such file. Did you mean model.gguf\?"):
+        find_model("modle.gguf")
+    with pytest.raises(UserError, match=r"name the file in it: .*model.gguf"):
+        find_model(str(tmp_path))
+    with pytest.raises(UserError, match=r"Did you mean smollm2\?"):
+        find_model("smolm2")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return write_gpt2(tmp_path_factory.mktemp("small") / "small.gguf", kind=TYPES.Q8_0)
+
+
+def test_an_adapter_on_a_gguf_file_opens_in_peft_and_here_and_resumes(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {"lora__rank": 4, "data__block_size": 64, "data__max_rows": 40}
+    ts.sft(tiny_config(small, tmp_path / "whole", **options))
+    ts.sft(tiny_config(small, tmp_path / "parts", train__steps=3, **options))
+    ts.sft(tiny_config(small, tmp_path / "parts", resume=True, **options))
+    checkpoint = Run(tmp_path / "whole").checkpoint(6)
+    tuned = load_file(checkpoint / "adapter_model.safetensors")
+    again = load_file(Run(tmp_path / "parts").checkpoint(6) / "adapter_model.safetensors")
+    assert all(torch.equal(tuned[name], again[name]) for name in tuned)
+    assert any(value.abs().max() > 0 for name, value in tuned.items() if "lora_B" in name)
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(checkpoint)
+    torch.testing.assert_close(theirs(model), ours(checkpoint), atol=2e-5, rtol=1e-4)
+    assert not torch.equal(ours(checkpoint), ours(small))
+
+
+def test_an_adapter_finds_its_base_in_another_cache(small, own_cache, tmp_path, monkeypatch):
+    options = {"lora__rank": 4, "data__block_size": 64, "data__max_rows": 40, "train__steps": 3}
+    ts.sft(tiny_config(small, tmp_path / "run", **options))
+    before = ours(tmp_path / "run")
+    shutil.move(tmp_path / "cache", tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"Name its directory with --model.base"):
+        find_model_of_adapter(tmp_path / "run")
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "elsewhere"))
+    assert torch.equal(ours(tmp_path / "run"), before)
+
+
+def find_model_of_adapter(run):
+    return load_plain(find_model(str(run)))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["evaluate", "FILE", "sample", "--data.max_rows", "4"],
+        ["plan", "--model", "FILE", "--device", "t4"],
+        ["data", "sample", "--tokenizer", "FILE"],
+    ],
+    ids=lambda argv: argv[0],
+)
+def test_commands_take_a_gguf_file(argv, small, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([str(small) if word == "FILE" else word for word in argv]) == 0, capsys.readouterr().err
