@@ -44,8 +44,10 @@ CONFIGS = {
     ),
     "qwen2": lambda: t.Qwen2Config(**SMALL, tie_word_embeddings=True, rope_parameters=ROPE),
     "qwen3": lambda: t.Qwen3Config(**SMALL, head_dim=24, tie_word_embeddings=True, rope_parameters=ROPE),
-    "gemma3_text": lambda: t.Gemma3TextConfig(
-        **SMALL | {"num_hidden_layers": 7}, head_dim=32, query_pre_attn_scalar=32, sliding_window=16
+    "gemma3_text": lambda: (
+        t.Gemma3TextConfig(  # heads as wide as in those that are published: transformers reads no other
+            **SMALL | {"num_hidden_layers": 7}, head_dim=256, query_pre_attn_scalar=256, sliding_window=16
+        )
     ),
     "gpt2": lambda: t.GPT2Config(**SIZES_GPT2, bos_token_id=0, eos_token_id=0),
     "gpt_neox": lambda: t.GPTNeoXConfig(
