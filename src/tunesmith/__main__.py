@@ -209,7 +209,8 @@ first steps (offline, a few minutes on two CPU cores):
 
 {commands}
 MODEL is a hub name (gpt2-medium), a directory (whole model or LoRA adapter), a
-run directory (its best checkpoint), RUN@STEP, or `sample` (embedded).
+run directory (its best checkpoint), RUN@STEP, a .gguf file, `smollm2` (its
+weights dequantised from 4 bits), or `sample` (embedded).
 `tunesmith COMMAND --help` shows an example and the common options,
 `--help all` every option; --debug shows the traceback of an error."""
 
