@@ -159,10 +159,7 @@ def demo_dpo(out: Path, model: str, steps: int, judge: str) -> DPOConfig:
     common = _common(out, steps, 2e-5)
     common["eval"] = dataclasses.replace(common["eval"], reward=judge, max_new_tokens=ANSWERS.max_new_tokens)
     return DPOConfig(
-        model=ModelOptions(name=model),
-        data=PairDataOptions(name="sample"),
-        train=TrainOptions(steps=steps),
-        **common,
+        model=ModelOptions(name=model), data=PairDataOptions(name="sample"), train=TrainOptions(steps=steps), **common
     )
 
 

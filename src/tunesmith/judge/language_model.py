@@ -30,10 +30,7 @@ AGAIN = 'That holds no verdict. Reply with {"verdict": "1"}, {"verdict": "2"} or
 
 _VERDICT = re.compile(r"""["']?verdict["']?\s*[:=]\s*["'*]*(1|2|tie)["'*]*\s*(?:[,}\n]|$)""", re.I)
 # what a verdict means with A first, and with B first
-_SIDES: tuple[dict[str | None, Side], ...] = (
-    {"1": "a", "2": "b", "tie": "tie"},
-    {"1": "b", "2": "a", "tie": "tie"},
-)
+_SIDES: tuple[dict[str | None, Side], ...] = ({"1": "a", "2": "b", "tie": "tie"}, {"1": "b", "2": "a", "tie": "tie"})
 
 
 @dataclass(frozen=True)

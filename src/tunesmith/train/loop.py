@@ -86,13 +86,7 @@ class Training:
     """
 
     def __init__(
-        self,
-        log: RunLog,
-        task: Task,
-        timetable: Timetable,
-        launcher: Launcher,
-        trainee: Trainee,
-        state: TrainingState,
+        self, log: RunLog, task: Task, timetable: Timetable, launcher: Launcher, trainee: Trainee, state: TrainingState
     ) -> None:
         self.log, self.task, self.timetable, self.launcher, self.trainee = log, task, timetable, launcher, trainee
         self.state = state

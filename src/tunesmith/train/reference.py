@@ -103,10 +103,7 @@ class Fill:
 
 
 def cached(
-    rows: PairRows,
-    numbers: Sequence[int],
-    store: LogpStore,
-    compute: Callable[[Batch], Tensor],
+    rows: PairRows, numbers: Sequence[int], store: LogpStore, compute: Callable[[Batch], Tensor]
 ) -> tuple[Reference, Fill]:
     """The reference for these pairs of `rows`, computed now where `store` does not have it.
 

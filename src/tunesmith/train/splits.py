@@ -17,12 +17,7 @@ from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokenstore import Form, TokenStore, tokenise
 from tunesmith.errors import UserError
 from tunesmith.options.pretraining import PretrainConfig
-from tunesmith.options.training import (
-    DataOptions,
-    DPOConfig,
-    RewardConfig,
-    SFTConfig,
-)
+from tunesmith.options.training import DataOptions, DPOConfig, RewardConfig, SFTConfig
 
 Array = np.ndarray[Any, Any]
 
