@@ -25,7 +25,7 @@ from contest import write_result
 PERIOD = 0.2  # seconds between two looks
 SHOWN = 40  # points of a curve that are kept
 TRAININGS = {"sft": [], "sft-lora": ["--lora.rank", "8"], "reward": [], "dpo": [], "pretrain": []}
-BLOCK = "128"  # tokens a row, two rows a step: 2,000 steps of a training take a few minutes
+BLOCK = "128"  # tokens a row, one row a step: 2,000 steps of a training take a few minutes
 SHAPE = ["--model.n_layer", "4", "--model.n_head", "4", "--model.n_embd", "256", "--tokenizer.vocab_size", "2048"]
 
 
@@ -41,7 +41,7 @@ def jobs(args: argparse.Namespace, work: Path) -> dict[str, tuple[list[str], str
                 if command == "pretrain"
                 else ["--model.name", "sample", "--data.block_size", BLOCK]
             )
-            model += ["--train.batch_size", "2"]
+            model += ["--train.batch_size", "1"]
             out = ["--data.name", "sample", "--eval.iters", "10", "--out", str(work / f"{name}-{precision}")]
             found[f"{name}-{precision}"] = ([command, *model, *more, *steps, "--train.precision", precision, *out], "")
     lengths = [n % 800 + 1 for n in range(args.messages)]
