@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
 
+from tunesmith.data.hh_template import HH
 from tunesmith.data.readers import read_text
 from tunesmith.data.templates import TEMPLATES
 from tunesmith.data.tokenizer import Tokenizer
@@ -30,18 +31,23 @@ def chat_template(name: str) -> Iterator[None]:
         _asked.reset(before)
 
 
-def with_template_asked_for(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer, with the form that the innermost `chat_template` asks for.
+def load_tokenizer_in(directory: Path) -> Tokenizer:
+    """The tokenizer of a model's directory with the form that is asked for, else its own, which is then not even looked at.
 
     Raises: UserError if there is no such form, or it needs tokens that the tokenizer lacks.
     """
+    return Tokenizer.load(directory) if _asked.get() == AUTO else with_template_asked_for(Tokenizer.load(directory, HH))
+
+
+def with_template_asked_for(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer, with the form that the innermost `chat_template` asks for. Raises: as `load_tokenizer_in`."""
     name = _asked.get()
     if name == AUTO:
         return tokenizer
     try:
-        tokenizer.use(TEMPLATES[name] if name in TEMPLATES else _in_file(name), name)
+        tokenizer.use(TEMPLATES[name] if name in TEMPLATES else _in_file(name), "the template")
     except UserError as error:
-        raise UserError(f"--chat.template {name}: {str(error).removeprefix(f'{name}: ')}") from None
+        raise UserError(f"--chat.template {name}: {error}") from None
     return tokenizer
 
 

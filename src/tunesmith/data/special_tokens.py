@@ -43,7 +43,7 @@ class SpecialTokens:
     settings: tokenizer_config.json without tokens and without what belongs to one loading; a role that it expressly leaves
     empty is None. roles: `eos_token` and its like -> the token's text. implied: the same, of roles that are not named but
     that the class has, if there is such a token. extra: further special tokens. added: id -> token, for a vocabulary that
-    lacks it. ends: ids with which transformers' `generate` ends an answer, in its order. chat_template: the text of the model's; "": none.
+    lacks it. ends: ids with which transformers' `generate` ends an answer, in its order.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -52,7 +52,6 @@ class SpecialTokens:
     extra: tuple[str, ...] = ()
     added: dict[int, AddedToken] = field(default_factory=dict)
     ends: tuple[int, ...] = ()
-    chat_template: str = ""
 
     @property
     def texts(self) -> list[str]:
@@ -104,8 +103,7 @@ def read_special_tokens(directory: Path) -> SpecialTokens:
     implied = {role: text for role, text in by_class.items() if role not in config and role in ROLES}
     if "padding_side" in by_class:
         settings.setdefault("padding_side", by_class["padding_side"])
-    ends, template = ends_of_answers(directory), stored_template(directory)
-    return SpecialTokens(settings, roles, implied, extra, dict(sorted(added.items())), ends, template)
+    return SpecialTokens(settings, roles, implied, extra, dict(sorted(added.items())), ends_of_answers(directory))
 
 
 def _text(token: Any) -> str:

@@ -35,7 +35,7 @@ from tunesmith.data.dialogue import Message
 from tunesmith.data.fingerprint import content_hash
 from tunesmith.data.hh_template import HH
 from tunesmith.data.jinja_template import from_jinja
-from tunesmith.data.special_tokens import SpecialTokens, generation_settings, read_special_tokens
+from tunesmith.data.special_tokens import SpecialTokens, generation_settings, read_special_tokens, stored_template
 from tunesmith.data.template import Segment, Template
 from tunesmith.data.templates import TEMPLATES
 from tunesmith.data.tokenizer_classes import class_for
@@ -65,9 +65,9 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         where: str = "tokenizer",
         special: SpecialTokens | None = None,
-        template: Template | None = None,
+        template: Template | str = HH,
     ) -> None:
-        """special: what is known beside `backend`. template: None: that of `special`, or HH where there is none.
+        """special: what is known beside `backend`. template: as in `use`.
 
         Raises: UserError if there is no end-of-text token, or none of those that end an answer in the template.
         """
@@ -84,7 +84,7 @@ class Tokenizer:
         self.spelling = spelling(parts)
         self.vocab_size: int = max(backend.get_vocab().values(), default=-1) + 1
         self.end_of_text: int = self._end_of_text(where)
-        self.use(template or self.special.chat_template or HH, f"the chat_template beside {where}")
+        self.use(template, f"the chat_template beside {where}")
 
     def use(self, template: Template | str, where: str = "chat_template") -> None:
         """Give dialogues this form; a text is a Jinja chat_template, which may be that of a form of our own.
@@ -94,7 +94,7 @@ class Tokenizer:
         if isinstance(template, str):
             text, special = template, [token for token in self._added.values() if token.special]
             own = next((form for form in TEMPLATES.values() if text in (form.jinja, self._jinja(form))), None)
-            template = own or from_jinja(text, special, self.special.roles, where)
+            template = own or from_jinja(text, special, self._roles, where)
         self.template = template
         self.__dict__.pop("_before_answers", None)
         self.end_of_answer: int = self.special_id(template.end) if template.end else self.end_of_text
@@ -127,19 +127,22 @@ class Tokenizer:
         return list(dict.fromkeys([self.end_of_answer, self.end_of_text, *self.special.ends]))
 
     @staticmethod
-    def load(directory: Path) -> Tokenizer:
+    def load(directory: Path, template: Template | None = None) -> Tokenizer:
         """From `tokenizer.json`, or from GPT-2's older pair `vocab.json` + `merges.txt`, and what stands beside them.
+
+        template: None: the chat_template that stands there, or HH where none does.
 
         Raises: UserError naming the file that is missing, broken or says nonsense.
         """
         file, special = directory / "tokenizer.json", read_special_tokens(directory)
+        form = template or stored_template(directory) or HH
         try:
             if file.exists():
-                return Tokenizer(tokenizers.Tokenizer.from_file(str(file)), str(file), special)
+                return Tokenizer(tokenizers.Tokenizer.from_file(str(file)), str(file), special, form)
             vocab, merges = directory / "vocab.json", directory / "merges.txt"
             if vocab.exists() and merges.exists():
                 bpe = models.BPE.from_file(str(vocab), str(merges))
-                return Tokenizer(byte_level(bpe, END_OF_TEXT in read_json(vocab)), str(vocab), special)
+                return Tokenizer(byte_level(bpe, END_OF_TEXT in read_json(vocab)), str(vocab), special, form)
         except UserError:
             raise
         except Exception as error:  # the Rust side raises bare Exception
@@ -357,26 +360,28 @@ class Tokenizer:
         settings = generation_settings(self._ends, self.pad(room), self.end_of_text if begin is None else begin)
         write_json(directory / "generation_config.json", settings)
 
+    @property
+    def _roles(self) -> dict[str, str]:
+        """Special tokens by their roles, those too that go without saying in GPT-2's class."""
+        end = self._backend.id_to_token(self.end_of_text)
+        implied = {"bos_token": self.begins[0]} if self.begins else {}
+        if byte_levels(self._parts) and self.special.is_gpt2s:
+            usual = end if self._backend.token_to_id(END_OF_TEXT) is None else END_OF_TEXT  # where no other is named
+            implied = {"bos_token": usual, "unk_token": usual} | implied
+        return implied | self.special.roles | {"eos_token": end}
+
     def _config(self, block_size: int) -> dict[str, Any]:
         """What tokenizer_config.json holds."""
-        end, settings = self._backend.id_to_token(self.end_of_text), self.special.settings
-        roles: dict[str, Any] = self.special.roles | {"eos_token": end}
-        if self.begins:
-            roles = {"bos_token": self.begins[0]} | roles
+        settings = self.special.settings
         if byte_levels(self._parts):
             settings = settings | {"add_prefix_space": self.opening is not None}
-            if self.special.is_gpt2s:
-                usual = (
-                    end if self._backend.token_to_id(END_OF_TEXT) is None else END_OF_TEXT
-                )  # where no other is named
-                roles = {"bos_token": usual, "unk_token": usual} | roles
         extra = {"extra_special_tokens": list(self.special.extra)} if self.special.extra else {}
         whole = with_parts(self._stored, self._parts)
         return {
             **settings,
-            "tokenizer_class": class_for(settings.get("tokenizer_class"), settings, whole),
+            "tokenizer_class": class_for(settings, whole),
             "model_max_length": block_size,
-            **roles,
+            **self._roles,
             **extra,
             "chat_template": self._jinja(self.template),
         }

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from tunesmith.data.chosen_template import with_template_asked_for
+from tunesmith.data.chosen_template import AUTO, chat_template, load_tokenizer_in, with_template_asked_for
 from tunesmith.data.special_tokens import ends_of_answers, with_ends
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.device import resolve_device
@@ -184,7 +184,7 @@ def load(name: str, *, device: str = "auto", dtype: torch.dtype = torch.float32)
         raise UsageError(f"dtype is {dtype!r}, expected a floating-point one, as torch.bfloat16")
 
     def read(directory: Path) -> tuple[Model, Tokenizer]:
-        model, tokenizer = load_plain(directory), with_template_asked_for(_tokenizer_in(directory))
+        model, tokenizer = load_plain(directory), _tokenizer_in(directory)
         tokenizer.limit(model.config.vocab_size, str(directory))
         return model, tokenizer
 
@@ -198,7 +198,10 @@ def load_reward(name: str, *, device: str = "auto") -> tuple[RewardModel, Tokeni
     name: as in `load`. Raises: UserError if it is not a reward model; otherwise as `load`.
     """
     where = resolve_device(device)
-    model, tokenizer = read_model(name, lambda directory: (_reward_model(directory, name), _tokenizer_in(directory)))
+    with chat_template(AUTO):  # what it scores is read in the form that it was trained with
+        model, tokenizer = read_model(
+            name, lambda directory: (_reward_model(directory, name), _tokenizer_in(directory))
+        )
     return model.eval().to(where), tokenizer
 
 
@@ -306,10 +309,10 @@ def _tokenizer_in(directory: Path) -> Tokenizer:
     Where an adapter does not say what ends an answer, its base does.
     """
     if not is_adapter(directory):
-        return Tokenizer.load(directory)
+        return load_tokenizer_in(directory)
     if not (directory / "tokenizer.json").exists():
         return _tokenizer_in(_base_directory(directory, read_adapter(directory)))
-    tokenizer = Tokenizer.load(directory)
+    tokenizer = load_tokenizer_in(directory)
     if not (directory / "generation_config.json").exists():
         base = _base_directory(directory, read_adapter(directory))
         tokenizer.special = with_ends(tokenizer.special, ends_of_answers(base))
@@ -329,7 +332,7 @@ def load_for_training(name: str, *, init: str, dropout: float, seed: int) -> tup
             name,
             lambda directory: (
                 load_plain(directory, dropout=dropout),
-                with_template_asked_for(_tokenizer_in(directory)),
+                _tokenizer_in(directory),
             ),
         )
     tokenizer.limit(model.config.vocab_size, name)
@@ -367,7 +370,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     if name in SIZES and SIZES[name].family.tokenizer == "gpt2":
         return with_template_asked_for(Tokenizer.gpt2())
-    return with_template_asked_for(read_model(name, _tokenizer_in))
+    return read_model(name, _tokenizer_in)
 
 
 def new_model(shape: Config, seed: int) -> Model:
