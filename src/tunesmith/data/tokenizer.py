@@ -363,7 +363,7 @@ class Tokenizer:
     @property
     def _roles(self) -> dict[str, str]:
         """Special tokens by their roles, those too that go without saying in GPT-2's class."""
-        end = self._backend.id_to_token(self.end_of_text)
+        end = str(self._backend.id_to_token(self.end_of_text))
         implied = {"bos_token": self.begins[0]} if self.begins else {}
         if byte_levels(self._parts) and self.special.is_gpt2s:
             usual = end if self._backend.token_to_id(END_OF_TEXT) is None else END_OF_TEXT  # where no other is named
