@@ -92,15 +92,13 @@ class Tokenizer:
         Raises: UserError if it cannot be used, or needs a token that there is not.
         """
         if isinstance(template, str):
-            text, special = template, [token for token in self._added.values() if token.special]
-            own = next((form for form in TEMPLATES.values() if text in (form.jinja, self._jinja(form))), None)
-            template = own or from_jinja(text, special, self._roles, where)
+            special = [token for token in self._added.values() if token.special]
+            own = next((form for form in TEMPLATES.values() if template in (form.jinja, self._jinja(form))), None)
+            template = own or from_jinja(template, special, self._roles, where)
         self.template = template
         self.__dict__.pop("_before_answers", None)
         self.end_of_answer: int = self.special_id(template.end) if template.end else self.end_of_text
-        for segment in template.segments([Message("user", "x")], True):
-            if segment.special:
-                self.special_id(segment.text)
+        self.encode_segments(template.segments([Message("user", "x")], True))  # are all its tokens there?
 
     def _end_of_text(self, where: str) -> int:
         """The token that ends a text: the one that is named, GPT-2's, the first that ends an answer, or a usual one."""
@@ -376,10 +374,9 @@ class Tokenizer:
         if byte_levels(self._parts):
             settings = settings | {"add_prefix_space": self.opening is not None}
         extra = {"extra_special_tokens": list(self.special.extra)} if self.special.extra else {}
-        whole = with_parts(self._stored, self._parts)
         return {
             **settings,
-            "tokenizer_class": class_for(settings, whole),
+            "tokenizer_class": class_for(settings, with_parts(self._stored, self._parts)),
             "model_max_length": block_size,
             **self._roles,
             **extra,
