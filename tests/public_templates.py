@@ -8,6 +8,7 @@ trained here, on the embedded sample.
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,8 +16,6 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tunesmith.data.jinja_template import from_jinja
-from tunesmith.data.special_tokens import SpecialTokens
 from tunesmith.data.tokenizer import Tokenizer as OurTokenizer
 from tunesmith.files.names import SAMPLE
 
@@ -342,9 +341,7 @@ def theirs_of(public: Public, text: str | None = None) -> PreTrainedTokenizerFas
 
 
 def ours_of(public: Public, text: str | None = None) -> OurTokenizer:
-    """Our tokenizer of the same tokens, with the template as read here."""
-    backend = backend_of(public)
-    roles = {"eos_token": public.eos} | ({"bos_token": public.bos} if public.bos else {})
-    special = [token for token in backend.get_added_tokens_decoder().values() if token.special]
-    template = from_jinja(text or public.text, special, roles, public.name)
-    return OurTokenizer(backend, special=SpecialTokens(roles=roles), template=template)
+    """Our tokenizer, read from the files that transformers writes."""
+    with tempfile.TemporaryDirectory() as directory:
+        theirs_of(public, text).save_pretrained(directory)
+        return OurTokenizer.load(Path(directory))

@@ -43,12 +43,13 @@ def _oasst(path: Path):
 
 
 def real(shared_data: Path, count: int):
-    """From HH-RLHF, OpenAssistant and Schema-Guided Dialogue in turn; texts as they are, white space included."""
+    """From HH-RLHF, OpenAssistant and Schema-Guided Dialogue in turn; texts as they are, every fifth dialogue of up to 8 turns."""
     sgd = (row["turns"] for row in _rows(shared_data / "sgd/dev.jsonl.gz"))
     hh, oasst = (
         _hh(shared_data / "hh-rlhf/harmless-base/test.jsonl.gz"),
         _oasst(shared_data / "oasst-en/trees.jsonl.gz"),
     )
     mixed = (turns for group in itertools.zip_longest(hh, oasst, sgd) for turns in group if turns)
-    found = (_messages(turns[:6]) for turns in mixed if len(turns) > 1 and all(turn.strip() for turn in turns[:6]))
-    return list(itertools.islice(found, count))
+    found = (turns for turns in mixed if len(turns) > 1 and all(turn.strip() for turn in turns))
+    cut = (_messages(turns[: 8 if i % 5 == 0 else 4]) for i, turns in enumerate(found))
+    return list(itertools.islice(cut, count))

@@ -130,7 +130,8 @@ MARKED = {  # what writes an answer -> the same, its words and its end between m
     "chatml": (IM_TURN, IM_MARKED),
     "llama2": ("{{ ' '  + content.strip() + ' ' + eos_token }}", START + "{{ ' '  + content.strip() + ' ' + eos_token }}" + STOP),
     "qwen3": (
-        "{{- '<|im_start|>' + message.role + '\\n<think>\\n' + reasoning_content.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}",
+        "{{- '<|im_start|>' + message.role + '\\n<think>\\n' + reasoning_content.strip('\\n') + '\\n</think>\\n\\n'"
+        " + content.lstrip('\\n') }}",
         "{{- '<|im_start|>' + message.role + '\\n' }}" + START + "{{- '<think>\\n' + reasoning_content.strip('\\n') + '\\n</think>\\n\\n'"
         " + content.lstrip('\\n') + '<|im_end|>' }}" + STOP,
     ),
@@ -140,7 +141,10 @@ MARKED = {  # what writes an answer -> the same, its words and its end between m
         "'<|im_start|>assistant<|im_sep|>'}}" + START + "{{message['content'] + '<|im_end|>'}}" + STOP,
     ),
     "mistral01": ("{{ message['content'] + eos_token}}", START + "{{ message['content'] + eos_token}}" + STOP),
-    "deepseek2": ("{{ 'Assistant: ' + message['content'] + eos_token }}", "{{ 'Assistant:' }}" + START + "{{ ' ' + message['content'] + eos_token }}" + STOP),
+    "deepseek2": (
+        "{{ 'Assistant: ' + message['content'] + eos_token }}",
+        "{{ 'Assistant:' }}" + START + "{{ ' ' + message['content'] + eos_token }}" + STOP,
+    ),
     "granite3": (
         "assistant<|end_of_role|>'  + message['content'] + '<|end_of_text|>\n' }}",
         "assistant<|end_of_role|>' -}}" + START + "{{- message['content'] + '<|end_of_text|>' }}" + STOP + "{{- '\\n' }}",
@@ -152,7 +156,8 @@ MARKED = {  # what writes an answer -> the same, its words and its end between m
     "openchat": (
         "{{ 'GPT4 Correct ' + message['role'].title() + ': ' + message['content'] + '<|end_of_turn|>'}}",
         "{{ 'GPT4 Correct ' + message['role'].title() + ':' }}{% if message['role'] == 'assistant' %}" + START
-        + "{{ ' ' + message['content'] + '<|end_of_turn|>' }}" + STOP + "{% else %}{{ ' ' + message['content'] + '<|end_of_turn|>' }}{% endif %}",
+        + "{{ ' ' + message['content'] + '<|end_of_turn|>' }}" + STOP
+        + "{% else %}{{ ' ' + message['content'] + '<|end_of_turn|>' }}{% endif %}",
     ),
 }  # fmt: skip
 
