@@ -297,8 +297,10 @@ def test_losses_are_split_into_answers_at_their_ends(tagged, tmp_path):
 def test_a_row_is_shown_with_its_ends(tagged, tmp_path):
     store = stored(tmp_path / "a.jsonl", [ROW], tagged)
     shown = bracketed(coloured(store, 0, "assistant", tagged))
-    assert shown.count(ANSWER_END) == 2
-    assert f"assistant\n[A model.{ANSWER_END}]" in shown
+    assert shown == (
+        "<|start|><|turn|>user\nBe brief.\n\nWho are you?<|done|>\n<|turn|>assistant\n[A model.<|done|>]\n"
+        "<|turn|>user\nOf what?<|done|>\n<|turn|>assistant\n[Words.<|done|>]\n"
+    )
 
 
 def test_the_bytes_of_targets_leave_the_end_of_an_answer_out(tagged):

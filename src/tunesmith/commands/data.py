@@ -24,7 +24,6 @@ from tunesmith.data.token_bytes import ByteRuns
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokenstore import TokenStore, tokenise
 from tunesmith.errors import UsageError, UserError
-from tunesmith.files.answers import ANSWER_END
 from tunesmith.files.names import known_shape, load_tokenizer
 from tunesmith.options.commands import DataCommand
 from tunesmith.options.training import DataOptions
@@ -117,7 +116,8 @@ def _show_rows(source: Source, data: DataOptions, tokenizer: Tokenizer, count: i
         end = "[white on red]end of answer, also a target[/white on red]"
         console.print(f"\n[dim]context[/dim]  [black on green]carries loss[/black on green]  {end}")
     else:
-        console.print(f"\n[...] carries loss; {ANSWER_END}: end of an answer, also a target", markup=False)
+        end = tokenizer.special_text(store.end_of_answer)
+        console.print(f"\n[...] carries loss; {end}: end of an answer, also a target", markup=False)
 
 
 def _has_colour(console: Console) -> bool:
@@ -279,17 +279,19 @@ def _share(share: Interval) -> str:
 def coloured(store: TokenStore, index: int, loss_on: str, tokenizer: Tokenizer) -> RichText:
     """A row's text, each token in the colour of what it is for; the number of coloured tokens is the loss's denominator.
 
-    A token is coloured where it is a *target*. The end of an answer is a target without being in the text.
+    A token is coloured where it is a *target*. Special tokens are written out. The end of an answer is one of the row's tokens,
+    or a target that no row holds: then it is written where it would stand.
     """
-    tokens, targets = store.row(index, loss_on)
-    text = RichText()
+    tokens, targets = (column.tolist() for column in store.row(index, loss_on))
+    text, ends = RichText(), (store.end_of_text, store.end_of_answer)
     decoder = ByteRuns(tokenizer)
-    previous = IGNORE_INDEX
-    for token, target in zip(tokens.tolist(), targets.tolist(), strict=True):
-        text.append(decoder(token), style="black on green" if previous == token else "dim")
-        if target in (store.end_of_text, store.end_of_answer):
-            text.append(ANSWER_END, style="white on red")
-        previous = target
+    for token, learned, target, following in zip(
+        tokens, [IGNORE_INDEX, *targets], targets, [*tokens[1:], IGNORE_INDEX], strict=False
+    ):
+        style = "dim" if learned != token else "white on red" if token in ends else "black on green"
+        text.append(tokenizer.special_text(token) or decoder(token), style=style)
+        if target in ends and target != following:
+            text.append(tokenizer.special_text(target), style="white on red")
     return text
 
 

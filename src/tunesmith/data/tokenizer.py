@@ -280,6 +280,13 @@ class Tokenizer:
             self._bytes[number] = found
         return found
 
+    def special_text(self, number: int) -> str:
+        """How a token that stands for no text is written; "" for one that stands for some."""
+        added = self._added.get(number)
+        if number in self._ends or (added and added.special):
+            return str(self._backend.id_to_token(number))
+        return ""
+
     def answer(self, ids: Sequence[int]) -> str:
         """What an answer of these tokens says in the template."""
         return self.template.words(self.decode(ids).removeprefix(self._before_answers))
