@@ -20,10 +20,11 @@ from tunesmith.data.cutting import USUAL_BLOCK, block_size_of, cut_rows, resolve
 from tunesmith.data.datasets import Source, beside, open_dataset
 from tunesmith.data.encoding import IGNORE_INDEX
 from tunesmith.data.texts import resolve_loss_on
-from tunesmith.data.token_bytes import ByteRuns
+from tunesmith.data.token_bytes import ByteRuns, special_text
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokenstore import TokenStore, tokenise
 from tunesmith.errors import UsageError, UserError
+from tunesmith.files.answers import ANSWER_END
 from tunesmith.files.names import known_shape, load_tokenizer
 from tunesmith.options.commands import DataCommand
 from tunesmith.options.training import DataOptions
@@ -116,7 +117,7 @@ def _show_rows(source: Source, data: DataOptions, tokenizer: Tokenizer, count: i
         end = "[white on red]end of answer, also a target[/white on red]"
         console.print(f"\n[dim]context[/dim]  [black on green]carries loss[/black on green]  {end}")
     else:
-        end = tokenizer.special_text(store.end_of_answer)
+        end = special_text(tokenizer, store.end_of_answer) or ANSWER_END
         console.print(f"\n[...] carries loss; {end}: end of an answer, also a target", markup=False)
 
 
@@ -289,9 +290,9 @@ def coloured(store: TokenStore, index: int, loss_on: str, tokenizer: Tokenizer) 
         tokens, [IGNORE_INDEX, *targets], targets, [*tokens[1:], IGNORE_INDEX], strict=False
     ):
         style = "dim" if learned != token else "white on red" if token in ends else "black on green"
-        text.append(tokenizer.special_text(token) or decoder(token), style=style)
+        text.append(special_text(tokenizer, token) or decoder(token), style=style)
         if target in ends and target != following:
-            text.append(tokenizer.special_text(target), style="white on red")
+            text.append(special_text(tokenizer, target) or ANSWER_END, style="white on red")
     return text
 
 

@@ -39,6 +39,12 @@ class ByteRuns:
         return found
 
 
+def special_text(tokenizer: Tokenizer, number: int) -> str:
+    """How a special token is written; "" for one that stands for text."""
+    token = tokenizer.added.get(number)
+    return token.content if token and token.special else ""
+
+
 def bits_per_byte(nats: float, size: int) -> float:
     """`nats` summed over all targets, as bits for each of the `size` bytes of UTF-8 that the targets stand for.
 

@@ -79,7 +79,7 @@ class Tokenizer:
         self.opening = opening_of(parts)
         self._parts = parts  # as tokenizer.json has them; those of the backend are for the middle of a text
         self._stored = self._backend = text_only(with_parts(backend, in_the_middle(parts)))
-        self._added, self._bytes = self._backend.get_added_tokens_decoder(), dict[int, bytes]()
+        self.added, self._bytes = self._backend.get_added_tokens_decoder(), dict[int, bytes]()
         self.begins = begins_of(self._backend)
         self.spelling = spelling(parts)
         self.vocab_size: int = max(backend.get_vocab().values(), default=-1) + 1
@@ -92,7 +92,7 @@ class Tokenizer:
         Raises: UserError if it cannot be used, or needs a token that there is not.
         """
         if isinstance(template, str):
-            special = [token for token in self._added.values() if token.special]
+            special = [token for token in self.added.values() if token.special]
             own = next((form for form in TEMPLATES.values() if template in (form.jinja, self._jinja(form))), None)
             template = own or from_jinja(template, special, self._roles, where)
         self.template = template
@@ -198,9 +198,9 @@ class Tokenizer:
                 f"{self.end_of_text:,}, the model has embeddings for {embeddings:,}. Add embeddings with transformers: "
                 "model.resize_token_embeddings(len(tokenizer)), and save the model again"
             )
-        if any(number >= embeddings and not token.special for number, token in self._added.items()):
+        if any(number >= embeddings and not token.special for number, token in self.added.items()):
             self._backend = text_only(specially(self._backend, lambda token: token["id"] >= embeddings))
-            self._added, self._bytes = self._backend.get_added_tokens_decoder(), {}
+            self.added, self._bytes = self._backend.get_added_tokens_decoder(), {}
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text; no special token is added or recognised."""
@@ -239,7 +239,7 @@ class Tokenizer:
 
     def _swallows(self, token: Segment, side: str) -> bool:
         """Whether a special token takes the white space on that side, `lstrip` or `rstrip`, out of the text."""
-        added = self._added.get(self.special_id(token.text))
+        added = self.added.get(self.special_id(token.text))
         return added is not None and getattr(added, side)
 
     def encode_segments(self, segments: Sequence[Segment]) -> list[list[int]]:
@@ -275,17 +275,10 @@ class Tokenizer:
         """What a token stands for in the middle of a text; nothing for a special one. Only where there is a `spelling`."""
         if (found := self._bytes.get(number)) is None:
             assert self.spelling is not None
-            name, added = self._backend.id_to_token(number), self._added.get(number)
+            name, added = self._backend.id_to_token(number), self.added.get(number)
             found = b"" if name is None or (added and added.special) else self.spelling(name)
             self._bytes[number] = found
         return found
-
-    def special_text(self, number: int) -> str:
-        """How a token that stands for no text is written; "" for one that stands for some."""
-        added = self._added.get(number)
-        if number in self._ends or (added and added.special):
-            return str(self._backend.id_to_token(number))
-        return ""
 
     def answer(self, ids: Sequence[int]) -> str:
         """What an answer of these tokens says in the template."""
@@ -318,7 +311,7 @@ class Tokenizer:
         if self.spelling is not None and keeps_text(self._parts):
             for symbol, number in self._backend.get_vocab(with_added_tokens=False).items():
                 lengths[number] = len(self.spelling(symbol))
-            for number, token in self._added.items():
+            for number, token in self.added.items():
                 takes_spaces = token.lstrip or token.rstrip
                 lengths[number] = -1 if token.special or takes_spaces else len(self.spelling(token.content))
         return lengths
