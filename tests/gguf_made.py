@@ -33,7 +33,7 @@ SIZES_GPT2 = {
     "vocab_size": 300,
     "n_positions": 1024,
 }  # transformers reads no other context of a GPT-2
-CONFIGS = {
+CONFIGS = {  # heads of Qwen3 and Gemma are as wide as the published ones: transformers reads no other from GGUF
     "llama": lambda: t.LlamaConfig(**SMALL, tie_word_embeddings=False, rope_parameters=ROPE),
     "llama, tied, llama3": lambda: t.LlamaConfig(**SMALL, tie_word_embeddings=True, rope_parameters=LLAMA3),
     "llama, linear, biases": lambda: t.LlamaConfig(
@@ -43,7 +43,7 @@ CONFIGS = {
         rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0},
     ),
     "qwen2": lambda: t.Qwen2Config(**SMALL, tie_word_embeddings=True, rope_parameters=ROPE),
-    "qwen3": lambda: t.Qwen3Config(**SMALL, head_dim=24, tie_word_embeddings=True, rope_parameters=ROPE),
+    "qwen3": lambda: t.Qwen3Config(**SMALL, head_dim=128, tie_word_embeddings=True, rope_parameters=ROPE),
     "gemma3_text": lambda: (
         t.Gemma3TextConfig(  # heads as wide as in those that are published: transformers reads no other
             **SMALL | {"num_hidden_layers": 7}, head_dim=256, query_pre_attn_scalar=256, sliding_window=16
