@@ -279,4 +279,6 @@ def test_a_model_path_that_is_not_there(fails):
 
 
 def test_block_size_over_the_models_says_where_the_limit_comes_from(fails, sft):
-    fails([*sft, "--data.block_size", "512"], 1, "--data.block_size 512", "positions for 256", "Use 256 or less")
+    fails(
+        [*sft, "--data.block_size", "512"], 1, "--data.block_size 512", "texts of up to 256 tokens", "Use 256 or less"
+    )

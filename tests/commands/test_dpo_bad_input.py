@@ -135,7 +135,9 @@ def test_a_block_size_that_leaves_no_pair_says_why(fails, with_rows, rule, reaso
 
 
 def test_block_size_over_the_models_says_where_the_limit_comes_from(fails, dpo):
-    fails([*dpo, "--data.block_size", "512"], 1, "--data.block_size 512", "positions for 256", "Use 256 or less")
+    fails(
+        [*dpo, "--data.block_size", "512"], 1, "--data.block_size 512", "texts of up to 256 tokens", "Use 256 or less"
+    )
 
 
 def test_sft_data_that_is_not_there_is_named(fails, dpo):

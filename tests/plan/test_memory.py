@@ -56,6 +56,16 @@ def test_parameters_of_the_published_sizes():
         "gpt2-medium": 354_823_168,
         "gpt2-large": 774_030_080,
         "gpt2-xl": 1_557_611_200,
+        "HuggingFaceTB/SmolLM2-135M": 134_515_008,
+        "HuggingFaceTB/SmolLM2-360M": 361_821_120,
+        "HuggingFaceTB/SmolLM2-1.7B": 1_711_376_384,
+        "TinyLlama/TinyLlama-1.1B-Chat-v1.0": 1_100_048_384,
+        "meta-llama/Llama-3.2-1B": 1_235_814_400,
+        "meta-llama/Llama-3.2-3B": 3_212_749_824,
+        "Qwen/Qwen2.5-0.5B": 494_032_768,
+        "Qwen/Qwen2.5-1.5B": 1_543_714_304,
+        "Qwen/Qwen3-0.6B": 596_049_920,
+        "Qwen/Qwen3-1.7B": 1_720_574_976,
     }
     medium = SIZES["gpt2-medium"]
     assert [count_adapters(medium, r, adapted("all-linear")) for r in (1, 8)] == [393_216, 3_145_728]

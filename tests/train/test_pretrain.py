@@ -206,7 +206,7 @@ def test_named_sizes(size):
     config = tiny_config(size, Path("unused"), PretrainConfig, data__block_size=0)
     resolved, shape = resolve_shape(config)
     assert shape == SIZES[size]
-    assert (resolved.model.n_layer, resolved.data.block_size) == (shape.n_layer, 1024)
+    assert (resolved.model.n_layer, resolved.data.block_size) == (shape.depth, shape.longest)
 
 
 def test_held_out_texts_do_not_shape_the_vocabulary(topics, tokenizer):

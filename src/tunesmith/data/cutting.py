@@ -90,7 +90,7 @@ def resolve_block_size(asked: BlockSize, positions: int, model: str) -> int:
         return min(positions, USUAL_BLOCK)
     if asked > positions:
         raise UserError(
-            f"--data.block_size {asked:,} is more than {model} can hold: its weights have positions for {positions:,} tokens. "
+            f"--data.block_size {asked:,} is more than {model} can hold: it reads texts of up to {positions:,} tokens. "
             f"Use {positions} or less, or auto"
         )
     return asked

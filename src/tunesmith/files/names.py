@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
@@ -353,8 +354,8 @@ def _stored_shape(directory: Path) -> Config:
 
 def known_shape(model: str) -> Config | None:
     """The shape of a local MODEL or a named size; None where it would take a download to find out."""
-    if model in SIZES:
-        return SIZES[model]
+    if (size := SIZES.get(re.sub("-(Instruct|Base)$", "", model))) is not None:  # a model's versions have one shape
+        return size
     if model not in EMBEDDED and not Path(model.rpartition("@")[0] or model).expanduser().exists():
         return None
     try:

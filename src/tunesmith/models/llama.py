@@ -26,7 +26,7 @@ from tunesmith.models.model import Model
 from tunesmith.models.published import Setting, read_settings, refuse_unless
 from tunesmith.models.recompute import Chain, plain
 from tunesmith.models.rms_norm import RMSNorm
-from tunesmith.models.rotary import Rotary, Scaling, read_rotary, rotary_to_hf, rotate
+from tunesmith.models.rotary import Llama3Scaling, Rotary, Scaling, read_rotary, rotary_to_hf, rotate
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        uneven = self.head_dim is None and self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         problems = [
@@ -69,7 +70,9 @@ class LlamaConfig:
             problems.append(
                 f"num_attention_heads = {self.heads} is not a multiple of num_key_value_heads = {self.key_heads}"
             )
-        if not problems and self.head_width % 2:
+        if not problems and uneven:
+            problems.append(f"hidden_size = {self.hidden_size} is not a multiple of num_attention_heads = {self.heads}")
+        elif not problems and self.head_width % 2:
             problems.append(f"head_dim = {self.head_width} is odd, and its numbers turn in pairs")
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout = {self.dropout} is outside [0, 1)")
@@ -268,7 +271,6 @@ class Llama(Model):
 
 # ---- on disk and in memory -------------------------------------------------------------------------------------------
 
-COMPUTED = {"hidden_act": ("silu",)}  # settings of which only these values are computed here, or are not there
 SETTINGS = {
     "vocab_size": Setting("vocab_size"),
     "hidden_size": Setting("hidden_size"),
@@ -286,9 +288,11 @@ SETTINGS = {
 BIASES = {name: Setting(name, kind=bool) for name in ("attention_bias", "mlp_bias")}
 
 
-def read_shape(hf: Mapping[str, Any], config: type[LlamaConfig], settings: Mapping[str, Setting]) -> dict[str, Any]:
+def read_shape(
+    hf: Mapping[str, Any], config: type[LlamaConfig], settings: Mapping[str, Setting], activation: str = "silu"
+) -> dict[str, Any]:
     """Field -> value of what Llama and its like have in common in config.json. Raises: UserError naming what is wrong."""
-    refuse_unless(hf, COMPUTED, config.title)
+    refuse_unless(hf, {"hidden_act": (activation,)}, config.title)
     sizes = read_settings(hf, settings)
     longest = sizes.get("max_position_embeddings", config.max_position_embeddings)
     base, scaling = read_rotary(hf, longest, config.title)
@@ -343,6 +347,12 @@ def _recognises(hf: Mapping[str, Any]) -> bool:
     return isinstance(stated, list) and any(str(name).startswith("Llama") for name in stated)
 
 
+_SMOL = LlamaConfig(
+    49152, 576, 1536, 30, 9, 3, None, 8192, 1e-5, rope_theta=1e5, tied_head=True, initializer_range=1 / 24
+)
+_LONG = Llama3Scaling(32.0, 1.0, 4.0, 8192)
+_LLAMA3 = LlamaConfig(128256, 2048, 8192, 16, 32, 8, None, 131072, 1e-5, 5e5, _LONG, tied_head=True)
+
 LLAMA = Family(
     name="llama",
     title="Llama",
@@ -362,5 +372,24 @@ LLAMA = Family(
     vectors=lambda config: (config.width,) * 2,
     outside=lambda config: ((config.width,),),
     kept=kept,
-    sizes={},
+    sizes={
+        "HuggingFaceTB/SmolLM2-135M": _SMOL,
+        "HuggingFaceTB/SmolLM2-360M": replace(
+            _SMOL,
+            hidden_size=960,
+            intermediate_size=2560,
+            num_hidden_layers=32,
+            num_attention_heads=15,
+            num_key_value_heads=5,
+            initializer_range=0.02,
+        ),
+        "HuggingFaceTB/SmolLM2-1.7B": LlamaConfig(
+            49152, 2048, 8192, 24, 32, None, None, 8192, 1e-5, rope_theta=1.3e5, tied_head=True
+        ),
+        "TinyLlama/TinyLlama-1.1B-Chat-v1.0": LlamaConfig(32000, 2048, 5632, 22, 32, 4, rms_norm_eps=1e-5),
+        "meta-llama/Llama-3.2-1B": _LLAMA3,
+        "meta-llama/Llama-3.2-3B": replace(
+            _LLAMA3, hidden_size=3072, num_hidden_layers=28, num_attention_heads=24, head_dim=128
+        ),
+    },
 )

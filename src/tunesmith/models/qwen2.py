@@ -49,5 +49,8 @@ QWEN2 = replace(
     from_hf=_from_hf,
     to_hf=lambda config: {**shape_to_hf(config, SETTINGS), "use_sliding_window": False},
     recognises=lambda hf: "Qwen2ForCausalLM" in (hf.get("architectures") or ()),
-    sizes={},
+    sizes={
+        "Qwen/Qwen2.5-0.5B": Qwen2Config(151936, 896, 4864, 24, 14, 2, rope_theta=1e6, tied_head=True),
+        "Qwen/Qwen2.5-1.5B": Qwen2Config(151936, 1536, 8960, 28, 12, 2, None, 131072, rope_theta=1e6, tied_head=True),
+    },
 )

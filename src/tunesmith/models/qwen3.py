@@ -86,5 +86,8 @@ QWEN3 = replace(
     recognises=lambda hf: "Qwen3ForCausalLM" in (hf.get("architectures") or ()),
     vectors=lambda config: (config.width, config.width, config.head_width, config.head_width),
     kept=_kept,
-    sizes={},
+    sizes={
+        "Qwen/Qwen3-0.6B": Qwen3Config(151936, 1024, 3072, 28, 16, 8, 128, 40960, rope_theta=1e6, tied_head=True),
+        "Qwen/Qwen3-1.7B": Qwen3Config(151936, 2048, 6144, 28, 16, 8, 128, 40960, rope_theta=1e6, tied_head=True),
+    },
 )
