@@ -1,0 +1,164 @@
+"""Models, adapters and reward models of every family between here and transformers or PEFT; and what is refused, by name."""
+
+import json
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from families import CASES, hf_config, in_transformers
+from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.errors import UserError
+from tunesmith.files.adapters import save_adapter
+from tunesmith.files.names import SAMPLE, load_adapted, load_plain, shape_of
+from tunesmith.files.reward_models import load_reward_model, save_reward_model
+from tunesmith.files.weights import save_model, weights_fingerprint
+from tunesmith.models.known import config_from_hf
+from tunesmith.models.lora import apply_lora, lora_layers
+from tunesmith.models.reward_head import RewardModel
+
+cases = pytest.mark.parametrize("case", CASES)
+IDS = torch.arange(40)[None] * 97 % 6000
+CLOSE = {"rtol": 2e-4, "atol": 5e-5}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.load(SAMPLE)
+
+
+@pytest.fixture
+def theirs(case, tokenizer):
+    return in_transformers(case, vocab_size=tokenizer.vocab_size)
+
+
+@pytest.fixture
+def directory(theirs, tokenizer, tmp_path):
+    """As transformers saves it, beside our tokenizer."""
+    path = tmp_path / "theirs"
+    theirs.save_pretrained(path)
+    tokenizer.save(path, 96, tokenizer.vocab_size)
+    return path
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.lm_head(model(IDS))
+
+
+def their_logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+@cases
+def test_what_one_saves_computes_the_same_in_the_other(theirs, directory, tokenizer, tmp_path):
+    ours, right = load_plain(directory), their_logits(theirs)
+    torch.testing.assert_close(logits(ours), right, **CLOSE)
+    save_model(ours, tokenizer, tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager")
+    assert torch.equal(their_logits(again), right)
+    assert shape_of(str(tmp_path / "ours")) == shape_of(str(directory)) == ours.config
+
+
+@cases
+def test_shards_and_bfloat16_are_read_as_transformers_reads_them(theirs, directory):
+    theirs.to(torch.bfloat16).save_pretrained(directory, max_shard_size="30KB")
+    (directory / "model.safetensors").unlink()
+    assert len(list(directory.glob("model-*.safetensors"))) > 1
+    again = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    torch.testing.assert_close(logits(load_plain(directory)), their_logits(again), **CLOSE)
+
+
+@cases
+def test_an_adapter_of_ours_computes_the_same_in_peft_and_merged(theirs, directory, tmp_path):
+    model = load_plain(directory)
+    fingerprint = weights_fingerprint(model)
+    apply_lora(model, "all-linear", rank=2, alpha=8)
+    for i, layer in enumerate(lora_layers(model).values()):
+        torch.nn.init.normal_(layer.lora_B, std=0.1, generator=torch.Generator().manual_seed(i))
+    save_adapter(model, tmp_path / "adapter", base=str(directory), fingerprint=fingerprint)
+    in_peft = their_logits(peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter"))
+    assert not torch.allclose(in_peft, logits(load_plain(directory)), **CLOSE)
+    for ours in (model, load_adapted(tmp_path / "adapter"), load_plain(tmp_path / "adapter")):
+        torch.testing.assert_close(logits(ours), in_peft, **CLOSE)
+
+
+@cases
+@pytest.mark.parametrize("targets", ["all-linear", ["lm_head"]], ids=str)
+def test_an_adapter_of_peft_computes_the_same_here_and_merged(theirs, directory, tmp_path, targets):
+    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
+    adapted = peft.get_peft_model(theirs, config)
+    adapted.peft_config["default"].base_model_name_or_path = str(directory)
+    right = their_logits(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    for ours in (load_adapted(tmp_path / "adapter"), load_plain(tmp_path / "adapter")):
+        torch.testing.assert_close(logits(ours), right, **CLOSE)
+
+
+@cases
+def test_a_reward_model_is_the_classifier_of_its_family(directory, tokenizer, tmp_path):
+    model = RewardModel(load_plain(directory))
+    model.init_score(0)
+    save_reward_model(model, tokenizer, tmp_path / "reward")
+    theirs, last = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward"), torch.tensor([39])
+    theirs.save_pretrained(tmp_path / "again")
+    for ours in (model, load_reward_model(tmp_path / "reward"), load_reward_model(tmp_path / "again")):
+        with torch.no_grad():
+            torch.testing.assert_close(ours(IDS, rows=last), their_logits(theirs)[:, 0], **CLOSE)
+
+
+# ---- what is not computed here ---------------------------------------------------------------------------------------
+
+YARN = {"rope_type": "yarn", "factor": 4.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0}
+REFUSED = [
+    ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu', which tunesmith's Llama does not support"),
+    ("llama", {"rope_parameters": None, "rope_scaling": YARN}, "rope_type = 'yarn'.*Llama.*default.*linear or llama3"),
+    ("llama", {"rope_parameters": YARN}, "rope_type = 'yarn'"),
+    ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
+    ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
+    ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention"),
+    ("llama", {"rope_scaling": "linear"}, "rope_scaling = 'linear'; expected an object"),
+    ("llama", {"rope_scaling": {"rope_type": "linear"}}, "factor = None; expected a number above 0"),
+    ("llama", {"rope_parameters": None, "rope_theta": "big"}, "rope_theta = 'big'"),
+    ("llama", {"rope_scaling": LLAMA3}, "low_freq_factor = 4 and high_freq_factor = 1"),
+    ("llama", {"num_key_value_heads": 3}, "num_attention_heads = 4 is not a multiple of num_key_value_heads = 3"),
+    ("llama", {"head_dim": 5}, "head_dim = 5 is odd"),
+    ("llama", {"head_dim": None, "hidden_size": 34}, "hidden_size = 34 is not a multiple of num_attention_heads = 4"),
+    ("llama", {"mlp_bias": "yes"}, "mlp_bias = 'yes'"),
+    ("llama", {"num_hidden_layers": 0}, "num_hidden_layers = 0"),
+    ("mistral", {"sliding_window": 50}, "sliding_window = 50 in texts of up to 96 tokens.*Mistral"),
+    ("qwen2", {"use_sliding_window": True}, "use_sliding_window = True, which tunesmith's Qwen2"),
+    ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention', which tunesmith's Qwen3"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "changes", "told"), REFUSED, ids=[told.split(",")[0] for *_, told in REFUSED])
+def test_what_is_not_computed_is_refused_by_name(case, changes, told, tmp_path):
+    hf = hf_config(case).to_dict()
+    config_from_hf(hf)
+    (tmp_path / "config.json").write_text(json.dumps(hf | changes))
+    with pytest.raises(UserError, match=told):
+        load_plain(tmp_path)
+
+
+def test_a_window_that_no_text_can_leave_is_none():
+    hf = hf_config("mistral").to_dict()
+    assert config_from_hf(hf | {"sliding_window": 96}) == config_from_hf(hf | {"sliding_window": None})
+    left_out = {name: value for name, value in hf.items() if name != "sliding_window"}  # transformers then takes 4,096
+    assert config_from_hf(left_out).longest == 96
+    with pytest.raises(UserError, match="sliding_window = 4096 in texts of up to 32,768"):
+        config_from_hf(left_out | {"max_position_embeddings": 32_768})
+
+
+@pytest.mark.parametrize("case", ["llama biases", "llama linear"])
+def test_positions_are_read_in_both_forms(case):
+    new = hf_config(case).to_dict()
+    stated = dict(new.pop("rope_parameters"))
+    old = new | {"rope_theta": stated.pop("rope_theta"), "rope_scaling": stated}
+    kind = {"type" if name == "rope_type" else name: value for name, value in stated.items()}
+    config = config_from_hf(hf_config(case).to_dict())
+    assert config.rope_scaling is not None
+    assert config == config_from_hf(old) == config_from_hf(old | {"rope_scaling": kind})
