@@ -175,7 +175,7 @@ def test_wrong_weights_are_named(saved, change, told):
     ("changes", "told"),
     [
         ({"activation_function": "relu"}, "activation_function = 'relu'"),
-        ({"model_type": "llama"}, "model_type 'llama'"),
+        ({"model_type": "mamba"}, "model_type 'mamba'"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
         ({"n_head": 5}, "n_embd = 32 is not a multiple of n_head = 5"),
     ],
