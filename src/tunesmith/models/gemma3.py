@@ -100,7 +100,7 @@ class Norm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> (..., width), in the weight's type."""
-        return rms_norm(x, (1.0 + self.weight) * self.scale, self.eps)
+        return rms_norm(x, self.weight, self.eps, 1.0, self.scale)
 
 
 class Attention(llama.Attention):
