@@ -135,8 +135,8 @@ class Keys:
         return f"{self.head}{dot}{rest}" if module == HEAD else self.prefix + name
 
     def module(self, name: str) -> str:
-        """A module's name in transformers' model, which adapters go by: its head is `lm_head`, whatever files call it."""
-        return name if name == HEAD else self.theirs(name)
+        """A module's or weight's name in transformers' model, which adapters go by: its head is `lm_head` whatever files say."""
+        return name if name.partition(".")[0] == HEAD else self.theirs(name)
 
     def ours(self, key: str) -> str:
         """The name here of what is called `key` in published files or in transformers; with or without the prefix."""

@@ -27,7 +27,7 @@ from tunesmith.models.linear import Linear
 from tunesmith.models.model import Model
 from tunesmith.models.published import Setting, read_settings, refuse_unless
 from tunesmith.models.recompute import Chain
-from tunesmith.models.rotary import Rotary, rotate
+from tunesmith.models.rotary import Rotary, Scaling, read_rotary, rotary_to_hf, rotate
 
 GELU = {"gelu": "none", "gelu_new": "tanh"}
 """hidden_act -> torch's name of the approximation."""
@@ -45,6 +45,7 @@ class GPTNeoXConfig:
     max_position_embeddings: int = 2048
     rotary_pct: float = 0.25
     rotary_emb_base: float = 10_000.0
+    rope_scaling: Scaling = None
     hidden_act: str = "gelu"
     use_parallel_residual: bool = True
     attention_bias: bool = True
@@ -207,7 +208,7 @@ class GPTNeoX(Model):
     def __init__(self, config: GPTNeoXConfig) -> None:
         super().__init__()
         self.config = config
-        self.rotary = Rotary(config.rotary_width, config.rotary_emb_base)
+        self.rotary = Rotary(config.rotary_width, config.rotary_emb_base, config.rope_scaling)
         self.embed_in = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.depth))
         self.final_layer_norm = nn.LayerNorm(config.width, config.layer_norm_eps)
@@ -276,23 +277,32 @@ SETTINGS = {
 
 def _from_hf(hf: Mapping[str, Any]) -> GPTNeoXConfig:
     refuse_unless(hf, COMPUTED, "GPT-NeoX")
-    settings = read_settings(hf, SETTINGS) | _rotary(hf)
-    return GPTNeoXConfig(hidden_act=ACTIVATIONS[hf.get("hidden_act", "gelu")], **settings)
+    sizes = read_settings(hf, SETTINGS)
+    longest = sizes.get("max_position_embeddings", GPTNeoXConfig.max_position_embeddings)
+    activation = ACTIVATIONS[hf.get("hidden_act", "gelu")]
+    return GPTNeoXConfig(**sizes, **_rotary(hf, longest), hidden_act=activation)
 
 
-def _rotary(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Base and share of the rotary positions, in the names of before transformers 5 or in `rope_parameters`."""
-    given = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    return {
-        "rotary_emb_base": given.get("rope_theta", hf.get("rotary_emb_base", 10_000.0)),
-        "rotary_pct": given.get("partial_rotary_factor", hf.get("rotary_pct", 0.25)),
-    }
+def _rotary(hf: Mapping[str, Any], longest: int) -> dict[str, Any]:
+    """Of the rotary positions, whose base and share have names of their own before transformers 5."""
+    stated = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    part = None
+    if isinstance(stated, Mapping):
+        part = stated.get("partial_rotary_factor")
+        stated = {name: value for name, value in stated.items() if name != "partial_rotary_factor"}
+    renamed = {"rope_scaling": stated, "rope_theta": hf.get("rotary_emb_base", 10_000.0)}
+    base, scaling = read_rotary(renamed, longest, "GPT-NeoX")
+    part = hf.get("rotary_pct", 0.25) if part is None else part
+    if isinstance(part, bool) or not isinstance(part, int | float):
+        raise UserError(f"config.json holds rotary_pct = {part!r}; expected the share of each head that turns, up to 1")
+    return {"rotary_emb_base": base, "rotary_pct": float(part), "rope_scaling": scaling}
 
 
 def _to_hf(config: GPTNeoXConfig) -> dict[str, Any]:
     return {setting.names[0]: getattr(config, field) for field, setting in SETTINGS.items()} | {
         "attention_dropout": config.dropout,
         "hidden_act": config.hidden_act,
+        "rope_scaling": rotary_to_hf(config.rotary_emb_base, config.rope_scaling)["rope_scaling"],
         "rotary_emb_base": config.rotary_emb_base,
         "rotary_pct": config.rotary_pct,
         "initializer_range": 0.02,
