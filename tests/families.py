@@ -21,6 +21,16 @@ LLAMA3 = {
 }  # fmt: skip
 CASES = {  # model_type and a word -> what its config.json says beside SMALL
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 96, "resid_pdrop": 0.0},
+    "llama": {"num_key_value_heads": 2},
+    "llama tied": {"num_key_value_heads": 1, "tie_word_embeddings": True, "rms_norm_eps": 1e-5},
+    "llama biases": {"attention_bias": True, "mlp_bias": True, "head_dim": 12, "rope_parameters": LLAMA3},
+    "llama linear": {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 4,
+                     "rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 1000.0}},
+    "mistral": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": None},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen2 tied": {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 12, "tie_word_embeddings": True},
+    "qwen3 biases": {"num_key_value_heads": 4, "head_dim": 8, "attention_bias": True},
     "gpt_neox": {"rope_parameters": {"partial_rotary_factor": 0.5}},
     "gpt_neox sequential": {"use_parallel_residual": False, "hidden_act": "gelu_new", "attention_bias": False},
     "gpt_neox tied": {"rotary_pct": 1.0, "rotary_emb_base": 500, "layer_norm_eps": 1e-3, "tie_word_embeddings": True,
@@ -34,16 +44,6 @@ CASES = {  # model_type and a word -> what its config.json says beside SMALL
     "gemma3_text untied": {"num_hidden_layers": 4, "num_key_value_heads": 4, "head_dim": 8, "query_pre_attn_scalar": 8,
                            "sliding_window": 2, "sliding_window_pattern": 2, "attention_bias": True,
                            "tie_word_embeddings": False},
-    "llama": {"num_key_value_heads": 2},
-    "llama tied": {"num_key_value_heads": 1, "tie_word_embeddings": True, "rms_norm_eps": 1e-5},
-    "llama biases": {"attention_bias": True, "mlp_bias": True, "head_dim": 12, "rope_parameters": LLAMA3},
-    "llama linear": {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 4,
-                     "rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 1000.0}},
-    "mistral": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": None},
-    "qwen2": {"num_key_value_heads": 2},
-    "qwen2 tied": {"num_key_value_heads": 1, "tie_word_embeddings": True},
-    "qwen3": {"num_key_value_heads": 2, "head_dim": 12, "tie_word_embeddings": True},
-    "qwen3 biases": {"num_key_value_heads": 4, "head_dim": 8, "attention_bias": True},
 }  # fmt: skip
 
 
