@@ -72,7 +72,7 @@ def train(method: Method, config: Any) -> Run:
     if method.new_shape:
         config, shape = method.new_shape(config)
     config = check_options(config, method.check(config))
-    with begin(config, method.command) as (config, path):
+    with begin(config, method) as (config, path):
         return _train(method, config, shape, path)
 
 

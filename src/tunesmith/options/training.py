@@ -1,12 +1,15 @@
 """Every option of the training commands: its name, type, default and help text. No torch here, so that `--help` is instant."""
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from tunesmith.options.marks import AS_BEGUN, CONTENT, FIXED, LENGTH, OPEN, ROUNDING
 
 Switch = Literal["auto"] | bool
 BlockSize = Literal["auto"] | int
+C = TypeVar("C")
 
 
 @dataclass(frozen=True)
@@ -295,3 +298,13 @@ class GenerateOptions:
     seed: int = 1234
     """Decides every draw, together with the tokens of the prompt (earlier turns included) and the number of the answer to it:
     other prompts and their order change nothing, and a prompt given twice gets the same answer twice."""
+
+
+def with_options(config: C, changes: Mapping[str, Any]) -> C:
+    """The configuration with some options set, by their dotted names."""
+    whole: Any = config
+    for name, value in changes.items():
+        group, key = name.split(".")
+        whole = dataclasses.replace(whole, **{group: dataclasses.replace(getattr(whole, group), **{key: value})})
+    changed: C = whole
+    return changed

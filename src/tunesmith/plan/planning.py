@@ -21,6 +21,7 @@ from tunesmith.device import has_lean_allocator, resident_memory, resolve_device
 from tunesmith.errors import UsageError
 from tunesmith.models.family import HEAD, Config
 from tunesmith.models.head import head_chunk
+from tunesmith.options.training import with_options
 from tunesmith.plan.cards import CARDS, CONTEXT, Card, card_seconds
 from tunesmith.plan.memory import Memory, Work, adapted_layers, predict_memory
 from tunesmith.plan.workload import Rows, forward_operations, shared_keys, step_operations
@@ -146,13 +147,13 @@ def make_setting(config: AnyConfig, shape: Config, rows: Rows, place: Place, cha
         model has no positions for the block size.
     """
     method = method_of(config)
-    config = method.resolve(resolve_data(_changed(config, changes), shape.longest))
+    config = method.resolve(resolve_data(with_options(config, changes), shape.longest))
     t = config.train
     if place.card:
         precision = place.card.precision if t.precision == "auto" else t.precision
     else:
         precision = resolve_precision(t.precision, resolve_device(place.name), shape.width)
-    config = _changed(config, {"train.precision": precision} | ({} if place.card else {"train.device": place.name}))
+    config = with_options(config, {"train.precision": precision} | ({} if place.card else {"train.device": place.name}))
     rows = rows_of(config, rows)
     work = work_of(config, shape, rows)
     return Setting(config, shape, rows, work, predict_memory(shape, work), place, changes)
@@ -207,14 +208,6 @@ def estimate_passes(config: AnyConfig, steps: int, *, done: int = 0) -> float:
     every = e.every or max(1, steps // ESTIMATES)
     iters = e.iters or default_iters(config, steps, every, (MOST_ITERS, MOST_ITERS))
     return (e.at_start + (steps - done) / every) * 2 * iters
-
-
-def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
-    """The configuration with dotted options set."""
-    for name, value in changes.items():
-        group, key = name.split(".")
-        config = dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **{key: value})})
-    return config
 
 
 # ---- the same training in less memory --------------------------------------------------------------------------------

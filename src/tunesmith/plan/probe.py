@@ -6,7 +6,6 @@ will be: width, rows, documents, precision, adapters, memory modes, the update.
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from tunesmith.device import resolve_compile
 from tunesmith.files.names import new_model
 from tunesmith.models.attention import Documents
 from tunesmith.models.family import Config
+from tunesmith.options.training import with_options
 from tunesmith.plan.workload import Rows
 from tunesmith.train.methods.table import method_of
 from tunesmith.train.optim import OneByOne
@@ -97,13 +97,10 @@ def make_step(config: AnyConfig, shape: Config, rows: Rows, micro_batches: int =
     return timed
 
 
-def decided(config: Any) -> AnyConfig:
+def decided(config: AnyConfig) -> AnyConfig:
     """The configuration with what a plan leaves open: whether blocks are compiled, and some learning rate (none changes the time)."""
-    t, o = config.train, config.optimizer
-    train = dataclasses.replace(t, compile=resolve_compile(t.compile, torch.device(t.device)))
-    optimizer = dataclasses.replace(o, lr=1e-6 if o.lr is None else o.lr)
-    changed: AnyConfig = dataclasses.replace(config, train=train, optimizer=optimizer)
-    return changed
+    compiled, lr = resolve_compile(config.train.compile, torch.device(config.train.device)), config.optimizer.lr
+    return with_options(config, {"train.compile": compiled, "optimizer.lr": 1e-6 if lr is None else lr})
 
 
 def text_batch(config: AnyConfig, shape: Config, rows: Rows) -> Batch:

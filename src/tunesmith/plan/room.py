@@ -11,6 +11,7 @@ from tunesmith.device import available_memory, resident_memory
 from tunesmith.errors import UsageError
 from tunesmith.models.family import Config
 from tunesmith.options.plans import PlanOptions
+from tunesmith.options.training import with_options
 from tunesmith.plan.cards import CONTEXT
 from tunesmith.plan.planning import Place, as_options, candidates, fastest_that_fits, is_exact, make_setting
 from tunesmith.plan.workload import Rows
@@ -32,7 +33,7 @@ def memory_lines(config: AnyConfig, shape: Config, train: Countable) -> list[str
         return []
     if train.per_epoch is not None:  # a step takes no more rows than there are
         rows = min(config.train.batch_size, train.rows_per_epoch)
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=rows))
+        config = with_options(config, {"train.batch_size": rows})
     try:
         asked = make_setting(config, shape, TEXTS, place, {})
     except UsageError as error:

@@ -20,8 +20,8 @@ from torch.optim import Optimizer
 from tunesmith.data.batch import Batch
 from tunesmith.data.cutting import block_size_of
 from tunesmith.device import describe
-from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.train.clock import Mark, mark
+from tunesmith.train.methods.table import method_of
 from tunesmith.train.optim import OneByOne, decides_on_device, set_learning_rate
 from tunesmith.train.resolve import precision_of
 from tunesmith.train.splitting import Split, Splitting, step_in_memory
@@ -111,19 +111,19 @@ def make_launcher(config: AnyConfig, model: nn.Module, loss_sum: LossSum, device
 
 def splitting_of(config: AnyConfig, device: torch.device) -> Splitting:
     """What is done when a micro-batch does not fit, and what would help where that is not enough."""
-    t, tuning = config.train, not isinstance(config, PretrainConfig)
-    checkpointing = f", activation_checkpointing {str(t.activation_checkpointing).lower()}"
-    lora = f", LoRA rank {config.lora.rank}" if tuning and config.lora.rank else ""
-    smaller = [f"a {'--data' if tuning else '--model'}.block_size below {block_size_of(config.data):,}"]
-    if t.activation_checkpointing is not True:
-        smaller.insert(0, "--train.activation_checkpointing true")
-    if tuning and not lora:
-        smaller.append("--lora.rank 8")
+    t, new_model = config.train, method_of(config).new_model
+    lora = f", LoRA rank {config.lora.rank}" if config.lora.rank else ""
     weights = f" with {t.weights} weights" if t.weights != "fp32" else ""
     allocator = f", allocator {t.allocator}" * (t.allocator != "fast")
-    if device.type == "cpu" and not allocator:
-        smaller.append("--train.allocator lean")
+    ways = {
+        "--train.activation_checkpointing true": t.activation_checkpointing is not True,
+        f"a {'--model' if new_model else '--data'}.block_size below {block_size_of(config.data):,}": True,
+        "--lora.rank 8": not (new_model or lora),
+        "--train.allocator lean": device.type == "cpu" and not allocator,
+    }
     setup = (
-        f"{config.model.name}{lora}, {precision_of(config)}{weights} on {describe(device)}{checkpointing}{allocator}"
+        f"{config.model.name}{lora}, {precision_of(config)}{weights} on {describe(device)}, "
+        f"activation_checkpointing {str(t.activation_checkpointing).lower()}{allocator}"
     )
-    return Splitting(setup, ", ".join(smaller), t.batch_size, repeatable=not t.optimizer_in_backward)
+    smaller = ", ".join(way for way, helps in ways.items() if helps)
+    return Splitting(setup, smaller, t.batch_size, repeatable=not t.optimizer_in_backward)

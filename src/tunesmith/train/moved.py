@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -14,6 +13,7 @@ from tunesmith.files.bases import OWN_BASE, holds_model
 from tunesmith.files.places import PLACES, exists, gone, located, located_sets, places_of
 from tunesmith.files.run import Run
 from tunesmith.options.marks import marked_options
+from tunesmith.options.training import with_options
 
 C = TypeVar("C")
 SETS = ("data.name", "dpo.sft_data")  # may be several, with weights
@@ -37,8 +37,7 @@ def as_they_lie(config: C, run: Run) -> C:
                 f"name it again: --{name} PATH"
             )
         if now != value:
-            options = dataclasses.replace(getattr(config, group), **{key: now})
-            config = dataclasses.replace(config, **{group: options})  # type: ignore[type-var]
+            config = with_options(config, {name: now})
     return config
 
 

@@ -17,13 +17,11 @@ from tunesmith.data.cutting import block_size_of, resolve_block_size
 from tunesmith.device import Precision, resolve_compile, resolve_device, resolve_precision
 from tunesmith.errors import UsageError, note
 from tunesmith.options.parse import describe_type, nearest_choice, option_types, parts_of
-from tunesmith.options.pretraining import PretrainConfig
-from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
+from tunesmith.options.training import with_options
 from tunesmith.train.optim import DEFAULT_WEIGHT_DECAY
 from tunesmith.train.trainee import AnyConfig, alpha_of
 
-Config = TypeVar("Config", SFTConfig, DPOConfig, RewardConfig, PretrainConfig)
-Checked = TypeVar("Checked", bound=AnyConfig)
+Config = TypeVar("Config", bound=AnyConfig)
 LORA_FACTOR = 10  # adapters want a larger rate than all weights do
 
 
@@ -53,7 +51,7 @@ AT_LEAST = {
 """Options that are numbers -> their smallest value."""
 
 
-def check_options(config: Checked, more: Sequence[str] = ()) -> Checked:
+def check_options(config: Config, more: Sequence[str] = ()) -> Config:
     """The configuration as `check_types` gives it.
 
     Raises: UsageError with every problem at once; `more` are those that the command found in its own options.
@@ -98,7 +96,7 @@ def check_options(config: Checked, more: Sequence[str] = ()) -> Checked:
     return config
 
 
-def _too_small(config: Checked) -> list[str]:
+def _too_small(config: Config) -> list[str]:
     """What is wrong with single numbers; what is not given, or "auto", is not."""
     problems = []
     for name, low in AT_LEAST.items():
@@ -109,7 +107,7 @@ def _too_small(config: Checked) -> list[str]:
     return problems
 
 
-def check_types(config: Checked) -> Checked:
+def check_types(config: Config) -> Config:
     """The configuration with Python's own numbers and texts for those of numpy and paths, as its files hold them.
 
     The command line and files are checked where they are read; Python passes anything.
@@ -122,7 +120,7 @@ def check_types(config: Checked) -> Checked:
             problems.append(f"--{name} is {value!r}, expected {describe_type(kind)}{nearest_choice(kind, value)}")
     if problems:
         raise UsageError("; ".join(problems))
-    plain: Checked = _plain(config)
+    plain: Config = _plain(config)
     return plain
 
 
@@ -176,7 +174,7 @@ def _without_effect(config: AnyConfig) -> list[str]:
 def resolve_data(config: Config, positions: int) -> Config:
     """The configuration with the block size decided for a model that can read `positions` tokens."""
     block_size = resolve_block_size(config.data.block_size, positions, config.model.name)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, block_size=block_size))
+    return with_options(config, {"data.block_size": block_size})
 
 
 def resolve_machine(config: Config, width: int, learning_rate: float) -> Config:
@@ -196,23 +194,17 @@ def resolve_machine(config: Config, width: int, learning_rate: float) -> Config:
         raise UsageError(
             f"--train.allocator lean is for a CPU's memory; on {device} torch has its own allocator: leave it out"
         )
-    train = dataclasses.replace(
-        t,
-        device=str(device),
-        precision=precision,
-        compile=resolve_compile(t.compile, device),
-        cuda_graphs=resolve_cuda_graphs(config, device, precision),
-        activation_checkpointing=False if t.activation_checkpointing == "auto" else t.activation_checkpointing,
-    )
-    rate = learning_rate * (LORA_FACTOR if lora.rank else 1)
-    optimizer = dataclasses.replace(
-        o,
-        lr=rate if o.lr is None else o.lr,
-        weight_decay=DEFAULT_WEIGHT_DECAY.get(o.name, 0.0) if o.weight_decay is None else o.weight_decay,
-    )
-    if lora.rank and not isinstance(config, PretrainConfig):
-        config = dataclasses.replace(config, lora=dataclasses.replace(lora, alpha=alpha_of(lora)))
-    return dataclasses.replace(config, train=train, optimizer=optimizer)
+    rate, decay = learning_rate * (LORA_FACTOR if lora.rank else 1), DEFAULT_WEIGHT_DECAY.get(o.name, 0.0)
+    decided = {
+        "train.device": str(device),
+        "train.precision": precision,
+        "train.compile": resolve_compile(t.compile, device),
+        "train.cuda_graphs": resolve_cuda_graphs(config, device, precision),
+        "train.activation_checkpointing": False if t.activation_checkpointing == "auto" else t.activation_checkpointing,
+        "optimizer.lr": rate if o.lr is None else o.lr,
+        "optimizer.weight_decay": decay if o.weight_decay is None else o.weight_decay,
+    }
+    return with_options(config, decided | ({"lora.alpha": alpha_of(lora)} if lora.rank else {}))
 
 
 RECORDS_ON = ("cuda",)
@@ -297,15 +289,10 @@ def resolve_length(config: Config, train: Countable, validation: Countable, *, w
     splits = [-(-b.rows_per_epoch // b.batch_size) for b in (train, validation)]
     estimate = sum(min(config.eval.iters or MOST_ITERS, batches) for batches in splits)
     every = config.eval.every or max(1, steps // 40, min(steps, estimate // (3 * config.train.accumulate)))
-    config = dataclasses.replace(
-        config,
-        train=dataclasses.replace(t, steps=steps, epochs=None),
-        optimizer=dataclasses.replace(o, warmup_steps=warmup),
-        eval=dataclasses.replace(
-            config.eval, every=every, iters=config.eval.iters or default_iters(config, steps, every, splits)
-        ),
-        checkpoint=dataclasses.replace(config.checkpoint, every=config.checkpoint.every or every),
-    )
+    iters = config.eval.iters or default_iters(config, steps, every, splits)
+    decided = {"train.steps": steps, "train.epochs": None, "optimizer.warmup_steps": warmup}
+    decided |= {"eval.every": every, "eval.iters": iters, "checkpoint.every": config.checkpoint.every or every}
+    config = with_options(config, decided)
     if not config.resume:  # of an older run it may be; a change of it is checked when the run is compared
         check_warmup(config)
     return config

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
@@ -21,15 +21,14 @@ from tunesmith.errors import UsageError, UserError
 from tunesmith.files.places import PLACES
 from tunesmith.files.run import DRAWS, Run, check_command
 from tunesmith.options.marks import HISTORY, Marked, checked_history, marked_options
-from tunesmith.options.pretraining import PretrainConfig
-from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
+from tunesmith.options.training import with_options
+from tunesmith.train.methods.table import method_of
 from tunesmith.train.moved import names_kept, places_named
 from tunesmith.train.optim import schedule_factor
-from tunesmith.train.resolve import check_warmup
+from tunesmith.train.resolve import Config, check_warmup
 from tunesmith.train.splits import Splits
 from tunesmith.train.trainee import AnyConfig, Trainee
 
-Config = TypeVar("Config", SFTConfig, DPOConfig, RewardConfig, PretrainConfig)
 ROWS = {  # key in inputs.json: what log and history call it, and in words
     "train": ("train rows", "the training rows"),
     "test": ("test rows", "the validation rows"),
@@ -96,8 +95,7 @@ def as_begun(config: Config, stored: Mapping[str, Any]) -> Config:
             option.mark == "as begun" and option.value is None
         )
         if undecided and value is not None:
-            options = dataclasses.replace(getattr(config, group), **{name: value})
-            config = dataclasses.replace(config, **{group: options})
+            config = with_options(config, {option.name: value})
     return config
 
 
@@ -180,7 +178,7 @@ def refuse(changes: Sequence[Change], config: AnyConfig, path: Path) -> None:
     """Raises: UserError if changes were not accepted, or cannot be accepted."""
     told = "; ".join(change.words for change in changes)
     if any(change.option == WEIGHTS for change in changes):
-        what = "The reference of a DPO run" if isinstance(config, DPOConfig) else "The base of the adapters"
+        what = "The reference of a DPO run" if method_of(config).held_to_start else "The base of the adapters"
         raise UserError(
             f"--resume: {told}. {what} must stay what the run began with: name that model with --model.name, or start a new "
             "run with another --out"

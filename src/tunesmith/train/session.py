@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,23 +18,23 @@ from tunesmith.errors import UsageError
 from tunesmith.files.bases import base_at
 from tunesmith.files.lock import default_directory, run_directory
 from tunesmith.files.run import Run, RunLog, open_log
-from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import LoRAOptions
 from tunesmith.progress import STOP
 from tunesmith.train.course import Timetable
 from tunesmith.train.launch import make_launcher
 from tunesmith.train.loop import fit
+from tunesmith.train.methods.method import Method
 from tunesmith.train.moved import as_they_lie
 from tunesmith.train.optim import schedule_factor
 from tunesmith.train.prefetch import made_ahead
 from tunesmith.train.resolve import as_dict, batches_of_step, iters_of, passes_of, precision_of
-from tunesmith.train.resuming import Config, Origin, as_begun
+from tunesmith.train.resuming import Origin, as_begun
 from tunesmith.train.task import Task
 from tunesmith.train.trainee import AnyConfig, Trainee
 
 
 @contextlib.contextmanager
-def begin(config: Config, command: str) -> Iterator[tuple[Config, Path]]:
+def begin(config: Any, method: Method) -> Iterator[tuple[Any, Path]]:
     """The configuration (of a resumed run, with what was decided when it began) and the run's directory, now locked for us.
 
     Sets up the process: allocator and seeds. What a resumed run's options name is looked for where it lies now.
@@ -44,14 +45,12 @@ def begin(config: Config, command: str) -> Iterator[tuple[Config, Path]]:
             "--train.allocator lean needs glibc's allocator, which is missing here or left unchanged by "
             "TUNESMITH_ALLOCATOR=system: leave the option out, or unset the variable"
         )
-    default = default_directory(command, config.model.name, [name for name, _ in parse_sets(config.data.name)])
+    default = default_directory(method.command, config.model.name, [name for name, _ in parse_sets(config.data.name)])
     with STOP.catching(), run_directory(config.out, default, config.resume) as path:
         seed_everything(config.train.seed)
         if config.resume:
             config = as_begun(as_they_lie(config, Run(path)), Run(path).config)
-        base, template = None, AUTO
-        if not isinstance(config, PretrainConfig):
-            base, template = config.model.base, config.chat.template
+        base, template = (None, AUTO) if method.new_model else (config.model.base, config.chat.template)
         with base_at(base), chat_template(template):
             yield config, path
 

@@ -11,7 +11,7 @@ import dataclasses
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.options.training import DPOConfig
+from tunesmith.options.training import DPOConfig, with_options
 from tunesmith.train.methods.method import Method, StepWork
 from tunesmith.train.methods.preferences import OBSERVED, check_pair_options, pair_metrics
 
@@ -60,12 +60,12 @@ def check(config: DPOConfig) -> list[str]:
 
 def resolve(config: DPOConfig) -> DPOConfig:
     """The configuration with the defaults of `dpo` decided."""
-    d = config.dpo
+    d, decided = config.dpo, dict[str, Any]()
     if d.label_smoothing is None:
-        d = dataclasses.replace(d, label_smoothing=ROBUST_SMOOTHING if d.loss == "robust" else 0.0)
+        decided["dpo.label_smoothing"] = ROBUST_SMOOTHING if d.loss == "robust" else 0.0
     if d.reference == "auto":
-        d = dataclasses.replace(d, reference="cached" if d.reference_device is None else "model")
-    return dataclasses.replace(config, dpo=d)
+        decided["dpo.reference"] = "cached" if d.reference_device is None else "model"
+    return with_options(config, decided)
 
 
 def preference_loss(config: DPOConfig) -> PreferenceLoss:

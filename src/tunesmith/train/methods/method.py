@@ -30,22 +30,6 @@ class StepWork:
     ahead: str = ""
 
 
-def _nothing_wrong(_: Any) -> Sequence[str]:
-    return ()
-
-
-def _as_given(config: Any) -> Any:
-    return config
-
-
-def _one_pass(_: Any) -> StepWork:
-    return StepWork()
-
-
-def _nothing_cheaper(_: Any) -> Mapping[str, tuple[Any, str]]:
-    return {}
-
-
 @dataclass(frozen=True)
 class Method:
     """One way to train. Its functions take its own configuration, resolved unless they say otherwise.
@@ -81,11 +65,11 @@ class Method:
     held_to_start: bool = False
     warmup: int = 0
     new_shape: Callable[[Any], tuple[Any, Config]] | None = None
-    check: Callable[[Any], Sequence[str]] = _nothing_wrong
-    resolve: Callable[[Any], Any] = _as_given
+    check: Callable[[Any], Sequence[str]] = lambda config: ()
+    resolve: Callable[[Any], Any] = lambda config: config
     data: Callable[[Any, Trainee], Data] | None = None
-    step_work: Callable[[Any], StepWork] = _one_pass
-    cheaper: Callable[[Any], Mapping[str, tuple[Any, str]]] = _nothing_cheaper
+    step_work: Callable[[Any], StepWork] = lambda config: StepWork()
+    cheaper: Callable[[Any], Mapping[str, tuple[Any, str]]] = lambda config: {}
 
     @property
     def new_model(self) -> bool:

@@ -6,11 +6,10 @@ have and this one leaves out: padding to the longest row, logits of unsupervised
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from tunesmith.options.training import SFTConfig
+from tunesmith.options.training import SFTConfig, with_options
 from tunesmith.train.methods.method import Method
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ def resolve(config: SFTConfig) -> SFTConfig:
     from tunesmith.data.texts import resolve_loss_on
 
     loss_on = resolve_loss_on(config.data.loss_on, config.data.batching)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, loss_on=loss_on))
+    return with_options(config, {"data.loss_on": loss_on})
 
 
 def token_loss_sum(model: Model, config: SFTConfig | PretrainConfig) -> LossSum:
