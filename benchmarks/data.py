@@ -45,10 +45,10 @@ FIRST_BATCH = """
 import sys, time
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.options.training import DataOptions, SFTConfig, TrainOptions
-from tunesmith.train.splits import load_splits, text_batches
+from tunesmith.train.splits import in_batches, load_splits
 imported = time.perf_counter()
 config = SFTConfig(data=DataOptions(name=sys.argv[1]), train=TrainOptions(precision="fp32"))
-train, _, _ = text_batches(load_splits(config.data, Tokenizer.gpt2()), config)
+train = in_batches(load_splits(config.data, Tokenizer.gpt2()), config).train
 train[0]
 seconds = time.perf_counter() - imported
 (peak,) = [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")]

@@ -1,13 +1,14 @@
 """`tunesmith data`: the form first, brackets where there is no colour, and one data set at a time."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from rich.text import Text
 
 from tunesmith.__main__ import main
 from tunesmith.commands.data import bracketed
-from tunesmith.train.splits import describe_pairs
+from tunesmith.train.splits import Data
 
 TURNS = [("user", "Hi"), ("assistant", "WRONG"), ("user", "Sure?"), ("assistant", "Hello")]
 
@@ -111,6 +112,7 @@ def test_a_training_says_in_whose_tokens_answers_are_long(capsys):
         longer_chosen = staticmethod(lambda numbers: 0.5)
         different_prompts = len
 
-    describe_pairs(Pairs([1] * 5), Pairs([1, 2]), 3)
+    train, validation = (SimpleNamespace(rows=Pairs(pairs)) for pairs in ([1] * 5, [1, 2]))
+    Data(None, train, validation, []).pairs_event(3)
     told = "in 50.0% of the 2 validation pairs the chosen answer is the longer one, in tokens of this model"
     assert told in capsys.readouterr().out

@@ -19,7 +19,7 @@ from tunesmith.train import pair_loss, splitting, token_loss
 from tunesmith.train.optim import build_optimizer
 from tunesmith.train.pair_loss import PreferenceLoss, estimate_dpo, estimate_reward, reward_loss_sum
 from tunesmith.train.resuming import OLD_DRAWS
-from tunesmith.train.splits import load_splits, pair_batches, text_batches
+from tunesmith.train.splits import in_batches, load_splits
 from tunesmith.train.step import optimizer_step
 from tunesmith.train.token_loss import estimate_loss, nll_sum
 
@@ -30,11 +30,11 @@ def batches_of(kind, tmp_path, **options):
     """The training rows of the sample in batches of some kind."""
     if kind == "pairs":
         config = tiny_config("m", tmp_path, RewardConfig, **{"data__block_size": 64, "data__max_rows": None, **options})
-        return pair_batches(load_splits(config.data, Tokenizer.load(SAMPLE), pairs=True), config)[0]
+        return in_batches(load_splits(config.data, Tokenizer.load(SAMPLE), pairs=True), config, pairs=True).train
     config = tiny_config(
         "m", tmp_path, **{"data__batching": kind, "data__block_size": 64, "data__max_rows": None, **options}
     )
-    return text_batches(load_splits(config.data, Tokenizer.load(SAMPLE)), config)[0]
+    return in_batches(load_splits(config.data, Tokenizer.load(SAMPLE)), config).train
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -133,7 +133,7 @@ def test_the_rows_by_which_a_run_is_judged_are_computed_once_with_an_estimate_of
 def test_a_run_logs_the_loss_of_the_sample(tiny_directory, tmp_path):
     config = tiny_config(tiny_directory, tmp_path / "r", optimizer__lr=3e-3, train__steps=4, eval__every=4)
     run = ts.sft(config)
-    train = text_batches(load_splits(config.data, Tokenizer.load(SAMPLE)), config)[0]
+    train = in_batches(load_splits(config.data, Tokenizer.load(SAMPLE)), config).train
     model, _ = ts.load(f"{run.path}@4", device="cpu")
     with torch.no_grad():
         told, right, wrong = (run.metrics("eval")[-1]["train_loss"], *(estimate_loss(model, b(3)).loss for b in (train.sample, train.fixed)))  # fmt: skip  # noqa: E501

@@ -6,7 +6,7 @@ import pytest
 
 from tunesmith.data.datasets import open_dataset
 from tunesmith.options.training import DataOptions, DPOConfig, PairDataOptions, SFTConfig
-from tunesmith.train.splits import load_splits, pair_batches, text_batches
+from tunesmith.train.splits import in_batches, load_splits
 
 
 @pytest.fixture
@@ -23,12 +23,12 @@ def batches(kind, tokenizer, name, **options):
     pairs = kind is DPOConfig
     config = kind(data=(PairDataOptions if pairs else DataOptions)(name=name, block_size=32, holdout=0.5, **options))
     splits = load_splits(config.data, tokenizer, pairs=pairs)
-    train, validation, _ = (pair_batches if pairs else text_batches)(splits, config)
+    data = in_batches(splits, config, pairs=pairs)
 
     def content(batch):
         return batch.sources or tuple(batch.input_ids.flatten().tolist())
 
-    return [content(train[i]) for i in range(8)], [content(b) for b in validation.fixed(4)]
+    return [content(data.train[i]) for i in range(8)], [content(b) for b in data.validation.fixed(4)]
 
 
 @pytest.mark.parametrize(

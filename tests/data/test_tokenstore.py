@@ -295,11 +295,11 @@ LARGE = """
 import sys
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.options.training import DataOptions, SFTConfig, TrainOptions
-from tunesmith.train.splits import load_splits, text_batches
+from tunesmith.train.splits import in_batches, load_splits
 peak = lambda: next(int(x.split()[1]) / 1024 for x in open("/proc/self/status") if x.startswith("VmHWM"))
 config = SFTConfig(data=DataOptions(name=sys.argv[1], block_size=1024), train=TrainOptions(precision="fp32"))
 before, tokenizer = peak(), Tokenizer.gpt2()
-train, _, _ = text_batches(load_splits(config.data, tokenizer), config)
+train = in_batches(load_splits(config.data, tokenizer), config).train
 train[0]
 print(len(train.rows.store), before, peak())
 """

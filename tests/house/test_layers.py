@@ -17,11 +17,6 @@ PACKAGE = Path(__file__).parents[2] / "src" / "tunesmith"
 GROUND = "ground"  # the modules that lie directly in the package; `__main__`, which starts everything, stands above all
 ORDER = {wing: height for height, wing in enumerate((GROUND, *WINGS, "__main__"))}
 AT_MOST_ON_THE_GROUND = 12
-PUT_TOGETHER = {
-    "train.session",
-    "train.trainee",
-    "study.forecast",
-}  # a training, what is trained, a training's price: out of many parts
 MOST_IMPORTS, LONGEST_FUNCTION = 12, 60
 ENDING = re.compile(r"(ings?|ements?|ments?|ions?|ed|ers?|s|e)$")
 WITHOUT_TORCH = {  # what reads runs and text or only knows options; a wing means every module of it
@@ -125,7 +120,6 @@ def test_modules_outside_commands_import_few_others():
         module: count
         for module, others in IMPORTS.items()
         if wing_of(module) not in ("commands", "__main__")
-        and module not in PUT_TOGETHER
         and (count := sum(wing_of(other) != GROUND for other in others)) > MOST_IMPORTS
     }
     assert not wide, f"more than {MOST_IMPORTS} modules that are not of the ground"

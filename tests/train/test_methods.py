@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from tunesmith.options.configs import precision_of
 from tunesmith.options.training import RewardConfig
 from tunesmith.train.methods.method import Method
 from tunesmith.train.methods.preferences import OBSERVED, check_pair_options, pair_metrics
@@ -49,7 +50,6 @@ def check(config):
 def loss_sum(model, config):
     from tunesmith.train.pair_loss import PreferenceLoss, dpo_loss_sum
     from tunesmith.train.reference import zeros
-    from tunesmith.train.resolve import precision_of
 
     settings, precision = PreferenceLoss(config.cpo.beta), precision_of(config)
     return lambda batch: dpo_loss_sum(model, batch, zeros(batch), settings, precision)

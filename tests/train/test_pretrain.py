@@ -31,7 +31,8 @@ from tunesmith.models.known import SIZES
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.options.training import DataOptions
 from tunesmith.study.report import render_report
-from tunesmith.train.scratch import resolve_shape, training_texts
+from tunesmith.train.methods.pretrain import new_shape
+from tunesmith.train.scratch import training_texts
 from tunesmith.train.splits import load_splits
 
 MARGIN = 0.4  # nats per token by which the model must beat the best that knows no context
@@ -204,7 +205,7 @@ def test_the_tokenizer_and_the_shape_of_a_model_can_be_taken(trained, topics, tm
 @pytest.mark.parametrize("size", SIZES)
 def test_named_sizes(size):
     config = tiny_config(size, Path("unused"), PretrainConfig, data__block_size=0)
-    resolved, shape = resolve_shape(config)
+    resolved, shape = new_shape(config)
     assert shape == SIZES[size]
     assert (resolved.model.n_layer, resolved.data.block_size) == (shape.depth, shape.longest)
 

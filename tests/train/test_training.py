@@ -16,7 +16,7 @@ from tunesmith.errors import UserError
 from tunesmith.files.names import SAMPLE
 from tunesmith.files.weights import load_model
 from tunesmith.models.gpt2 import GPTConfig
-from tunesmith.train.splits import load_splits, text_batches
+from tunesmith.train.splits import in_batches, load_splits
 from tunesmith.train.token_loss import estimate_loss
 
 BATCHINGS = ["packed", "windows", "padded"]
@@ -158,11 +158,11 @@ def test_four_micro_batches_of_one_row_equal_one_of_four(tiny_directory, tmp_pat
 @pytest.mark.parametrize("batching", BATCHINGS)
 def test_estimates_weigh_every_token_alike_and_leave_mode_and_random_state(tiny_directory, tmp_path, batching):
     config = tiny_config(tiny_directory, tmp_path, data__batching=batching)
-    train, validation, _ = text_batches(load_splits(config.data, Tokenizer.load(SAMPLE)), config)
+    data = in_batches(load_splits(config.data, Tokenizer.load(SAMPLE)), config)
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 6144, "block_size": 128}
     model, plain = random_model(GPTConfig(**shape, dropout=0.5)).train(), random_model(GPTConfig(**shape))
     state = torch.get_rng_state()
-    for batches in (train, validation):
+    for batches in (data.train, data.validation):
         found = estimate_loss(model, batches.fixed(4))
         assert found == estimate_loss(model, batches.fixed(4))
         sums = [batch_nll(plain, batch) for batch in batches.fixed(4)]
@@ -198,7 +198,7 @@ def assert_it_names_step_and_rows_and_keeps_a_good_checkpoint(run, config):
     (event,) = run.metrics("diverged")
     assert event["step"] == status["step"] + (event["loss"] is None)  # a step that cannot be taken is not counted
     splits = load_splits(config.data, Tokenizer.load(SAMPLE))
-    batch = text_batches(splits, config)[0][event["step"] - 1]
+    batch = in_batches(splits, config).train[event["step"] - 1]
     rows = [splits.train.place(row) for row in batch.sources]
     assert f"at step {event['step']} (rows {rows[0]}" in status["reason"]
     assert "lower --optimizer.lr" in status["reason"]

@@ -24,6 +24,7 @@ from tunesmith.files.bases import base_at
 from tunesmith.files.names import known_shape, nearest_model, shape_of
 from tunesmith.models.family import Config
 from tunesmith.models.known import SIZES
+from tunesmith.options.configs import AnyConfig
 from tunesmith.options.pretraining import PretrainConfig
 from tunesmith.plan.planning import (
     Setting,
@@ -43,7 +44,6 @@ from tunesmith.plan.workload import Rows
 from tunesmith.progress import span
 from tunesmith.train.methods.table import method_of
 from tunesmith.train.resolve import check_options
-from tunesmith.train.trainee import AnyConfig
 
 GAINS = {
     "train.activation_checkpointing": "activations are recomputed in backward",

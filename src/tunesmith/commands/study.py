@@ -18,6 +18,7 @@ from tunesmith.errors import UsageError, UserError
 from tunesmith.files.lock import one_writer
 from tunesmith.files.run import write_atomically
 from tunesmith.options.commands import StudyCommand
+from tunesmith.options.configs import AnyConfig
 from tunesmith.options.parse import from_settings, nearest
 from tunesmith.progress import STOP, span
 from tunesmith.study.definition import COMMANDS, read_study_file, study_path
@@ -30,7 +31,6 @@ from tunesmith.study.runner import conduct
 from tunesmith.study.view import View
 from tunesmith.train.methods.table import METHODS
 from tunesmith.train.resolve import check_options
-from tunesmith.train.trainee import AnyConfig
 
 
 def study(name: str, options: StudyCommand) -> Path:

@@ -1,15 +1,12 @@
 """Every option of the training commands: its name, type, default and help text. No torch here, so that `--help` is instant."""
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 from tunesmith.options.marks import AS_BEGUN, CONTENT, FIXED, LENGTH, OPEN, ROUNDING
 
 Switch = Literal["auto"] | bool
 BlockSize = Literal["auto"] | int
-C = TypeVar("C")
 
 
 @dataclass(frozen=True)
@@ -155,6 +152,11 @@ class LoRAOptions:
     targets: str = field(default="all-linear", metadata=FIXED)
     """Comma-separated layers: all-linear (of the blocks), c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj, lm_head, or patterns like h.0.*"""
 
+    @property
+    def alpha_or_default(self) -> float:
+        """The alpha that was asked for, or twice the rank."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
 
 @dataclass(frozen=True)
 class DPOOptions:
@@ -298,13 +300,3 @@ class GenerateOptions:
     seed: int = 1234
     """Decides every draw, together with the tokens of the prompt (earlier turns included) and the number of the answer to it:
     other prompts and their order change nothing, and a prompt given twice gets the same answer twice."""
-
-
-def with_options(config: C, changes: Mapping[str, Any]) -> C:
-    """The configuration with some options set, by their dotted names."""
-    whole: Any = config
-    for name, value in changes.items():
-        group, key = name.split(".")
-        whole = dataclasses.replace(whole, **{group: dataclasses.replace(getattr(whole, group), **{key: value})})
-    changed: C = whole
-    return changed

@@ -21,14 +21,13 @@ from tunesmith.device import has_lean_allocator, resident_memory, resolve_device
 from tunesmith.errors import UsageError
 from tunesmith.models.family import HEAD, Config
 from tunesmith.models.head import head_chunk
-from tunesmith.options.training import with_options
+from tunesmith.options.configs import AnyConfig, with_options
 from tunesmith.plan.cards import CARDS, CONTEXT, Card, card_seconds
 from tunesmith.plan.memory import Memory, Work, adapted_layers, predict_memory
 from tunesmith.plan.workload import Rows, forward_operations, shared_keys, step_operations
 from tunesmith.train.methods.method import Method
 from tunesmith.train.methods.table import method_of
 from tunesmith.train.resolve import MOST_ITERS, default_iters, resolve_data
-from tunesmith.train.trainee import AnyConfig
 
 LEAN_TIME = 1.25  # of a step with --train.allocator lean, in times of one with fast; measured with GPT-2, small models take more
 LIBRARIES = 42e6  # bytes that threads, oneDNN's kernels and the like take with the first step on a CPU; measured

@@ -22,12 +22,12 @@ from tunesmith.device import resolve_compile
 from tunesmith.files.names import new_model
 from tunesmith.models.attention import Documents
 from tunesmith.models.family import Config
-from tunesmith.options.training import with_options
+from tunesmith.options.configs import AnyConfig, with_options
 from tunesmith.plan.workload import Rows
 from tunesmith.train.methods.table import method_of
 from tunesmith.train.optim import OneByOne
 from tunesmith.train.step import optimizer_step
-from tunesmith.train.trainee import AnyConfig, equip, make_optimizer, prepare_model
+from tunesmith.train.trainee import equip, make_optimizer, prepare_model
 
 BLOCKS = 4  # of the larger of the two models
 BUDGET, REPEATS = 8.0, 5  # seconds after the warm-up, and most steps of each

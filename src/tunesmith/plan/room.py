@@ -10,16 +10,13 @@ import torch
 from tunesmith.device import available_memory, resident_memory
 from tunesmith.errors import UsageError
 from tunesmith.models.family import Config
-from tunesmith.options.plans import PlanOptions
-from tunesmith.options.training import with_options
+from tunesmith.options.configs import AnyConfig, with_options
 from tunesmith.plan.cards import CONTEXT
 from tunesmith.plan.planning import Place, as_options, candidates, fastest_that_fits, is_exact, make_setting
 from tunesmith.plan.workload import Rows
 from tunesmith.train.resolve import Countable
-from tunesmith.train.trainee import AnyConfig
 
 COMPILER_MODULES = 70e6  # bytes of torch._dynamo, which torch's optimizers load with their first use
-TEXTS = Rows(PlanOptions.text_tokens, PlanOptions.supervised)  # as `tunesmith plan` takes them where it is not told
 
 
 def memory_lines(config: AnyConfig, shape: Config, train: Countable) -> list[str]:
@@ -35,7 +32,7 @@ def memory_lines(config: AnyConfig, shape: Config, train: Countable) -> list[str
         rows = min(config.train.batch_size, train.rows_per_epoch)
         config = with_options(config, {"train.batch_size": rows})
     try:
-        asked = make_setting(config, shape, TEXTS, place, {})
+        asked = make_setting(config, shape, Rows(), place, {})
     except UsageError as error:
         return [f"memory: no prediction, because it is not counted for {error}"]
     if place.cpu:  # the weights are in memory already, and are counted

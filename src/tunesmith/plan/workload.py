@@ -5,15 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tunesmith.models.family import Config
+from tunesmith.options.plans import PlanOptions
 from tunesmith.plan.memory import Memory, Work, block_matrices, count_adapters
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What a micro-batch is like. text_tokens: mean length of a text (or pair); supervised: share of tokens that carry loss."""
+    """What a micro-batch is like. text_tokens: mean length of a text (or pair); supervised: share of tokens that carry loss.
 
-    text_tokens: int
-    supervised: float
+    The defaults are those of `tunesmith plan`, for data that nobody has read.
+    """
+
+    text_tokens: int = PlanOptions.text_tokens
+    supervised: float = PlanOptions.supervised
 
 
 def shared_keys(tokens: int, supervised: float) -> int:

@@ -13,7 +13,7 @@ from tunesmith.device import resolve_device
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.names import known_shape
 from tunesmith.models.family import Config
-from tunesmith.options.plans import PlanOptions
+from tunesmith.options.configs import AnyConfig
 from tunesmith.plan.cards import Card
 from tunesmith.plan.memory import Memory
 from tunesmith.plan.planning import Place, Setting, estimate_passes, make_setting
@@ -22,10 +22,8 @@ from tunesmith.plan.workload import Rows
 from tunesmith.study.ledger import DONE, Ledger
 from tunesmith.study.matrix import Plan, PlannedRun, reference
 from tunesmith.train.resolve import ESTIMATES_SHARE
-from tunesmith.train.trainee import AnyConfig
 
 START = 3.0  # seconds in which a run's process gets ready, on the machine of docs/performance.md
-ROWS = Rows(PlanOptions.text_tokens, PlanOptions.supervised)  # of the data, which are not read: as a plan takes them
 BUDGET = 1.0  # seconds of a probe after its warm-up
 ELSEWHERE = Card("another machine", 0.0, 1e10, {"fp32": 1e11})  # which a study was written for; nothing is known of it
 
@@ -77,10 +75,10 @@ def forecast_of(config: AnyConfig, shape: Config) -> Forecast | None:
     except UserError:  # planned for another machine
         place = Place(config.train.device, ELSEWHERE, False, math.inf, 0.0)
     try:
-        setting = make_setting(config, shape, ROWS, place, {})
+        setting = make_setting(config, shape, Rows(), place, {})
         return Forecast(setting, setting.memory)
     except UsageError:
-        return Forecast(make_setting(config, shape, ROWS, place, {"lora.targets": "all-linear"}), None)
+        return Forecast(make_setting(config, shape, Rows(), place, {"lora.targets": "all-linear"}), None)
     except UserError:
         return None
 
@@ -151,7 +149,7 @@ def probe(forecasts: Mapping[str, Forecast | None]) -> dict[str, float]:
     for group in alike.values():
         for s in sorted(group.values(), key=lambda s: s.work.tokens):
             with contextlib.suppress(UserError):  # a reference's device or an optimizer's package may be missing here
-                one = make_setting(s.config, s.shape.resized(depth=1), ROWS, s.place, {})
+                one = make_setting(s.config, s.shape.resized(depth=1), Rows(), s.place, {})
                 seconds = probe_step(one.config, one.shape, one.rows, budget=BUDGET).step(one.work.micro_batches)
                 rates |= dict.fromkeys(group, one.operations / seconds)
                 break

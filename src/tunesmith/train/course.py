@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
+from tunesmith.options.configs import AnyConfig, iters_of
 from tunesmith.train.divergence import Watch
+from tunesmith.train.optim import schedule_factor
+from tunesmith.train.resolve import batches_of_step, passes_of
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,27 @@ class Timetable:
     def saves_after(self, step: int) -> bool:
         """Whether a checkpoint is due by the step alone, whatever the estimates say."""
         return step % self.checkpoint_every == 0 or step == self.steps
+
+
+def timetable_of(config: AnyConfig, per_epoch: int | None) -> Timetable:
+    """When what happens in a run of this resolved configuration. per_epoch: micro-batches; None where epochs have no ends."""
+    o, t, e = config.optimizer, config.train, config.eval
+    steps, peak, warmup_steps = t.steps, o.lr, o.warmup_steps
+    assert steps is not None and peak is not None and warmup_steps is not None  # noqa: PT018
+    assert e.every is not None and config.checkpoint.every is not None  # noqa: PT018
+    return Timetable(
+        steps=steps,
+        numbers=partial(batches_of_step, accumulate=t.accumulate, per_epoch=per_epoch),
+        learning_rate=lambda step: peak * schedule_factor(o.schedule, step, steps=steps, warmup_steps=warmup_steps),
+        eval_every=e.every,
+        eval_at_start=e.at_start,
+        eval_iters=iters_of(config),
+        eval_cost=2 * iters_of(config) / passes_of(config),
+        checkpoint_every=config.checkpoint.every,
+        keep=config.checkpoint.keep,
+        patience=e.patience,
+        diverge_after=t.diverge_after,
+    )
 
 
 @dataclass

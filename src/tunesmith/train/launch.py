@@ -20,15 +20,15 @@ from torch.optim import Optimizer
 from tunesmith.data.batch import Batch
 from tunesmith.data.cutting import block_size_of
 from tunesmith.device import describe
+from tunesmith.options.configs import AnyConfig, precision_of
 from tunesmith.train.clock import Mark, mark
 from tunesmith.train.methods.table import method_of
 from tunesmith.train.optim import OneByOne, decides_on_device, set_learning_rate
-from tunesmith.train.resolve import precision_of
 from tunesmith.train.splitting import Split, Splitting, step_in_memory
 from tunesmith.train.step import DeviceStats, StepStats, Unread, optimizer_step, step_on_device
 from tunesmith.train.step_graph import RecordedStep, recorder
 from tunesmith.train.task import LossSum
-from tunesmith.train.trainee import AnyConfig, make_optimizer
+from tunesmith.train.trainee import make_optimizer
 
 READ_LATE_ON = ("cuda",)  # devices that would have nothing to do while the host reads a step's numbers
 

@@ -12,8 +12,8 @@ from tunesmith.errors import UserError
 from tunesmith.files.bases import OWN_BASE, holds_model
 from tunesmith.files.places import PLACES, exists, gone, located, located_sets, places_of
 from tunesmith.files.run import Run
+from tunesmith.options.configs import with_options
 from tunesmith.options.marks import marked_options
-from tunesmith.options.training import with_options
 
 C = TypeVar("C")
 SETS = ("data.name", "dpo.sft_data")  # may be several, with weights

@@ -29,13 +29,13 @@ from tunesmith.device import Precision, put, resolve_device
 from tunesmith.models.lora import disabled
 from tunesmith.models.model import Model
 from tunesmith.models.modes import evaluation_mode
+from tunesmith.options.configs import precision_of
 from tunesmith.options.training import DPOConfig
 from tunesmith.progress import Progress
 from tunesmith.train.divergence import batches_judged_by
 from tunesmith.train.pair_loss import Reference, answer_logps
-from tunesmith.train.prepared import Prepared
-from tunesmith.train.resolve import precision_of
 from tunesmith.train.splitting import within_memory
+from tunesmith.train.task import Prepared
 
 # float32, as the model gives them: nothing is lost by keeping them. The key is a SHA-256, so pairs need not be stored.
 RECORD = np.dtype([("key", "V32"), ("logps", "<f4", (2,))])

@@ -16,10 +16,9 @@ import torch
 from tunesmith.data.cutting import block_size_of, resolve_block_size
 from tunesmith.device import Precision, resolve_compile, resolve_device, resolve_precision
 from tunesmith.errors import UsageError, note
+from tunesmith.options.configs import AnyConfig, with_options
 from tunesmith.options.parse import describe_type, nearest_choice, option_types, parts_of
-from tunesmith.options.training import with_options
 from tunesmith.train.optim import DEFAULT_WEIGHT_DECAY
-from tunesmith.train.trainee import AnyConfig, alpha_of
 
 Config = TypeVar("Config", bound=AnyConfig)
 LORA_FACTOR = 10  # adapters want a larger rate than all weights do
@@ -204,7 +203,7 @@ def resolve_machine(config: Config, width: int, learning_rate: float) -> Config:
         "optimizer.lr": rate if o.lr is None else o.lr,
         "optimizer.weight_decay": decay if o.weight_decay is None else o.weight_decay,
     }
-    return with_options(config, decided | ({"lora.alpha": alpha_of(lora)} if lora.rank else {}))
+    return with_options(config, decided | ({"lora.alpha": lora.alpha_or_default} if lora.rank else {}))
 
 
 RECORDS_ON = ("cuda",)
@@ -331,12 +330,6 @@ def passes_of(config: AnyConfig) -> int:
     return config.train.accumulate * (2 if config.lora.rank else 3)
 
 
-def iters_of(config: AnyConfig) -> int:
-    """Batches of each split in an estimate of a resolved configuration."""
-    assert config.eval.iters is not None
-    return config.eval.iters
-
-
 def _more_than_there_is(per_step: int, train: Countable, accumulate: int, block_size: Any) -> str:
     """What becomes of a step that is larger than the data."""
     smaller = "--train.accumulate or --train.batch_size" if accumulate > 1 else "--train.batch_size"
@@ -351,9 +344,3 @@ def _more_than_there_is(per_step: int, train: Countable, accumulate: int, block_
 def as_dict(config: AnyConfig) -> dict[str, Any]:
     """What config.yaml holds: the groups of options. Outside them stands only where the run is written and whether it goes on."""
     return {key: value for key, value in dataclasses.asdict(config).items() if isinstance(value, dict)}
-
-
-def precision_of(config: AnyConfig) -> Precision:
-    """The arithmetic of a resolved configuration."""
-    assert config.train.precision != "auto"
-    return config.train.precision

@@ -20,14 +20,14 @@ from tunesmith.data.tokenstore import TokenStore
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.places import PLACES
 from tunesmith.files.run import DRAWS, Run, check_command
+from tunesmith.options.configs import AnyConfig, with_options
 from tunesmith.options.marks import HISTORY, Marked, checked_history, marked_options
-from tunesmith.options.training import with_options
 from tunesmith.train.methods.table import method_of
 from tunesmith.train.moved import names_kept, places_named
 from tunesmith.train.optim import schedule_factor
 from tunesmith.train.resolve import Config, check_warmup
 from tunesmith.train.splits import Splits
-from tunesmith.train.trainee import AnyConfig, Trainee
+from tunesmith.train.trainee import Trainee
 
 ROWS = {  # key in inputs.json: what log and history call it, and in words
     "train": ("train rows", "the training rows"),

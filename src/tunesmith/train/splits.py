@@ -1,23 +1,25 @@
-"""Training and validation rows of a data set, and as batches."""
+"""What a run learns from: training and validation rows of a data set, and as batches."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from tunesmith.data.batch import Batch
 from tunesmith.data.cutting import block_size_of
 from tunesmith.data.datasets import holdout_rows, open_dataset
 from tunesmith.data.epochs import Batches, BatchLayout
 from tunesmith.data.pairs import PairRows
 from tunesmith.data.pairstore import PairStore
-from tunesmith.data.texts import TextRows, WindowRows, text_rows
+from tunesmith.data.texts import TextRows, text_rows
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokenstore import Form, TokenStore, tokenise
 from tunesmith.errors import UserError
-from tunesmith.options.pretraining import PretrainConfig
-from tunesmith.options.training import DataOptions, DPOConfig, RewardConfig, SFTConfig
+from tunesmith.options.configs import AnyConfig
+from tunesmith.options.training import DataOptions, DPOConfig
 
 Array = np.ndarray[Any, Any]
 
@@ -61,66 +63,85 @@ def load_splits(data: DataOptions, tokenizer: Tokenizer, *, pairs: bool = False,
 
 
 FILL_TO = 64  # targets of a batch are filled up to a multiple of this where shapes are to be steady
-TextBatches = Batches[TextRows | WindowRows]
-PairBatches = Batches[PairRows]
 
 
-def text_batches(splits: Splits, config: SFTConfig | PretrainConfig) -> tuple[TextBatches, TextBatches, list[str]]:
-    """Training and validation rows as batches, and what had to be cut. Raises: UserError with `data.strict` if anything was."""
-    layout, validation_layout = layouts(config)
-    train = Batches(text_rows(splits.train, splits.train_rows, layout))
-    validation = Batches(text_rows(splits.validation, splits.validation_rows, validation_layout))
-    return train, validation, _cut_lines(config.data, train.rows, validation.rows)
+@dataclass(frozen=True)
+class Data:
+    """What a run learns from and is estimated on, in batches.
 
-
-def pair_batches(splits: Splits, config: DPOConfig | RewardConfig) -> tuple[PairBatches, PairBatches, list[str]]:
-    """Training and validation pairs as batches, and what had to be cut. Raises: UserError with `data.strict` if anything was."""
-    layout, validation_layout = layouts(config)
-    train = Batches(PairRows(PairStore(splits.train), splits.train_rows, layout))
-    validation = Batches(PairRows(PairStore(splits.validation), splits.validation_rows, validation_layout))
-    return train, validation, _cut_lines(config.data, train.rows, validation.rows)
-
-
-def layouts(config: SFTConfig | PretrainConfig | DPOConfig | RewardConfig) -> tuple[BatchLayout, BatchLayout]:
-    """How training and validation rows are laid out; they differ in the seed of their order.
-
-    Validation has the seed of the rows, so that runs that differ in `data.seed` are estimated on the same batches.
+    notes: what was skipped or cut. watched: texts on which a run of pairs is estimated too.
     """
-    data, train = config.data, config.train
+
+    splits: Splits
+    train: Batches[Any]
+    validation: Batches[Any]
+    notes: Sequence[str]
+    watched: Batches[Any] | None = None
+
+    def describe(self, batches: Sequence[Batch]) -> str:
+        """Where the rows of some training batches come from, the first of each."""
+        place = self.train.rows.store.place
+        return ", ".join(place(row) for batch in batches for row in batch.sources[:3]) or "random windows"
+
+    def pairs_event(self, iters: int) -> tuple[str, dict[str, Any]]:
+        """With what the log of a run of pairs opens: how many there are, and what length alone would score on those of an estimate."""
+        pairs = self.validation.rows
+        numbers = pairs.used(iters)
+        share = pairs.longer_chosen(numbers)
+        print(
+            f"note: in {share:.1%} of the {len(numbers):,} validation pairs the chosen answer is the longer one, in tokens of this model"
+        )
+        return "pairs", {
+            "train_pairs": len(self.train.rows),
+            "validation_pairs": len(numbers),
+            "validation_prompts": pairs.different_prompts(numbers),
+            "validation_longer_chosen": share,
+        }
+
+
+def load_data(config: AnyConfig, tokenizer: Tokenizer, *, pairs: bool = False) -> Data:
+    """The rows of `data.name` in batches: pairs, or dialogues and texts.
+
+    Raises: UserError for unusable data, or with `data.strict` for any bad or cut row.
+    """
+    return in_batches(load_splits(config.data, tokenizer, pairs=pairs), config, pairs=pairs)
+
+
+def in_batches(splits: Splits, config: AnyConfig, *, pairs: bool = False) -> Data:
+    """Rows that are read, as batches. Raises: UserError with `data.strict` if any had to be cut.
+
+    The validation rows have an order of their own, so that runs that differ in `data.seed` are estimated on the same batches.
+    """
+    data, options = config.data, config.train
     layout = BatchLayout(
         batching=data.batching,
         block_size=block_size_of(data),
-        batch_size=train.batch_size,
+        batch_size=options.batch_size,
         loss_on=data.loss_on,
         truncation=data.truncation,
         seed=data.seed,
-        fill_to=FILL_TO if train.compile or train.precision != "fp32" else 1,
+        fill_to=FILL_TO if options.compile or options.precision != "fp32" else 1,
     )
-    return layout, replace(layout, seed=data.rows_seed)
+    by_split: dict[str, Any] = {}
+    for name, store, rows, seed in (
+        ("train", splits.train, splits.train_rows, data.seed),
+        ("validation", splits.validation, splits.validation_rows, data.rows_seed),
+    ):
+        own = replace(layout, seed=seed)
+        by_split[name] = PairRows(PairStore(store), rows, own) if pairs else text_rows(store, rows, own)
+    cut = [f"{name}: {line}" for name, rows in by_split.items() for line in rows.cut_lines()]
+    if data.strict and cut:
+        raise UserError(f"--data.strict: {'; '.join(cut)}")
+    return Data(splits, Batches(by_split["train"]), Batches(by_split["validation"]), [*splits.notes, *cut])
 
 
-def _cut_lines(
-    data: DataOptions, train: TextRows | WindowRows | PairRows, validation: TextRows | WindowRows | PairRows
-) -> list[str]:
-    """What had to be cut, for the user. Raises: UserError with `data.strict` if anything was."""
-    lines = [
-        f"{name}: {line}" for name, rows in (("train", train), ("validation", validation)) for line in rows.cut_lines()
-    ]
-    if data.strict and lines:
-        raise UserError(f"--data.strict: {'; '.join(lines)}")
-    return lines
-
-
-def describe_pairs(train: PairRows, validation: PairRows, iters: int) -> dict[str, Any]:
-    """What a run logs of its pairs: how many there are, and what length alone would score on those of an estimate."""
-    numbers = validation.used(iters)
-    share = validation.longer_chosen(numbers)
-    print(
-        f"note: in {share:.1%} of the {len(numbers):,} validation pairs the chosen answer is the longer one, in tokens of this model"
+def watched_texts(name: str, config: DPOConfig, tokenizer: Tokenizer) -> tuple[Batches[TextRows], list[str]]:
+    """Validation rows of a data set on whose texts a run of pairs is estimated too, and what was skipped or cut of them."""
+    data = replace(config.data, name=name, columns=None, config=None, batching="packed", truncation="auto")
+    splits = load_splits(data, tokenizer)
+    layout = BatchLayout(
+        "packed", block_size_of(data), config.train.batch_size, loss_on=data.loss_on, seed=data.rows_seed
     )
-    return {
-        "train_pairs": len(train),
-        "validation_pairs": len(numbers),
-        "validation_prompts": validation.different_prompts(numbers),
-        "validation_longer_chosen": share,
-    }
+    rows = TextRows(splits.validation, splits.validation_rows, layout)
+    cut = [f"validation: {line}" for line in rows.cut_lines()]
+    return Batches(rows), [f"{data.name}: {line}" for line in (*splits.notes, *cut)]

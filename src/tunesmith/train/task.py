@@ -1,15 +1,21 @@
-"""One training as the loop reads it, whatever its method: batches by number, a summed loss, estimates, words."""
+"""One training, whatever its method: as a command prepares it (`Prepared`), and what the method makes of that for the loop (`Task`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tunesmith.data.batch import Batch
+from tunesmith.device import Precision
+from tunesmith.options.configs import iters_of, precision_of
 from tunesmith.train.choice import Sums
+from tunesmith.train.splits import Data
+from tunesmith.train.trainee import Trainee
 
 LossSum = Callable[[Batch], Tensor]
 """A batch -> its summed loss, and what is observed beside it, as `step.optimizer_step` takes it."""
@@ -58,3 +64,50 @@ class Task:
     observed: Sequence[str] = ()
     opening: Sequence[tuple[str, dict[str, Any]]] = ()
     reward_at: Callable[[int], dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a method makes the task of a run from. config: resolved; path: the run's directory; counted, observed: the method's."""
+
+    config: Any
+    path: Path
+    trainee: Trainee
+    device: torch.device
+    data: Data
+    counted: str
+    observed: Sequence[str] = ()
+
+    @property
+    def precision(self) -> Precision:
+        """The arithmetic."""
+        return precision_of(self.config)
+
+    @property
+    def iters(self) -> int:
+        """Batches of each split in an estimate."""
+        return iters_of(self.config)
+
+    def task(
+        self,
+        loss_sum: LossSum,
+        evaluate: Callable[[Sampled], Estimated],
+        train_loss: Callable[[int, Sampled], float],
+        about: str,
+        opening: Sequence[tuple[str, dict[str, Any]]] = (),
+    ) -> Task:
+        """The task with what all methods have alike. about: the data in words."""
+        train, device = self.data.train, self.device
+        return Task(
+            micro_batch=lambda number: train[number].to(device),
+            per_epoch=train.per_epoch,
+            loss_sum=loss_sum,
+            evaluate=evaluate,
+            train_loss=train_loss,
+            describe_rows=self.data.describe,
+            counted=self.counted,
+            about=about,
+            notes=self.data.notes,
+            observed=self.observed,
+            opening=opening,
+        )

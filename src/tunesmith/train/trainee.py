@@ -21,13 +21,9 @@ from tunesmith.files.weights import from_hf_state_dict, save_model, stored_weigh
 from tunesmith.models.lora import apply_lora
 from tunesmith.models.model import Model
 from tunesmith.models.reward_head import SCORE, RewardModel
-from tunesmith.options.pretraining import PretrainConfig
-from tunesmith.options.training import DPOConfig, LoRAOptions, RewardConfig, SFTConfig
+from tunesmith.options.configs import AnyConfig, TuningConfig
 from tunesmith.outofmemory import is_out_of_memory
 from tunesmith.train.optim import OneByOne, build_optimizer
-
-TuningConfig = SFTConfig | DPOConfig | RewardConfig
-AnyConfig = TuningConfig | PretrainConfig
 
 
 @dataclass(frozen=True)
@@ -94,7 +90,7 @@ def equip(trunk: Model, config: AnyConfig, *, scored: bool) -> nn.Module:
         model = RewardModel(trunk)
         model.init_score(seed)
     if lora.rank:
-        apply_lora(trunk, lora.targets, rank=lora.rank, alpha=alpha_of(lora), dropout=lora.dropout, seed=seed)
+        apply_lora(trunk, lora.targets, rank=lora.rank, alpha=lora.alpha_or_default, dropout=lora.dropout, seed=seed)
     if config.train.weights == "bf16":
         store_in_bf16(model)
     return model
@@ -171,8 +167,3 @@ def make_optimizer(model: nn.Module, config: AnyConfig) -> Optimizer | OneByOne:
         ) from None
     in_bf16 = any(p.dtype is torch.bfloat16 and p.requires_grad for p in model.parameters())
     return one_by_one if t.optimizer_in_backward or in_bf16 else plain
-
-
-def alpha_of(lora: LoRAOptions) -> float:
-    """The alpha that was asked for, or twice the rank."""
-    return 2.0 * lora.rank if lora.alpha is None else lora.alpha

@@ -11,15 +11,16 @@ import dataclasses
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.options.training import DPOConfig, with_options
+from tunesmith.options.configs import precision_of, with_options
+from tunesmith.options.training import DPOConfig
 from tunesmith.train.methods.method import Method, StepWork
 from tunesmith.train.methods.preferences import OBSERVED, check_pair_options, pair_metrics
 
 if TYPE_CHECKING:
     from tunesmith.models.model import Model
     from tunesmith.train.pair_loss import PreferenceLoss, Reference
-    from tunesmith.train.prepared import Data, Prepared
-    from tunesmith.train.task import Estimated, LossSum, Sampled, Task
+    from tunesmith.train.splits import Data
+    from tunesmith.train.task import Estimated, LossSum, Prepared, Sampled, Task
     from tunesmith.train.trainee import Trainee
 
 BETAS = (1e-5, 1e3)  # between which a preference can be learned
@@ -80,7 +81,6 @@ def loss_sum(model: Model, config: DPOConfig, reference: Reference | None = None
     """DPO of a batch's pairs. reference: of the training; else a live one, or zeros, which take the time of kept ones."""
     from tunesmith.train.pair_loss import dpo_loss_sum
     from tunesmith.train.reference import live_reference, zeros
-    from tunesmith.train.resolve import precision_of
 
     held = reference or live_reference(model, config) or zeros
     settings, precision = preference_loss(config), precision_of(config)
@@ -89,9 +89,9 @@ def loss_sum(model: Model, config: DPOConfig, reference: Reference | None = None
 
 def data(config: DPOConfig, trainee: Trainee) -> Data:
     """The pairs, and validation rows of `dpo.sft_data`, on which the paper watches the policy's loss."""
-    from tunesmith.train.prepared import load_data, watched_texts
+    from tunesmith.train.splits import load_data, watched_texts
 
-    pairs = load_data(config, trainee, pairs=True)
+    pairs = load_data(config, trainee.tokenizer, pairs=True)
     if config.dpo.sft_data is None:
         return pairs
     watched, notes = watched_texts(config.dpo.sft_data, config, trainee.tokenizer)
@@ -122,7 +122,7 @@ def task(run: Prepared) -> Task:
         evaluate=evaluate,
         train_loss=lambda n, sampled: estimate(train.sample(n), on_train, kept=sampled)[0]["loss"],
         about=f"{len(train.rows):,} pairs, {train.rows_per_epoch:,} batch rows per epoch, reference {kept['mode']}",
-        opening=[run.pairs_event(), ("reference", kept)],
+        opening=[run.data.pairs_event(iters), ("reference", kept)],
     )
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tunesmith.models.family import Config
-    from tunesmith.train.prepared import Data, Prepared
-    from tunesmith.train.task import LossSum, Task
+    from tunesmith.train.splits import Data
+    from tunesmith.train.task import LossSum, Prepared, Task
     from tunesmith.train.trainee import Trainee
 
 

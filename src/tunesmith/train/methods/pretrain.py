@@ -8,39 +8,74 @@ tokenizers can be compared. Left out: a schedule of lengths, a mixture of data s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tunesmith.errors import UserError
-from tunesmith.options.pretraining import PretrainConfig
+from tunesmith.errors import UsageError, UserError
+from tunesmith.options.configs import with_options
+from tunesmith.options.pretraining import SHAPE, PretrainConfig
 from tunesmith.train.methods.method import Method
 from tunesmith.train.methods.sft import token_loss_sum, token_task
 
 if TYPE_CHECKING:
     from tunesmith.models.family import Config
-    from tunesmith.train.prepared import Data, Prepared
-    from tunesmith.train.splits import Splits
-    from tunesmith.train.task import Task
+    from tunesmith.train.splits import Data, Splits
+    from tunesmith.train.task import Prepared, Task
     from tunesmith.train.trainee import Trainee
+
+NEW = "new"  # --tokenizer.name of one that is trained on the texts
+VOCAB_SIZE = 8192
 
 
 def new_shape(config: PretrainConfig) -> tuple[PretrainConfig, Config]:
     """The shape that is asked for, its numbers also in the configuration. Raises: UsageError if it is none."""
-    from tunesmith.train.scratch import resolve_shape
+    from tunesmith.files.names import shape_of
 
-    return resolve_shape(config)
+    m, tokenizer = config.model, config.tokenizer
+    asked: dict[str, Any] = {size: value for option, size in SHAPE.items() if (value := getattr(m, option)) is not None}
+    try:
+        shape = shape_of(m.name).resized(**asked, dropout=m.dropout)
+    except UserError as error:
+        raise UsageError(f"--model: {error}") from None
+    decided = {f"model.{option}": getattr(shape, size) for option, size in SHAPE.items()}
+    if tokenizer.name == NEW:
+        decided["tokenizer.vocab_size"] = tokenizer.vocab_size or VOCAB_SIZE
+    if config.data.block_size in ("auto", 0):
+        decided["data.block_size"] = shape.longest
+    return with_options(config, decided), shape
 
 
 def check(config: PretrainConfig) -> Sequence[str]:
     """What is wrong with the options that only this command has."""
-    from tunesmith.train.scratch import problems_of
+    from tunesmith.data.cutting import block_size_of
+    from tunesmith.data.tokenizer import SMALLEST_VOCABULARY
 
-    return problems_of(config)
+    data, tokenizer, problems = config.data, config.tokenizer, []
+    if not data.name:
+        problems.append("--data.name is missing: name a text file, a JSONL file, a directory or a data set")
+    if data.loss_on == "assistant":
+        problems.append(
+            "--data.loss_on assistant: a base model learns every token; leave the option out, or use tunesmith sft"
+        )
+    if (block_size := block_size_of(data)) > (config.model.block_size or 0):
+        problems.append(
+            f"--data.block_size {block_size:,} is more than the model can read; raise --model.block_size "
+            f"({config.model.block_size:,}) or leave --data.block_size out"
+        )
+    if tokenizer.name != NEW and tokenizer.vocab_size is not None:
+        problems.append(
+            f"--tokenizer.vocab_size is for a new tokenizer; the vocabulary of {tokenizer.name} has a fixed size"
+        )
+    elif tokenizer.vocab_size is not None and tokenizer.vocab_size < SMALLEST_VOCABULARY:
+        problems.append(
+            f"--tokenizer.vocab_size is {tokenizer.vocab_size}, expected at least {SMALLEST_VOCABULARY}: "
+            "the 256 bytes and the end of text"
+        )
+    return problems
 
 
 def data(config: PretrainConfig, trainee: Trainee) -> Data:
     """Every row as plain text. Raises: UserError as `load_data`, and if the texts do not fill one row of a batch."""
-    from tunesmith.train.prepared import in_batches
-    from tunesmith.train.splits import load_splits
+    from tunesmith.train.splits import in_batches, load_splits
 
     splits = load_splits(config.data, trainee.tokenizer, prose=True)
     block_size = config.data.block_size
@@ -49,7 +84,7 @@ def data(config: PretrainConfig, trainee: Trainee) -> Data:
             f"--model.block_size {block_size:,} is more than all the training texts together, which have {tokens:,} "
             f"tokens; lower it or add text"
         )
-    return in_batches(splits, config, pairs=False)
+    return in_batches(splits, config)
 
 
 def tokens_of(splits: Splits) -> int:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.options.configs import precision_of
 from tunesmith.options.training import RewardConfig
 from tunesmith.train.methods.method import Method
 from tunesmith.train.methods.preferences import OBSERVED, check_pair_options, pair_metrics
 
 if TYPE_CHECKING:
     from tunesmith.models.reward_head import RewardModel
-    from tunesmith.train.prepared import Prepared
-    from tunesmith.train.task import Estimated, LossSum, Sampled, Task
+    from tunesmith.train.task import Estimated, LossSum, Prepared, Sampled, Task
 
 
 def check(config: RewardConfig) -> list[str]:
@@ -31,7 +31,6 @@ def check(config: RewardConfig) -> list[str]:
 def loss_sum(model: RewardModel, config: RewardConfig) -> LossSum:
     """Bradley-Terry of a batch's pairs."""
     from tunesmith.train.pair_loss import reward_loss_sum
-    from tunesmith.train.resolve import precision_of
 
     precision = precision_of(config)
     return lambda batch: reward_loss_sum(model, batch, precision)
@@ -54,7 +53,7 @@ def task(run: Prepared) -> Task:
         evaluate=evaluate,
         train_loss=lambda n, sampled: estimate_reward(model, train.sample(n), precision, sampled)[0]["loss"],
         about=f"{len(train.rows):,} pairs, {train.rows_per_epoch:,} batch rows per epoch",
-        opening=[run.pairs_event()],
+        opening=[run.data.pairs_event(run.iters)],
     )
 
 

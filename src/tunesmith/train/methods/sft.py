@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from tunesmith.options.training import SFTConfig, with_options
+from tunesmith.options.configs import precision_of, with_options
+from tunesmith.options.training import SFTConfig
 from tunesmith.train.methods.method import Method
 
 if TYPE_CHECKING:
     from tunesmith.models.model import Model
     from tunesmith.options.pretraining import PretrainConfig
-    from tunesmith.train.prepared import Prepared
-    from tunesmith.train.task import Estimated, LossSum, Sampled, Task
+    from tunesmith.train.task import Estimated, LossSum, Prepared, Sampled, Task
     from tunesmith.train.token_loss import LossEstimate
 
 
@@ -30,7 +30,6 @@ def resolve(config: SFTConfig) -> SFTConfig:
 
 def token_loss_sum(model: Model, config: SFTConfig | PretrainConfig) -> LossSum:
     """The negative log-likelihood of a batch's targets."""
-    from tunesmith.train.resolve import precision_of
     from tunesmith.train.token_loss import nll_sum
 
     precision = precision_of(config)
