@@ -13,13 +13,13 @@ from tunesmith.stats import Interval, ratio_interval, t_interval
 from tunesmith.study.lines import members_of
 from tunesmith.study.outcome import ranked_by_reward
 from tunesmith.study.records import Experiment, Point, Study
-from tunesmith.study.select import best_step, finals, mean_by_prompt, peaks, prompt_rewards
+from tunesmith.study.select import best_step, finals, mean_by_prompt, minutes, peaks, prompt_rewards
 from tunesmith.study.tables import Cell, Table, interval_words, of_seeds
 from tunesmith.study.units import TOKEN, by_unit, comparable, differing, rows_seed, unit_of, unit_suffix
+from tunesmith.train.choice import Sums
 
 ALL_PAIRS = 6  # labels up to which each is held against each; of more, each against the one with the lowest loss
 LOSS = "validation_loss"
-Sums = Sequence[tuple[float, int]]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def last_losses(e: Experiment, labels: Sequence[str]) -> dict[str, dict[int, Poi
 
 def _loss(e: Experiment, label: str, last: Mapping[str, Mapping[int, Point]]) -> Cell:
     """A label's last loss over its seeds."""
-    return of_seeds(list(last.get(label, {}).values()), signed=e.line(label, "eval", LOSS).signed)
+    return of_seeds(last.get(label, {}).values(), signed=e.line(label, "eval", LOSS).signed)
 
 
 def differences_of(e: Experiment, pairs: Sequence[tuple[str, str]], level: float = 0.95) -> list[Difference]:
@@ -118,22 +118,16 @@ def _by_label(e: Experiment) -> Table:
     last = {unit: last_losses(e, labels) for unit, labels in units.items()}
     rows = []
     for label in e.labels:
-        minutes = [r.minutes for r in e.runs(label).values() if r.minutes and r.state == "finished"]
         cells = [Cell(label), *(_loss(e, label, last[unit]) for unit in units)]
         if units.keys() - {TOKEN}:
             accuracy = finals(e, [label], "eval", "validation_accuracy")[0][label]
             cells.append(Cell(f"{100 * fmean(p.value for p in accuracy.values()):.1f}" if accuracy else ""))
-        rows.append((*cells, of_seeds(list(memory[label].values()), 2), of_seeds(minutes, 2)))
-    accuracies = [("accuracy, % of the pairs", False)] if units.keys() - {TOKEN} else []
-    head = (
-        ("", False),
-        *((f"validation loss, {unit}", True) for unit in units),
-        *accuracies,
-        ("memory, GB", True),
-        ("time, min", True),
-    )
+        rows.append((*cells, of_seeds(memory[label].values(), 2), of_seeds(minutes(e, label).values(), 2)))
+    losses, accuracy_head = [f"validation loss, {unit}" for unit in units], "accuracy, % of the pairs"
+    head = ("", *losses, *([accuracy_head] if units.keys() - {TOKEN} else []), "memory, GB", "time, min")
+    figures = (*losses, "memory, GB", "time, min")
     caption = "Finished runs only: loss at the last step that all seeds of a label share, peak memory, time spent in training steps."
-    return Table(f"table-{e.id}", e.id, e.title, head, tuple(rows), caption, tuple(left))
+    return Table(f"table-{e.id}", e.id, e.title, head, tuple(rows), caption, tuple(left), figures=figures)
 
 
 def _differences(e: Experiment, labels: Sequence[str], unit: str, suffix: str) -> Table | None:
@@ -143,23 +137,12 @@ def _differences(e: Experiment, labels: Sequence[str], unit: str, suffix: str) -
         return None
     several = len(last) <= ALL_PAIRS
     pairs = list(combinations(last, 2)) if several else [(x, _lowest(last)) for x in last if x != _lowest(last)]
-    rows = [
-        (
-            Cell(f"{d.one} minus {d.other}"),
-            Cell(value=d.by_seed, sources=d.points),
-            Cell(value=d.by_batch) if d.by_batch else Cell(),
-            Cell(str(d.by_seed.n)),
-            Cell(("lower" if d.by_seed.mean < 0 else "higher") if d.apart else "cannot be told apart"),
-        )
-        for d in differences_of(e, pairs)
-    ]
-    head = (
-        ("", False),
-        (f"difference, {unit}", True),
-        ("over validation batches", True),
-        ("seeds", False),
-        ("the first is", False),
-    )
+    rows = []
+    for d in differences_of(e, pairs):
+        which = ("lower" if d.by_seed.mean < 0 else "higher") if d.apart else "cannot be told apart"
+        both = Cell(value=d.by_seed, sources=d.points), Cell(value=d.by_batch)
+        rows.append((Cell(f"{d.one} minus {d.other}"), *both, Cell(str(d.by_seed.n)), Cell(which)))
+    figures = (f"difference, {unit}", "over validation batches")
     caption = (
         "Last validation loss of the first minus that of the second, seed by seed, with Student's 95 % interval over the seeds; "
         "then with the bootstrap interval over the validation batches that both kept. Each interval alone covers 95 %."
@@ -167,9 +150,12 @@ def _differences(e: Experiment, labels: Sequence[str], unit: str, suffix: str) -
     )
     notes = tuple(comparable(members_of(e, labels)))
     title = f"{e.title}: differences between the labels"
-    return Table(
-        f"table-{e.id}-differences{suffix}", e.id, title, head, tuple(rows), caption, notes, len(rows) > ALL_PAIRS
+    name, head, folded = (
+        f"table-{e.id}-differences{suffix}",
+        ("", *figures, "seeds", "the first is"),
+        len(rows) > ALL_PAIRS,
     )
+    return Table(name, e.id, title, head, tuple(rows), caption, notes, folded, figures)
 
 
 def _lowest(last: Mapping[str, Mapping[int, Point]]) -> str:
@@ -183,18 +169,11 @@ def overview(study: Study) -> Table:
         loss = run.series("eval", "validation_loss")
         best = min(loss, key=lambda p: p.value, default=None)
         steps = run.status.get("step")
-        figures = ((best, 3), (run.peak, 2), (run.minutes, 2))
-        rows.append(
-            (
-                Cell(run.name, run=run.name),
-                Cell("not run yet" if run.state == "waiting" else run.state),
-                Cell(f"{steps:,}" if is_number(steps) else ""),
-                *(Cell(f"{p.value:,.{digits}f}", sources=(p,)) if p else Cell() for p, digits in figures),
-                Cell(unit_of(run)),
-            )
-        )
-    names = ("run", "state", "steps", "best validation loss", "memory, GB", "time, min", "unit of the loss")
-    head = tuple((h, False) for h in names)
+        stands = ("not run yet" if run.state == "waiting" else run.state, f"{steps:,}" if is_number(steps) else "")
+        measured = ((best, 3), (run.peak, 2), (run.minutes, 2))
+        figures = (Cell(f"{p.value:,.{digits}f}", sources=(p,)) if p else Cell() for p, digits in measured)
+        rows.append((Cell(run.name, run=run.name), *map(Cell, stands), *figures, Cell(unit_of(run))))
+    head = ("run", "state", "steps", "best validation loss", "memory, GB", "time, min", "unit of the loss")
     return Table("table-runs", "", "All runs", head, tuple(rows))
 
 

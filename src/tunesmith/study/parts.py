@@ -145,11 +145,11 @@ def table(content: Table, links: Links, number: str = "") -> str:
     if not content.rows:
         return notes([f"{number}{content.title}: nothing to show yet."]) + notes(content.notes)
     numeric = [
-        figure or all(re.fullmatch(r"[-\d.,e+ ]*", row[i].shown) for row in content.rows)
-        for i, (_, figure) in enumerate(content.head)
+        h in content.figures or all(re.fullmatch(r"[-\d.,e+ ]*", row[i].shown) for row in content.rows)
+        for i, h in enumerate(content.head)
     ]
     kinds = [' class="number"' if n else "" for n in numeric]
-    head = "".join(f'<th scope="col"{k}>{esc(h)}</th>' for (h, _), k in zip(content.head, kinds, strict=True))
+    head = "".join(f'<th scope="col"{k}>{esc(h)}</th>' for h, k in zip(content.head, kinds, strict=True))
     rows = "".join(
         "<tr>" + "".join(f"<td{k}>{links.cell(c)}</td>" for c, k in zip(row, kinds, strict=True)) + "</tr>"
         for row in content.rows

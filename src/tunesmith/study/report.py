@@ -117,14 +117,14 @@ def tables_of(runs: Sequence[Run]) -> list[Table]:
     rows = tuple(
         (Cell(run.path.name), *(Cell(row.get(x, "")) for x in labels)) for run, row in zip(runs, facts, strict=True)
     )
-    tables = [Table("runs", "", "Runs", tuple((h, False) for h in ("run", *labels)), rows)]
+    tables = [Table("runs", "", "Runs", ("run", *labels), rows)]
     for run in runs:
         estimates = run.metrics("eval")
         names = [n for n in estimates[0] if n not in ("event", "time")] if estimates else []
         values = tuple(
             tuple(Cell(f"{v:.6g}" if (v := e.get(n)) is not None else "not finite") for n in names) for e in estimates
         )
-        head = tuple((n.replace("_", " "), False) for n in names)
+        head = tuple(n.replace("_", " ") for n in names)
         tables.append(Table(f"{run.path.name}-estimates", "", f"{run.path.name}: every estimate", head, values))
     return tables
 

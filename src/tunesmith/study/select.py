@@ -69,6 +69,12 @@ def peaks(experiment: Experiment, labels: Sequence[str]) -> tuple[dict[str, dict
     return by_label, left
 
 
+def minutes(experiment: Experiment, label: str) -> dict[int, Point]:
+    """Seed -> time spent in training steps, of the finished runs."""
+    runs = experiment.runs(label).items()
+    return {seed: run.minutes for seed, run in runs if run.state == "finished" and run.minutes}
+
+
 def differences(a: Mapping[int, Point], b: Mapping[int, Point]) -> list[float]:
     """a - b by seed, the seeds that both have."""
     return [a[s].value - b[s].value for s in sorted(a.keys() & b.keys())]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tunesmith.stats import Interval, t_interval
@@ -35,32 +35,32 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """head: (heading, whether its column holds figures with intervals). notes: what is missing. folded: long, to be opened."""
+    """figures: the headings of columns that hold figures with intervals. notes: what is missing. folded: long, to be opened."""
 
     name: str
     experiment: str
     title: str
-    head: tuple[tuple[str, bool], ...]
+    head: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     caption: str = ""
     notes: tuple[str, ...] = ()
     folded: bool = False
+    figures: tuple[str, ...] = ()
 
 
-def of_seeds(points: Sequence[Point], digits: int = 3, *, signed: bool = False) -> Cell:
+def of_seeds(points: Iterable[Point], digits: int = 3, *, signed: bool = False) -> Cell:
     """Mean over seeds with its t interval, which ends at 0. signed: of what may be negative: rewards, margins, log-ratios."""
-    values = [p.value for p in points]
-    if not values:
+    if not (sources := tuple(points)):
         return Cell()
-    return Cell(value=t_interval(values, at_least=-math.inf if signed else 0.0), digits=digits, sources=tuple(points))
+    interval = t_interval([p.value for p in sources], at_least=-math.inf if signed else 0.0)
+    return Cell(value=interval, digits=digits, sources=sources)
 
 
 def interval_words(interval: Interval, digits: int = 3, unit: str = "") -> str:
     """`0.012 [-0.003, 0.027] GB`; without an interval only the mean."""
     unit = f" {unit}" if unit else ""
-    mean, low, high = (
-        f"{round(x, digits) + 0.0:.{digits}f}" for x in (interval.mean, interval.low, interval.high)
-    )  # + 0.0: no -0
+    # + 0.0: no -0
+    mean, low, high = (f"{round(x, digits) + 0.0:.{digits}f}" for x in (interval.mean, interval.low, interval.high))
     return f"{mean}{unit}" if math.isnan(interval.low) else f"{mean} [{low}, {high}]{unit}"
 
 
@@ -73,10 +73,10 @@ def as_csv(table: Table) -> str:
     """Comma-separated; a column of figures becomes four: mean, low, high and n."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    heads = [[h, f"{h}, low", f"{h}, high", f"{h}, n"] if figure else [h] for h, figure in table.head]
+    heads = [[h, f"{h}, low", f"{h}, high", f"{h}, n"] if h in table.figures else [h] for h in table.head]
     writer.writerow([x for h in heads for x in h])
     for row in table.rows:
-        cells = [_csv_cells(cell, figure) for cell, (_, figure) in zip(row, table.head, strict=True)]
+        cells = [_csv_cells(cell, h in table.figures) for cell, h in zip(row, table.head, strict=True)]
         writer.writerow([x for c in cells for x in c])
     return out.getvalue()
 
@@ -95,15 +95,8 @@ def _numeric(text: str) -> bool:
     return text.replace(",", "").replace(".", "").replace("-", "").isdigit()
 
 
-LATEX = {
+LATEX = {c: rf"\{c}" for c in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "⁹": "$^9$",
@@ -119,8 +112,8 @@ def latex(text: str) -> str:
 def as_latex(table: Table) -> str:
     """A `table` for \\usepackage{booktabs}, with caption and label."""
     numeric = [
-        figure or all(_numeric(row[i].text) or not row[i].text for row in table.rows)
-        for i, (_, figure) in enumerate(table.head)
+        h in table.figures or all(_numeric(row[i].text) or not row[i].text for row in table.rows)
+        for i, h in enumerate(table.head)
     ]
     lines = [
         r"\begin{table}",
@@ -129,7 +122,7 @@ def as_latex(table: Table) -> str:
         rf"  \label{{tab:{table.name}}}",
         rf"  \begin{{tabular}}{{{''.join('r' if n else 'l' for n in numeric)}}}",
         r"    \toprule",
-        "    " + " & ".join(latex(h) for h, _ in table.head) + r" \\",
+        "    " + " & ".join(latex(h) for h in table.head) + r" \\",
         r"    \midrule",
         *("    " + " & ".join(latex(cell.shown) for cell in row) + r" \\" for row in table.rows),
         r"    \bottomrule",

@@ -19,23 +19,17 @@ from tunesmith.study.paper.experiments import (
     ranks,
 )
 from tunesmith.study.records import Point, RunRecord, Study, is_signed
-from tunesmith.study.select import choice_of, finals, peaks, present
+from tunesmith.study.select import choice_of, finals, minutes, peaks, present
 from tunesmith.study.tables import Cell, Table, of_seeds, plain
 
-PAPER_TABLE_1 = {
+PAPER_TABLE_1 = {  # GB, minutes
     "AdamW": (13.52, 200.0),
     "Adam": (13.52, 188.5),
     "SGD-Nesterov": (11.23, 183.5),
     "SGD-momentum": (11.23, 181.8),
     "SGD": (8.41, 170.9),
 }
-PAPER_TABLE_2 = {
-    "rank 1": (50.47, 8.0245),
-    "rank 2": (50.52, 8.0323),
-    "rank 8": (50.74, 8.0675),
-    "rank 16": (51.29, 8.1554),
-    "full": (74.06, 11.7745),
-}
+PAPER_TABLE_2 = {"rank 1": 8.0245, "rank 2": 8.0323, "rank 8": 8.0675, "rank 16": 8.1554, "full": 11.7745}
 
 
 # ---- the paper's two -------------------------------------------------------------------------------------------------
@@ -49,28 +43,15 @@ def optimizers(study: Study) -> Table:
     loss, _ = finals(e, labels, "eval", "validation_loss")
     rows = []
     for label in labels:
-        minutes = [r.minutes for r in e.runs(label).values() if r.minutes and r.state == "finished"]
-        paper = PAPER_TABLE_1.get(label, (None, None))
-        rows.append(
-            (
-                Cell(label),
-                of_seeds(list(memory[label].values()), 2),
-                plain(paper[0]),
-                of_seeds(minutes, 2),
-                plain(paper[1], 1),
-                of_seeds(list(loss.get(label, {}).values())),
-            )
-        )
-    head = (
-        ("optimizer", False),
-        ("memory, GB", True),
-        ("paper, GB", False),
-        ("time, min", True),
-        ("paper, min", False),
-        ("validation loss", True),
-    )
+        gb, spent = PAPER_TABLE_1.get(label, (None, None))
+        used, time = of_seeds(memory[label].values(), 2), of_seeds(minutes(e, label).values(), 2)
+        last = of_seeds(loss.get(label, {}).values())
+        rows.append((Cell(label), used, plain(gb), time, plain(spent, 1), last))
+    head = ("optimizer", "memory, GB", "paper, GB", "time, min", "paper, min", "validation loss")
+    figures = ("memory, GB", "time, min", "validation loss")
     caption = "Peak memory; time spent in training steps, without estimates; last validation loss. The paper's: gpt2-medium on a P100."
-    return Table("table-1", "e4", "Memory and time by optimizer", head, tuple(rows), caption, tuple(left))
+    title = "Memory and time by optimizer"
+    return Table("table-1", "e4", title, head, tuple(rows), caption, tuple(left), figures=figures)
 
 
 def lora_ranks(study: Study) -> Table:
@@ -83,34 +64,18 @@ def lora_ranks(study: Study) -> Table:
     whole = [p.value for p in memory.get(FULL, {}).values()]
     rows = []
     for label in labels:
-        used = list(memory[label].values())
-        paper = PAPER_TABLE_2.get(label, (None, None))
-        counts = [n for r in e.runs(label).values() if (n := r.trained_weights)]
+        used = memory[label].values()
+        paper = PAPER_TABLE_2.get(label)
+        count = next((n for r in e.runs(label).values() if (n := r.trained_weights)), None)
         share = 100 * fmean(p.value for p in used) / fmean(whole) if used and whole else None
-        rows.append(
-            (
-                Cell(label),
-                plain(counts[0] if counts else None, 0),
-                of_seeds(used, 3),
-                plain(share, 1),
-                plain(paper[1], 4),
-                plain(100 * paper[1] / 11.7745 if paper[1] else None, 1),
-                of_seeds(list(loss.get(label, {}).values())),
-                of_seeds(list(reward.get(label, {}).values()), signed=True),
-            )
-        )
-    head = (
-        ("weights trained", False),
-        ("trained parameters", False),
-        ("memory, GB", True),
-        ("% of full", False),
-        ("paper, GB", False),
-        ("paper, % of full", False),
-        ("validation loss", True),
-        ("reward", True),
-    )
+        shares = plain(share, 1), plain(paper, 4), plain(100 * paper / PAPER_TABLE_2["full"] if paper else None, 1)
+        last = of_seeds(loss.get(label, {}).values()), of_seeds(reward.get(label, {}).values(), signed=True)
+        rows.append((Cell(label), plain(count, 0), of_seeds(used), *shares, *last))
+    of_full = ("% of full", "paper, GB", "paper, % of full")
+    head = ("weights trained", "trained parameters", "memory, GB", *of_full, "validation loss", "reward")
+    figures = ("memory, GB", "validation loss", "reward")
     caption = "Peak memory; loss and reward at the last step that all runs share. The paper's: gpt2-medium on a P100 of 16 GB."
-    return Table("table-2", "e5", "Memory by LoRA rank", head, tuple(rows), caption, tuple(left))
+    return Table("table-2", "e5", "Memory by LoRA rank", head, tuple(rows), caption, tuple(left), figures=figures)
 
 
 # ---- what is added ---------------------------------------------------------------------------------------------------
@@ -128,26 +93,13 @@ def accumulation(study: Study) -> Table:
             continue
         worst = max(shared, key=lambda s: abs(a[s].value - b[s].value))
         for name, step in (("first", shared[0]), ("largest difference", worst), ("last", shared[-1])):
+            both = [Cell(f"{p.value:.6f}", sources=(p,)) for p in (a[step], b[step])]
             gap = abs(a[step].value - b[step].value)
-            rows.append(
-                (
-                    Cell(str(seed)),
-                    Cell(f"{name}: {step:,}"),
-                    Cell(f"{a[step].value:.6f}", sources=(a[step],)),
-                    Cell(f"{b[step].value:.6f}", sources=(b[step],)),
-                    Cell(f"{gap:.1e}"),
-                )
-            )
-    head = tuple((h, False) for h in ("seed", "step", BATCH_4, SPLIT, "difference"))
+            rows.append((Cell(str(seed)), Cell(f"{name}: {step:,}"), *both, Cell(f"{gap:.1e}")))
+    head = ("seed", "step", BATCH_4, SPLIT, "difference")
     notes = () if rows else (f"needs runs “{BATCH_4}” and “{SPLIT}” with the same seed",)
-    return Table(
-        "table-accumulation",
-        "e7",
-        "Batch 4 by accumulation versus batch 4 at once: training loss",
-        head,
-        tuple(rows),
-        notes=notes,
-    )
+    title = "Batch 4 by accumulation versus batch 4 at once: training loss"
+    return Table("table-accumulation", "e7", title, head, tuple(rows), notes=notes)
 
 
 DPO_ROWS = (
@@ -170,14 +122,14 @@ def preference(study: Study) -> Table:
         series = [s for r in runs if (s := r.series("eval", key))]
         if series:
             rows.append((Cell(name), *(_share_or_seeds([s[i] for s in series], runs, key) for i in (0, -1))))
-    head = (("on the validation pairs", False), ("before", True), ("after", True))
+    head = ("on the validation pairs", "before", "after")
     left = tuple(f"{r.name}: {r.trouble}" for r in dpo_runs(study).values() if r.trouble)
     caption = (
         f"The accuracy's interval is over the {examples_of(_pairs_of(runs))[1]}. "
         "While policy and reference are equal, the loss is ln 2 = 0.693 "
         "and all else is 0."
     )
-    return Table("table-dpo", "e8", "DPO before and after", head, tuple(rows), caption, left)
+    return Table("table-dpo", "e8", "DPO before and after", head, tuple(rows), caption, left, figures=head[1:])
 
 
 def _pairs_of(runs: Sequence[RunRecord]) -> Json:
@@ -204,14 +156,7 @@ def prompts(study: Study) -> Table | None:
         f"{one.run.name}, step {one.best:,}. The paper's best: 2.29, “how blockchain technology works”; "
         "its worst: -3.56, “principles of sustainable architecture”."
     )
-    return Table(
-        "table-prompts",
-        "e2",
-        "Best and worst prompts",
-        (("", False), ("prompt", False), ("reward", False)),
-        rows,
-        caption,
-    )
+    return Table("table-prompts", "e2", "Best and worst prompts", ("", "prompt", "reward"), rows, caption)
 
 
 def choices(study: Study) -> Table | None:
@@ -221,23 +166,15 @@ def choices(study: Study) -> Table | None:
         choice = choice_of(run)
         if not is_number(choice.get("best_step")):
             continue
-        level = [f"{s:,}" for s in choice.get("not_distinguishable") or [] if s != choice["best_step"]]
-        since = choice.get("overfitting_since")
-        rows.append(
-            (
-                Cell(run.name, run=run.name),
-                Cell(f"{choice['best_step']:,}"),
-                Cell(str(choice.get("by", "")).replace("_", " ")),
-                Cell("; ".join(level) or "none"),
-                Cell("no" if since is None else f"since step {since:,}"),
-            )
-        )
-    head = tuple((h, False) for h in ("run", "chosen step", "by", "steps not distinguishable from it", "overfitting"))
-    return (
-        Table("table-choices", "e2", "The checkpoint chosen in each run", head, tuple(rows), folded=len(rows) > 6)
-        if rows
-        else None
-    )
+        best, since = choice["best_step"], choice.get("overfitting_since")
+        level = [f"{s:,}" for s in choice.get("not_distinguishable") or [] if s != best]
+        by, over = str(choice.get("by", "")).replace("_", " "), "no" if since is None else f"since step {since:,}"
+        words = (f"{best:,}", by, "; ".join(level) or "none", over)
+        rows.append((Cell(run.name, run=run.name), *map(Cell, words)))
+    if not rows:
+        return None
+    head = ("run", "chosen step", "by", "steps not distinguishable from it", "overfitting")
+    return Table("table-choices", "e2", "The checkpoint chosen in each run", head, tuple(rows), folded=len(rows) > 6)
 
 
 def memory_parts(study: Study) -> Table | None:
@@ -252,14 +189,9 @@ def memory_parts(study: Study) -> Table | None:
         error = 100 * (total / cell.value.mean - 1) if total and cell.value and cell.value.mean else None
         rows.append((Cell(label), *(plain(parts.get(p), 3) for p in PARTS), plain(total, 3), cell, plain(error, 1)))
     caption = "Error: predicted over measured, minus 1; on a CPU, the measurement includes Python and its libraries."
-    head = (
-        ("", False),
-        *((p.replace("_", " "), False) for p in PARTS),
-        ("predicted, GB", False),
-        ("measured, GB", True),
-        ("error, %", False),
-    )
-    return Table("table-memory", "e4", "Memory by part, in GB of 10⁹ bytes", head, tuple(rows), caption)
+    head = ("", *(p.replace("_", " ") for p in PARTS), "predicted, GB", "measured, GB", "error, %")
+    title = "Memory by part, in GB of 10⁹ bytes"
+    return Table("table-memory", "e4", title, head, tuple(rows), caption, figures=("measured, GB",))
 
 
 TABLES: dict[str, tuple[str, Callable[[Study], Table | None]]] = {
