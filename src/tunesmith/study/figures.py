@@ -11,7 +11,6 @@ from tunesmith.files.run import Run
 from tunesmith.jsontext import is_number
 from tunesmith.judge.measures import accuracy_interval, examples_of
 from tunesmith.study.lines import (
-    STEPS,
     count_validations,
     curves,
     draw_line,
@@ -65,7 +64,7 @@ def by_label(
             return spec.missing("; ".join(missing_notes(lines)) or "no run has the required label")
         figure, axes = look.new_figure()
         runs = members_of(e, [line.label for line in lines])
-        curves(axes, lines, f"loss, {unit_of(runs[0])}", "rows read" if by_rows else STEPS)
+        curves(axes, lines, f"loss, {unit_of(runs[0])}", "rows read" if by_rows else look.STEPS)
         rows = "Estimates on the same training rows at every step." if key == "train_loss" else rows_in_words(runs)
         notes = missing_notes(lines) + comparable(runs)
         if key == "train_loss":
@@ -123,31 +122,19 @@ def _mark_choice(axes: Any, training: Judged, line: Line) -> None:
     if training.best is None:
         return
     several = f"by {training.run.name}, " if len(line.seeds) > 1 else ""
-    axes.axvline(
-        training.best, color=look.MARK, linestyle="--", linewidth=1.2, label=f"chosen ({several}step {training.best:,})"
-    )
-    level = {
-        s + training.best - (best_step(training.run) or 0)
-        for s in choice_of(training.run).get("not_distinguishable") or ()
-    }
-    if marks := [(step, value) for step, value in mean_curve(line) if step in level and step != training.best]:
-        axes.plot(
-            *zip(*marks, strict=True),
-            linestyle="",
-            marker="o",
-            markersize=10,
-            markerfacecolor="none",
-            markeredgecolor=look.MARK,
-            label="not distinguishable from it",
-        )
+    look.mark_chosen(axes, training.best, f"chosen ({several}step {training.best:,})", 1.2)
+    shift = training.best - (best_step(training.run) or 0)
+    level = {s + shift for s in choice_of(training.run).get("not_distinguishable") or ()} - {training.best}
+    if alike := [(step, value) for step, value in mean_curve(line) if step in level]:
+        look.mark_alike(axes, [step for step, _ in alike], [value for _, value in alike])
 
 
-PANELS = (
-    ("validation_loss", "loss, nats per pair"),
-    ("validation_accuracy", "share with the chosen ahead"),
-    ("validation_margin", "reward margin"),
-    ("drift", "drift, nats per answer"),
-)
+PANELS = {
+    "validation_loss": "",  # its unit hangs on the runs
+    "validation_accuracy": "share with the chosen ahead",
+    "validation_margin": "reward margin",
+    "validation_drift": "drift, nats per answer",
+}
 
 
 def preferences(study: Study, spec: Spec) -> Drawn:
@@ -158,26 +145,20 @@ def preferences(study: Study, spec: Spec) -> Drawn:
         lines = [e.line(label, "eval", "validation_accuracy") for label in e.labels]
         return spec.missing("; ".join(missing_notes(lines)) or "no preference run")
     drifts = any(r.series("eval", "validation_drift_chosen") for x in labels for r in e.runs(x).values())
-    panels = PANELS if drifts else PANELS[1:3]  # a reward model has no reference to drift from; its loss has a figure
+    panels = list(PANELS.items())
+    panels = panels if drifts else panels[1:3]  # a reward model has no reference to drift from; its loss has a figure
     figure, axes = look.new_figure(len(panels) // 2, 2, height=3.3 * (len(panels) // 2))
     for panel, (key, ylabel) in zip(axes.flat, panels, strict=True):
-        keys = [f"validation_{key}_{side}" for side in ("chosen", "rejected")] if key == "drift" else [key]
+        keys = {"chosen": f"{key}_chosen", "rejected": f"{key}_rejected"} if "drift" in key else {"": key}
         for number, label in enumerate(labels):
-            for shift, k in enumerate(keys):
-                name = f"{label}: {k.rsplit('_', 1)[1]}" if key == "drift" else label
-                draw_line(
-                    panel,
-                    e.line(label, "eval", k),
-                    number + 2 * shift,
-                    name,
-                    band=_accuracy_bands(e, label) if "accuracy" in k else None,
-                )
+            band = _accuracy_bands(e, label) if "accuracy" in key else None
+            for shift, (side, k) in enumerate(keys.items()):
+                name = f"{label}: {side}" if side else label
+                draw_line(panel, e.line(label, "eval", k), number + 2 * shift, name, band)
         if key == "validation_accuracy":
             panel.axhline(0.5, color=look.INK, linewidth=0.9, linestyle=":", label="chance")
             panel.set_ylim(-0.02, 1.02)
-        finish(
-            panel, f"loss, {unit_of(next(iter(e.runs(labels[0]).values())))}" if key == "validation_loss" else ylabel
-        )
+        finish(panel, ylabel or f"loss, {unit_of(next(iter(e.runs(labels[0]).values())))}")
     lines = [e.line(label, "eval", "validation_accuracy") for label in labels]
     notes = missing_notes(lines) + comparable([r for x in labels for r in e.runs(x).values()])
     unit = examples_of(next((r.pairs for x in labels for r in e.runs(x).values() if r.pairs), {}))[1]

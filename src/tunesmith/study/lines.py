@@ -12,7 +12,6 @@ from tunesmith.stats import t_interval
 from tunesmith.study.records import Experiment, Line, RunRecord, Series
 from tunesmith.study.select import mean_curve
 
-STEPS = "optimizer step"  # what most figures count on their x axis
 RUNS_APART = 3.0  # times the highest start: above, a line leaves the figure
 
 
@@ -23,42 +22,29 @@ def draw_line(
 
     band: step -> low and high, drawn where there is one seed.
     """
-    colour, dash = look.COLOURS[number % 7], look.DASHES[number % 7]
+    kind = number % 7
+    colour, dashed = look.COLOURS[kind], {"color": look.COLOURS[kind], "linestyle": look.DASHES[kind]}
     whole = {seed: s for seed, s in line.seeds.items() if seed not in line.partial}
     early = [s for seed, s in line.seeds.items() if seed in line.partial]
     name = line.label if label is None else label
     for series in early:
-        axes.plot(
-            [p.step for p in series],
-            [p.value for p in series],
-            color=colour,
-            linestyle=dash,
-            linewidth=1,
-            alpha=0.8,
-            label=None if whole else f"{name} (not finished)",
-        )
-        axes.plot(series[-1].step, series[-1].value, marker="x", color=colour, markersize=8, markeredgewidth=2)
+        words = None if whole else f"{name} (not finished)"
+        steps, values = [p.step for p in series], [p.value for p in series]
+        axes.plot(steps, values, **dashed, linewidth=1, alpha=0.8, label=words)
+        axes.plot(steps[-1], values[-1], marker="x", color=colour, markersize=8, markeredgewidth=2)
         name = name if whole else "_again"
     if not whole:
         return
     points = mean_curve(line)
     steps, means = [s for s, _ in points], [v for _, v in points]
     every = max(2, len(steps) // 10) if len(steps) > 6 else 1
-    axes.plot(
-        steps,
-        means,
-        color=colour,
-        linestyle=dash,
-        marker=look.MARKERS[number % 7],
-        markevery=(number % every, every),
-        linewidth=2.6 - 0.25 * (number % 7),
-        label=name,
-    )
+    marks = {"marker": look.MARKERS[kind], "markevery": (number % every, every)}
+    axes.plot(steps, means, **dashed, **marks, linewidth=2.6 - 0.25 * kind, label=name)
     if len(whole) > 1:
-        values = [[p.value for s in whole.values() for p in s if p.step == step] for step in steps]
+        at_step = [[p.value for s in whole.values() for p in s if p.step == step] for step in steps]
         least = -math.inf if line.signed else 0.0
         bounds = [
-            (min(v), max(v)) if len(v) == 2 else ((i := t_interval(v, at_least=least)).low, i.high) for v in values
+            (min(v), max(v)) if len(v) == 2 else ((i := t_interval(v, at_least=least)).low, i.high) for v in at_step
         ]
     else:
         bounds = [band[s] for s in steps] if band and all(s in band for s in steps) else []
@@ -66,10 +52,10 @@ def draw_line(
         axes.fill_between(steps, *zip(*bounds, strict=True), color=colour, alpha=0.14, linewidth=0)
 
 
-def curves(axes: Any, lines: Sequence[Line], ylabel: str, xlabel: str = STEPS, *, first: int = 0) -> None:
+def curves(axes: Any, lines: Sequence[Line], ylabel: str, xlabel: str = look.STEPS) -> None:
     """Lines over optimizer steps; what runs far above the others' starts leaves the figure at its top."""
     drawn = [line for line in lines if line.seeds]
-    for number, line in enumerate(drawn, first):
+    for number, line in enumerate(drawn):
         draw_line(axes, line, number)
     finish(axes, ylabel, xlabel)
     values = [p.value for line in drawn for s in line.seeds.values() for p in s]
@@ -78,10 +64,8 @@ def curves(axes: Any, lines: Sequence[Line], ylabel: str, xlabel: str = STEPS, *
         axes.set_ylim(top=1.2 * max(starts))
 
 
-def finish(axes: Any, ylabel: str, xlabel: str = STEPS) -> None:
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    look.thousands(axes)
+def finish(axes: Any, ylabel: str, xlabel: str = look.STEPS) -> None:
+    look.name_axes(axes, ylabel, xlabel)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
 

@@ -15,18 +15,12 @@ from typing import Any
 BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY = "#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9"
 INK, GRID = "#1b1b1a", "#dcdcd8"
 COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, INK)
-DASHES: tuple[Any, ...] = (
-    "-",
-    (0, (5, 1.6)),
-    (0, (6, 1.5, 1.2, 1.5)),
-    (0, (1.4, 1.2)),
-    (0, (9, 2)),
-    (0, (3, 1, 1, 1, 1, 1)),
-    "-",
-)
+_DASHED = ((5, 1.6), (6, 1.5, 1.2, 1.5), (1.4, 1.2), (9, 2), (3, 1, 1, 1, 1, 1))
+DASHES: tuple[Any, ...] = ("-", *((0, pattern) for pattern in _DASHED), "-")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 HATCHES = ("", "//", "..", "\\\\", "xx")
 TRAIN, VALIDATION, MARK = BLUE, VERMILLION, GREEN
+STEPS = "optimizer step"  # what most figures count on their x axis
 DPI = 160
 STYLE: Any = {
     "svg.hashsalt": "tunesmith", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10.5,
@@ -78,13 +72,30 @@ def to_plate(figure: Any, name: str, title: str, caption: str, notes: Sequence[s
     return Plate(name, title, caption, svg[svg.index("<svg") :], pixels.getvalue(), tuple(dict.fromkeys(notes)))
 
 
-def thousands(axes: Any, which: str = "x") -> None:
+def thousands(axes: Any) -> None:
     """Whole numbers with commas on the axis of the steps."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def name_axes(axes: Any, ylabel: str, xlabel: str = STEPS) -> None:
+    """What the axes count, steps on the horizontal one."""
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    thousands(axes)
+
+
+def mark_chosen(axes: Any, step: int, label: str, width: float = 1) -> None:
+    """A line at the checkpoint to use."""
+    axes.axvline(step, color=MARK, linestyle="--", linewidth=width, label=label)
+
+
+def mark_alike(axes: Any, steps: Sequence[int], values: Sequence[float]) -> None:
+    """Rings around the checkpoints that cannot be told from it."""
+    ring = {"markersize": 10, "markerfacecolor": "none", "markeredgecolor": MARK}
+    axes.plot(steps, values, linestyle="", marker="o", **ring, label="not distinguishable from it")
 
 
 def legend_above(axes: Any, columns: int) -> None:

@@ -34,10 +34,10 @@ def unit_suffix(unit: str) -> str:
     return {TOKEN: "", PAIR: "-pairs"}.get(unit, f"-{unit.rpartition('(')[2].rstrip(')')}")
 
 
-def by_unit(e: Experiment, labels: Sequence[str] | None = None) -> dict[str, list[str]]:
+def by_unit(e: Experiment) -> dict[str, list[str]]:
     """Unit -> the labels whose losses are counted in it."""
     labels_of: dict[str, list[str]] = {}
-    for label in e.labels if labels is None else labels:
+    for label in e.labels:
         for unit in dict.fromkeys(unit_of(run) for run in e.runs(label).values()):
             labels_of.setdefault(unit, []).append(label)
     return labels_of

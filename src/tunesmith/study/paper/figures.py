@@ -81,34 +81,22 @@ def memory(study: Study, spec: Spec) -> Drawn:
     left = [0.0] * len(rows)
     for i, part in enumerate(PARTS):
         widths = [parts.get(part, 0.0) for _, parts, _ in rows]
-        axes.barh(
-            range(len(rows)),
-            widths,
-            left=left,
-            height=0.62,
-            color=look.COLOURS[i],
-            hatch=look.HATCHES[i],
-            edgecolor="white",
-            linewidth=0.5,
-            label=part.replace("_", " "),
-        )
+        bar = {
+            "height": 0.62,
+            "color": look.COLOURS[i],
+            "hatch": look.HATCHES[i],
+            "edgecolor": "white",
+            "linewidth": 0.5,
+        }
+        axes.barh(range(len(rows)), widths, left=left, **bar, label=part.replace("_", " "))
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    marks = [
-        (i, fmean(p.value for p in peaks), [p.value for p in peaks]) for i, (_, _, peaks) in enumerate(rows) if peaks
-    ]
-    if marks:
-        low, high = [max(0.0, m - min(v)) for _, m, v in marks], [max(0.0, max(v) - m) for _, m, v in marks]
-        axes.errorbar(
-            [m for _, m, _ in marks],
-            [i for i, _, _ in marks],
-            xerr=[low, high],
-            fmt="D",
-            color=look.INK,
-            markersize=6,
-            markeredgecolor="white",
-            capsize=3,
-            label="measured peak",
-        )
+    measured = {i: [p.value for p in peaks] for i, (_, _, peaks) in enumerate(rows) if peaks}
+    if measured:
+        means = [fmean(values) for values in measured.values()]
+        low = [max(0.0, mean - min(values)) for mean, values in zip(means, measured.values(), strict=True)]
+        high = [max(0.0, max(values) - mean) for mean, values in zip(means, measured.values(), strict=True)]
+        mark = {"fmt": "D", "color": look.INK, "markersize": 6, "markeredgecolor": "white", "capsize": 3}
+        axes.errorbar(means, list(measured), xerr=[low, high], **mark, label="measured peak")
     axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
     axes.invert_yaxis()
     axes.set_xlim(left=0)
