@@ -16,9 +16,8 @@ from tunesmith.options.yamlfile import read_yaml
 from tunesmith.train.methods.table import METHODS
 
 COMMANDS: dict[str, Any] = {m.command: m.config for m in METHODS.values() if not m.new_model}
-BUILT_IN = {
-    path.stem: path for path in sorted(Path(__file__).parent.glob("*/*.yaml"))
-}  # each beside what is special to it
+# each beside what is special to it
+BUILT_IN = {path.stem: path for path in sorted(Path(__file__).parent.glob("*/*.yaml"))}
 NOT_YOURS = ("out", "resume", "resume_changes")  # options that the study sets itself
 BATCHINGS = ("paper", "ours", "as_set")
 TOP = ("name", "title", "batching", "seeds", "base", "runs", "experiments", "figures", "tables", "scales")
@@ -154,20 +153,10 @@ def _study(content: dict[str, Any], file: str, stem: str, scale: str | None, fol
     experiments = [_experiment(str(id), body or {}, f"{file}: experiments.{id}") for id, body in wanted.items()]
     if not helpers and not any(e.entries for e in experiments):
         raise UsageError(f"{file}: no runs; give `experiments:` with at least one, as in docs/study.md")
+    title, content = str(content.get("title", name)), {**content, "scale": scale}
+    figures, tables = (_names(content.get(kind, []), f"{file}: {kind}") for kind in ("figures", "tables"))
     return StudyFile(
-        name,
-        scale,
-        str(content.get("title", name)),
-        file,
-        batching,
-        tuple(seeds),
-        base,
-        helpers,
-        experiments,
-        _names(content.get("figures", []), f"{file}: figures"),
-        _names(content.get("tables", []), f"{file}: tables"),
-        {**content, "scale": scale},
-        folder,
+        name, scale, title, file, batching, tuple(seeds), base, helpers, experiments, figures, tables, content, folder
     )
 
 

@@ -62,11 +62,8 @@ class Ledger:
     def ended(self, name: str, state: str, reason: str = "") -> None:
         """The run's process has ended."""
         entry = self.runs[name]
-        entry |= {
-            "state": state,
-            "reason": reason,
-            "seconds": round(entry["seconds"] + time.time() - entry["started"], 3),
-        }
+        spent = entry["seconds"] + time.time() - entry["started"]
+        entry |= {"state": state, "reason": reason, "seconds": round(spent, 3)}
         self.save()
 
     def blocked(self) -> None:
@@ -79,7 +76,7 @@ class Ledger:
             ]
             if self.state(name) == "waiting" and lost:
                 what = {n: "did not run" if self.state(n) == "waiting" else self.state(n) for n in lost}
-                self.runs[name]["reason"] = "; ".join(f"needs {n}, which {_past(w)}" for n, w in what.items())
+                self.runs[name]["reason"] = "; ".join(f"needs {n}, which {w}" for n, w in what.items())
 
     def ready(self, wanted: Sequence[str]) -> list[str]:
         """Waiting runs whose needs have finished, in the plan's order."""
@@ -92,10 +89,6 @@ class Ledger:
     def count(self, names: Sequence[str], *states: str) -> int:
         """How many of some runs are in one of these states."""
         return sum(self.state(name) in states for name in names)
-
-
-def _past(state: str) -> str:
-    return {"failed": "failed", "diverged": "diverged"}.get(state, state)
 
 
 def stamped(out: Path, name: str) -> str | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY = "#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9"
 INK, GRID = "#1b1b1a", "#dcdcd8"
+PALETTE = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, GRID)
 COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, INK)
 _DASHED = ((5, 1.6), (6, 1.5, 1.2, 1.5), (1.4, 1.2), (9, 2), (3, 1, 1, 1, 1, 1))
 DASHES: tuple[Any, ...] = ("-", *((0, pattern) for pattern in _DASHED), "-")

@@ -114,8 +114,8 @@ def make_plan(study: StudyFile, places: Mapping[str, str] | None = None) -> Plan
         experiments[experiment.id] = (experiment.title, [shown for e in own.values() for shown in e])
         if experiment.lr_search:
             id = f"{experiment.id}-lr"
-            found, searches[id] = _search(maker, experiment, own)
-            experiments[id] = (f"{experiment.title}: learning rates at equal budget", found)
+            searched, searches[id] = _search(maker, experiment, own)
+            experiments[id] = (f"{experiment.title}: learning rates at equal budget", searched)
     for experiment in study.experiments:
         title, shown = experiments[experiment.id]
         experiments[experiment.id] = (title, _with_others(maker, experiment, shown))
@@ -151,20 +151,10 @@ def _expand(maker: _Maker, entry: Entry, more: Mapping[str, Any] | None = None, 
             changed = {k: v for k, v in flat.items() if v != plain[k]}
             needs = (*entry.needs, *([entry.continues] if entry.continues else []))
             written = {k: flat[k] for k in moved}
-            maker.add(
-                PlannedRun(
-                    name,
-                    entry.command,
-                    seed,
-                    flat | moved,
-                    changed,
-                    needs,
-                    entry.continues,
-                    entry.where,
-                    written=written,
-                ),
-                bare,
+            run = PlannedRun(
+                name, entry.command, seed, flat | moved, changed, needs, entry.continues, entry.where, written=written
             )
+            maker.add(run, bare)
             yield Shown(name, _label(entry, config, varied), seed)
             if entry.once:
                 break
@@ -234,11 +224,10 @@ def _search(
 
 def _with_others(maker: _Maker, experiment: Experiment, own: Sequence[Shown]) -> list[Shown]:
     """An experiment's own runs and those it shows of others, in the order of the file."""
-    left, in_order = list(own), []
+    in_order: list[Shown] = []
     for entry in experiment.entries:
         if isinstance(entry, Entry):
-            mine = [s for s in left if maker.runs[s.run].where == entry.where]
-            in_order += mine
+            in_order += [shown for shown in own if maker.runs[shown.run].where == entry.where]
         else:
             name, label = entry
             names = maker.bare.get(name) or ([name] if name in maker.runs else None)

@@ -8,19 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tunesmith.files.answers import ENDINGS
-from tunesmith.study.look import BLUE, GREEN, GRID, INK, ORANGE, PURPLE, SKY, VERMILLION, Plate
+from tunesmith.study.look import INK, PALETTE, Plate
 from tunesmith.study.records import Point
 from tunesmith.study.tables import Cell, Table
 
-NAMED = {
-    BLUE: "blue",
-    VERMILLION: "vermillion",
-    GREEN: "green",
-    ORANGE: "orange",
-    PURPLE: "purple",
-    SKY: "sky",
-    GRID: "grid",
-}
+NAMED = dict(zip(PALETTE, ("blue", "vermillion", "green", "orange", "purple", "sky", "grid"), strict=True))
 
 
 def esc(text: object) -> str:
@@ -31,6 +23,11 @@ def details(summary: str, content: str, kind: str = "") -> str:
     """Folded content. kind: a class; what is of the kind `more` is printed though it is folded."""
     mark = f' class="{kind}"' if kind else ""
     return f"<details{mark}><summary>{esc(summary)}</summary>{content}</details>"
+
+
+def folded_text(summary: str, text: str) -> str:
+    """Folded text with its lines as they are."""
+    return details(summary, f"<pre>{esc(text)}</pre>")
 
 
 WHOSE = re.compile(r"(.+?\(\S+\)|[^\s:]+): (.+)", re.DOTALL)
@@ -118,12 +115,8 @@ class Links:
 def inline(plate: Plate) -> str:
     """A figure's SVG for the page: ids of its own, colours that follow light and dark, its title for screen readers."""
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{re.sub(r'[^A-Za-z0-9_-]', '-', plate.name)}-", plate.svg)
-    svg = re.sub(
-        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>',
-        rf'<svg xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="\1" role="img" aria-label="{esc(plate.title)}">',
-        svg,
-        count=1,
-    )
+    head = f'xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="\\1" role="img" aria-label="{esc(plate.title)}"'
+    svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', f"<svg {head}>", svg, count=1)
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.S)
     for colour, name in NAMED.items():
         svg = svg.replace(colour, f"var(--{name})")

@@ -131,13 +131,8 @@ class Experiment:
             if run.trouble or not points:
                 words = run.trouble or f"no {event} line with {key}"
                 missing.append(f"{label}, seed {seed} ({run.name}): {words}")
-        return Line(
-            label,
-            seeds,
-            frozenset(partial),
-            tuple(missing),
-            is_signed(key, [r.config for r in self.runs(label).values()]),
-        )
+        signed = is_signed(key, [run.config for run in self.runs(label).values()])
+        return Line(label, seeds, frozenset(partial), tuple(missing), signed)
 
 
 @dataclass(frozen=True)
@@ -194,19 +189,13 @@ def read_study(path: str | Path) -> Study:
     plan = _plan(root / "plan.json")
     progress = _json(root / "progress.json").get("runs", {}) if (root / "progress.json").exists() else {}
     runs = {name: _read_run(root, name, entry, progress.get(name, {})) for name, entry in plan["runs"].items()}
-    experiments = {}
-    for key, entry in plan["experiments"].items():
-        experiments[key] = Experiment(key, entry.get("title", key), tuple(_members(entry["runs"], runs)))
-    return Study(
-        root,
-        plan.get("name", root.name),
-        plan.get("title") or plan.get("name", root.name),
-        plan.get("scale") or "",
-        experiments,
-        runs,
-        tuple(plan.get("figures", ())),
-        tuple(plan.get("tables", ())),
-    )
+    experiments = {
+        key: Experiment(key, entry.get("title", key), tuple(_members(entry["runs"], runs)))
+        for key, entry in plan["experiments"].items()
+    }
+    name, scale = plan.get("name", root.name), plan.get("scale") or ""
+    figures, tables = (tuple(plan.get(kind, ())) for kind in ("figures", "tables"))
+    return Study(root, name, plan.get("title") or name, scale, experiments, runs, figures, tables)
 
 
 def _members(entries: Sequence[Json], runs: Mapping[str, RunRecord]) -> Iterator[Member]:
@@ -254,27 +243,16 @@ def _read_run(root: Path, name: str, entry: Json, progress: Json) -> RunRecord:
             damage.append(f"{file} is damaged ({error})")
             return {}
 
-    status, config = stored("status.json"), stored("config.yaml")
+    status, config, environment = stored("status.json"), stored("config.yaml"), stored("environment.json")
     log = read_log(run, name)
     damage += log.damage
     if status and not any(log.lines.values()):
         damage.append("metrics.jsonl is empty")
     answers = run.answers(damage)
-    state, reason = _state(run.path, status, progress)
+    state = _state(run.path, status, progress)
+    faults = tuple(damage)
     return RunRecord(
-        name,
-        run.path,
-        state,
-        reason,
-        entry,
-        config,
-        status,
-        stored("environment.json"),
-        log.lines,
-        log.peak,
-        log.minutes,
-        answers,
-        tuple(damage),
+        name, run.path, *state, entry, config, status, environment, log.lines, log.peak, log.minutes, answers, faults
     )
 
 

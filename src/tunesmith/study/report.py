@@ -5,7 +5,6 @@ Beside the page: figures/ (each as SVG and PNG) and tables/ (each as CSV and LaT
 
 from __future__ import annotations
 
-import html
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -23,7 +22,7 @@ from tunesmith.study.look import Plate
 from tunesmith.study.outcome import accuracy_text, kind_of, result_of_run, result_of_runs
 from tunesmith.study.own import overview, own_tables
 from tunesmith.study.paper.summary import known_of
-from tunesmith.study.parts import details, figure, notes, side_by_side
+from tunesmith.study.parts import details, esc, figure, folded_text, notes, side_by_side
 from tunesmith.study.records import Study, is_study, read_log, read_study
 from tunesmith.study.run_figures import loss_curve, preference_curves, reward_curve
 from tunesmith.study.study_page import render_study
@@ -98,7 +97,7 @@ def render_report(runs: Sequence[Run], drawn: Sequence[Sequence[Plate]] | None =
     title = f"tunesmith: {', '.join(run.path.name for run in runs)}"
     result = result_of_run(runs[0]) if len(runs) == 1 else result_of_runs(runs)
     overview = _overview(runs) if len(runs) > 1 else ""
-    return render_page(title, f'<p class="lead">{html.escape(result)}</p>{overview}{body}')
+    return render_page(title, f'<p class="lead">{esc(result)}</p>{overview}{body}')
 
 
 def _figures(run: Run) -> list[Plate]:
@@ -112,8 +111,7 @@ def _figures(run: Run) -> list[Plate]:
 
 def tables_of(runs: Sequence[Run]) -> list[Table]:
     """What the runs came to, and every estimate of each."""
-    facts = [facts_of(run) for run in runs]
-    labels = sorted({label for row in facts for label in row}, key=FACTS.index)
+    labels, facts = _compared(runs)
     rows = tuple(
         (Cell(run.path.name), *(Cell(row.get(x, "")) for x in labels)) for run, row in zip(runs, facts, strict=True)
     )
@@ -133,25 +131,21 @@ def _run_section(run: Run, plates: Sequence[Plate], alone: bool) -> str:
     status, estimates, train = run.status, run.metrics("eval"), run.metrics("train")
     if not estimates and not train:
         raise UserError(f"{run.path} has no metrics yet (its state is {status['state']!r}); nothing to report")
-    name, kind = html.escape(run.path.name), kind_of(run)
+    name, kind = esc(run.path.name), kind_of(run)
     parts = [f'<h2 id="{name}">{name}: {METHODS[kind].title}{_lora(run)}</h2>']
     if not alone:
-        parts.append(f"<p>{html.escape(result_of_run(run))}</p>")
+        parts.append(f"<p>{esc(result_of_run(run))}</p>")
     parts.append(_facts(run))
     if status.get("reason"):
-        parts.append(f"<p>{html.escape(status['reason'])}</p>")
+        parts.append(f"<p>{esc(status['reason'])}</p>")
     parts.append(notes(read_log(run, run.path.name).damage))
     if estimates:
         parts += [figure(plate, files=False) for plate in plates]
         parts.append(_estimates_table(estimates, status.get("best_step")))
     parts.append(_answers(run))
-    parts.append(
-        f"<details><summary>Configuration</summary><pre>{html.escape(yaml.safe_dump(run.config, sort_keys=False))}</pre></details>"
-    )
+    parts.append(folded_text("Configuration", yaml.safe_dump(run.config, sort_keys=False)))
     if (path := run.path / "environment.json").exists():
-        parts.append(
-            details("Environment", f"<pre>{html.escape(path.read_text(encoding='utf-8', errors='replace'))}</pre>")
-        )
+        parts.append(folded_text("Environment", path.read_text(encoding="utf-8", errors="replace")))
     return "\n".join(parts)
 
 
@@ -196,20 +190,25 @@ def facts_of(run: Run) -> dict[str, str]:
     return facts
 
 
+def _compared(runs: Sequence[Run]) -> tuple[list[str], list[dict[str, str]]]:
+    """The labels that any of the runs has, and the facts of each."""
+    facts = [facts_of(run) for run in runs]
+    return [label for label in FACTS if any(label in row for row in facts)], facts
+
+
 def _facts(run: Run) -> str:
-    cells = (f"<div>{label}<b>{html.escape(value)}</b></div>" for label, value in facts_of(run).items())
+    cells = (f"<div>{label}<b>{esc(value)}</b></div>" for label, value in facts_of(run).items())
     return f'<div class="facts">{"".join(cells)}</div>'
 
 
 def _overview(runs: Sequence[Run]) -> str:
     """One row a run."""
-    facts = [facts_of(run) for run in runs]
-    labels = sorted({label for row in facts for label in row}, key=FACTS.index)
+    labels, facts = _compared(runs)
     head = "".join(f'<th class="number">{label}</th>' for label in labels)
     rows = "".join(
-        f'<tr><td><a href="#{html.escape(run.path.name)}">{html.escape(run.path.name)}</a><br>'
+        f'<tr><td><a href="#{esc(run.path.name)}">{esc(run.path.name)}</a><br>'
         f'<span class="group">{METHODS[kind_of(run)].title}{_lora(run)}</span></td>'
-        + "".join(f'<td class="number">{html.escape(row.get(label, ""))}</td>' for label in labels)
+        + "".join(f'<td class="number">{esc(row.get(label, ""))}</td>' for label in labels)
         + "</tr>"
         for run, row in zip(runs, facts, strict=True)
     )
@@ -225,9 +224,8 @@ def _estimates_table(estimates: Sequence[dict[str, Any]], best: int | None) -> s
         for e in estimates
     )
     head = "".join(f'<th class="number">{h.replace("_", " ")}</th>' for h in ("step", *names))
-    return (
-        "<details><summary>Every estimate (★ best checkpoint)</summary>"
-        f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div></details>'
+    return details(
+        "Every estimate (★ best checkpoint)", f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div>'
     )
 
 

@@ -6,6 +6,7 @@ What is special about experiments that are known beforehand comes as `Known`, fr
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from tunesmith.jsontext import Json
 from tunesmith.page import document
 from tunesmith.study.figures import Drawn, Missing, Spec
 from tunesmith.study.own import conclusion
-from tunesmith.study.parts import Links, anchor, details, esc, figure, notes, side_by_side, table
+from tunesmith.study.parts import Links, anchor, details, esc, figure, folded_text, notes, side_by_side, table
 from tunesmith.study.records import RunRecord, Study
 from tunesmith.study.tables import Table
 
@@ -80,14 +81,10 @@ def render_study(
 
 def _progress(study: Study) -> str:
     """How many runs stand where, and why those are not finished that are not."""
-    states: dict[str, int] = {}
-    for run in study.runs.values():
-        states[run.state] = states.get(run.state, 0) + 1
+    states = Counter(run.state for run in study.runs.values())
     order = ("finished", "running", "waiting", "stopped", "diverged", "failed", "missing")
-    names = {"waiting": "not run yet"}
-    counts = ", ".join(
-        f"{states[s]} {names.get(s, s)}" for s in sorted(states, key=lambda s: order.index(s) if s in order else 9)
-    )
+    inorder = sorted(states, key=lambda s: order.index(s) if s in order else 9)
+    counts = ", ".join(f"{states[s]} {'not run yet' if s == 'waiting' else s}" for s in inorder)
     scale = f", {study.scale} scale" if study.scale else ""
     return f'<p class="dim">Study {esc(study.name)}{esc(scale)}: {len(study.runs)} runs, {esc(counts)}.</p>'
 
@@ -145,17 +142,14 @@ def _answers(columns: Sequence[Column]) -> str:
         by_prompt.append(first)
     blocks = []
     for prompt, record in by_prompt[0].items():
-        answers = [(name, found.get(prompt)) for (name, _, _), found in zip(columns, by_prompt, strict=True)]
+        answers = [(name, given.get(prompt)) for (name, _, _), given in zip(columns, by_prompt, strict=True)]
         blocks.append(side_by_side(prompt, str(record.get("group", "")), answers))
     rest = blocks[SHOWN:]
     who = "; ".join(
         f'{esc(name)}: <a href="#{anchor(run.name)}">{esc(run.name)}</a>, step {step:,}' for name, run, step in columns
     )
-    return (
-        f'<p class="dim">The same prompts, one answer from each: {who}.</p>'
-        + "".join(blocks[:SHOWN])
-        + (details(f"{len(rest)} more prompts", "".join(rest), "more") if rest else "")
-    )
+    more = details(f"{len(rest)} more prompts", "".join(rest), "more") if rest else ""
+    return f'<p class="dim">The same prompts, one answer from each: {who}.</p>{"".join(blocks[:SHOWN])}{more}'
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
@@ -166,19 +160,14 @@ def _run(run: RunRecord, links: Links) -> str:
     facts = [run.state if run.state == "finished" else run.trouble, str(run.plan.get("command", ""))]
     if run.plan.get("needs"):
         facts.append(f"after {', '.join(run.plan['needs'])}")
-    parts = [
-        f'<section class="run" id="{anchor(run.name)}"><h3>{esc(run.name)}</h3><p class="dim">{esc(" · ".join(filter(None, facts)))}</p>'
-    ]
-    parts.append(notes(run.damage))
-    parts.append('<div class="folds">')
-    changed = run.plan.get("settings") or {}
-    if changed:
-        parts.append(details("Set by the study", f"<pre>{_yaml(changed)}</pre>"))
-    parts.append(
-        details("Configuration", f"<pre>{_yaml(run.config)}</pre>") if run.config else notes(["No config.yaml."])
-    )
+    words = esc(" · ".join(filter(None, facts)))
+    head = f'<section class="run" id="{anchor(run.name)}"><h3>{esc(run.name)}</h3><p class="dim">{words}</p>'
+    parts = [head, notes(run.damage), '<div class="folds">']
+    if changed := run.plan.get("settings"):
+        parts.append(folded_text("Set by the study", _yaml(changed)))
+    parts.append(folded_text("Configuration", _yaml(run.config)) if run.config else notes(["No config.yaml."]))
     if run.environment:
-        parts.append(details("Environment", f"<pre>{_yaml(run.environment)}</pre>"))
+        parts.append(folded_text("Environment", _yaml(run.environment)))
     if cited := links.cited.get(run.name):
         by_line = {r["line"]: r for records in run.lines.values() for r in records}
         items = "".join(
@@ -190,4 +179,4 @@ def _run(run: RunRecord, links: Links) -> str:
 
 
 def _yaml(content: Json) -> str:
-    return esc(yaml.safe_dump(content, sort_keys=False, allow_unicode=True).rstrip())
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True).rstrip()

@@ -31,6 +31,7 @@ from tunesmith.study.select import (
     finals,
     mean_by_prompt,
     mean_curve,
+    minutes,
     peaks,
     present,
     prompt_rewards,
@@ -70,23 +71,36 @@ def judge_all(study: Study) -> list[tuple[Claim, Finding]]:
     """Every claim with its verdict; what a study has not run stays undecided."""
     findings = []
     for claim in CLAIMS:
-        if study.experiment(claim.experiment).members:
-            findings.append((claim, claim.judge(study)))
-        else:
-            findings.append(
-                (claim, Finding(Verdict(OPEN, f"experiment {claim.experiment.upper()} is not in this study")))
-            )
+        there = bool(study.experiment(claim.experiment).members)
+        absent = _undecided(f"experiment {claim.experiment.upper()} is not in this study")
+        findings.append((claim, claim.judge(study) if there else absent))
     return findings
 
 
 # ---- what the judges share ------------------------------------------------------------------------------------------
 
 
-def _sources(*tables: Mapping[str, Mapping[int, Point]]) -> tuple[Point, ...]:
-    return tuple(p for labels in tables for seeds in labels.values() for p in seeds.values())
+Values = Mapping[str, Mapping[int, Point]]
+"""Label -> seed -> value."""
 
 
-def _against(values: Mapping[str, Mapping[int, Point]], one: str, sign: int = 1) -> dict[str, list[float]]:
+def _undecided(why: str, left: Sequence[str] = ()) -> Finding:
+    return Finding(Verdict(OPEN, why), (), tuple(left))
+
+
+def _all_greater(
+    values: Values, left: Sequence[str], one: str, unit: str, *, sign: int = -1, resolution: float = 0.0
+) -> Finding:
+    """Whether `one` is below all others, with `sign` 1 above. left: the runs left out."""
+    verdict = verdicts.all_greater(_against(values, one, sign), resolution=resolution, unit=unit)
+    return Finding(verdict, _sources(values), tuple(left))
+
+
+def _sources(values: Values) -> tuple[Point, ...]:
+    return tuple(p for seeds in values.values() for p in seeds.values())
+
+
+def _against(values: Values, one: str, sign: int) -> dict[str, list[float]]:
     """`sign` times (one - other) for every other label, by seed."""
     names = {o: f"{one} minus {o}" if sign > 0 else f"{o} minus {one}" for o in values if o != one}
     return {names[o]: [sign * d for d in differences(values[one], values[o])] for o in names}
@@ -115,7 +129,7 @@ def _overfits(experiment: str, between: tuple[float, float]) -> Callable[[Study]
             next(iter(lines_of(e, "eval", key)), Line("", {})) for key in ("validation_loss", "train_loss")
         )
         if not validation.seeds.keys() - validation.partial:
-            return Finding(Verdict(OPEN, "no finished training"), (), validation.missing)
+            return _undecided("no finished training", validation.missing)
         held, fitted = dict(mean_curve(validation)), dict(mean_curve(train))
         steps = [s for s in held if s in fitted]
         curve = [held[s] for s in steps], [fitted[s] for s in steps]
@@ -172,7 +186,7 @@ def _reward_falls(study: Study) -> Finding:
     trainings = judged(study)
     steps = sorted(set.intersection(*({s for s in j.at if j.rewards(s)} for j in trainings))) if trainings else []
     if not steps:
-        return Finding(Verdict(OPEN, "no checkpoint was scored"))
+        return _undecided("no checkpoint was scored")
     means = {s: mean_by_prompt([j.rewards(s) for j in trainings]) for s in steps}
     prompts = sorted(set.intersection(*(set(r) for r in means.values())))
     verdict = verdicts.falls_after_best({s: [r[p] for p in prompts] for s, r in means.items()}, between=near(20 / 40))
@@ -183,11 +197,11 @@ def _reward_falls(study: Study) -> Finding:
 def _mean_negative(study: Study) -> Finding:
     one = next(iter(judged(study)), None)
     if one is None or one.best is None:
-        return Finding(Verdict(OPEN, "no answers at the chosen checkpoint"))
+        return _undecided("no answers at the chosen checkpoint")
     run, own = one.at[one.best]
     chosen: Json = next((r for r in run.lines.get("reward", ()) if r["step"] == own), {})
     if not all(is_number(chosen.get(k)) for k in ("mean", "low", "high")):
-        return Finding(Verdict(OPEN, "no reward with its interval at the chosen checkpoint"))
+        return _undecided("no reward with its interval at the chosen checkpoint")
     scorer, marks = chosen.get("scorer", "an unnamed model"), one.marks(one.best)
     interval = f"{chosen['mean']:.3f} [{chosen['low']:.3f}, {chosen['high']:.3f}]"
     evidence = f"mean {interval} at step {one.best:,}, scored by {scorer_words(study, scorer)}"
@@ -199,7 +213,7 @@ def _mean_negative(study: Study) -> Finding:
 def _tuned_answers(study: Study) -> Finding:
     one = next(iter(judged(study)), None)
     if one is None or 0 not in one.at or not one.best:
-        return Finding(Verdict(OPEN, "no answers of both the base (step 0) and the chosen checkpoint"))
+        return _undecided("no answers of both the base (step 0) and the chosen checkpoint")
     base, tuned = one.rewards(0), one.rewards(one.best)
     counts = [(sum(r["finish_reason"] == "stop" for r in a), len(a)) for a in (one.answers(one.best), one.answers(0))]
     stops = " against ".join(f"{k} of {n}" for k, n in counts)
@@ -227,7 +241,7 @@ def _alike(e: Experiment, one: str, other: str, *, by_rows: bool = False) -> Fin
     starts = [s[0].value for s in e.line(one, "eval", "validation_loss").seeds.values()]
     ends = [p.value for p in losses.get(one, {}).values()]
     if not starts or not ends or not losses.get(other):
-        return Finding(Verdict(OPEN, f"needs finished runs of {one} and {other}"), (), tuple(left))
+        return _undecided(f"needs finished runs of {one} and {other}", left)
     margin = VISIBLE * abs(fmean(starts) - fmean(ends))
     verdict = verdicts.alike({f"{one} minus {other}": differences(losses[one], losses[other])}, margin, unit="nats")
     return Finding(verdict, _sources(losses), tuple(left))
@@ -236,48 +250,38 @@ def _alike(e: Experiment, one: str, other: str, *, by_rows: bool = False) -> Fin
 def _sgd_learns_slowest(study: Study) -> Finding:
     e = study.experiment("e4")
     losses, left = finals(e, present(e, *OPTIMIZERS), "eval", "validation_loss")
-    if "SGD" not in losses or len(losses) < 2:
-        return Finding(Verdict(OPEN, "needs SGD and another optimizer"), (), tuple(left))
-    return Finding(verdicts.all_greater(_against(losses, "SGD"), unit="nats"), _sources(losses), tuple(left))
+    return _plain_sgd(losses, left, "nats", sign=1)
 
 
 def _sgd_least_memory(study: Study) -> Finding:
     e = study.experiment("e4")
     memory, left = peaks(e, present(e, *OPTIMIZERS))
-    if "SGD" not in memory or len(memory) < 2:
-        return Finding(Verdict(OPEN, "needs SGD and another optimizer"), (), tuple(left))
-    verdict = verdicts.all_greater(_against(memory, "SGD", -1), resolution=_resolution(e, memory), unit="GB")
-    return Finding(verdict, _sources(memory), tuple(left))
+    return _plain_sgd(memory, left, "GB", resolution=_resolution(e, memory))
+
+
+def _sgd_least_time(study: Study) -> Finding:
+    e = study.experiment("e4")
+    return _plain_sgd({label: minutes(e, label) for label in present(e, *OPTIMIZERS)}, (), "min")
+
+
+def _plain_sgd(values: Values, left: Sequence[str], unit: str, *, sign: int = -1, resolution: float = 0.0) -> Finding:
+    if "SGD" not in values or len(values) < 2:
+        return _undecided("needs SGD and another optimizer", left)
+    return _all_greater(values, left, "SGD", unit, sign=sign, resolution=resolution)
 
 
 def _lora_less_memory(study: Study) -> Finding:
     e = study.experiment("e5")
     memory, left = peaks(e, [*ranks(e), *present(e, FULL)])
     if FULL not in memory or not ranks(e):
-        return Finding(Verdict(OPEN, "needs a rank and full tuning"), (), tuple(left))
-    return Finding(
-        verdicts.all_greater(_against(memory, FULL), resolution=_resolution(e, memory), unit="GB"),
-        _sources(memory),
-        tuple(left),
-    )
+        return _undecided("needs a rank and full tuning", left)
+    return _all_greater(memory, left, FULL, "GB", sign=1, resolution=_resolution(e, memory))
 
 
-def _resolution(e: Experiment, memory: Mapping[str, Mapping[int, Point]]) -> float:
+def _resolution(e: Experiment, memory: Values) -> float:
     """Of a difference of two peaks, GB."""
     largest = max((p.value for seeds in memory.values() for p in seeds.values()), default=0.0)
     return resolution_of([m.run for m in e.members]) * largest
-
-
-def _sgd_least_time(study: Study) -> Finding:
-    e = study.experiment("e4")
-    labels = present(e, *OPTIMIZERS)
-    minutes = {
-        label: {s: r.minutes for s, r in e.runs(label).items() if r.state == "finished" and r.minutes}
-        for label in labels
-    }
-    if "SGD" not in minutes or len(minutes) < 2:
-        return Finding(Verdict(OPEN, "needs SGD and another optimizer"))
-    return Finding(verdicts.all_greater(_against(minutes, "SGD", -1), unit="min"), _sources(minutes))
 
 
 def _lora(event: str, key: str, unit: str) -> Callable[[Study], Finding]:
@@ -285,10 +289,8 @@ def _lora(event: str, key: str, unit: str) -> Callable[[Study], Finding]:
         e = study.experiment("e5")
         values, left = finals(e, [*ranks(e), *present(e, FULL)], event, key)
         if not ranks(e) or not values.get(FULL):
-            return Finding(
-                Verdict(OPEN, f"needs finished runs of a rank and of full tuning with a {event} line"), (), tuple(left)
-            )
-        return Finding(verdicts.all_greater(_against(values, FULL, -1), unit=unit), _sources(values), tuple(left))
+            return _undecided(f"needs finished runs of a rank and of full tuning with a {event} line", left)
+        return _all_greater(values, left, FULL, unit)
 
     return judge
 
@@ -298,7 +300,7 @@ def _rank_memory(study: Study) -> Finding:
     labels = ranks(e)
     memory, left = peaks(e, [labels[0], labels[-1]] if len(labels) > 1 else [])
     if len(memory) < 2 or not all(memory.values()):
-        return Finding(Verdict(OPEN, "needs finished runs of two ranks"), (), tuple(left))
+        return _undecided("needs finished runs of two ranks", left)
     low, high = labels[0], labels[-1]
     margin = HARDLY * fmean(p.value for p in memory[low].values())
     gaps = {f"{high} minus {low}": differences(memory[high], memory[low])}
@@ -313,7 +315,7 @@ def _accumulation(study: Study) -> Finding:
         (a, b) for one, split in pairs if (a := one.series("train", "loss")) and (b := split.series("train", "loss"))
     ]
     if not series:
-        return Finding(Verdict(OPEN, f"needs runs “{BATCH_4}” and “{SPLIT}” with the same seed"))
+        return _undecided(f"needs runs “{BATCH_4}” and “{SPLIT}” with the same seed")
     precision = str(pairs[0][0].config.get("train", {}).get("precision", "fp32"))
     tolerance = EXACT.get(precision, EXACT["fp32"])
     by_seed = [
@@ -330,10 +332,10 @@ def _as_good(study: Study) -> Finding:
     helpful = next((m.run for m in study.experiment("e6").members if rewarded_steps(m.run)), None)
     one, step = next(iter(judged(study)), None), best_step(helpful) if helpful else None
     if helpful is None or step is None or one is None or one.best is None:
-        return Finding(Verdict(OPEN, "needs scored answers of the helpful-only run and of E1's"))
+        return _undecided("needs scored answers of the helpful-only run and of E1's")
     scorers = {str(r.get("scorer")) for run in (helpful, one.run) for r in run.lines.get("reward", ())}
     if len(scorers) > 1:
-        return Finding(Verdict(OPEN, f"scored by different models: {', '.join(sorted(scorers))}"))
+        return _undecided(f"scored by different models: {', '.join(sorted(scorers))}")
     a, b = prompt_rewards(helpful, step), one.rewards(one.best)
     shared = sorted(a.keys() & b.keys())
     verdict = verdicts.alike_paired(
@@ -361,17 +363,12 @@ def _dpo_fits(study: Study) -> Finding:
             return Finding(Verdict(FAILS, f"{run.name} failed: {run.reason}"))
     measured = [r.peak for r in runs if r.state == "finished" and r.peak]
     if not measured:
-        return Finding(Verdict(OPEN, "no finished DPO run"))
+        return _undecided("no finished DPO run")
     top = max(measured, key=lambda p: p.value)
-    evidence = f"peak {top.value:.2f} GB, policy and reference together"
+    verdict, words = HOLDS if top.value <= CARD_GB else FAILS, f"; one card has {CARD_GB:.0f} GB"
     if study.scale != FULL:
-        return Finding(
-            Verdict(OPEN, f"{evidence}, but for the {study.scale or 'unnamed'} scale's model, not for gpt2-medium"),
-            (top,),
-        )
-    return Finding(
-        Verdict(HOLDS if top.value <= CARD_GB else FAILS, f"{evidence}; one card has {CARD_GB:.0f} GB"), (top,)
-    )
+        verdict, words = OPEN, f", but for the {study.scale or 'unnamed'} scale's model, not for gpt2-medium"
+    return Finding(Verdict(verdict, f"peak {top.value:.2f} GB, policy and reference together{words}"), (top,))
 
 
 CLAIMS = (

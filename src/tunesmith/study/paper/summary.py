@@ -93,11 +93,10 @@ def answer_columns(study: Study) -> list[Column]:
     if one := next(iter(judged(study)), None):
         chosen = max(one.at) if one.best is None else one.best
         columns = [(name, *one.at[step]) for name, step in (("base", 0), ("fine-tuned", chosen)) if step in one.at]
-    lora = [
-        r for x in reversed(ranks(study.experiment("e5"))) for r in study.experiment("e5").runs(x).values() if r.answers
-    ]
-    if not lora and FULL not in study.experiment("e5").labels:
-        lora = [m.run for m in study.experiment("e5").members if m.run.answers]
+    e5 = study.experiment("e5")
+    lora = [run for rank in reversed(ranks(e5)) for run in e5.runs(rank).values() if run.answers]
+    if not lora and FULL not in e5.labels:
+        lora = [m.run for m in e5.members if m.run.answers]
     if lora:
         columns += _at_choice(f"LoRA, rank {lora[0].config.get('lora', {}).get('rank', '?')}", lora[0])
     if dpo := next((r for r in dpo_runs(study).values() if r.answers), None):

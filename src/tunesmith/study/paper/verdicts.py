@@ -7,7 +7,7 @@ and the sentence says what is missing. What one training shows of a method is on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -43,9 +43,7 @@ def over_seeds(values: Sequence[float], resolution: float = 0.0, level: float = 
     return Interval(interval.mean, low - resolution, high + resolution, interval.n)
 
 
-def all_greater(
-    differences: Mapping[str, Sequence[float]], *, resolution: float = 0.0, digits: int = 3, unit: str = ""
-) -> Verdict:
+def all_greater(differences: Mapping[str, Sequence[float]], *, resolution: float = 0.0, unit: str = "") -> Verdict:
     """Is every difference above zero? differences: name -> one value a seed.
 
     Holds: every interval lies above 0; all must, so that no correction for their number is needed. Does not hold: one
@@ -54,50 +52,42 @@ def all_greater(
     if not differences or not all(differences.values()):
         empty = ", ".join(name for name, values in differences.items() if not values)
         return Verdict(OPEN, f"no value to compare{': ' + empty if empty else ''}")
-    intervals = {name: over_seeds(values, resolution) for name, values in differences.items()}
-    evidence = "; ".join(f"{name}: {interval_words(x, digits, unit)}" for name, x in intervals.items()) + _seeds(
-        intervals.values()
-    )
-    if few := _too_few(intervals.values()):
+    intervals, evidence = _over_seeds(differences, resolution, unit)
+    if few := _too_few(intervals):
         return Verdict(OPEN, evidence + few)
     if any(over_seeds(values, resolution, 1 - 0.05 / len(intervals)).high < 0 for values in differences.values()):
         return Verdict(FAILS, evidence)
-    if all(x.low > 0 for x in intervals.values()):
+    if all(x.low > 0 for x in intervals):
         return Verdict(HOLDS, evidence)
     return Verdict(OPEN, evidence + "; not all differences are clearly of one sign")
 
 
 def alike(
-    differences: Mapping[str, Sequence[float]],
-    margin: float,
-    *,
-    resolution: float = 0.0,
-    digits: int = 3,
-    unit: str = "",
+    differences: Mapping[str, Sequence[float]], margin: float, *, resolution: float = 0.0, unit: str = ""
 ) -> Verdict:
     """Is every difference within +-margin? Not finding a difference is no proof: its whole interval must lie inside."""
     if not differences or not all(differences.values()):
         return Verdict(OPEN, "no value to compare")
-    intervals = {name: over_seeds(values, resolution) for name, values in differences.items()}
-    evidence = "; ".join(f"{name}: {interval_words(x, digits, unit)}" for name, x in intervals.items()) + _seeds(
-        intervals.values()
-    )
-    evidence += f"; alike means within ±{margin:.{digits}f}{' ' + unit if unit else ''}"
-    if few := _too_few(intervals.values()):
+    intervals, evidence = _over_seeds(differences, resolution, unit)
+    evidence += f"; alike means within ±{margin:.3f}{' ' + unit if unit else ''}"
+    if few := _too_few(intervals):
         return Verdict(OPEN, evidence + few)
-    if any(x.low > margin or x.high < -margin for x in intervals.values()):
+    if any(x.low > margin or x.high < -margin for x in intervals):
         return Verdict(FAILS, evidence)
-    if all(-margin <= x.low and x.high <= margin for x in intervals.values()):
+    if all(-margin <= x.low and x.high <= margin for x in intervals):
         return Verdict(HOLDS, evidence)
     return Verdict(OPEN, evidence + "; an interval crosses that limit")
 
 
-def _seeds(intervals: Collection[Interval]) -> str:
+def _over_seeds(differences: Mapping[str, Sequence[float]], resolution: float, unit: str) -> tuple[list[Interval], str]:
+    """The interval of each difference, and all of them in words."""
+    intervals = [over_seeds(values, resolution) for values in differences.values()]
+    words = (f"{name}: {interval_words(x, unit=unit)}" for name, x in zip(differences, intervals, strict=True))
     n = min(x.n for x in intervals)
-    return f" ({n} seed{'s' * (n > 1)})"
+    return intervals, f"{'; '.join(words)} ({n} seed{'s' * (n > 1)})"
 
 
-def _too_few(intervals: Collection[Interval]) -> str:
+def _too_few(intervals: Sequence[Interval]) -> str:
     missing = any(math.isnan(x.low) for x in intervals)
     return f"; one seed says nothing about the next, and the claim needs {SEEDS}" if missing else ""
 
