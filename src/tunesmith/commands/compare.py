@@ -24,7 +24,7 @@ from tunesmith.files.names import find_model, load, load_tokenizer, shape_of
 from tunesmith.files.run import write_atomically
 from tunesmith.generation.context import room_for_prompt
 from tunesmith.generation.engine import prepare
-from tunesmith.generation.logprobs import TwoAnswers, encode_answers, logps_of_both, token_texts
+from tunesmith.generation.logprobs import encode_answers, logps_of_both, token_texts
 from tunesmith.judge.answering import answer_prompts
 from tunesmith.judge.endpoint import KEY_VARIABLE, Endpoint
 from tunesmith.judge.language_model import Judge
@@ -142,7 +142,9 @@ def with_logps(
     room: tokens that a prompt may have, for both.
     """
     pairs = [encode_answers(tokenizer, row.a, row.b, room) for row in rows]
-    under_a, under_b = (_under(name, pairs, tokenizer.end_of_answer, device) for name in names)
+    # a generator: the first model is gone before the second is loaded
+    end = tokenizer.end_of_answer
+    under_a, under_b = (logps_of_both(load(name, device=device)[0], pairs, end) for name in names)
     filled = []
     for row, two, by_a, by_b in zip(rows, pairs, under_a, under_b, strict=True):
         texts = token_texts(tokenizer, two)
@@ -150,12 +152,6 @@ def with_logps(
         a, b = ("".join(some[len(logps) : len(ids)]) for some, logps, ids in zip(texts, by_a, two.answers, strict=True))
         filled.append(replace(row, logps=(first, second), unscored=(a, b)))
     return filled
-
-
-def _under(
-    name: str, pairs: Sequence[TwoAnswers], end_of_answer: int, device: str
-) -> list[tuple[list[float], list[float]]]:
-    return logps_of_both(load(name, device=device)[0], pairs, end_of_answer)
 
 
 # ---- the judge -------------------------------------------------------------------------------------------------------

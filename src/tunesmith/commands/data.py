@@ -39,13 +39,11 @@ def show_data(name: str, options: DataCommand) -> None:
     with chat_template(options.chat.template):
         tokenizer = load_tokenizer(options.tokenizer)
     shape = known_shape(options.tokenizer)
+    positions = shape.longest if shape else None
     if data.block_size == "auto":  # a size of one's own is held against no model: whose tokenizer it is does not matter
-        data = dataclasses.replace(
-            data, block_size=resolve_block_size("auto", shape.longest if shape else USUAL_BLOCK, "")
-        )
+        data = dataclasses.replace(data, block_size=resolve_block_size("auto", positions or USUAL_BLOCK, ""))
     source = open_dataset(data)
     console = Console(highlight=False, soft_wrap=True)
-    positions = shape.longest if shape else None
     if options.audit:
         problems = _show_audit(source, data, tokenizer, positions, options, console)
     else:
@@ -77,12 +75,9 @@ def _show_figures(
         table.add_column(store.split, justify="right")
         for label, value in _figures(store, loss_on, block_size).items():
             figures.setdefault(label, []).append(value)
-        cut = [
-            line
-            for t in cut_rows(store, np.arange(len(store)), block_size, data.truncation)[1]
-            for line in t.lines(block_size)
-        ]
-        problems += [f"{store.split}: {line}" for line in [*store.report.lines(), *cut]]
+        cuts = cut_rows(store, np.arange(len(store)), block_size, data.truncation)[1]
+        lines = [*store.report.lines(), *(line for cut in cuts for line in cut.lines(block_size))]
+        problems += [f"{store.split}: {line}" for line in lines]
     for label, values in figures.items():
         table.add_row(label, *values)
     console.print(table)
@@ -128,7 +123,7 @@ def _has_colour(console: Console) -> bool:
 def _figures(store: TokenStore, loss_on: str, block_size: int) -> dict[str, str]:
     lengths, report = store.lengths, store.report
     median, p95 = np.percentile(lengths, [50, 95])
-    supervised = supervised_tokens(store, loss_on)
+    supervised = len(store.tokens) if loss_on == "all" else int(store.taught.sum())  # before anything is cut
     return {
         "rows": f"{report.rows:,}",
         "rows used": f"{report.used:,}",
@@ -141,13 +136,6 @@ def _figures(store: TokenStore, loss_on: str, block_size: int) -> dict[str, str]
         "longest": f"{lengths.max():,}",
         f"rows longer than {block_size:,}": f"{int((lengths > block_size).sum()):,}",
     }
-
-
-def supervised_tokens(store: TokenStore, loss_on: str) -> int:
-    """Targets in a split, before anything is cut."""
-    if loss_on == "all":
-        return len(store.tokens)
-    return int(store.taught.sum())
 
 
 # ---- audit ---------------------------------------------------------------------------------------------------------
@@ -194,10 +182,8 @@ def _other(name: str, data: DataOptions) -> Source:
 
 def audit_table(survey: Audit, tokenizer: str) -> Table:
     """What was found, a column a split; counts with their share. Checks and losses of which there are none are counted."""
-    title = (
-        f"{survey.name}, audited at {survey.block_size:,} tokens of {tokenizer} (--data.truncation {survey.truncation})"
-    )
-    table = Table(title=title, title_justify="left")
+    audited = f"audited at {survey.block_size:,} tokens of {tokenizer} (--data.truncation {survey.truncation})"
+    table = Table(title=f"{survey.name}, {audited}", title_justify="left")
     table.add_column("")
     sections: dict[str, dict[str, dict[str, str]]] = {}
     for split in survey.splits:
@@ -256,9 +242,8 @@ def _cut_lines(cut: Cut) -> dict[str, str]:
         kinds |= {"left out": cut.left_out}
     if cut.form != TEXTS:
         kinds |= {"became identical" if cut.form == PAIRS else "nothing left to learn": cut.no_signal}
-    kinds |= {
-        {PAIRS: "chosen answer", DIALOGUES: "last answer", TEXTS: "text"}[cut.form] + " without its end": cut.end_lost
-    }
+    what = {PAIRS: "chosen answer", DIALOGUES: "last answer", TEXTS: "text"}[cut.form]
+    kinds |= {f"{what} without its end": cut.end_lost}
     if cut.form != TEXTS:
         kinds |= {"end of the prompt lost": cut.prompt_end_lost}
         if cut.rule == OWN:

@@ -8,7 +8,7 @@ import sys
 import time
 import webbrowser
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -23,20 +23,8 @@ from tunesmith.files.run import Run, step_name
 from tunesmith.judge.scorers import load_scorer
 from tunesmith.judge.two_models_page import render_comparison
 from tunesmith.options.commands import CompareCommand, DemoCommand, ScoreCommand
-from tunesmith.options.training import (
-    CheckpointOptions,
-    DataOptions,
-    DPOConfig,
-    EvalOptions,
-    GenerateOptions,
-    LoRAOptions,
-    ModelOptions,
-    OptimizerOptions,
-    PairDataOptions,
-    RewardConfig,
-    SFTConfig,
-    TrainOptions,
-)
+from tunesmith.options.configs import with_options
+from tunesmith.options.training import DPOConfig, GenerateOptions, RewardConfig, SFTConfig
 from tunesmith.study.outcome import accuracy_text
 from tunesmith.study.report import write_report
 
@@ -77,16 +65,20 @@ def demo(options: DemoCommand) -> Path:
     out, steps, chapters = free_directory(options.out), options.steps, Chapters(console)
 
     chapters.next()
-    tuned = finished(sft(demo_sft(out / "sft", steps)))
+    tuned = finished(sft(trained_on_sample(SFTConfig(), out / "sft", "sample", steps, 1e-3, train__batch_size=2)))
     chapters.next()
-    light = finished(sft(demo_sft(out / "lora", steps, rank=8)))
+    adapters = {"train__batch_size": 2, "lora__rank": 8}  # which want a larger learning rate
+    light = finished(sft(trained_on_sample(SFTConfig(), out / "lora", "sample", steps, 5e-3, **adapters)))
     for name, run in (("all weights", tuned), ("LoRA", light)):
         console.print(f"{name:12} best validation loss {run.status['best_validation_loss']:.3f}")
     chapters.next()
-    judge = finished(train_reward_model(demo_reward(out / "reward", str(tuned.path), steps)))
+    judge = finished(
+        train_reward_model(trained_on_sample(RewardConfig(), out / "reward", str(tuned.path), steps, 1e-4))
+    )
     tell_accuracy(console, judge)
     chapters.next()
-    aligned = finished(dpo(demo_dpo(out / "dpo", str(tuned.path), steps, str(judge.path))))
+    scored = {"eval__reward": str(judge.path), "eval__max_new_tokens": ANSWERS.max_new_tokens}
+    aligned = finished(dpo(trained_on_sample(DPOConfig(), out / "dpo", str(tuned.path), steps, 2e-5, **scored)))
     tell_accuracy(console, aligned)
     chapters.next()
     write_base_answers(tuned, str(judge.path))
@@ -121,45 +113,28 @@ def free_directory(out: str | None) -> Path:
     return path
 
 
-# A few passes over the sample, small batches, a cosine to the end; ten estimates on the held-out rows.
+C = TypeVar("C", SFTConfig, RewardConfig, DPOConfig)
 
 
-def _common(out: Path, steps: int, lr: float) -> dict[str, Any]:
-    return {
-        "optimizer": OptimizerOptions(lr=lr, schedule="cosine", warmup_steps=min(10, steps // 4)),
-        "eval": EvalOptions(every=max(1, steps // 10), iters=8),
-        "checkpoint": CheckpointOptions(keep=1),
-        "out": str(out),
-    }
+def trained_on_sample(config: C, out: Path, model: str, steps: int, lr: float, **options: Any) -> C:
+    """The options of one of the demo's trainings: a few passes over the sample, small batches, a cosine to the end.
 
-
-def demo_sft(out: Path, steps: int, rank: int = 0) -> SFTConfig:
-    """The fine-tuning of the demo; adapters want a larger learning rate."""
-    return SFTConfig(
-        model=ModelOptions(name="sample"),
-        data=DataOptions(name="sample"),
-        train=TrainOptions(steps=steps, batch_size=2),
-        lora=LoRAOptions(rank=rank),
-        **_common(out, steps, 5e-3 if rank else 1e-3),
-    )
-
-
-def demo_reward(out: Path, model: str, steps: int) -> RewardConfig:
-    """The reward model of the demo, made from the fine-tuned model."""
-    return RewardConfig(
-        model=ModelOptions(name=model),
-        data=PairDataOptions(name="sample"),
-        train=TrainOptions(steps=steps),
-        **_common(out, steps, 1e-4),
-    )
-
-
-def demo_dpo(out: Path, model: str, steps: int, judge: str) -> DPOConfig:
-    """The DPO of the demo, from the fine-tuned model; a reward model scores its answers at every estimate."""
-    common = _common(out, steps, 2e-5)
-    common["eval"] = dataclasses.replace(common["eval"], reward=judge, max_new_tokens=ANSWERS.max_new_tokens)
-    return DPOConfig(
-        model=ModelOptions(name=model), data=PairDataOptions(name="sample"), train=TrainOptions(steps=steps), **common
+    Ten estimates on the held-out rows. options: further ones, `__` for the dot.
+    """
+    return with_options(
+        dataclasses.replace(config, out=str(out)),
+        {
+            "model.name": model,
+            "data.name": "sample",
+            "train.steps": steps,
+            "optimizer.lr": lr,
+            "optimizer.schedule": "cosine",
+            "optimizer.warmup_steps": min(10, steps // 4),
+            "eval.every": max(1, steps // 10),
+            "eval.iters": 8,
+            "checkpoint.keep": 1,
+            **{name.replace("__", "."): value for name, value in options.items()},
+        },
     )
 
 

@@ -7,7 +7,6 @@ log-probabilities of the two answers, held against a reference where there is on
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -50,7 +49,7 @@ from tunesmith.options.commands import EvaluateCommand
 from tunesmith.options.training import DataOptions
 from tunesmith.stats import ratio_interval
 from tunesmith.train.pair_loss import all_pair_scores, answer_logps
-from tunesmith.train.token_loss import AnswerLoss, answer_losses
+from tunesmith.train.token_loss import AnswerLoss, LossEstimate, answer_losses
 
 Array = np.ndarray[Any, Any]
 TURNS = ((1, 1), (2, 2), (3, 3), (4, None))
@@ -221,16 +220,9 @@ def loss_record(answers: Sequence[AnswerLoss], alone: Mapping[int, int]) -> dict
         nats, tokens = rows.get(alone[a.row], (0.0, 0))
         rows[alone[a.row]] = (nats + a.nats, tokens + a.tokens)
     interval = interval_record(ratio_interval([nats for nats, _ in rows.values()], [n for _, n in rows.values()]))
-    loss = interval.pop("mean")
-    perplexity = math.exp(loss) if loss < 700 else math.inf
-    return {
-        "loss": loss,
-        "low": interval["low"],
-        "high": interval["high"],
-        "perplexity": perplexity,
-        "tokens": sum(a.tokens for a in answers),
-        "answers": len(answers),
-    }
+    whole = LossEstimate(interval["mean"], sum(a.tokens for a in answers))
+    record = {"loss": whole.loss, "low": interval["low"], "high": interval["high"], "perplexity": whole.perplexity}
+    return record | {"tokens": whole.tokens, "answers": len(answers)}
 
 
 def by_bucket(
@@ -240,13 +232,13 @@ def by_bucket(
     alone: Mapping[int, int],
 ) -> dict[str, Any]:
     """`loss_record` of the answers in each bucket that has any; the keys are `1`, `17-64`, `257 or more`."""
-    found = {}
+    records = {}
     for low, high in buckets:
         inside = [a for a in answers if low <= value(a) and (high is None or value(a) <= high)]
         name = f"{low} or more" if high is None else str(low) if low == high else f"{low}-{high}"
         if inside:
-            found[name] = loss_record(inside, alone)
-    return found
+            records[name] = loss_record(inside, alone)
+    return records
 
 
 def print_losses(console: Console, title: str, losses: dict[str, Any]) -> None:
@@ -258,13 +250,8 @@ def print_losses(console: Console, title: str, losses: dict[str, Any]) -> None:
     rows += [(f"  {k} tokens", v) for k, v in losses["by_length"].items()]
     for label, x in [*rows, ("all", losses["all"])]:
         bounds = "" if x["low"] is None else f" ({x['low']:.4f} to {x['high']:.4f})"
-        table.add_row(
-            label,
-            "" if label == "all" else f"{x['answers']:,}",
-            f"{x['tokens']:,}",
-            f"{x['loss']:.4f}{bounds}",
-            f"{x['perplexity']:,.2f}",
-        )
+        count = "" if label == "all" else f"{x['answers']:,}"
+        table.add_row(label, count, f"{x['tokens']:,}", f"{x['loss']:.4f}{bounds}", f"{x['perplexity']:,.2f}")
     console.print(table)
     if "bits_per_byte" in losses["all"]:
         console.print(f"{losses['all']['bits_per_byte']:.4f} bits per byte over all tokens")

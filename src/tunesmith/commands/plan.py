@@ -26,6 +26,7 @@ from tunesmith.models.family import Config
 from tunesmith.models.known import SIZES
 from tunesmith.options.configs import AnyConfig
 from tunesmith.options.pretraining import PretrainConfig
+from tunesmith.plan.memory import PARTS
 from tunesmith.plan.planning import (
     Setting,
     as_options,
@@ -72,13 +73,10 @@ def plan(options: Any) -> dict[str, Any]:
         raise UsageError(
             "--train.allocator lean needs glibc's allocator, which cannot be configured here: leave the option out"
         )
-    rows = Rows(options.text_tokens, options.supervised)
-    room = None
+    asked = make_setting(config, shape, Rows(options.text_tokens, options.supervised), place, {})
+    chosen, reasons = asked, []
     if options.fit is not None:
         room = place.memory if options.fit == "device" else size_in_bytes(options.fit)
-    asked = make_setting(config, shape, rows, place, {})
-    chosen, reasons = asked, []
-    if room is not None:
         every = candidates(asked, inexact=options.fit_inexact)
         fitting = fastest_that_fits(every, room)
         if fitting is None:
@@ -88,7 +86,7 @@ def plan(options: Any) -> dict[str, Any]:
         return_memory_at_once()
     time = None if place.card else probe_step(chosen.config, shape, chosen.rows)
     record = _record(asked, chosen, time)
-    for line in [*_header(chosen, record), *_memory_lines(chosen), *_time_lines(chosen, record), *reasons]:
+    for line in [_header(chosen), *_memory_lines(chosen), *_time_lines(chosen, record), *reasons]:
         print(line)
     if options.out:
         Path(options.out).write_text(json.dumps(record, indent=1) + "\n")
@@ -145,11 +143,7 @@ def _record(asked: Setting, s: Setting, time: StepTime | None) -> dict[str, Any]
         "changes": dict(s.changes),
         "exact": is_exact(s.changes),
         "memory": {
-            "parameters": m.parameters,
-            "gradients": m.gradients,
-            "optimizer": m.optimizer,
-            "activations": m.activations,
-            "logits": m.logits,
+            **{part: getattr(m, part) for part in PARTS},
             "counted_peak": m.peak,
             "moment": m.moment,
             "moments": dict(m.moments),
@@ -195,26 +189,20 @@ def _time_lines(s: Setting, record: dict[str, Any]) -> list[str]:
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-def _header(s: Setting, record: dict[str, Any]) -> list[str]:
+def _header(s: Setting) -> str:
     rank = f"LoRA rank {s.work.rank}" if s.work.rank else "all weights"
     where = s.place.card.title if s.place.card else s.place.name
-    return [
-        f"{record['command']} of {s.config.model.name} ({s.shape.depth} blocks, width {s.shape.width}), {rank}, "
+    return (
+        f"{s.method.command} of {s.config.model.name} ({s.shape.depth} blocks, width {s.shape.width}), {rank}, "
         f"{s.config.optimizer.name}, {s.config.train.precision}, on {where}"
-    ]
+    )
 
 
 def _memory_lines(s: Setting) -> list[str]:
     m = s.memory
-    parts = {
-        "parameters": m.parameters,
-        "gradients": m.gradients,
-        "optimizer state": m.optimizer,
-        "activations": m.activations,
-        "logits": m.logits,
-    }
+    names = {"optimizer": "optimizer state"}
     lines = ["memory                  calculated; not all of it is in use at once"]
-    lines += [f"  {name:<20}  {_gb(size)}" for name, size in parts.items()]
+    lines += [f"  {names.get(part, part):<20}  {_gb(getattr(m, part))}" for part in PARTS]
     lines.append(f"  {'peak':<20}  {_gb(m.peak)}, at {m.moment}")
     if s.place.cpu:
         lines.append(
@@ -238,10 +226,10 @@ def _reasons(asked: Setting, chosen: Setting, every: Sequence[Setting], room: fl
     lines = [f"fits in {_gb(room)} with {_gb(room - chosen.total)} to spare"]
     if not chosen.changes:
         return [*lines, "  as it is: nothing needs to change"]
-    lines[0] += f"; as configured it would need {_gb(asked.total)}, "
-    lines[0] += (
+    over = (
         f"{_gb(asked.total - room)} too much" if asked.total > room else "which fits too but is estimated to be slower"
     )
+    lines[0] += f"; as configured it would need {_gb(asked.total)}, {over}"
     lines.append(f"  add: {as_options(chosen.changes)}")
     gains = GAINS | {option: gain for option, (_, gain) in asked.method.cheaper(asked.config).items()}
     for name, value in chosen.changes.items():
@@ -260,25 +248,20 @@ def _reasons(asked: Setting, chosen: Setting, every: Sequence[Setting], room: fl
 
 def _nothing_fits(asked: Setting, every: Sequence[Setting], room: float) -> str:
     """Why nothing fits, and what would: changes of the training itself, that only the user can decide."""
-    least = min(every, key=lambda s: s.total)
-    ideas: list[str] = []
-    leanest = dict(least.changes)
+    least, ways = min(every, key=lambda s: s.total), dict[str, Setting]()
 
-    def idea(words: str, changes: dict[str, Any]) -> None:
-        s = make_setting(asked.config, asked.shape, asked.rows, asked.place, leanest | changes)
-        ideas.append(f"{words} needs {_gb(s.total)}" + ("" if s.total <= room else ", also too much"))
+    def leaner(option: str, value: int) -> None:
+        changes = {**least.changes, option: value}
+        ways[f"--{option} {value}"] = make_setting(asked.config, asked.shape, asked.rows, asked.place, changes)
 
     if not asked.work.rank and not asked.method.new_model:
-        idea("--lora.rank 8", {"lora.rank": 8})
-    half = block_size_of(asked.config.data) // 2
-    if half >= 64:
-        idea(f"--data.block_size {half}", {"data.block_size": half})
+        leaner("lora.rank", 8)
+    if (half := block_size_of(asked.config.data) // 2) >= 64:
+        leaner("data.block_size", half)
     if all(is_exact(s.changes) for s in every):
         s = min(candidates(asked, inexact=True), key=lambda s: s.total)
-        ideas.append(
-            f"--fit_inexact true ({as_options(s.changes)}) needs {_gb(s.total)}"
-            + ("" if s.total <= room else ", also too much")
-        )
+        ways[f"--fit_inexact true ({as_options(s.changes)})"] = s
+    ideas = (f"{way} needs {_gb(s.total)}{'' if s.total <= room else ', also too much'}" for way, s in ways.items())
     return (
         f"--fit: nothing fits in {_gb(room)}; the leanest ({as_options(least.changes) or 'as configured'}) needs {_gb(least.total)}, "
         f"{_gb(least.total - room)} too much. {'; '.join(ideas)}"

@@ -75,7 +75,7 @@ def study(name: str, options: StudyCommand) -> Path:
 
 def default_directory(plan: Plan) -> str:
     """`studies/NAME-SCALE`; without scales `studies/NAME`."""
-    return f"studies/{plan.study.name}" + (f"-{plan.study.scale}" if plan.study.scale else "")
+    return f"studies/{plan.study.name}{f'-{plan.study.scale}' if plan.study.scale else ''}"
 
 
 def check_runs(plan: Plan) -> dict[str, AnyConfig]:
@@ -142,9 +142,8 @@ def seconds_left(
         if state in ("waiting", "running") and not ledger.runs[name]["reason"].startswith("needs "):
             if seconds is None:
                 return None
-            spent = ledger.runs[name]["seconds"] + (
-                time.time() - ledger.runs[name]["started"] if state == "running" else 0
-            )
+            run = ledger.runs[name]
+            spent = run["seconds"] + (time.time() - run["started"] if state == "running" else 0)
             left += max(0.0, seconds.value - spent)
     return left / slots
 
@@ -197,17 +196,8 @@ def show(
     for name in wanted:
         run, forecast, seconds, state = plan.runs[name], forecasts[name], expected[name], ledger.state(name)
         memory = forecast and forecast.memory
-        rows.append(
-            (
-                name,
-                run.command,
-                "; ".join(shown_as.get(name, [])),
-                ", ".join(run.needs),
-                state,
-                f"{memory.peak / 1e9:.2f} GB" if memory else "?",
-                span(seconds.value) if seconds else "?",
-            )
-        )
+        takes = f"{memory.peak / 1e9:.2f} GB" if memory else "?", span(seconds.value) if seconds else "?"
+        rows.append((name, run.command, "; ".join(shown_as.get(name, [])), ", ".join(run.needs), state, *takes))
         largest = max(largest, memory.peak if memory else 0)
         if seconds is None:
             unknown += 1

@@ -44,24 +44,20 @@ def _grams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:
     return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
 
-MEASURES = ("length", "distinct_1", "distinct_2", "repetition", "role_leaks", "self_stopped")
-
-
 def measures(answers: Sequence[ScoredAnswer]) -> dict[str, float]:
     """What needs no judge: mean tokens; distinct-1 and -2; mean repetition; share with a role marker; share that stopped."""
     if not answers:
         raise ValueError("no answers to measure")
     texts = [a.answer for a in answers]
     n = len(answers)
-    values = (
-        sum(a.tokens for a in answers) / n,
-        distinct(texts, 1),
-        distinct(texts, 2),
-        sum(map(repetition, texts)) / n,
-        sum(a.leaks for a in answers) / n,
-        sum(a.finish_reason == "stop" for a in answers) / n,
-    )
-    return dict(zip(MEASURES, values, strict=True))
+    return {
+        "length": sum(a.tokens for a in answers) / n,
+        "distinct_1": distinct(texts, 1),
+        "distinct_2": distinct(texts, 2),
+        "repetition": sum(map(repetition, texts)) / n,
+        "role_leaks": sum(a.leaks for a in answers) / n,
+        "self_stopped": sum(a.finish_reason == "stop" for a in answers) / n,
+    }
 
 
 def best_rewards(answers: Sequence[ScoredAnswer]) -> list[float]:

@@ -153,7 +153,7 @@ class ClassifierScorer:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         self.name = name
-        self.description = f"{name}: trained elsewhere; tunesmith evaluate {name} PAIRS measures how often it is right"
+        self.description = trained_elsewhere(name)
         self.device = resolve_device(device)
         try:
             model: Any = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -220,11 +220,16 @@ def _groups(lengths: Sequence[int], budget: int, *, padded: bool) -> Iterator[li
         yield group
 
 
+def trained_elsewhere(name: str) -> str:
+    """What can be said of a reward model that no run here has made."""
+    return f"{name}: trained elsewhere; tunesmith evaluate {name} PAIRS measures how often it is right"
+
+
 def describe_run(name: str) -> str:
     """What a reward model of ours was trained for and how often it is right, from its run; brief where there is no run."""
     path = Path(name.rpartition("@")[0] or name).expanduser()
     if not (path / "status.json").exists():
-        return f"{name}: trained elsewhere; tunesmith evaluate {name} PAIRS measures how often it is right"
+        return trained_elsewhere(name)
     run = Run(path)
     step = run.status.get("best_step")
     if "@" in name and name.rpartition("@")[2].isdigit():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -122,6 +122,13 @@ def _by_rewards(rows: Sequence[PromptResult]) -> dict[str, Any]:
         del record["matched_length"]
         return record
 
+    return _in_parts(rows, compared)
+
+
+def _in_parts(
+    rows: Sequence[PromptResult], compared: Callable[[Sequence[PromptResult]], dict[str, Any] | None]
+) -> dict[str, Any]:
+    """What is made of all rows, of those of like length, and of each group where there are several."""
     named = groups(rows)
     parts = {name: compared(some) for name, some in named.items() if len(named) > 1}
     return {**(compared(rows) or {}), "matched_length": compared([r for r in rows if r.like_length]), "groups": parts}
@@ -133,18 +140,15 @@ def _by_judge(rows: Sequence[PromptResult]) -> dict[str, Any]:
         for r in some:
             if r.judgement and r.judgement.verdict:
                 signs.setdefault(r.a.prompt, []).append({"a": -1, "tie": 0, "b": 1}[r.judgement.verdict])
-        wins = count_wins([sum(found) for found in signs.values()], [0] * len(signs))
+        wins = count_wins([sum(of_prompt) for of_prompt in signs.values()], [0] * len(signs))
         return {"wins": asdict(wins), "win_rate": interval_record(win_rate(wins))} if wins.n else None
 
     rows = list({r.a.prompt: r for r in rows}.values())
     judged = [r.judgement for r in rows if r.judgement and r.judgement.asked]
     both = [j.orders for j in judged if None not in j.orders]
-    first = [seen == side for j in judged for seen, side in zip(j.orders, "ab", strict=True) if seen in ("a", "b")]
-    named = groups(rows)
+    first = [side == shown for j in judged for side, shown in zip(j.orders, "ab", strict=True) if side in ("a", "b")]
     return {
-        **(compared(rows) or {}),
-        "matched_length": compared([r for r in rows if r.like_length]),
-        "groups": {name: compared(some) for name, some in named.items() if len(named) > 1},
+        **_in_parts(rows, compared),
         "agreement": _share(sum(x == y for x, y in both), len(both)),
         "first_position": _share(sum(first), len(first)),
         "no_verdict": len(judged) - len(both),
@@ -177,11 +181,11 @@ def interval_text(record: dict[str, Any] | None, *, signed: bool = False, percen
     if record is None:
         return "n/a"
 
-    def told(value: float) -> str:
+    def shown(value: float) -> str:
         return f"{100 * value:.1f}" if percent else number(value, signed)
 
-    text = told(record["mean"]) + (" %" if percent else "")
-    return text if record["low"] is None else f"{text} ({told(record['low'])} to {told(record['high'])})"
+    text = shown(record["mean"]) + (" %" if percent else "")
+    return text if record["low"] is None else f"{text} ({shown(record['low'])} to {shown(record['high'])})"
 
 
 def model_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -256,27 +260,22 @@ def _better(summary: dict[str, Any], compared: dict[str, Any], by: str) -> str:
     a, b = (f"{side.upper()} ({summary[side]['model']})" for side in "ab")
     by_much = "" if difference is None else f"; mean difference B - A {interval_text(difference, signed=True)}"
     shown = f"B wins {interval_text(rate, percent=True)} of {prompts} prompts, ties half{by_much}"
-    known = rate["low"] is not None
-    if not known or rate["low"] <= 0.5 <= rate["high"]:
-        if (
-            known
-            and difference is not None
-            and difference["low"] is not None
-            and not difference["low"] <= 0 <= difference["high"]
-        ):
-            return (
-                f"By {by}, {b if difference['low'] > 0 else a} has the higher mean but not clearly more wins: {shown}."
-            )
+    wins, mean = _surely(rate, 0.5), _surely(difference, 0)
+    if not wins:
+        if mean and rate["low"] is not None:
+            return f"By {by}, {b if mean > 0 else a} has the higher mean but not clearly more wins: {shown}."
         return f"By {by}, A and B cannot be told apart: {shown}."
-    ahead = rate["low"] > 0.5
-    against = (
-        difference is not None
-        and difference["low"] is not None
-        and (difference["high"] < 0 if ahead else difference["low"] > 0)
-    )
-    if against:
-        return f"By {by}, {b if ahead else a} wins more prompts but has the lower mean: {shown}."
-    return f"By {by}, {b if ahead else a} is better than {a if ahead else b}: {shown}."
+    better, worse = (b, a) if wins > 0 else (a, b)
+    if mean == -wins:
+        return f"By {by}, {better} wins more prompts but has the lower mean: {shown}."
+    return f"By {by}, {better} is better than {worse}: {shown}."
+
+
+def _surely(record: dict[str, Any] | None, middle: float) -> int:
+    """1 if an interval lies above `middle`, -1 below, 0 if it holds it or nothing is known."""
+    if record is None or record["low"] is None:
+        return 0
+    return int(record["low"] > middle) - int(record["high"] < middle)
 
 
 def notes(summary: dict[str, Any]) -> list[str]:

@@ -21,6 +21,10 @@ BF16_UPDATE = 22
 BF16_SLICE = 2**22  # numbers that are updated at a time (optim.SLICE); with 8-bit state a whole matrix
 
 
+PARTS = ("parameters", "gradients", "optimizer", "activations", "logits")
+"""Of `Memory`, each at its largest."""
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one training step.
