@@ -194,10 +194,10 @@ def audit_table(survey: Audit, tokenizer: str) -> Table:
                 labels.setdefault(label, {})[split.split] = text
     for section, labels in ((k, v) for k, v in sections.items() if v):
         table.add_row(RichText(section, style="bold"))
-        told = {k: v for k, v in labels.items() if section in ALWAYS or k == LONGER or set(v.values()) != {"0"}}
+        shown = {k: v for k, v in labels.items() if section in ALWAYS or k == LONGER or set(v.values()) != {"0"}}
         if section == DEFECTS:
-            told["of all other kinds" if told else "of any kind"] = {s.split: "0" for s in survey.splits}
-        for label, texts in told.items():
+            shown["of all other kinds" if shown else "of any kind"] = {s.split: "0" for s in survey.splits}
+        for label, texts in shown.items():
             table.add_row(RichText(f"  {label}"), *(texts.get(s.split, "") for s in survey.splits))
     return table
 

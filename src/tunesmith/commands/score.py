@@ -57,7 +57,7 @@ def score(names: Sequence[str], options: ScoreCommand) -> dict[str, Any]:
 
 def _score(names: Sequence[str], options: ScoreCommand) -> dict[str, Any]:
     """As `score`, its options checked."""
-    models = list(dict.fromkeys(found for name in names for found in checkpoints_of(name)))
+    models = list(dict.fromkeys(model for name in names for model in checkpoints_of(name)))
     for name in models:
         find_model(name)  # what is missing is said now, not after minutes
     prompts = each_once(load_prompts(options.prompts, options.limit))
@@ -104,7 +104,7 @@ def summarise(answers: Answers, *, best: bool) -> dict[str, Any]:
             models[name]["best_of_n"] = interval_record(bootstrap_interval(best_rewards(given)))
     first, *others = answers
     against = {name: compare_rewards(answers[name], answers[first]) for name in others}
-    return {"models": models, "against_first": {name: found.as_dict() for name, found in against.items()}}
+    return {"models": models, "against_first": {name: compared.as_dict() for name, compared in against.items()}}
 
 
 def print_scores(console: Console, result: dict[str, Any], label: Mapping[str, str]) -> None:

@@ -53,7 +53,7 @@ def trained_rows(runs: Sequence[Run], source: Source, split: str, *, pairs: bool
     trained, notes = np.zeros(len(prints), np.bool_), []
     for run in runs:
         try:
-            seen, changed = _texts_of(run, wanted)
+            learned, changed = _texts_of(run, wanted)
         except (UserError, OSError) as error:
             notes.append(
                 f"it is unknown which of these rows {run.path} was trained on: its data cannot be read ({error})"
@@ -61,7 +61,7 @@ def trained_rows(runs: Sequence[Run], source: Source, split: str, *, pairs: bool
             continue
         if changed:
             notes.append(f"the training data of {run.path} have changed since; rows are compared with the current data")
-        trained |= [not seen.isdisjoint(texts) for texts in prints]
+        trained |= [not learned.isdisjoint(texts) for texts in prints]
     return trained, notes
 
 

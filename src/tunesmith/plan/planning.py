@@ -253,16 +253,13 @@ def alternatives(config: AnyConfig, *, inexact: bool) -> Iterator[dict[str, Any]
 def candidates(asked: Setting, *, inexact: bool) -> list[Setting]:
     """The settings of `alternatives`, without those that fp16's loss scaling forbids and an allocator that is not there."""
     may_be_lean = asked.place.cpu and has_lean_allocator()
-    found = (
-        make_setting(asked.config, asked.shape, asked.rows, asked.place, c)
-        for c in alternatives(asked.config, inexact=inexact)
-        if may_be_lean or "train.allocator" not in c
+    settings = (
+        make_setting(asked.config, asked.shape, asked.rows, asked.place, changes)
+        for changes in alternatives(asked.config, inexact=inexact)
+        if may_be_lean or "train.allocator" not in changes
     )
-    return [
-        s
-        for s in found
-        if s.config.train.precision != "fp16" or not {"train.optimizer_in_backward", "train.weights"} & set(s.changes)
-    ]
+    scaled = {"train.optimizer_in_backward", "train.weights"}
+    return [s for s in settings if s.config.train.precision != "fp16" or not scaled & s.changes.keys()]
 
 
 def as_options(changes: Mapping[str, Any]) -> str:

@@ -51,17 +51,17 @@ def probe_step(config: AnyConfig, shape: Config, rows: Rows, *, budget: float = 
     steps = {n: make_step(config, shape.resized(depth=n), rows) for n in {1, few}}
     for step in steps.values():
         step()
-    found: dict[int, list[StepTime]] = {n: [] for n in steps}
+    times: dict[int, list[StepTime]] = {n: [] for n in steps}
     began = time.perf_counter()
     for _ in range(REPEATS):
         for n, step in steps.items():  # in turn, so that a drift of the machine meets both
-            found[n].append(step())
+            times[n].append(step())
         if time.perf_counter() - began > budget:
             break
 
     def whole(part: str) -> float:
-        one, more = (float(statistics.median(getattr(t, part) for t in found[n])) for n in (1, few))
-        return one if few == 1 else max(one, one + (shape.depth - 1) * (more - one) / (few - 1))
+        one, several = (float(statistics.median(getattr(t, part) for t in times[n])) for n in (1, few))
+        return one if few == 1 else max(one, one + (shape.depth - 1) * (several - one) / (few - 1))
 
     return StepTime(whole("micro_batch"), whole("update"))
 

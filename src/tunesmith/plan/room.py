@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from typing import Any
 
 import torch
 
+from tunesmith.data.epochs import Batches
 from tunesmith.device import available_memory, resident_memory
 from tunesmith.errors import UsageError
 from tunesmith.models.family import Config
@@ -14,12 +16,11 @@ from tunesmith.options.configs import AnyConfig, with_options
 from tunesmith.plan.cards import CONTEXT
 from tunesmith.plan.planning import Place, as_options, candidates, fastest_that_fits, is_exact, make_setting
 from tunesmith.plan.workload import Rows
-from tunesmith.train.resolve import Countable
 
 COMPILER_MODULES = 70e6  # bytes of torch._dynamo, which torch's optimizers load with their first use
 
 
-def memory_lines(config: AnyConfig, shape: Config, train: Countable) -> list[str]:
+def memory_lines(config: AnyConfig, shape: Config, train: Batches[Any]) -> list[str]:
     """What to say about memory before a training starts; nothing if the device does not report what is available.
 
     config: resolved; train: the batches that it trains on. Called when the weights are on the device and the data are read:
@@ -38,18 +39,18 @@ def memory_lines(config: AnyConfig, shape: Config, train: Countable) -> list[str
     if place.cpu:  # the weights are in memory already, and are counted
         place = dataclasses.replace(place, base=max(0.0, place.base - asked.memory.parameters))
         asked = dataclasses.replace(asked, place=place)
-    told = f"memory: about {_gb(asked.total)} predicted, {_gb(place.memory)} available"
+    words = f"memory: about {_gb(asked.total)} predicted, {_gb(place.memory)} available"
     if asked.total <= place.memory:
-        return [told]
+        return [words]
     every = candidates(asked, inexact=True)
-    if found := fastest_that_fits(every, place.memory):
+    if fitting := fastest_that_fits(every, place.memory):
         return [
-            f"warning: {told}, so it may not fit. It does with {as_options(found.changes)} ({_gb(found.total)}"
-            f"{'' if is_exact(found.changes) else ', with a slightly different result'}); tunesmith plan --fit shows what that costs"
+            f"warning: {words}, so it may not fit. It does with {as_options(fitting.changes)} ({_gb(fitting.total)}"
+            f"{'' if is_exact(fitting.changes) else ', with a slightly different result'}); tunesmith plan --fit shows what that costs"
         ]
     least = min(every, key=lambda s: s.total)
     return [
-        f"warning: {told}, so it may not fit, and neither does the leanest setting ({as_options(least.changes)}, {_gb(least.total)}): "
+        f"warning: {words}, so it may not fit, and neither does the leanest setting ({as_options(least.changes)}, {_gb(least.total)}): "
         + (
             "lower --model.block_size, or choose a smaller shape"
             if asked.method.new_model

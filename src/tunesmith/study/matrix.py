@@ -123,8 +123,8 @@ def make_plan(study: StudyFile, places: Mapping[str, str] | None = None) -> Plan
     return Plan(study, _hashed(_in_order(runs)), experiments, searches)
 
 
-def _expand(maker: _Maker, entry: Entry, more: Mapping[str, Any] | None = None, suffix: str = "") -> Iterator[Shown]:
-    """The runs of an entry: its matrix times the seeds. more: settings above all others; suffix: of the names."""
+def _expand(maker: _Maker, entry: Entry, above: Mapping[str, Any] | None = None, suffix: str = "") -> Iterator[Shown]:
+    """The runs of an entry: its matrix times the seeds. above: settings above all others; suffix: of the names."""
     study, options = maker.study, list(entry.matrix)
     presets, presets_here = _presets(entry, study.folder)
     for values in itertools.product(*entry.matrix.values()):
@@ -133,7 +133,7 @@ def _expand(maker: _Maker, entry: Entry, more: Mapping[str, Any] | None = None, 
             seeds = {"train.seed": seed, "data.seed": seed}
             command = {} if study.batching == "as_set" else BATCHING[study.batching].get(entry.command, {})
             base, fixed = study.base.get(entry.command, {}), {**maker.places, **command, **seeds}
-            own = later_length(entry.settings, varied, more or {})
+            own = later_length(entry.settings, varied, above or {})
             settings = later_length(presets, base, fixed, own)
             if settings["data.seed"] != study.seeds[0]:  # the validation rows of all runs are those of the first seed
                 settings.setdefault("data.split_seed", study.seeds[0])

@@ -50,8 +50,8 @@ def result_of_run(run: Run) -> str:
         return f"No estimate of the validation loss was finite, so there is no best checkpoint.{ended}"
     choice = status.get("choice")
     if not isinstance(choice, dict) or not is_number(choice.get("best_step")):
-        found = choose(estimates, {})
-        choice = found.as_dict() if found else {}
+        chosen = choose(estimates, {})
+        choice = chosen.as_dict() if chosen else {}
     best, by = choice["best_step"], choice.get("by", "validation_loss")
     others = [s for s in choice.get("not_distinguishable") or () if s != best]
     alike = (
@@ -59,8 +59,8 @@ def result_of_run(run: Run) -> str:
         if others
         else ""
     )
-    told = _by_reward(run, best) if by == "reward" else ""
-    return f"{told or _by_loss(run, best, estimates)}{alike}{ended}"
+    rewarded = _by_reward(run, best) if by == "reward" else ""
+    return f"{rewarded or _by_loss(run, best, estimates)}{alike}{ended}"
 
 
 def _by_reward(run: Run, best: int) -> str:

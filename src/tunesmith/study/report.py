@@ -259,9 +259,9 @@ def _answers(run: Run) -> str:
 
 def _by_prompt(records: Sequence[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
     """(prompt, which of its answers) -> record: a line lost at one step must not move answers under another prompt."""
-    seen: Counter[str] = Counter()
+    count_of: Counter[str] = Counter()
     by_prompt = {}
     for record in records:
-        seen[record["prompt"]] += 1
-        by_prompt[record["prompt"], seen[record["prompt"]]] = record
+        count_of[record["prompt"]] += 1
+        by_prompt[record["prompt"], count_of[record["prompt"]]] = record
     return by_prompt

@@ -107,7 +107,7 @@ def mean_by_prompt(several: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def rewarded_steps(run: RunRecord) -> dict[int, dict[str, float]]:
     """Step -> prompt -> reward, of the steps with scored answers."""
-    return {step: found for step in run.answers if (found := prompt_rewards(run, step))}
+    return {step: rewards for step in run.answers if (rewards := prompt_rewards(run, step))}
 
 
 def choice_of(run: RunRecord) -> Json:

@@ -16,7 +16,7 @@ from tunesmith.progress import span
 from tunesmith.study.ledger import DONE, Ledger
 from tunesmith.study.matrix import directory_of
 
-TOLD_EVERY = 30.0  # seconds between two plain lines
+SAID_EVERY = 30.0  # seconds between two plain lines
 DRAWN_EVERY = 0.5
 STYLE = {"finished": "green", "diverged": "yellow", "failed": "red", "stopped": "yellow"}
 
@@ -30,7 +30,7 @@ class View:
         self.ledger, self.names, self.left = ledger, list(names), left
         self.console = console or Console(soft_wrap=True, highlight=False)
         self.where: dict[str, str] = {}
-        self.told = self.drawn = time.monotonic()
+        self.said_at = self.drawn = time.monotonic()
         # drawn by hand: a thread of its own would stand in the way of starting processes
         self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
 
@@ -62,7 +62,7 @@ class View:
             f"{name}: {state} after {span(entry['seconds'])}{reason} ({done} of {len(self.names)} done)",
             STYLE.get(state, ""),
         )
-        self.told = time.monotonic()
+        self.said_at = time.monotonic()
 
     def tick(self) -> None:
         """Called often; draws when it is time to."""
@@ -70,8 +70,8 @@ class View:
         if self.live and now - self.drawn >= DRAWN_EVERY:
             self.drawn = now
             self.live.update(self.draw(), refresh=True)
-        elif not self.live and now - self.told >= TOLD_EVERY:
-            self.told = now
+        elif not self.live and now - self.said_at >= SAID_EVERY:
+            self.said_at = now
             for name in self.running():
                 step, steps, loss = Run(self.ledger.out / directory_of(name)).position()
                 self.say(f"{name}: step {step:,}/{steps:,}{'' if loss is None else f', loss {loss:.3f}'}")

@@ -113,11 +113,11 @@ def _restore(
 ) -> None:
     """Put state back in the very type it had: torch's own loading would round it to that of a bf16 parameter."""
     parameters = [(p, group) for group in optimizer.param_groups for p in group["params"]]
-    found: dict[tuple[int, str], dict[str, Tensor]] = {}
+    by_place: dict[tuple[int, str], dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         which, name, *part = key.split(".")
-        found.setdefault((int(which), name), {})[f".{part[0]}" if part else ""] = tensor
-    for (number, name), parts in found.items():
+        by_place.setdefault((int(which), name), {})[f".{part[0]}" if part else ""] = tensor
+    for (number, name), parts in by_place.items():
         p, group = parameters[number]
         stays = name == "step" and not group.get("fused")
         moved = {key: tensor if stays else tensor.to(p.device) for key, tensor in parts.items()}

@@ -135,11 +135,11 @@ def read_estimates(run: Run) -> list[Estimate]:
 
 def read_rewards(run: Run) -> dict[int, list[float]]:
     """Step -> the reward of every prompt, of the steps whose answers were scored during the training."""
-    found = {}
+    by_step = {}
     for event in run.metrics("reward"):
         answers = read_answers(run.path / "answers" / f"{step_name(event['step'])}.jsonl")
-        found[int(event["step"])] = list(rewards(answers).values())
-    return found
+        by_step[int(event["step"])] = list(rewards(answers).values())
+    return by_step
 
 
 def choose_checkpoint(run: Run, available: Collection[int], *, among: Collection[int] | None = None) -> Choice | None:

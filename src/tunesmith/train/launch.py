@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -33,10 +32,8 @@ from tunesmith.train.trainee import make_optimizer
 READ_LATE_ON = ("cuda",)  # devices that would have nothing to do while the host reads a step's numbers
 
 
-class Readable(Protocol):
-    """A step that was launched; `read` waits for it where the device is still at it."""
-
-    def read(self) -> StepStats: ...
+Readable = StepStats | Unread
+"""A step that was launched; `read` waits for it where the device is still at it."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +86,11 @@ def make_launcher(config: AnyConfig, model: nn.Module, loss_sum: LossSum, device
     optimizer = make_optimizer(model, config)
     scaler = GradScaler(device.type) if precision_of(config) == "fp16" else None
     splitting, max_norm = splitting_of(config, device), config.train.grad_clip
-
-    def step_at_once(micro_batches: Sequence[Batch]) -> Readable:
-        return optimizer_step(model, micro_batches, loss_sum, optimizer, max_norm=max_norm, scaler=scaler)
-
     if device.type not in READ_LATE_ON or scaler or not decides_on_device(optimizer):
-        return Launcher(device, optimizer, scaler, step_at_once, False, splitting)
+        at_once = partial(
+            optimizer_step, model, loss_sum=loss_sum, optimizer=optimizer, max_norm=max_norm, scaler=scaler
+        )
+        return Launcher(device, optimizer, scaler, at_once, False, splitting)
     assert isinstance(optimizer, Optimizer)
     halted = torch.zeros((), device=device)  # one for the whole run: what was launched after a bad step must see it
     step: Callable[[Sequence[Batch]], DeviceStats] = partial(
@@ -102,11 +98,7 @@ def make_launcher(config: AnyConfig, model: nn.Module, loss_sum: LossSum, device
     )
     if config.train.cuda_graphs is True:
         step = RecordedStep(step, optimizer, recorder(device), device)
-
-    def step_ahead(micro_batches: Sequence[Batch]) -> Readable:
-        return Unread(step(micro_batches))
-
-    return Launcher(device, optimizer, scaler, step_ahead, True, splitting)
+    return Launcher(device, optimizer, scaler, lambda micro_batches: Unread(step(micro_batches)), True, splitting)
 
 
 def splitting_of(config: AnyConfig, device: torch.device) -> Splitting:

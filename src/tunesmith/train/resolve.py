@@ -9,11 +9,12 @@ import typing
 from collections.abc import Sequence
 from numbers import Integral, Real
 from os import PathLike, fspath
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from tunesmith.data.cutting import block_size_of, resolve_block_size
+from tunesmith.data.epochs import Batches
 from tunesmith.device import Precision, resolve_compile, resolve_device, resolve_precision
 from tunesmith.errors import UsageError, note
 from tunesmith.options.configs import AnyConfig, with_options
@@ -25,35 +26,20 @@ LORA_FACTOR = 10  # adapters want a larger rate than all weights do
 
 
 AT_LEAST = {
-    "data.block_size": 2,
-    "data.max_rows": 1,
-    "data.seed": 0,
-    "data.split_seed": 0,
-    "train.seed": 0,
-    "train.steps": 1,
-    "train.diverge_after": 0,
-    "train.batch_size": 1,
-    "train.accumulate": 1,
-    "train.grad_clip": 0,
-    "optimizer.lr": 0,
-    "optimizer.warmup_steps": 0,
-    "optimizer.weight_decay": 0,
-    "eval.every": 1,
-    "eval.iters": 1,
-    "checkpoint.every": 1,
-    "checkpoint.keep": 0,
-    "lora.rank": 0,
-    "eval.patience": 1,
-    "eval.samples": 1,
-    "eval.max_new_tokens": 1,
+    "data": {"block_size": 2, "max_rows": 1, "seed": 0, "split_seed": 0},
+    "train": {"seed": 0, "steps": 1, "diverge_after": 0, "batch_size": 1, "accumulate": 1, "grad_clip": 0},
+    "optimizer": {"lr": 0, "warmup_steps": 0, "weight_decay": 0},
+    "eval": {"every": 1, "iters": 1, "patience": 1, "samples": 1, "max_new_tokens": 1},
+    "checkpoint": {"every": 1, "keep": 0},
+    "lora": {"rank": 0},
 }
 """Options that are numbers -> their smallest value."""
 
 
-def check_options(config: Config, more: Sequence[str] = ()) -> Config:
+def check_options(config: Config, of_method: Sequence[str] = ()) -> Config:
     """The configuration as `check_types` gives it.
 
-    Raises: UsageError with every problem at once; `more` are those that the command found in its own options.
+    Raises: UsageError with every problem at once; `of_method` are those of the method's own options.
     """
     config = check_types(config)
     t, o, e, d = config.train, config.optimizer, config.eval, config.data
@@ -63,7 +49,7 @@ def check_options(config: Config, more: Sequence[str] = ()) -> Config:
     if t.seed >= 2**64:
         problems.append(f"--train.seed is {t.seed}, expected less than 2**64")
     if t.epochs is not None and t.epochs <= 0:
-        problems.append(f"--train.epochs is {t.epochs}, expected more than 0")
+        problems.append(f"--train.epochs is {t.epochs}, expected of_method than 0")
     shares = {
         "--model.dropout": config.model.dropout,
         "--lora.dropout": config.lora.dropout,
@@ -90,7 +76,7 @@ def check_options(config: Config, more: Sequence[str] = ()) -> Config:
         problems.append(
             "--resume_changes accept is for a resumed run: give --resume, and the run's directory with --out"
         )
-    if problems := [*problems, *more]:
+    if problems := [*problems, *of_method]:
         raise UsageError("; ".join(problems))
     return config
 
@@ -98,11 +84,11 @@ def check_options(config: Config, more: Sequence[str] = ()) -> Config:
 def _too_small(config: Config) -> list[str]:
     """What is wrong with single numbers; what is not given, or "auto", is not."""
     problems = []
-    for name, low in AT_LEAST.items():
-        group, _, option = name.partition(".")
-        value = getattr(getattr(config, group), option)
-        if isinstance(value, int | float) and value < low:
-            problems.append(f"--{name} is {value}, expected at least {low}")
+    for group, options in AT_LEAST.items():
+        for name, low in options.items():
+            value = getattr(getattr(config, group), name)
+            if isinstance(value, int | float) and value < low:
+                problems.append(f"--{group}.{name} is {value}, expected at least {low}")
     return problems
 
 
@@ -236,20 +222,6 @@ def resolve_cuda_graphs(config: AnyConfig, device: torch.device, precision: Prec
     )
 
 
-class Countable(Protocol):
-    """Batches by number, of which an epoch has a known number of rows.
-
-    per_epoch: batches in it, the last of which is short where rows are left over; None where epochs have no ends.
-    """
-
-    @property
-    def rows_per_epoch(self) -> int: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def per_epoch(self) -> int | None: ...
-
-
 def batches_of_step(step: int, accumulate: int, per_epoch: int | None) -> range:
     """The numbers of a step's micro-batches. step: from 1. An epoch's last step takes what is left of it.
 
@@ -263,14 +235,14 @@ def batches_of_step(step: int, accumulate: int, per_epoch: int | None) -> range:
     return range(first, min(first + accumulate, (epoch + 1) * per_epoch))
 
 
-def steps_of(epochs: float, train: Countable, accumulate: int) -> int:
+def steps_of(epochs: float, train: Batches[Any], accumulate: int) -> int:
     """Steps in so many epochs, a part of one rounded up. Of windows, an epoch is as many as the stream has blocks."""
     whole = 0 if train.per_epoch is None else int(epochs)
     rest = (epochs - whole) * train.rows_per_epoch / (train.batch_size * accumulate)
     return whole * -(-(train.per_epoch or 0) // accumulate) + math.ceil(rest - 1e-9)
 
 
-def resolve_length(config: Config, train: Countable, validation: Countable, *, warmup: int = 0) -> Config:
+def resolve_length(config: Config, train: Batches[Any], validation: Batches[Any], *, warmup: int = 0) -> Config:
     """The configuration with every default decided that depends on the data: steps and intervals.
 
     Estimates come 40 times over the training, but on small data not so often that with the most batches they would take
@@ -330,7 +302,7 @@ def passes_of(config: AnyConfig) -> int:
     return config.train.accumulate * (2 if config.lora.rank else 3)
 
 
-def _more_than_there_is(per_step: int, train: Countable, accumulate: int, block_size: Any) -> str:
+def _more_than_there_is(per_step: int, train: Batches[Any], accumulate: int, block_size: Any) -> str:
     """What becomes of a step that is larger than the data."""
     smaller = "--train.accumulate or --train.batch_size" if accumulate > 1 else "--train.batch_size"
     asked = f"a step takes {per_step:,} rows of {block_size} tokens, but the data fill only {train.rows_per_epoch:,}"

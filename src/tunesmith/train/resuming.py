@@ -99,10 +99,10 @@ def as_begun(config: Config, stored: Mapping[str, Any]) -> Config:
     return config
 
 
-def inputs_of(command: str, trainee: Trainee, splits: Splits, more: Mapping[str, Any]) -> dict[str, Any]:
+def inputs_of(command: str, trainee: Trainee, splits: Splits, others: Mapping[str, Any]) -> dict[str, Any]:
     """What a run is made from: its command, and by content its tokenizer, the weights it stands on and its rows.
 
-    The weights are "" where a resumed run has all of its own (`Trainee.fingerprint`). more: as `rows_of`, by their key in ROWS.
+    The weights are "" where a resumed run has all of its own (`Trainee.fingerprint`). others: as `rows_of`, by their key in ROWS.
     """
     inputs = {
         "command": command,
@@ -114,7 +114,7 @@ def inputs_of(command: str, trainee: Trainee, splits: Splits, more: Mapping[str,
     }
     if splits.validation is not splits.train:
         inputs["test"] = rows_of(splits.validation)
-    return {**inputs, **more}
+    return {**inputs, **others}
 
 
 def rows_of(store: TokenStore) -> dict[str, Any]:
@@ -176,21 +176,21 @@ def settle_origin(config: AnyConfig, path: Path, inputs: dict[str, Any]) -> Orig
 
 def refuse(changes: Sequence[Change], config: AnyConfig, path: Path) -> None:
     """Raises: UserError if changes were not accepted, or cannot be accepted."""
-    told = "; ".join(change.words for change in changes)
+    changed = "; ".join(change.words for change in changes)
     if any(change.option == WEIGHTS for change in changes):
         what = "The reference of a DPO run" if method_of(config).held_to_start else "The base of the adapters"
         raise UserError(
-            f"--resume: {told}. {what} must stay what the run began with: name that model with --model.name, or start a new "
+            f"--resume: {changed}. {what} must stay what the run began with: name that model with --model.name, or start a new "
             "run with another --out"
         )
     if fixed := [change.option for change in changes if change.fixed]:
         raise UserError(
-            f"--resume: {told}. The checkpoints of {path} would not fit a different {', '.join(fixed)}: keep what it "
+            f"--resume: {changed}. The checkpoints of {path} would not fit a different {', '.join(fixed)}: keep what it "
             "began with, or start a new run with another --out"
         )
     if changes and config.resume_changes != "accept":
         raise UserError(
-            f"--resume: {told}. This would no longer be the run in {path}: keep what it began with, give --resume_changes accept "
+            f"--resume: {changed}. This would no longer be the run in {path}: keep what it began with, give --resume_changes accept "
             "(the change is logged), or start a new run with another --out"
         )
 
@@ -233,22 +233,22 @@ def _lengthened(option: Marked, before: Any, config: AnyConfig) -> bool:
 
 def _with_rates(changes: Sequence[Change], config: AnyConfig, stored: Mapping[str, Any], step: int) -> list[Change]:
     """The changes, the first of those that alter the schedule with what it does to the rate at this step."""
-    told = next(
+    first = next(
         (c for c in changes if c.option in ("train.steps", "optimizer.schedule", "optimizer.warmup_steps")), None
     )
     o, t = config.optimizer, config.train
     before, steps = stored.get("optimizer") or {}, (stored.get("train") or {}).get("steps")
-    if told is None or not step or not isinstance(steps, int) or t.steps is None:
+    if first is None or not step or not isinstance(steps, int) or t.steps is None:
         return list(changes)
     was = schedule_factor(
         before.get("schedule", "constant"), step, steps=max(steps, step), warmup_steps=before.get("warmup_steps") or 0
     )
     now = schedule_factor(o.schedule, step + 1, steps=max(t.steps, step + 1), warmup_steps=o.warmup_steps or 0)
     words = (
-        f"{told.words} (the {o.schedule} rate is then that of a run of {t.steps:,} steps from its start: "
+        f"{first.words} (the {o.schedule} rate is then that of a run of {t.steps:,} steps from its start: "
         f"{was:.3g} of the peak at step {step:,}, {now:.3g} at step {step + 1:,})"
     )
-    return [dataclasses.replace(c, words=words) if c is told else c for c in changes]
+    return [dataclasses.replace(c, words=words) if c is first else c for c in changes]
 
 
 def draws_random_numbers(config: AnyConfig) -> bool:
@@ -278,13 +278,13 @@ def input_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Cha
 
 def count_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """The same files and options, of which another version skips other rows."""
-    found = []
+    changes = []
     for key, (name, what) in ROWS.items():
         old, new = before.get(key), now.get(key)
         if old and new and old["sha256"] == new["sha256"] and old["rows"] != new["rows"]:
             words = f"{what} are chosen otherwise by this version ({old['rows']:,} before, {new['rows']:,} now)"
-            found.append(Change(name, _in_short(old), _in_short(new), words))
-    return found
+            changes.append(Change(name, _in_short(old), _in_short(new), words))
+    return changes
 
 
 def _in_short(rows: Mapping[str, Any] | None) -> str:
@@ -302,12 +302,12 @@ def _difference(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) ->
     counts = [] if old["rows"] is None else [f"{old['rows']:,} before, {new['rows']:,} now"]
     a, b = old["files"], new["files"]
     same = {digest for digest in a.values() if digest in b.values()}  # also under another name
-    told = {
+    by_kind = {
         "changed": [name for name in b if name in a and a[name] != b[name]],
         "new": [name for name in b if name not in a and b[name] not in same],
         "gone": [name for name in a if name not in b and a[name] not in same],
     }
-    return "; ".join([*counts, *(f"{how}: {', '.join(names)}" for how, names in told.items() if names)])
+    return "; ".join([*counts, *(f"{how}: {', '.join(names)}" for how, names in by_kind.items() if names)])
 
 
 def history(entries: Iterable[Mapping[str, Any]], step: int) -> tuple[dict[str, Any], ...]:

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from tunesmith.data.batch import Batch
 from tunesmith.outofmemory import in_micro_batch
 from tunesmith.train.optim import OneByOne
-
-
-class Counted(Protocol):
-    """A micro-batch that knows how many terms its summed loss has."""
-
-    @property
-    def count(self) -> int: ...
-
-
-B = TypeVar("B", bound=Counted)
 
 
 @dataclass(frozen=True)
@@ -47,8 +37,8 @@ class StepStats:
 
 def optimizer_step(
     model: nn.Module,
-    micro_batches: Sequence[B],
-    loss_sum: Callable[[B], Tensor],
+    micro_batches: Sequence[Batch],
+    loss_sum: Callable[[Batch], Tensor],
     optimizer: Optimizer | OneByOne,
     *,
     max_norm: float = 0.0,
@@ -93,8 +83,8 @@ class DeviceStats:
 
 def step_on_device(
     model: nn.Module,
-    micro_batches: Sequence[B],
-    loss_sum: Callable[[B], Tensor],
+    micro_batches: Sequence[Batch],
+    loss_sum: Callable[[Batch], Tensor],
     optimizer: Optimizer,
     *,
     max_norm: float,
@@ -142,8 +132,8 @@ class Unread:
 
 def _gradients(
     model: nn.Module,
-    micro_batches: Sequence[B],
-    loss_sum: Callable[[B], Tensor],
+    micro_batches: Sequence[Batch],
+    loss_sum: Callable[[Batch], Tensor],
     optimizer: Optimizer | OneByOne,
     max_norm: float,
     scaler: GradScaler | None = None,
@@ -171,7 +161,7 @@ def _gradients(
     return torch.cat([norm.double()[None].to(total.device), total.double() / count])
 
 
-def _count(micro_batches: Sequence[Counted]) -> int:
+def _count(micro_batches: Sequence[Batch]) -> int:
     """Terms of the whole step's loss: host numbers, for which no device is waited."""
     return sum(batch.count for batch in micro_batches)
 

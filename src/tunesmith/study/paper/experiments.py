@@ -71,16 +71,16 @@ def dpo_runs(study: Study) -> dict[int, RunRecord]:
 
 def memory_rows(study: Study) -> list[tuple[str, dict[str, float], list[Point]]]:
     """(label, predicted GB by part, measured peaks) of the optimizers of E4, the ranks of E5 and the DPO of E8."""
-    found = []
+    runs_of = []
     for key in ("e4", "e5"):
         e = study.experiment(key)
         for label in present(e, *OPTIMIZERS) if key == "e4" else [*ranks(e), *present(e, FULL)]:
             shown = label if key == "e4" else "all weights (E5)" if label == FULL else f"LoRA {label}"
-            found.append((shown, list(e.runs(label).values())))
+            runs_of.append((shown, list(e.runs(label).values())))
     if runs := list(dpo_runs(study).values()):
-        found.append(("DPO", runs))
+        runs_of.append(("DPO", runs))
     rows = []
-    for label, runs in found:
+    for label, runs in runs_of:
         parts = next((gb for r in runs if (gb := predicted_gb(r.plan.get("memory")))), {})
         rows.append((label, parts, [r.peak for r in runs if r.peak and r.state == "finished"]))
     return [row for row in rows if row[1] or row[2]]

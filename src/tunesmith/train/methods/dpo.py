@@ -110,9 +110,9 @@ def task(run: Prepared) -> Task:
     estimate = partial(estimate_dpo, model, settings=settings, precision=precision)
 
     def evaluate(sampled: Sampled) -> Estimated:
-        seen, _ = estimate(train.sample(iters), on_train, kept=sampled)
+        on_sample, _ = estimate(train.sample(iters), on_train, kept=sampled)
         held_out, losses = estimate(validation.fixed(iters), on_validation)
-        metrics = pair_metrics(seen, held_out)
+        metrics = pair_metrics(on_sample, held_out)
         if watched is not None:
             metrics["sft_loss"] = estimate_loss(model, watched.fixed(iters), precision).loss
         return metrics, losses

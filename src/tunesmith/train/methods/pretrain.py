@@ -102,7 +102,7 @@ def task(run: Prepared) -> Task:
         f"tokens, {run.data.train.rows_per_epoch:,} batch rows per epoch"
     )
     return token_task(
-        run, about, lambda found: {"validation_bits_per_byte": bits_per_byte(found.loss * found.tokens, held_out)}
+        run, about, lambda held: {"validation_bits_per_byte": bits_per_byte(held.loss * held.tokens, held_out)}
     )
 
 

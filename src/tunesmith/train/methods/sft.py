@@ -36,8 +36,8 @@ def token_loss_sum(model: Model, config: SFTConfig | PretrainConfig) -> LossSum:
     return lambda batch: nll_sum(model, batch, precision)
 
 
-def token_task(run: Prepared, about: str, more: Callable[[LossEstimate], dict[str, float]] = lambda _: {}) -> Task:
-    """The task of a loss of tokens. more: metrics of the estimate on the validation rows, besides loss and perplexity."""
+def token_task(run: Prepared, about: str, further: Callable[[LossEstimate], dict[str, float]] = lambda _: {}) -> Task:
+    """The task of a loss of tokens. further: metrics of the estimate on the validation rows, besides loss and perplexity."""
     from tunesmith.train.token_loss import estimate_loss
 
     model, precision, train, validation = run.trainee.trunk, run.precision, run.data.train, run.data.validation
@@ -50,7 +50,7 @@ def token_task(run: Prepared, about: str, more: Callable[[LossEstimate], dict[st
             "validation_loss": on_validation.loss,
             "validation_perplexity": on_validation.perplexity,
         }
-        return metrics | more(on_validation), on_validation.parts
+        return metrics | further(on_validation), on_validation.parts
 
     return run.task(
         loss_sum=token_loss_sum(model, run.config),
