@@ -207,7 +207,7 @@ def test_the_loss_of_pairs_is_in_nats_a_pair(tmp_path, command):
         assert "per target token" not in by_name[name].svg
     assert "pairs with" not in by_name["figure-trial-preferences"].svg
     assert "share with the chosen ahead" in by_name["figure-trial-preferences"].svg
-    heads = [h for t in tables if t.name.startswith("table-trial") for h, _ in t.head]
+    heads = [h for t in tables if t.name.startswith("table-trial") for h in t.head]
     assert "validation loss, nats per pair" in heads
     assert "accuracy, % of the pairs" in heads
     assert "nats per pair" in re.search(r'class="lead">(.*?)</p>', page)[1]

@@ -33,10 +33,10 @@ from tunesmith.train.methods.method import Method
 from tunesmith.train.methods.table import METHODS
 from tunesmith.train.moved import as_they_lie
 from tunesmith.train.resolve import check_options, check_types, resolve_data, resolve_length, resolve_machine
-from tunesmith.train.resuming import as_begun, inputs_of, prompts_of, rows_of, settle_origin
+from tunesmith.train.resuming import as_begun, inputs_of, settle_origin
 from tunesmith.train.scratch import new_trainee
 from tunesmith.train.session import run_training
-from tunesmith.train.splits import load_data
+from tunesmith.train.splits import load_data, prompts_of, rows_of
 from tunesmith.train.task import Prepared
 from tunesmith.train.trainee import load_trainee, prepare_model
 

@@ -14,9 +14,7 @@ from typing import Any
 
 import yaml
 
-from tunesmith.data.fingerprint import content_hash
 from tunesmith.data.hh_template import HH
-from tunesmith.data.tokenstore import TokenStore
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.places import PLACES
 from tunesmith.files.run import DRAWS, Run, check_command
@@ -26,7 +24,7 @@ from tunesmith.train.methods.table import method_of
 from tunesmith.train.moved import names_kept, places_named
 from tunesmith.train.optim import schedule_factor
 from tunesmith.train.resolve import Config, check_warmup
-from tunesmith.train.splits import Splits
+from tunesmith.train.splits import Splits, rows_of
 from tunesmith.train.trainee import Trainee
 
 ROWS = {  # key in inputs.json: what log and history call it, and in words
@@ -115,20 +113,6 @@ def inputs_of(command: str, trainee: Trainee, splits: Splits, others: Mapping[st
     if splits.validation is not splits.train:
         inputs["test"] = rows_of(splits.validation)
     return {**inputs, **others}
-
-
-def rows_of(store: TokenStore) -> dict[str, Any]:
-    """The rows of a split by content: how many, their SHA-256, and name -> SHA-256 of the files that they come from."""
-    digest = store.source.content(store.digests)
-    return {"rows": store.report.used, "sha256": digest, "files": dict(store.digests)}
-
-
-def prompts_of(path: str | None) -> dict[str, Any]:
-    """A file of prompts by content, as `inputs_of` takes it; nothing where there is none."""
-    if path is None or not (file := Path(path).expanduser()).is_file():
-        return {}
-    digest = content_hash([file])
-    return {"prompts": {"rows": None, "sha256": digest, "files": {file.name: digest}}}
 
 
 def settle_origin(config: AnyConfig, path: Path, inputs: dict[str, Any]) -> Origin:

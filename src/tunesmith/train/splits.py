@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from tunesmith.data.batch import Batch
 from tunesmith.data.cutting import block_size_of
 from tunesmith.data.datasets import holdout_rows, open_dataset
 from tunesmith.data.epochs import Batches, BatchLayout
+from tunesmith.data.fingerprint import content_hash
 from tunesmith.data.pairs import PairRows
 from tunesmith.data.pairstore import PairStore
 from tunesmith.data.texts import TextRows, text_rows
@@ -145,3 +147,17 @@ def watched_texts(name: str, config: DPOConfig, tokenizer: Tokenizer) -> tuple[B
     rows = TextRows(splits.validation, splits.validation_rows, layout)
     cut = [f"validation: {line}" for line in rows.cut_lines()]
     return Batches(rows), [f"{data.name}: {line}" for line in (*splits.notes, *cut)]
+
+
+def rows_of(store: TokenStore) -> dict[str, Any]:
+    """The rows of a split by content: how many, their SHA-256, and name -> SHA-256 of the files that they come from."""
+    digest = store.source.content(store.digests)
+    return {"rows": store.report.used, "sha256": digest, "files": dict(store.digests)}
+
+
+def prompts_of(path: str | None) -> dict[str, Any]:
+    """A file of prompts by content, as `inputs_of` takes it; nothing where there is none."""
+    if path is None or not (file := Path(path).expanduser()).is_file():
+        return {}
+    digest = content_hash([file])
+    return {"prompts": {"rows": None, "sha256": digest, "files": {file.name: digest}}}
