@@ -15,7 +15,7 @@ from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.models.reward_head import RewardModel
 from tunesmith.options.training import DPOConfig, RewardConfig, SFTConfig
 from tunesmith.study.run_figures import loss_curve
-from tunesmith.train import pair_loss, splitting, token_loss
+from tunesmith.train import halving, pair_loss, token_loss
 from tunesmith.train.optim import build_optimizer
 from tunesmith.train.pair_loss import PreferenceLoss, estimate_dpo, estimate_reward, reward_loss_sum
 from tunesmith.train.resuming import OLD_DRAWS
@@ -109,7 +109,7 @@ def test_an_estimate_that_has_been_begun_is_the_same_and_computes_only_what_is_m
 def test_the_rows_by_which_a_run_is_judged_are_computed_once_with_an_estimate_of_the_same_step(
     tiny_directory, tmp_path, monkeypatch, kind
 ):
-    plain, passes = splitting.within_memory, []
+    plain, passes = halving.within_memory, []
     train = {SFTConfig: ts.sft, DPOConfig: ts.dpo, RewardConfig: ts.train_reward_model}[kind]
 
     def run(name, shares):

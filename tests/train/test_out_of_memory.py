@@ -15,8 +15,8 @@ from short_memory import CUDA, FLOAT64, case, fail, leaves
 from tunesmith.errors import UserError
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.outofmemory import is_out_of_memory
+from tunesmith.train.halving import Halving, split_to, step_in_memory
 from tunesmith.train.optim import build_optimizer
-from tunesmith.train.splitting import Splitting, split_to, step_in_memory
 from tunesmith.train.step import optimizer_step
 from tunesmith.train.token_loss import nll_sum
 
@@ -27,7 +27,7 @@ def trained(kind, *, room=None, where="forward", accumulate=2, steps=2):
     """Weights, stats, splits told and sizes that failed, after steps of which each sees the same micro-batches."""
     model, batches, plain = case(kind)
     optimizer = build_optimizer(model, "sgd", lr=0.1, weight_decay=0.0)
-    splitting, told, failures = Splitting("tiny", "less", batch_size=4), [], []
+    halving, told, failures = Halving("tiny", "less", batch_size=4), [], []
 
     def loss_sum(batch):
         short = room is not None and batch.size > room
@@ -44,7 +44,7 @@ def trained(kind, *, room=None, where="forward", accumulate=2, steps=2):
 
     device, stats = torch.device("cpu"), []
     for _ in range(steps):
-        stats.append(step_in_memory(batches[:accumulate], step, optimizer, splitting, told.append, device))
+        stats.append(step_in_memory(batches[:accumulate], step, optimizer, halving, told.append, device))
     return [p.detach() for p in model.parameters()], stats, told, failures
 
 
@@ -74,7 +74,7 @@ def test_a_step_that_ran_out_of_memory_gives_the_weights_of_one_that_did_not(kin
 
 def test_a_failed_try_leaves_no_gradient_no_graph_and_the_random_state_of_before():
     model, batches, _ = case("packed")
-    optimizer, splitting = build_optimizer(model, "adamw", lr=0.1), Splitting("tiny", "less", batch_size=4)
+    optimizer, halving = build_optimizer(model, "adamw", lr=0.1), Halving("tiny", "less", batch_size=4)
     seen, kept, found = [], [], []
 
     def loss_sum(batch):
@@ -100,12 +100,12 @@ def test_a_failed_try_leaves_no_gradient_no_graph_and_the_random_state_of_before
 
     gc.disable()
     try:
-        step_in_memory(batches, step, optimizer, splitting, lambda split: None, torch.device("cpu"))
+        step_in_memory(batches, step, optimizer, halving, lambda split: None, torch.device("cpu"))
     finally:
         gc.enable()
     assert found == [(True, True, True)]
     assert not torch.equal(seen[1], seen[0])
-    assert splitting.limit == batches[1].size // 2
+    assert halving.limit == batches[1].size // 2
     assert len(seen) == 2 + 4  # both micro-batches are of one size, so both are now in two
 
 
@@ -117,15 +117,15 @@ def test_other_errors_are_left_alone():
 
     optimizer = build_optimizer(model, "sgd", lr=0.1)
     with pytest.raises(IndexError):
-        step_in_memory(batches, step, optimizer, Splitting("", "", 4), lambda split: None, torch.device("cpu"))
+        step_in_memory(batches, step, optimizer, Halving("", "", 4), lambda split: None, torch.device("cpu"))
 
 
 def one_step(loss_sum, micro_batches, model, optimizer, **options):
     def step(parts):
         return optimizer_step(model, parts, loss_sum, optimizer)
 
-    splitting = Splitting("tiny, fp32 on a card", "--train.smaller", 4, **options)
-    return step_in_memory(micro_batches, step, optimizer, splitting, lambda split: None, torch.device("cpu"))
+    halving = Halving("tiny, fp32 on a card", "--train.smaller", 4, **options)
+    return step_in_memory(micro_batches, step, optimizer, halving, lambda split: None, torch.device("cpu"))
 
 
 def test_one_document_that_does_not_fit_is_told_with_what_would_help():
@@ -215,7 +215,7 @@ from reference import pack_batch, random_model
 from tunesmith.train.token_loss import nll_sum
 from tunesmith.models.gpt2 import GPTConfig
 from tunesmith.train.optim import OneByOne, build_optimizer
-from tunesmith.train.splitting import Splitting, step_in_memory
+from tunesmith.train.halving import Halving, step_in_memory
 from tunesmith.train.step import optimizer_step
 
 torch.set_num_threads(1)
@@ -233,7 +233,7 @@ held = int(next(l for l in Path("/proc/self/status").read_text().splitlines() if
 resource.setrlimit(resource.RLIMIT_AS, (held + 64 * 2**20,) * 2)
 optimizer, step = step_of(model)
 told = []
-stats = step_in_memory([whole], step, optimizer, Splitting("tiny", "less", 64), told.append, torch.device("cpu"))
+stats = step_in_memory([whole], step, optimizer, Halving("tiny", "less", 64), told.append, torch.device("cpu"))
 far = max(float((p - q).detach().abs().max()) for p, q in zip(model.parameters(), twin.parameters()))
 print(len(told), told[0].failed, told[-1].limit, stats.count, far)
 """
@@ -278,7 +278,7 @@ def test_a_card_with_too_little_memory_makes_the_same_step():
     optimizer, step = step_of(models[1])
     torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(card).total_memory)
     try:
-        step_in_memory([whole], step, optimizer, Splitting("", "", 64), told.append, card)
+        step_in_memory([whole], step, optimizer, Halving("", "", 64), told.append, card)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert 1 <= len(told) <= 5

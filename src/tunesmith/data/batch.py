@@ -98,7 +98,7 @@ class Batch:
         borders = [border for border in self._borders() if border < self.tokens]
         if not borders:  # a text cannot be cut: its later tokens need the earlier ones
             return None
-        # Nearest to the middle, because the larger half decides what is tried from now on (`splitting.Splitting.limit`).
+        # Nearest to the middle, because the larger half decides what is tried from now on (`halving.Halving.limit`).
         middle = min(borders, key=lambda border: abs(2 * border - self.tokens))
         return self._part(0, middle, middle), self._part(middle, self.tokens, self.tokens - middle)
 

@@ -21,9 +21,9 @@ from tunesmith.data.cutting import block_size_of
 from tunesmith.device import describe
 from tunesmith.options.configs import AnyConfig, precision_of
 from tunesmith.train.clock import Mark, mark
+from tunesmith.train.halving import Halved, Halving, step_in_memory
 from tunesmith.train.methods.table import method_of
 from tunesmith.train.optim import OneByOne, decides_on_device, set_learning_rate
-from tunesmith.train.splitting import Split, Splitting, step_in_memory
 from tunesmith.train.step import DeviceStats, StepStats, Unread, optimizer_step, step_on_device
 from tunesmith.train.step_graph import RecordedStep, recorder
 from tunesmith.train.task import LossSum
@@ -58,7 +58,7 @@ class Launcher:
     take_step: micro-batches -> `step.optimizer_step` of them, or a step that is read later.
     ahead: a step may be launched before the one before it is read. What is logged, saved and decided stays the same, because
         `take_step` then leaves the weights alone after a step that was not finite.
-    splitting: what to do with a micro-batch that does not fit into memory.
+    halving: what to do with a micro-batch that does not fit into memory.
     """
 
     device: torch.device
@@ -66,18 +66,18 @@ class Launcher:
     scaler: GradScaler | None
     take_step: Callable[[Sequence[Batch]], Readable]
     ahead: bool
-    splitting: Splitting
+    halving: Halving
 
     def now(self) -> Mark:
         """The moment at which the steps launched so far are over: a step that is read at once is, for the host."""
         return mark(self.device if self.ahead else torch.device("cpu"))
 
     def launch(
-        self, number: int, batches: Sequence[Batch], lr: float, began: Mark, on_split: Callable[[Split], None]
+        self, number: int, batches: Sequence[Batch], lr: float, began: Mark, on_halved: Callable[[Halved], None]
     ) -> Launched:
-        """Take a step, or put it behind those that the device is still at. Raises: as `splitting.step_in_memory`."""
+        """Take a step, or put it behind those that the device is still at. Raises: as `halving.step_in_memory`."""
         set_learning_rate(self.optimizer, lr)
-        result = step_in_memory(batches, self.take_step, self.optimizer, self.splitting, on_split, self.device)
+        result = step_in_memory(batches, self.take_step, self.optimizer, self.halving, on_halved, self.device)
         return Launched(number, batches, lr, began, self.now(), result)
 
 
@@ -85,12 +85,12 @@ def make_launcher(config: AnyConfig, model: nn.Module, loss_sum: LossSum, device
     """The launcher of a resolved configuration, its optimizer's state made. Raises: as `trainee.make_optimizer`."""
     optimizer = make_optimizer(model, config)
     scaler = GradScaler(device.type) if precision_of(config) == "fp16" else None
-    splitting, max_norm = splitting_of(config, device), config.train.grad_clip
+    halving, max_norm = halving_of(config, device), config.train.grad_clip
     if device.type not in READ_LATE_ON or scaler or not decides_on_device(optimizer):
         at_once = partial(
             optimizer_step, model, loss_sum=loss_sum, optimizer=optimizer, max_norm=max_norm, scaler=scaler
         )
-        return Launcher(device, optimizer, scaler, at_once, False, splitting)
+        return Launcher(device, optimizer, scaler, at_once, False, halving)
     assert isinstance(optimizer, Optimizer)
     halted = torch.zeros((), device=device)  # one for the whole run: what was launched after a bad step must see it
     step: Callable[[Sequence[Batch]], DeviceStats] = partial(
@@ -98,10 +98,10 @@ def make_launcher(config: AnyConfig, model: nn.Module, loss_sum: LossSum, device
     )
     if config.train.cuda_graphs is True:
         step = RecordedStep(step, optimizer, recorder(device), device)
-    return Launcher(device, optimizer, scaler, lambda micro_batches: Unread(step(micro_batches)), True, splitting)
+    return Launcher(device, optimizer, scaler, lambda micro_batches: Unread(step(micro_batches)), True, halving)
 
 
-def splitting_of(config: AnyConfig, device: torch.device) -> Splitting:
+def halving_of(config: AnyConfig, device: torch.device) -> Halving:
     """What is done when a micro-batch does not fit, and what would help where that is not enough."""
     t, new_model = config.train, method_of(config).new_model
     lora = f", LoRA rank {config.lora.rank}" if config.lora.rank else ""
@@ -118,4 +118,4 @@ def splitting_of(config: AnyConfig, device: torch.device) -> Splitting:
         f"activation_checkpointing {str(t.activation_checkpointing).lower()}{allocator}"
     )
     smaller = ", ".join(way for way, helps in ways.items() if helps)
-    return Splitting(setup, smaller, t.batch_size, repeatable=not t.optimizer_in_backward)
+    return Halving(setup, smaller, t.batch_size, repeatable=not t.optimizer_in_backward)

@@ -5,7 +5,7 @@ The way of a step:
     numbers     Timetable.numbers       which micro-batches belong to it
     batches     Task.micro_batch        each made by its number, on a GPU ahead of time in a thread (`prefetch`)
     launch      Launcher.launch         forward and backward of each micro-batch, division by the count of the whole step, clipping,
-                                        update (`step`); where memory ends, again in smaller ones (`splitting`)
+                                        update (`step`); where memory ends, again in smaller ones (`halving`)
     read        Training._read_oldest   wait for its numbers; if they are not finite, the run has diverged
     log         Training._log           a line of metrics.jsonl, the bar
     look        Training._look          has the training made its model worse? Only where losses have raised a suspicion
@@ -34,9 +34,9 @@ from tunesmith.train.choice import Choice, choice_lines, choose_checkpoint, read
 from tunesmith.train.clock import seconds_between
 from tunesmith.train.course import Timetable, TrainingState
 from tunesmith.train.divergence import Watch, batches_to_judge_by, broken, sound_steps
+from tunesmith.train.halving import Halved
 from tunesmith.train.launch import Launched, Launcher
 from tunesmith.train.outlook import Outlook
-from tunesmith.train.splitting import Split
 from tunesmith.train.step import StepStats
 from tunesmith.train.task import Sampled, Task
 from tunesmith.train.trainee import Trainee
@@ -67,8 +67,8 @@ def fit(
         state = TrainingState(**stored["progress"])
         for line in log.rewind(state.step):
             print(f"note: {line}")
-        if state.split_setup == launcher.splitting.setup:  # else the limit was another memory's
-            launcher.splitting.limit = state.split_limit
+        if state.split_setup == launcher.halving.setup:  # else the limit was another memory's
+            launcher.halving.limit = state.split_limit
     else:
         state = TrainingState(owes_estimate=timetable.eval_at_start)
         log.rewind(None)  # a run that was cut before its first checkpoint begins anew
@@ -91,9 +91,8 @@ class Training:
         self.log, self.task, self.timetable, self.launcher, self.trainee = log, task, timetable, launcher, trainee
         self.state = state
         self.watch = Watch(timetable.diverge_after, state.loss_before, state.look_at, state.recent)
-        self.outlook = Outlook(
-            state.step, timetable.steps, timetable.eval_every, timetable.eval_at_start, timetable.eval_cost
-        )
+        t = timetable
+        self.outlook = Outlook(state.step, t.steps, t.eval_every, t.eval_at_start, t.eval_cost)
         self.bar = Progress(timetable.steps, state.step)
         self.waiting: deque[Launched] = deque()  # launched and not read, oldest first; at most two
         self.sampled: Sampled = []  # an estimate and the loss that the same step is judged by share what they compute
@@ -150,24 +149,24 @@ class Training:
         try:
             batches = [self.task.micro_batch(i) for i in self.timetable.numbers(number)]
             lr = self.timetable.learning_rate(number)
-            launched = self.launcher.launch(number, batches, lr, began, self._report_split)
+            launched = self.launcher.launch(number, batches, lr, began, self._report_halved)
         except BaseException as error:
             self._read_all()  # the steps before this one were taken and belong in the log, whatever happened to it
             if self.trouble and isinstance(error, Exception):
                 return  # the run was over before this step: what went wrong in it is nobody's concern
             raise
-        if not self.trouble:  # splitting has read the steps before, and one of them may have diverged
+        if not self.trouble:  # halving has read the steps before, and one of them may have diverged
             self.waiting.append(launched)
 
-    def _report_split(self, split: Split) -> None:
+    def _report_halved(self, halved: Halved) -> None:
         """A micro-batch of the step that is being launched did not fit, and will be tried in parts."""
         self._read_all()  # what was before comes first in the log
         if self.trouble:
             return
         state = self.state
-        state.split_limit, state.split_setup = split.limit, self.launcher.splitting.setup
-        self.log.record("split", state.step + 1, tokens=split.failed, limit=split.limit)
-        self.bar.say(f"step {state.step + 1:,}: {split.line}")
+        state.split_limit, state.split_setup = halved.limit, self.launcher.halving.setup
+        self.log.record("split", state.step + 1, tokens=halved.failed, limit=halved.limit)
+        self.bar.say(f"step {state.step + 1:,}: {halved.line}")
 
     def _read_all(self) -> None:
         while self.waiting:
@@ -188,21 +187,13 @@ class Training:
         seconds = seconds_between(done.began, done.ended)
         tokens = sum(b.tokens for b in done.batches)
         state.step, state.tokens, state.examples = done.number, state.tokens + tokens, state.examples + stats.count
-        self.log.record(
-            "train",
-            state.step,
-            loss=stats.loss,
-            **dict(zip(task.observed, stats.observed, strict=True)),
-            lr=done.lr,
-            grad_norm=stats.grad_norm,
-            tokens=state.tokens,
-            **{task.counted: state.examples},
-            tokens_per_s=round(tokens / seconds, 1),
-            peak_memory_gb=round(peak_memory_gb(self.launcher.device), 3),
-        )
+        observed = dict(zip(task.observed, stats.observed, strict=True))
+        line = {"loss": stats.loss, **observed, "lr": done.lr, "grad_norm": stats.grad_norm, "tokens": state.tokens}
+        line |= {task.counted: state.examples, "tokens_per_s": round(tokens / seconds, 1)}
+        self.log.record("train", state.step, **line, peak_memory_gb=round(peak_memory_gb(self.launcher.device), 3))
         self.bar.advance(state.step, stats.loss, tokens)
-        if line := self.outlook.after_step(seconds):
-            self.bar.say(line)
+        if outlook := self.outlook.after_step(seconds):
+            self.bar.say(outlook)
 
     # ---- divergence --------------------------------------------------------------------------------------------------
 
@@ -241,9 +232,8 @@ class Training:
         self.log.record("diverged", number, **observed, lr=lr)
         way_out = f"lower --optimizer.lr (now {lr:g}){or_else}"
         if self._began_broken():
-            way_out = (
-                f"the loss was {self.watch.before:g} before the first step already: look at the weights it began with"
-            )
+            before = f"the loss was {self.watch.before:g} before the first step already"
+            way_out = f"{before}: look at the weights it began with"
             if (precision := self.log.run.config["train"]["precision"]) != "fp32":
                 way_out += f", or use --train.precision fp32 (now {precision})"
         self.trouble = f"{reason}; {way_out}"
@@ -357,15 +347,8 @@ class Training:
         optional: dict[str, Any] = {"choice": choice.as_dict()} if choice else {}
         if state.split_limit:
             optional["split_limit"] = state.split_limit
-        self.log.status(
-            kind,
-            state.step,
-            reason,
-            best_step=state.best_step,
-            best_validation_loss=state.best_loss,
-            steps=self.timetable.steps,
-            **optional,
-        )
+        best = {"best_step": state.best_step, "best_validation_loss": state.best_loss}
+        self.log.status(kind, state.step, reason, **best, steps=self.timetable.steps, **optional)
         for line in choice_lines(choice, read_estimates(self.log.run), self.log.run) if choice else ():
             self.bar.say(line)
         # A divergence is shown by a step that counts for nothing, after the last that does: its reason names it.

@@ -19,9 +19,9 @@ from tunesmith.models.model import Model
 from tunesmith.models.modes import evaluation_mode
 from tunesmith.models.reward_head import RewardModel
 from tunesmith.train.choice import Sums
+from tunesmith.train.halving import within_memory
 from tunesmith.train.losses import bradley_terry_loss, dpo_loss
 from tunesmith.train.methods.preferences import OBSERVED
-from tunesmith.train.splitting import within_memory
 
 Reference = Callable[[Batch], Tensor]
 """Log-probabilities of a batch's answers under the reference: (pairs, 2) float32, chosen and rejected, no gradient."""
@@ -37,13 +37,7 @@ class PreferenceLoss:
 
     def __call__(self, policy: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Losses and rewards of the pairs; both arguments (pairs, 2), chosen and rejected."""
-        return dpo_loss(
-            *policy.unbind(1),
-            *reference.unbind(1),
-            beta=self.beta,
-            loss=self.loss,
-            label_smoothing=self.label_smoothing,
-        )
+        return dpo_loss(*policy.unbind(1), *reference.unbind(1), **vars(self))
 
 
 @torch.no_grad()
@@ -111,7 +105,7 @@ def estimate_dpo(
 
     drift_chosen, drift_rejected: log-ratio of policy to reference, nats per answer; how far the policy has moved.
     sft_loss: the policy's loss on the chosen answers, nats per token.
-    A batch that does not fit into memory is computed in pieces. kept: as of `splitting.within_memory`.
+    A batch that does not fit into memory is computed in pieces. kept: as of `halving.within_memory`.
     """
     device = model.device
 
@@ -140,21 +134,21 @@ def estimate_dpo(
 def all_pair_scores(
     model: RewardModel, batches: Iterable[Batch], precision: Precision = "fp32", kept: list[Any] | None = None
 ) -> Tensor:
-    """`pair_scores` of all batches one after the other, without gradients: (pairs, 2). kept: as of `splitting.within_memory`."""
+    """`pair_scores` of all batches one after the other, without gradients: (pairs, 2). kept: as of `halving.within_memory`."""
     device = model.device
 
     def score(batch: Batch) -> Tensor:
         return pair_scores(model, batch.to(device), precision)
 
     with evaluation_mode(model):
-        # The order of pairs survives the splitting: pieces of a batch come one after the other.
+        # The order of pairs survives the halving: pieces of a batch come one after the other.
         return torch.cat([scores for pieces in within_memory(batches, score, kept) for scores in pieces])
 
 
 def estimate_reward(
     model: RewardModel, batches: Iterable[Batch], precision: Precision = "fp32", kept: list[Any] | None = None
 ) -> tuple[dict[str, float], Sums]:
-    """Means over pairs on fixed batches, `loss` and OBSERVED, and the loss pair by pair. kept: as of `splitting.within_memory`."""
+    """Means over pairs on fixed batches, `loss` and OBSERVED, and the loss pair by pair. kept: as of `halving.within_memory`."""
     # The means of an estimate in float64, as in `estimate_dpo`; a step sums in the scores' own type.
     chosen, rejected = all_pair_scores(model, batches, precision, kept).double().unbind(1)
     losses = bradley_terry_loss(chosen, rejected)

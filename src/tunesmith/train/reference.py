@@ -14,9 +14,8 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,8 +32,8 @@ from tunesmith.options.configs import precision_of
 from tunesmith.options.training import DPOConfig
 from tunesmith.progress import Progress
 from tunesmith.train.divergence import batches_judged_by
+from tunesmith.train.halving import within_memory
 from tunesmith.train.pair_loss import Reference, answer_logps
-from tunesmith.train.splitting import within_memory
 from tunesmith.train.task import Prepared
 
 # float32, as the model gives them: nothing is lost by keeping them. The key is a SHA-256, so pairs need not be stored.
@@ -94,8 +93,7 @@ def store_path(fingerprint: str, precision: Precision) -> Path:
     return cache_directory() / "reference" / f"{fingerprint[:32]}-{precision}.logps"
 
 
-@dataclass(frozen=True)
-class Fill:
+class Fill(NamedTuple):
     """What the reference of some pairs cost: pairs needed, and pairs computed now rather than found in the store."""
 
     pairs: int
@@ -204,5 +202,5 @@ def make_references(run: Prepared) -> tuple[Reference, Reference, dict[str, Any]
     sampled = train.sampled(max(run.iters, batches_judged_by(run.path, config.resume, micro_batches)))
     on_train, of_train = cached(train, sorted({*train.used(micro_batches), *sampled}), store, compute)
     on_validation, of_validation = cached(validation, validation.used(run.iters), store, compute)
-    counts = {name: getattr(of_train, name) + getattr(of_validation, name) for name in ("pairs", "computed")}
-    return on_train, on_validation, {"mode": "cached", **counts}
+    pairs, computed = map(sum, zip(of_train, of_validation, strict=True))
+    return on_train, on_validation, {"mode": "cached", "pairs": pairs, "computed": computed}

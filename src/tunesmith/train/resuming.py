@@ -192,9 +192,8 @@ def option_changes(
         group, name = option.name.split(".")
         before = (stored.get(group) or {}).get(name, option.default)
         now = yaml.safe_load(yaml.safe_dump(option.value))  # as it would come back from the file
-        decided = option.default == "auto" or (
-            option.default is None and group != "data"
-        )  # None in data is never decided
+        # None in data is never decided
+        decided = option.default == "auto" or (option.default is None and group != "data")
         unknown = name not in (stored.get(group) or {}) and decided  # not an option then
         if before == now or unknown or option.mark == "open" or option.name in same_places:
             continue

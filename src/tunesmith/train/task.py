@@ -38,7 +38,7 @@ class Task:
     loss_sum: batch -> its summed loss, as `step.optimizer_step` takes it.
     evaluate: sampled -> metrics, `validation_loss` among them, and that loss batch by batch.
     train_loss: (number of micro-batches, sampled) -> the loss on so many, drawn from all the training rows and always the same.
-        sampled: what either of the two has computed of these rows with the weights as they are (`splitting.within_memory`);
+        sampled: what either of the two has computed of these rows with the weights as they are (`halving.within_memory`);
         the loop empties it when it launches a step.
     describe_rows: says where the rows of the given batches come from, for the message about a divergence.
     counted: what the log calls the number of examples that the loss is a mean over.

@@ -19,7 +19,7 @@ from tunesmith.device import Precision, autocast
 from tunesmith.models.head import head_chunk, head_nll_sum, states_and_head, token_nll
 from tunesmith.models.model import Model
 from tunesmith.models.modes import evaluation_mode
-from tunesmith.train.splitting import within_memory
+from tunesmith.train.halving import within_memory
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,8 @@ def answer_losses(model: Model, batches: Batches[TextRows], precision: Precision
 
     An answer that was cut counts with what is left of it; turns are those of the whole dialogue.
     """
-    device, rows = model.device, batches.rows
+    device, rows, answers = model.device, batches.rows, []
     store = rows.store
-    answers = []
     # In whole batches, as pieces and targets are matched by their order: one that does not fit is not split here.
     for batch, pieces in zip(batches.fixed(), rows.fixed_pieces(), strict=True):
         # In float64 before anything is added: these are summed by answer, by turn and over all the data.
@@ -103,7 +102,7 @@ def answer_losses(model: Model, batches: Batches[TextRows], precision: Precision
 def estimate_loss(
     model: Model, batches: Iterable[Batch], precision: Precision = "fp32", kept: list[Any] | None = None
 ) -> LossEstimate:
-    """Mean loss over `batches` (algorithm 2 of the paper), weighted by tokens. kept: as of `splitting.within_memory`.
+    """Mean loss over `batches` (algorithm 2 of the paper), weighted by tokens. kept: as of `halving.within_memory`.
 
     A batch that does not fit into memory is computed in pieces. Raises: ValueError if the batches hold no target.
     """

@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class Splitting:
+class Halving:
     """How large a micro-batch may be in a training, and what the user is told when one was too large.
 
     setup: model, precision and device in words. smaller: the options by which one document takes less memory.
@@ -47,7 +47,7 @@ class Splitting:
 
 
 @dataclass(frozen=True)
-class Split:
+class Halved:
     """What was found and done. failed: size of the micro-batch that did not fit; limit: of the largest tried from now on."""
 
     failed: int
@@ -68,31 +68,29 @@ def step_in_memory(
     micro_batches: Sequence[Batch],
     step: Callable[[Sequence[Batch]], T],
     optimizer: Optimizer | OneByOne,
-    splitting: Splitting,
-    on_split: Callable[[Split], None],
+    halving: Halving,
+    on_halved: Callable[[Halved], None],
     device: torch.device,
 ) -> T:
-    """`step(micro_batches)`, in smaller ones where these do not fit; the limit that was found stays in `splitting`.
+    """`step(micro_batches)`, in smaller ones where these do not fit; the limit that was found stays in `halving`.
 
     A failed try leaves nothing: gradients and graph are freed, the random state is that of before.
 
     Args:
         step: micro-batches -> `step.optimizer_step` of them.
-        on_split: called for every size that did not fit.
+        on_halved: called for every size that did not fit.
     Raises: UserError if one document does not fit, if the update does not, or if the step cannot be repeated.
     """
     restore = _random_state(device)
     # What did not fit once is not tried again: each failure costs a part of a step, and on a CPU perhaps the process. A step
     # that updates inside backward has to be one micro-batch, so it is taken as it comes.
-    batches: Sequence[Batch] = split_to(micro_batches, splitting.limit) if splitting.repeatable else micro_batches
+    batches: Sequence[Batch] = split_to(micro_batches, halving.limit) if halving.repeatable else micro_batches
     while True:
         # The traceback of the error holds the frames, and they the graph: all of it must be gone before anything is freed.
         # So nothing of the error but its text leaves the block, and the work is done below it.
         try:
             return step(batches)
-        except (
-            OutOfMemory
-        ) as error:  # raised inside a micro-batch (`outofmemory.in_micro_batch`): nothing has moved yet
+        except OutOfMemory as error:  # inside a micro-batch (`outofmemory.in_micro_batch`): nothing has moved yet
             failed, text = batches[error.micro_batch], _first_line(error)
         except Exception as error:
             if not is_out_of_memory(error):
@@ -103,19 +101,19 @@ def step_in_memory(
         _free_memory()
         if failed is None:
             raise UserError(
-                f"out of memory in the update of the weights ({splitting.setup}; {text}). It needs the gradients and the "
+                f"out of memory in the update of the weights ({halving.setup}; {text}). It needs the gradients and the "
                 "optimizer's state at once, so smaller micro-batches would not help, and as some weights may "
                 "already have changed, the step is not repeated. Use an optimizer with less state "
                 "(--optimizer.name), or train fewer weights (--lora.rank, if the command has it)"
             )
         # Halves: an allocator says how much it could not give, which is no measure of how many tokens would have fitted.
-        halves = failed.halves() if splitting.repeatable else None
+        halves = failed.halves() if halving.repeatable else None
         if halves is None:
-            raise UserError(_no_way_on(failed, splitting, text))
-        # Split is all that is larger, not the failed one alone: another of its size that fitted before it did so by luck.
-        splitting.limit = max(half.size for half in halves)
-        on_split(_split(micro_batches, failed, splitting))
-        batches = split_to(batches, splitting.limit)
+            raise UserError(_no_way_on(failed, halving, text))
+        # Halved is all that is larger, not the failed one alone: another of its size that fitted before it did so by luck.
+        halving.limit = max(half.size for half in halves)
+        on_halved(_halved(micro_batches, failed, halving))
+        batches = split_to(batches, halving.limit)
         restore()  # so that the masks of a step do not depend on how often it was tried
 
 
@@ -163,35 +161,28 @@ def within_memory(
         yield results
 
 
-def _split(micro_batches: Sequence[Batch], failed: Batch, splitting: Splitting) -> Split:
-    limit, rows = splitting.limit, len(micro_batches) * splitting.batch_size
+def _halved(micro_batches: Sequence[Batch], failed: Batch, halving: Halving) -> Halved:
+    limit, rows = halving.limit, len(micro_batches) * halving.batch_size
     assert limit is not None
     # Settings with the same rows a step, so that whoever starts that way gets the same training: divisors of the rows only.
     # Padded rows differ in width from batch to batch; the widest of this step stands for all.
-    per_row = max(batch.size for batch in micro_batches) / splitting.batch_size
+    per_row = max(batch.size for batch in micro_batches) / halving.batch_size
     fitting = [n for n in range(1, rows + 1) if rows % n == 0 and n * per_row <= limit]
-    choice = (
-        f"--train.batch_size {fitting[-1]} --train.accumulate {rows // fitting[-1]}" if fitting else splitting.smaller
-    )
+    same = f"--train.batch_size {fitting[-1]} --train.accumulate {rows // fitting[-1]}" if fitting else halving.smaller
     line = (
-        f"out of memory with {failed.extent} ({splitting.setup}); this step is repeated, and later ones are run, in "
-        f"micro-batches of at most {limit:,} tokens, which gives the same result. To start that way: {choice}"
+        f"out of memory with {failed.extent} ({halving.setup}); this step is repeated, and later ones are run, in "
+        f"micro-batches of at most {limit:,} tokens, which gives the same result. To start that way: {same}"
     )
-    return Split(failed.size, limit, line)
+    return Halved(failed.size, limit, line)
 
 
-def _no_way_on(failed: Batch, splitting: Splitting, text: str) -> str:
-    # A step that cannot be repeated is not cut even where it could be: its weights have begun to move.
-    why = (
-        "which cannot be split further"
-        if splitting.repeatable
-        else "and a step that updates inside backward cannot be repeated in parts"
-    )
-    ways = splitting.smaller
-    if not splitting.repeatable:
+def _no_way_on(failed: Batch, halving: Halving, text: str) -> str:
+    why, ways = "which cannot be split further", halving.smaller
+    if not halving.repeatable:  # not cut even where it could be: its weights have begun to move
+        why = "and a step that updates inside backward cannot be repeated in parts"
         ways = f"a smaller --train.batch_size, --train.optimizer_in_backward false, {ways}"
     return (
-        f"out of memory with {failed.extent} ({splitting.setup}; {text}), {why}. Options: {ways}; "
+        f"out of memory with {failed.extent} ({halving.setup}; {text}), {why}. Options: {ways}; "
         "`tunesmith plan --fit` finds what fits"
     )
 

@@ -6,7 +6,7 @@ from made_pairs import batches_of, read_back
 from reference import batch_nll, pack_batch, random_model
 from short_memory import FLOAT64, documents_of, leaves, text_batches
 from tunesmith.models.gpt2 import GPTConfig
-from tunesmith.train.splitting import split_to
+from tunesmith.train.halving import split_to
 
 
 @pytest.mark.parametrize("fill_to", [1, 64])
