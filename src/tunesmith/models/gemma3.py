@@ -221,18 +221,32 @@ def _from_hf(hf: Mapping[str, Any]) -> Gemma3Config:
     if SLIDING in order and hf.get("sliding_window", 1) is None:
         raise UserError(f"config.json holds {SLIDING} among its layer_types, but no sliding_window; state its width")
     longest = sizes.get("max_position_embeddings", Gemma3Config.max_position_embeddings)
-    by_type = hf.get("rope_parameters") or {}
-    stated = {**(by_type.get(FULL) or {}), **(hf.get("rope_scaling") or {})}
-    base, scaling = read_rotary({**hf, "rope_scaling": stated, "rope_parameters": None}, longest, "Gemma 3", 1e6)
-    local = {"rope_scaling": by_type.get(SLIDING), "rope_theta": hf.get("rope_local_base_freq", 10_000.0)}
+    return Gemma3Config(**sizes, **_rotary(hf, longest), layer_types=tuple(order))
+
+
+def _rotary(hf: Mapping[str, Any], longest: int) -> dict[str, Any]:
+    """Of the positions of both kinds of layers: in `rope_parameters` by kind, before transformers 5 under names of their own."""
+
+    def stated(source: Mapping[str, Any], name: str) -> dict[str, Any]:
+        value = source.get(name) or {}
+        if not isinstance(value, Mapping):
+            raise UserError(f"config.json holds {name} = {value!r}; expected an object with rope_type and its numbers")
+        return dict(value)
+
+    by_kind = stated(hf, "rope_parameters")
+    everywhere = {
+        "rope_scaling": stated(by_kind, FULL) | stated(hf, "rope_scaling"),
+        "rope_theta": hf.get("rope_theta", 1e6),
+    }
+    local = {"rope_scaling": stated(by_kind, SLIDING), "rope_theta": hf.get("rope_local_base_freq", 1e4)}
+    base, scaling = read_rotary(everywhere, longest, "Gemma 3")
     local_base, local_scaling = read_rotary(local, longest, "Gemma 3")
     if local_scaling is not None:
         raise UserError(
             f"config.json asks for {local['rope_scaling']!r} in layers with a window, which tunesmith's Gemma 3 does not "
             "support; their positions are plain (default)"
         )
-    sizes |= {"rope_theta": base, "rope_scaling": scaling, "rope_local_base_freq": local_base}
-    return Gemma3Config(**sizes, layer_types=tuple(order))
+    return {"rope_theta": base, "rope_scaling": scaling, "rope_local_base_freq": local_base}
 
 
 def _to_hf(config: Gemma3Config) -> dict[str, Any]:
