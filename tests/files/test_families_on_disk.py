@@ -5,7 +5,8 @@ import json
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from families import CASES, hf_config, in_transformers
 from tunesmith.data.tokenizer import Tokenizer
@@ -14,7 +15,7 @@ from tunesmith.files.adapters import save_adapter
 from tunesmith.files.names import SAMPLE, load_adapted, load_plain, shape_of
 from tunesmith.files.reward_models import load_reward_model, save_reward_model
 from tunesmith.files.weights import save_model, weights_fingerprint
-from tunesmith.models.known import config_from_hf
+from tunesmith.models.known import SIZES, config_from_hf
 from tunesmith.models.lora import apply_lora, lora_layers
 from tunesmith.models.reward_head import RewardModel
 
@@ -181,3 +182,71 @@ def test_positions_are_read_in_both_forms(case):
     config = config_from_hf(hf_config(case).to_dict())
     assert config.rope_scaling is not None
     assert config == config_from_hf(old) == config_from_hf(old | {"rope_scaling": kind})
+
+
+AS_ON_THE_HUB = {  # in the form of before transformers 5
+    "EleutherAI/pythia-70m": {
+        "model_type": "gpt_neox", "hidden_act": "gelu", "hidden_size": 512, "initializer_range": 0.02, "intermediate_size": 2048,
+        "layer_norm_eps": 1e-05, "max_position_embeddings": 2048, "num_attention_heads": 8, "num_hidden_layers": 6,
+        "rotary_emb_base": 10000, "rotary_pct": 0.25, "tie_word_embeddings": False, "use_parallel_residual": True,
+        "vocab_size": 50304,
+    },
+    "google/gemma-3-270m": {
+        "model_type": "gemma3_text", "attention_bias": False, "attention_dropout": 0.0, "attn_logit_softcapping": None,
+        "final_logit_softcapping": None, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 640,
+        "initializer_range": 0.02, "intermediate_size": 2048, "max_position_embeddings": 32768, "num_attention_heads": 4,
+        "num_hidden_layers": 18, "num_key_value_heads": 1, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06,
+        "rope_local_base_freq": 10000.0, "rope_scaling": None, "rope_theta": 1000000.0, "sliding_window": 512,
+        "use_bidirectional_attention": False, "vocab_size": 262144,
+        "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3,
+    },
+    "google/gemma-3-1b-pt": {
+        "model_type": "gemma3_text", "attention_bias": False, "attention_dropout": 0.0, "attn_logit_softcapping": None,
+        "final_logit_softcapping": None, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152,
+        "intermediate_size": 6912, "max_position_embeddings": 32768, "num_attention_heads": 4, "num_hidden_layers": 26,
+        "num_key_value_heads": 1, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000,
+        "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 512, "sliding_window_pattern": 6, "vocab_size": 262144,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AS_ON_THE_HUB)
+def test_a_published_shape_is_the_one_on_the_hub_as_transformers_reads_it(name):
+    hf = AS_ON_THE_HUB[name]
+    assert config_from_hf(hf) == SIZES[name] == config_from_hf(AutoConfig.for_model(**hf).to_dict())
+    assert config_from_hf({"model_type": hf["model_type"]}) == config_from_hf(
+        AutoConfig.for_model(hf["model_type"]).to_dict()
+    ), "what config.json leaves out"
+
+
+def test_positions_of_both_kinds_of_layers_are_read_in_both_forms():
+    new = hf_config("gemma3_text wide").to_dict()
+    stated = new.pop("rope_parameters")
+    scaling = dict(stated["full_attention"])
+    old = new | {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling, "rope_local_base_freq": 100.0}
+    config = config_from_hf(hf_config("gemma3_text wide").to_dict())
+    assert (config.rope_theta, config.rope_local_base_freq) == (50_000.0, 100.0)
+    assert config == config_from_hf(old) == config_from_hf(AutoConfig.for_model(**old).to_dict())
+
+
+@pytest.mark.parametrize("saved", [None, ["lm_head"]], ids=["low rank", "whole"])
+@pytest.mark.parametrize("case", ["gpt_neox"])
+def test_an_adapter_on_a_head_of_another_name_in_files(theirs, directory, tmp_path, saved):
+    """transformers loads and saves GPT-NeoX's head as `embed_out` and has it as `lm_head`, which is what PEFT sees."""
+    assert "embed_out.weight" in load_file(directory / "model.safetensors")
+    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["dense", "lm_head"][: 1 if saved else 2], modules_to_save=saved,
+                             task_type="CAUSAL_LM", init_lora_weights=False)  # fmt: skip
+    adapted = peft.get_peft_model(theirs, config)
+    adapted.peft_config["default"].base_model_name_or_path = str(directory)
+    if saved:
+        torch.nn.init.normal_(adapted.base_model.model.lm_head.modules_to_save["default"].weight)
+    right = their_logits(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    model = load_adapted(tmp_path / "adapter")
+    torch.testing.assert_close(logits(model), right, **CLOSE)
+    if not saved:
+        save_adapter(model, tmp_path / "again", base=str(directory), fingerprint="")
+        base = AutoModelForCausalLM.from_pretrained(directory)
+        torch.testing.assert_close(
+            their_logits(peft.PeftModel.from_pretrained(base, tmp_path / "again")), right, **CLOSE
+        )

@@ -66,6 +66,13 @@ def test_parameters_of_the_published_sizes():
         "Qwen/Qwen2.5-1.5B": 1_543_714_304,
         "Qwen/Qwen3-0.6B": 596_049_920,
         "Qwen/Qwen3-1.7B": 1_720_574_976,
+        "EleutherAI/pythia-70m": 70_426_624,
+        "EleutherAI/pythia-160m": 162_322_944,
+        "EleutherAI/pythia-410m": 405_334_016,
+        "EleutherAI/pythia-1b": 1_011_781_632,
+        "EleutherAI/pythia-1.4b": 1_414_647_808,
+        "google/gemma-3-270m": 268_098_176,
+        "google/gemma-3-1b-pt": 999_885_952,
     }
     medium = SIZES["gpt2-medium"]
     assert [count_adapters(medium, r, adapted("all-linear")) for r in (1, 8)] == [393_216, 3_145_728]
