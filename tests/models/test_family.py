@@ -66,7 +66,7 @@ def test_dpo_trains_it(directory, tmp_path):
     assert ts.load(str(run.path), device="cpu")[0].config.family.name == "llama"
 
 
-@pytest.mark.parametrize("case", ["llama biases", "qwen3"])
+@pytest.mark.parametrize("case", ["llama biases", "qwen3", "gpt_neox", "gemma3_text"])
 def test_compiled_blocks_compute_the_same_and_are_compiled_once(case):
     theirs, versions = in_transformers(case), CompileCounter()
     plain, compiled = (here(theirs).train() for _ in range(2))
@@ -121,7 +121,9 @@ def test_new_weights_are_drawn_with_the_spread_that_the_shape_names():
             assert p.std().item() == pytest.approx(0.05, rel=0.1), name
 
 
-SMOL = SIZES["HuggingFaceTB/SmolLM2-135M"]
+SMOL, GEMMA, PYTHIA = (
+    SIZES[name] for name in ("HuggingFaceTB/SmolLM2-135M", "google/gemma-3-270m", "EleutherAI/pythia-70m")
+)
 
 
 @pytest.mark.parametrize(
@@ -132,11 +134,13 @@ SMOL = SIZES["HuggingFaceTB/SmolLM2-135M"]
         (SMOL, {"width": 64, "heads": 4}, {"intermediate_size": 176, "num_key_value_heads": 1, "head_dim": 16}),
         (SIZES["Qwen/Qwen3-0.6B"], {"width": 64, "heads": 4}, {"head_dim": 128, "num_key_value_heads": 4}),
         (LlamaConfig(), {"heads": 16}, {"num_key_value_heads": 16, "head_dim": 256}),
+        (GEMMA, {"depth": 7, "heads": 6}, {"layer_types": (*GEMMA.layer_types[:6], "sliding_attention"), "head_dim": 256}),
+        (PYTHIA, {"width": 64, "heads": 4}, {"intermediate_size": 256, "head_width": 16, "rotary_width": 4}),
     ],
 )
 def test_what_follows_from_a_size_follows_it(base, changes, expected):
     shape = base.resized(**changes)
     assert {name: getattr(shape, name) for name in expected} == expected
-    with pytest.raises(UserError, match=f"not a {base.title} shape: num_hidden_layers = 0; .*dropout = 1"):
+    with pytest.raises(UserError, match=f"not a {base.family.title} shape: num_hidden_layers = 0; .*dropout = 1"):
         base.resized(depth=0, dropout=1)
-    assert dataclasses.replace(base.resized(depth=1, dropout=0.1), num_hidden_layers=base.depth, dropout=0.0) == base
+    assert base.resized(depth=1, dropout=0.1).resized(depth=base.depth, dropout=0.0) == base

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -79,10 +79,9 @@ class Gemma3Config(LlamaConfig):
         """How queries and keys turn in layers with a window."""
         return Rotary(self.head_width, self.rope_local_base_freq)
 
-    def resized(self, *, depth: int | None = None, **sizes: Any) -> Self:
-        """As Llama's; a new depth has the published order of layers."""
-        shape = self if depth is None else replace(self, num_hidden_layers=depth, layer_types=())
-        return LlamaConfig.resized(shape, **sizes)
+    def _sizes(self, depth: int | None, *others: Any) -> dict[str, Any]:
+        """A new depth has the published order of layers."""
+        return super()._sizes(depth, *others) | ({} if depth is None else {"layer_types": ()})
 
 
 def _every(pattern: int, depth: int) -> tuple[str, ...]:

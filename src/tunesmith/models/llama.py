@@ -142,6 +142,12 @@ class LlamaConfig:
 
         A new width keeps the MLP's share of it, in multiples of 8; new heads share keys as far as their number allows.
         """
+        return replace(self, **self._sizes(depth, heads, width, longest, dropout))
+
+    def _sizes(
+        self, depth: int | None, heads: int | None, width: int | None, longest: int | None, dropout: float | None
+    ) -> dict[str, Any]:
+        """What `resized` changes."""
         values: dict[str, Any] = {"num_hidden_layers": depth, "max_position_embeddings": longest, "dropout": dropout}
         if width is not None:
             values |= {
@@ -154,7 +160,7 @@ class LlamaConfig:
         given = {name: value for name, value in values.items() if value is not None}
         if self.head_width * self.heads == self.width:
             given["head_dim"] = None
-        return replace(self, **given)
+        return given
 
 
 class Attention(nn.Module):
