@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention import varlen
 
 import tunesmith as ts
+from families import here, in_transformers, random_ids
 from reference import random_model
 from tiny_runs import tiny_config
 from tunesmith.data.datasets import open_dataset
@@ -18,6 +19,7 @@ from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.data.tokenstore import tokenise
 from tunesmith.files.names import SAMPLE, load_for_training
 from tunesmith.models import attention as module
+from tunesmith.models.attention import Documents
 from tunesmith.models.gpt2 import GPT, GPTConfig
 from tunesmith.models.lora import apply_lora
 from tunesmith.options.training import DataOptions, PairDataOptions
@@ -184,3 +186,20 @@ def test_blocks_are_compiled_where_that_is_asked_for_and_on_a_cpu_not_by_itself(
     monkeypatch.setattr(GPT, "compile_blocks", lambda self, **_options: calls.append(self))
     ts.sft(tiny_config(tiny_directory, tmp_path / "run", train__steps=1, train__compile=asked))
     assert len(calls) == times
+
+
+@pytest.mark.parametrize("case", ["qwen3 biases", "gpt_neox", "gemma3_text untied"])
+def test_blocks_of_every_family_are_compiled_whole(as_on_a_card, case):
+    """fullgraph: a graph break would be an error. Kinds of layers differ in code: windows and none."""
+    model, plain = here(in_transformers(case)).train(), here(in_transformers(case)).train()
+    model.compile_blocks(backend="eager", fullgraph=True)
+    RAN.clear()
+    for lengths in ([[25, 15], [40]], [[7, 33], [20, 20]]):
+        documents, states = Documents.from_rows(lengths), []
+        for one in (model, plain):
+            with torch.autocast("cpu", torch.bfloat16):
+                states.append(one(random_ids(2, 40), documents, rows=torch.arange(0, 80, 3)))
+            states[-1].square().sum().backward()
+        torch.testing.assert_close(*states, rtol=0.05, atol=0.05)
+    assert set(RAN) == {torch.bfloat16}
+    assert as_on_a_card() <= 2 * len(model.blocks)

@@ -134,7 +134,11 @@ SMOL, GEMMA, PYTHIA = (
         (SMOL, {"width": 64, "heads": 4}, {"intermediate_size": 176, "num_key_value_heads": 1, "head_dim": 16}),
         (SIZES["Qwen/Qwen3-0.6B"], {"width": 64, "heads": 4}, {"head_dim": 128, "num_key_value_heads": 4}),
         (LlamaConfig(), {"heads": 16}, {"num_key_value_heads": 16, "head_dim": 256}),
-        (GEMMA, {"depth": 7, "heads": 6}, {"layer_types": (*GEMMA.layer_types[:6], "sliding_attention"), "head_dim": 256}),
+        (
+            GEMMA,
+            {"depth": 7, "heads": 6},
+            {"layer_types": (*GEMMA.layer_types[:6], "sliding_attention"), "head_dim": 256},
+        ),
         (PYTHIA, {"width": 64, "heads": 4}, {"intermediate_size": 256, "head_width": 16, "rotary_width": 4}),
     ],
 )
