@@ -27,6 +27,8 @@ KINDS = [kind for kind in made.CONFIGS if kind.partition(",")[0] in FAMILIES]
 THEIRS_TOO = ("llama", "qwen2", "qwen3", "gemma3_text", "gpt2")  # architectures that transformers reads from GGUF
 IDS = torch.randint(0, 257, (2, 24), generator=torch.Generator().manual_seed(0))
 TYPES = gguf.GGMLQuantizationType
+TEMPLATE = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|endoftext|>' }}{% endfor %}"
+TEMPLATE += "{% if add_generation_prompt %}assistant: {% endif %}"
 pytestmark = pytest.mark.filterwarnings("ignore::tunesmith.errors.Note")
 
 
@@ -98,7 +100,7 @@ def test_kinds_that_only_llama_cpp_writes_are_read_as_transformers_reads_them(ty
 
 
 def test_tokens_template_and_ends_come_from_the_file(tmp_path):
-    tokenizer = made.byte_tokens() | {"tokenizer.chat_template": "{{ messages }}", "tokenizer.ggml.eot_token_id": 1}
+    tokenizer = made.byte_tokens() | {"tokenizer.chat_template": TEMPLATE, "tokenizer.ggml.eot_token_id": 1}
     file = made.write_model(tmp_path / "model.gguf", made.model_of("gpt2"), tokenizer=tokenizer)
     model, own = ts.load(str(file), device="cpu")
     assert model.config.vocab_size == 300
@@ -106,7 +108,7 @@ def test_tokens_template_and_ends_come_from_the_file(tmp_path):
     assert own.stops >= {0, 1}
     assert own.encode("the hello") == [ord("t") - 33 + 2, 258, 222, 258, 259, ord("o") - 33 + 2]
     read = transformers.AutoTokenizer.from_pretrained(find_model(str(file)))
-    assert read.chat_template == "{{ messages }}"
+    assert read.chat_template == TEMPLATE
     assert read("the hello<|endoftext|>").input_ids == [*own.encode("the hello"), 0]
 
 

@@ -70,6 +70,10 @@ class SpecialTokens:
         there = {role: text for role, text in self.implied.items() if vocabulary(text) is not None}
         return dataclasses.replace(self, roles=there | self.roles, implied={})
 
+    def ending_as(self, directory: Path) -> SpecialTokens:
+        """The same tokens with the ends of an answer of the model there. Raises: as `ends_of_answers`."""
+        return dataclasses.replace(self, ends=ends_of_answers(directory))
+
     @property
     def is_gpt2s(self) -> bool:
         """Whether transformers takes GPT-2's own tokenizer class."""
@@ -134,11 +138,6 @@ def ends_of_answers(directory: Path) -> tuple[int, ...]:
                 raise UserError(f"{file}: eos_token_id is {ends!r}, expected a token's number or a list of them")
             return tuple(end for end in listed if end >= 0)
     return ()
-
-
-def with_ends(tokens: SpecialTokens, ends: tuple[int, ...]) -> SpecialTokens:
-    """The same tokens with other ends of an answer."""
-    return dataclasses.replace(tokens, ends=ends)
 
 
 def generation_settings(ends: list[int], pad: int, begin: int) -> dict[str, Any]:

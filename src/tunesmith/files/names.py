@@ -13,7 +13,6 @@ from typing import TypeVar
 import torch
 
 from tunesmith.data.chosen_template import AUTO, chat_template, load_tokenizer_in, with_template_asked_for
-from tunesmith.data.special_tokens import ends_of_answers, with_ends
 from tunesmith.data.tokenizer import Tokenizer
 from tunesmith.device import resolve_device
 from tunesmith.errors import UsageError, UserError, note, path_meant
@@ -315,8 +314,7 @@ def _tokenizer_in(directory: Path) -> Tokenizer:
         return _tokenizer_in(_base_directory(directory, read_adapter(directory)))
     tokenizer = load_tokenizer_in(directory)
     if not (directory / "generation_config.json").exists():
-        base = _base_directory(directory, read_adapter(directory))
-        tokenizer.special = with_ends(tokenizer.special, ends_of_answers(base))
+        tokenizer.special = tokenizer.special.ending_as(_base_directory(directory, read_adapter(directory)))
     return tokenizer
 
 
