@@ -10,8 +10,8 @@ import contextlib
 import importlib.util
 import os
 import re
+import secrets
 import shutil
-import tempfile
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -104,11 +104,11 @@ def _directory_of(file: Path) -> Path:
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(directory.parent)
-        aside = Path(tempfile.mkdtemp(dir=directory.parent, prefix=".writing-"))
+        aside = directory.parent / f".writing-{os.getpid()}-{secrets.token_hex(4)}"
         try:
+            aside.mkdir()  # not mkdtemp, whose directories are private: a cache may be shared
             convert(file, aside)
             _write_record(aside, file)
-            aside.chmod(0o755)  # mkdtemp's are private, a cache may be shared
             if not _is_whole(directory):  # else another process was faster: what it made may be in use
                 shutil.rmtree(directory, ignore_errors=True)
                 with contextlib.suppress(OSError):  # another process has put its own there in this moment
