@@ -21,6 +21,7 @@ from tunesmith.errors import Note, UserError
 from tunesmith.files import converted
 from tunesmith.files.names import find_model, load_plain
 from tunesmith.files.run import Run
+from tunesmith.jsontext import read_json
 from tunesmith.models.known import FAMILIES
 
 KINDS = [kind for kind in made.CONFIGS if kind.partition(",")[0] in FAMILIES]
@@ -349,7 +350,10 @@ def test_an_adapter_on_a_gguf_file_opens_in_peft_and_here_and_resumes(small, tmp
 
 def test_an_adapter_finds_its_base_in_another_cache(small, own_cache, tmp_path, monkeypatch):
     options = {"lora__rank": 4, "data__block_size": 64, "data__max_rows": 40, "train__steps": 3}
-    ts.sft(tiny_config(small, tmp_path / "run", **options))
+    monkeypatch.chdir(tmp_path)
+    run = ts.sft(tiny_config(small, tmp_path / "run", **options))
+    recorded = read_json(run.best_checkpoint() / "adapter_config.json")["base_model_name_or_path"]
+    assert recorded == str(find_model(str(small)).resolve())  # a cache stays where it is, wherever PEFT is started
     before = ours(tmp_path / "run")
     shutil.move(tmp_path / "cache", tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"Name its directory with --model.base"):

@@ -138,7 +138,9 @@ def lasting_name(name: str) -> str:
     """A MODEL's name that still means the same model later: the name on the hub, or a directory's path (`lasting_path`)."""
     if name == "sample" or name in SIZES:
         return name
-    here = Path(name).expanduser().exists() or "@" in name or name == SMOLLM2
+    if (converted := converted_directory(name)) is not None:
+        return str(converted.resolve())  # a cache does not move together with what uses it
+    here = Path(name).expanduser().exists() or "@" in name
     return lasting_path(find_model(name)) if here else name
 
 
