@@ -68,10 +68,10 @@ PAGES = {
             "model.n_head",
             "model.n_embd",
             "model.block_size",
-            "tokenizer.name",
             *TRAINING[:1],
             *TRAINING[2:],
             "out",
+            "resume",
         ),
     ),
     "sft": Page(
