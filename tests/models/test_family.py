@@ -1,6 +1,5 @@
 """A family goes the whole way: trained in full, with adapters that PEFT reads, by preferences; here with a small Llama."""
 
-import dataclasses
 
 import peft
 import pytest
