@@ -17,12 +17,12 @@ from tunesmith.models.qwen3 import QWEN3
 
 _ALL = (
     GPT2,
+    GPT_NEOX,
+    GEMMA3,
     LLAMA,
     MISTRAL,
     QWEN2,
     QWEN3,
-    GPT_NEOX,
-    GEMMA3,
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}
 """Hugging Face's `model_type` -> the family."""
