@@ -30,13 +30,19 @@ def joined(lengths, parents):
     return [(own[p] if p >= 0 else []) + mine for p, mine in zip(parents, own, strict=True)], [len(o) for o in own]
 
 
-def one_by_one(q, k, v, lengths, parents):
-    """Torch's plain causal attention over every joined text, of which the stretch's own outputs are kept."""
+def one_by_one(q, k, v, lengths, parents, window=None):
+    """Torch's plain causal attention over every joined text, of which the stretch's own outputs are kept.
+
+    window: tokens that a token sees, itself included.
+    """
     q, k, v = (z.flatten(0, 1) for z in (q, k, v))
     parts = []
     for text, own in zip(*joined(lengths, parents), strict=True):
         texts = (z[text].transpose(0, 1) for z in (q, k, v))  # each (H, n, D)
-        parts.append(F.scaled_dot_product_attention(*texts, is_causal=True).transpose(0, 1)[-own:])
+        seen = (
+            torch.ones(len(text), len(text), dtype=torch.bool, device=q.device).tril().triu(1 - (window or len(text)))
+        )
+        parts.append(F.scaled_dot_product_attention(*texts, seen).transpose(0, 1)[-own:])
     return torch.cat(parts)
 
 

@@ -54,8 +54,9 @@ def halves():
     return [t for t in HALF if attention_path(has_flash_kernel(CUDA), t, 32) == "varlen"]
 
 
+@pytest.mark.parametrize("window", [None, 37])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_the_variable_length_kernel_gives_what_torch_gives_for_each_joined_text(dtype):
+def test_the_variable_length_kernel_gives_what_torch_gives_for_each_joined_text(dtype, window):
     """With stretches that continue others, and the empty ones at the end of the borders; forward and backward."""
     if dtype not in halves():
         pytest.skip(f"this card has no flash kernel for {dtype}")
@@ -67,21 +68,23 @@ def test_the_variable_length_kernel_gives_what_torch_gives_for_each_joined_text(
     for kind in (dtype, torch.float32):
         inputs = [z.detach().to(kind).requires_grad_() for z in (q, k, v)]
         y = (
-            attend_documents(*inputs, documents).flatten(0, 1)
+            attend_documents(*inputs, documents, window=window).flatten(0, 1)
             if kind is dtype
-            else one_by_one(*inputs, lengths, parents)
+            else one_by_one(*inputs, lengths, parents, window)
         )
         found.append([y, *torch.autograd.grad((y * weight.to(kind).flatten(0, 1)).sum(), inputs)])
     for ours, exact in zip(*found, strict=True):
         torch.testing.assert_close(ours.float(), exact, rtol=NEAR[dtype], atol=NEAR[dtype])
 
 
-def test_stretch_by_stretch_attention_is_exact_on_the_card_too():
+@pytest.mark.parametrize("window", [None, 3])
+def test_stretch_by_stretch_attention_is_exact_on_the_card_too(window):
     rows = [[(5, 3, 4), (2, 1, 5)], [(6,), (1, 7, 2)], [(20,)]]
     lengths, parents = laid_out(rows)
     documents = Documents.from_rows(lengths, CUDA, parents)
-    on_card = gradients(lambda *z: attend_documents(*(t.to(CUDA) for t in z), documents).cpu(), rows)
-    for ours, theirs in zip(on_card, gradients(lambda *z: one_by_one(*z, lengths, parents), rows), strict=True):
+    on_card = gradients(lambda *z: attend_documents(*(t.to(CUDA) for t in z), documents, window=window).cpu(), rows)
+    right = gradients(lambda *z: one_by_one(*z, lengths, parents, window), rows)
+    for ours, theirs in zip(on_card, right, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 

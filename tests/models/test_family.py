@@ -1,6 +1,5 @@
 """A family goes the whole way: trained in full, with adapters that PEFT reads, by preferences; here with a small Llama."""
 
-
 import peft
 import pytest
 import torch
@@ -27,11 +26,16 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 @pytest.fixture
-def directory(tmp_path):
+def case():
+    return "llama tied"
+
+
+@pytest.fixture
+def directory(case, tmp_path):
     tokenizer = Tokenizer.load(SAMPLE)
-    theirs = in_transformers("llama tied", vocab_size=tokenizer.vocab_size, max_position_embeddings=256)
-    save_model(here(theirs), tokenizer, tmp_path / "llama")
-    return tmp_path / "llama"
+    theirs = in_transformers(case, vocab_size=tokenizer.vocab_size, max_position_embeddings=256)
+    save_model(here(theirs), tokenizer, tmp_path / "model")
+    return tmp_path / "model"
 
 
 def logits(model):
@@ -44,6 +48,7 @@ def their_logits(model):
         return model.eval()(IDS).logits
 
 
+@pytest.mark.parametrize("case", ["llama tied", "gpt_neox", "gemma3_text"])
 def test_it_is_trained_in_full_and_with_adapters_that_peft_reads(directory, tmp_path):
     full = ts.sft(tiny_config(directory, tmp_path / "full", train__steps=4, checkpoint__every=4, eval__every=4))
     losses = [line["validation_loss"] for line in full.metrics("eval")]

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import varlen
 
-from stretches import HEADS, WIDTH, gradients, joined, laid_out
+from stretches import HEADS, WIDTH, gradients, laid_out, one_by_one
 from taped import Tape
 from tunesmith.generation import engine, token_graph
 from tunesmith.models import attention as module
@@ -28,15 +28,6 @@ def scores_of(q, k, window):
     at, key = torch.arange(len(k) - len(q), len(k))[:, None], torch.arange(len(k))
     seen = (key <= at) & (key > at - window)
     return (torch.einsum("qhd,khd->hqk", q, k) / WIDTH**0.5).masked_fill(~seen, -torch.inf)
-
-
-def one_by_one(q, k, v, lengths, parents, window):
-    q, k, v = (z.flatten(0, 1) for z in (q, k, v))
-    parts = []
-    for text, own in zip(*joined(lengths, parents), strict=True):
-        weights = scores_of(q[text[-own:]], k[text], window).softmax(2)
-        parts.append(torch.einsum("hqk,khd->qhd", weights, v[text]))
-    return torch.cat(parts)
 
 
 def kernel(q, k, v, cu, cu_keys, longest, longest_keys, *, window_size):
