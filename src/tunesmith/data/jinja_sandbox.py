@@ -29,8 +29,8 @@ MOST_STEPS = 1_000_000
 MOST_CHARACTERS = 10_000_000
 """Length that no text or list of a rendering may exceed, beyond what the messages themselves hold."""
 
-SEARCHES = ("startswith", "endswith", "split", "rsplit", "partition", "rpartition", "replace", "find", "rfind", "index",
-            "count", "removeprefix", "removesuffix")  # fmt: skip
+_SEARCH = re.compile("(starts|ends)with|r?(split|partition|find|index)|replace|count|remove(prefix|suffix)")
+"""Methods of a text whose arguments are looked for in it."""
 SHORTEST_MARK = 3
 
 
@@ -210,7 +210,7 @@ def _marks(tree: nodes.Template) -> Iterator[str]:
         ):
             yield from _texts(sides)
     for call in tree.find_all(nodes.Call):
-        if isinstance(call.node, nodes.Getattr) and call.node.attr in SEARCHES:
+        if isinstance(call.node, nodes.Getattr) and _SEARCH.fullmatch(call.node.attr):
             yield from _texts(call.args)
     for used in tree.find_all(nodes.Filter):
         if used.name == "replace":

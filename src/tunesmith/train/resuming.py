@@ -14,7 +14,6 @@ from typing import Any
 
 import yaml
 
-from tunesmith.data.hh_template import HH
 from tunesmith.errors import UsageError, UserError
 from tunesmith.files.places import PLACES
 from tunesmith.files.run import DRAWS, Run, check_command
@@ -253,7 +252,7 @@ def input_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Cha
     if before.get("tokenizer") != now["tokenizer"]:
         words = "the model's tokenizer is not the one that this run began with"
         changes.append(Change("tokenizer", before.get("tokenizer"), now["tokenizer"], words))
-    if (old := before.get("template", HH.name)) != now["template"]:
+    if (old := before.get("template", "hh")) != now["template"]:
         words = f"the chat template was {old}, now {now['template']}"
         changes.append(Change("chat template", old, now["template"], words))
     return changes
