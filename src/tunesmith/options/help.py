@@ -136,6 +136,7 @@ PAGES = {
         ("tunesmith chat sample", "tunesmith chat runs/NAME"),
         (
             "system",
+            "chat.template",
             "generate.temperature",
             "generate.top_p",
             "generate.top_k",
