@@ -1,10 +1,17 @@
 """Any chat_template as a template of ours: its tokens are transformers', its mask is derived, and a bad one is one clear line."""
 
+import functools
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import AddedToken
 
+from public_templates import PUBLIC, ours_of, theirs_of
 from tunesmith.data.dialogue import BadRow, Message
+from tunesmith.data.encoding import IGNORE_INDEX, encode_rows, targets_of
 from tunesmith.data.jinja_template import from_jinja
+from tunesmith.data.prompts import encode_answered, encode_prompt
 from tunesmith.errors import UserError
 
 CHATML = (
@@ -72,3 +79,58 @@ def test_a_template_that_cannot_be_used_is_one_clear_line(text, said):
     with pytest.raises(UserError, match=said) as raised:
         from_jinja(text, SPECIAL, VARIABLES)
     assert "\n" not in str(raised.value)
+
+
+# ---- laws, whatever is said ----------------------------------------------------------------------------------------------
+
+LAWS = ("chatml", "llama3", "gemma2", "zephyr", "qwen3", "olmo2", "mistral03", "smollm3")
+ours, theirs = (functools.cache(lambda name, of=of: of(PUBLIC[name])) for of in (ours_of, theirs_of))
+
+
+def sayings(name):
+    """Words, among them such as spell the template's own tokens and marks."""
+    public = PUBLIC[name]
+    odd = [
+        public.ends,
+        public.bos,
+        *public.special,
+        *public.plain,
+        "</think>",
+        "<think>x</think> y",
+        "[/INST]",
+        "{{ x }}",
+        "\U00100000",
+    ]
+    return st.sampled_from([*filter(None, odd), "a\n\nb", " a", "a ", "\n", "say <|im_end|> now"]) | st.text(
+        "ab <|>\n", min_size=1, max_size=8
+    )
+
+
+@pytest.mark.parametrize("name", LAWS)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_whatever_is_said_the_text_is_transformers_and_special_tokens_are_the_templates(name, data):
+    tokenizer, their, said = ours(name), theirs(name), sayings(name)
+    turns = [Message(("user", "assistant")[i % 2], data.draw(said)) for i in range(2 * data.draw(st.integers(1, 3)))]
+    messages = [{"role": m.role, "content": m.content} for m in turns]
+    row, refused = [], ""
+    try:
+        row = tokenizer.template.segments(turns, False)
+    except BadRow as error:
+        refused = str(error)
+    if refused:
+        assert "leaves out" in refused or "changes the text of a turn" in refused
+        return
+    assert "".join(s.text for s in row) == their.apply_chat_template(messages, tokenize=False)
+    plain = [Message(m.role, "x" if m.content.strip() else m.content) for m in turns]
+    assert [s.text for s in row if s.special] == [
+        s.text for s in tokenizer.template.segments(plain, False) if s.special
+    ]
+    ids, flags, _ = encode_rows([tokenizer.begun(row, plain=False)], tokenizer)
+    targets = targets_of(ids, flags, tokenizer.end_of_text)
+    assert (targets != IGNORE_INDEX).any() or tokenizer.template.refusal(turns)
+    if not tokenizer.template.refusal(turns):
+        before, words = encode_answered(tokenizer, turns[:-1], turns[-1].content)
+        assert before == encode_prompt(tokenizer, turns[:-1]) == ids[: len(before)].tolist()
+        assert [*words, tokenizer.end_of_answer] == targets[len(before) - 1 :][: len(words) + 1].tolist()
+        assert (targets[len(before) + len(words) :] == IGNORE_INDEX).all(), "what follows the end is context"
