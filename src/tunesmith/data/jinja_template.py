@@ -149,10 +149,9 @@ class Renderer:
         way_out = "choose a template with --chat.template"
         try:
             asked, plain = (self._render((question,), follows) for follows in (True, False))
+            self.segments([Message("user", "Why?")], True)  # real words too: it may change what it is given
         except BadRow as reason:
             raise UserError(f"{reason}: it does not render a single question; {way_out}") from None
-        if question[1] not in asked:
-            raise UserError(f"{self.where} leaves out what the user says; {way_out}")
         try:
             before, found, after = self._render((question, answer), False).partition(answer[1])
         except BadRow:
