@@ -32,8 +32,8 @@ def convert(file: Path, directory: Path) -> None:
     Costs the model in float32 in memory, and as much on disk.
     Raises: UserError in one line if the file is cut, damaged, or holds what is not computed here; OSError from writing.
     """
-    reader = _opened(file)
-    header = _header(reader, file)
+    reader, values = _opened(file)
+    header = _header(reader, values, file)
     hf = config_of(header, tuple(FAMILIES))
     try:
         config = config_from_hf(hf)
@@ -61,8 +61,8 @@ def _package() -> ModuleType:
         ) from None
 
 
-def _opened(file: Path) -> Any:
-    """The package's reader of a file. Raises: UserError if it is no whole GGUF file."""
+def _opened(file: Path) -> tuple[Any, dict[str, Any]]:
+    """The package's reader of a file, and the file's metadata. Raises: UserError if it is no whole GGUF file."""
     gguf = _package()
     try:
         with file.open("rb") as opened:
@@ -72,7 +72,8 @@ def _opened(file: Path) -> Any:
     if begins != MAGIC:
         raise UserError(f"{file} is not a GGUF file: it begins with {begins!r}, not {MAGIC!r}; download it again")
     try:
-        return gguf.GGUFReader(file)
+        reader = gguf.GGUFReader(file)
+        return reader, {name: _value(field) for name, field in reader.fields.items()}
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
         size, reason = file.stat().st_size, str(error).strip().splitlines()[0][:120]
         raise UserError(
@@ -81,8 +82,7 @@ def _opened(file: Path) -> Any:
         ) from None
 
 
-def _header(reader: Any, file: Path) -> Header:
-    values = {name: _value(field) for name, field in reader.fields.items()}
+def _header(reader: Any, values: dict[str, Any], file: Path) -> Header:
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if (parts := values.get("split.count", 1)) > 1:
         raise UserError(
