@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from reference import in_transformers, random_model
 from stretches import HEADS, WIDTH, gradients, joined, laid_out, one_by_one, variable_length_kernel
 from tunesmith.errors import UserError
-from tunesmith.models.attention import Documents, attend_documents
+from tunesmith.models.attention import Documents, attend_documents, attend_rows
 from tunesmith.models.gpt2 import GPTConfig
 
 FLOAT64 = 1e-12
@@ -179,3 +179,19 @@ def test_a_parent_that_would_be_read_wrongly_is_refused(rows, parents):
 def test_parents_must_be_given_for_every_stretch(parents):
     with pytest.raises(ValueError):  # noqa: PT011 (whoever notices first)
         Documents.from_rows([[2, 3, 1]], parents=parents)
+
+
+@pytest.mark.parametrize("shared", [2, 4])
+@pytest.mark.parametrize("parents", [(), (-1, 0, 0, -1, -1)], ids=["texts", "answers"])
+def test_heads_that_share_keys_attend_as_if_each_had_a_copy(parents, shared):
+    documents = Documents.from_rows([[9, 6, 5], [12, 8]], parents=parents)
+    q, few_k, few_v = (
+        torch.randn(2, 20, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 4 // shared, 4 // shared)
+    )
+    k, v = (z.repeat_interleave(shared, 2) for z in (few_k, few_v))
+    weight = torch.randn(2, 20, 4, 8, dtype=torch.float64)
+    for attend in (lambda *z: attend_documents(*z, documents), attend_rows):
+        ours, right = attend(q, few_k, few_v), attend(q, k, v)
+        assert_equal([ours], [right])
+        grads = [torch.autograd.grad(y, (q, few_k, few_v), weight, retain_graph=True) for y in (ours, right)]
+        assert_equal(*grads)
