@@ -42,6 +42,7 @@ def read_by_transformers(file):
     return transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
+@pytest.mark.long
 @needs_file
 def test_logits_are_those_of_transformers_own_reading(directory, file, read_by_transformers):
     """Every weight equal to the bit; transformers reads our directory to the same model too."""
