@@ -159,6 +159,20 @@ def test_a_resumed_run_keeps_its_form(tiny_directory, tmp_path):
     assert ts.sft(tiny_config(tiny_directory, run.path, **longer)).status["step"] == 2  # auto: what it began with
 
 
+def test_a_run_finds_the_file_of_its_form_where_both_were_moved(tiny_directory, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    (first / "plain.jinja").write_text(PLAIN)
+    options = {**QUICK, "optimizer__schedule": "constant"}
+    ts.sft(tiny_config(tiny_directory, first / "r", **options, chat__template=str(first / "plain.jinja")))
+    first.rename(second)
+    run = ts.sft(tiny_config(tiny_directory, second / "r", **{**options, "resume": True, "train__steps": 2}))
+    assert run.status["step"] == 2
+    (second / "plain.jinja").unlink()
+    with pytest.raises(UserError, match=r"plain\.jinja.*, which the run began with, is not there"):
+        ts.sft(tiny_config(tiny_directory, second / "r", **{**options, "resume": True, "train__steps": 3}))
+
+
 def stored(path, rows, template, form="dialogues"):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = Tokenizer.load(SAMPLE)

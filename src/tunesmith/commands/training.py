@@ -102,7 +102,7 @@ def _begin(config: Any, method: Method) -> Iterator[tuple[Any, Path]]:
     with STOP.catching(), run_directory(config.out, default, config.resume) as path:
         seed_everything(config.train.seed)
         if config.resume:
-            config = as_begun(as_they_lie(config, Run(path)), Run(path).config)
+            config = as_they_lie(as_begun(config, Run(path).config), Run(path))
         base, template = (None, AUTO) if method.new_model else (config.model.base, config.chat.template)
         with base_at(base), chat_template(template):
             yield config, path

@@ -62,7 +62,12 @@ def places_named(config: Any, path: Path, without: Collection[str] = ()) -> dict
 def _named(config: Any) -> Iterator[tuple[str, str]]:
     """The options that name a place: dotted name and value."""
     for option in marked_options(config):
-        if isinstance(option.value, str) and (option.mark == "content" or option.name in BY_NAME):
+        if not isinstance(option.value, str):
+            continue
+        is_file = option.name == "chat.template" and option.value.endswith(
+            ".jinja"
+        )  # its content is compared by its hash
+        if option.mark == "content" or option.name in BY_NAME or is_file:
             yield option.name, option.value
 
 
