@@ -1,5 +1,7 @@
 """Public models' chat templates: what is said of them in `public_templates`, checked with transformers alone."""
 
+from pathlib import Path
+
 import pytest
 
 from public_templates import PUBLIC, theirs_of
@@ -49,6 +51,20 @@ def test_two_questions_in_a_row(name):
             rendered(theirs, [TALK[0], TALK[2]], True)
     else:
         assert "More" in rendered(theirs, [TALK[0], TALK[2]], True)
+
+
+def test_the_table_in_the_docs_lists_them_with_what_becomes_of_their_turns():
+    page = (Path(__file__).parents[2] / "docs" / "templates.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")][1:]
+    listed = {
+        model.removesuffix(" (ChatML)"): (learns, system.split(":")[0], twice) for model, learns, system, twice in rows
+    }
+    kept = {False: "kept", True: "refused"}
+    facts = {
+        p.model: (p.learns, p.system.replace("moved", "moved to the last question"), kept[p.alternates])
+        for p in PUBLIC.values()
+    }
+    assert listed == facts
 
 
 def test_there_are_two_hundred_real_dialogues_of_many_turns(shared_data):
