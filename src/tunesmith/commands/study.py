@@ -192,7 +192,7 @@ def show(
         for one in shown:
             shown_as.setdefault(one.run, []).append(f"{id} {one.label}")
     rows = [("run", "command", "shown as", "needs", "state", "memory", "time")]
-    largest, total, sources, unknown = 0, 0.0, dict[str, None](), 0
+    largest, total, unknown, sources = 0, 0.0, 0, dict[str, None]()
     for name in wanted:
         run, forecast, seconds, state = plan.runs[name], forecasts[name], expected[name], ledger.state(name)
         memory = forecast and forecast.memory

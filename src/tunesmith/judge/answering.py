@@ -69,16 +69,11 @@ def rewards_at_steps(
     prompts = each_once(load_prompts(options.prompts, option="--eval.prompts"))
     print(f"note: scored by {scorer.description}")
 
+    drawn, model = GenerateOptions(max_new_tokens=options.max_new_tokens), (trainee.trunk, trainee.tokenizer)
+
     def reward_at(step: int) -> dict[str, Any]:
         with torch.compiler.set_stance("force_eager"):  # answers grow token by token: no shape comes twice
-            answers = answer_prompts(
-                trainee.trunk,
-                trainee.tokenizer,
-                prompts,
-                GenerateOptions(max_new_tokens=options.max_new_tokens),
-                scorer=scorer,
-                samples=options.samples,
-            )
+            answers = answer_prompts(*model, prompts, drawn, scorer=scorer, samples=options.samples)
         write_answers(path / "answers" / f"{step_name(step)}.jsonl", answers)
         made_by = {"scorer": scorer.name, "samples": options.samples}
         return reward_summary(answers) | measures(answers) | made_by

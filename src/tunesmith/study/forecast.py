@@ -24,6 +24,8 @@ from tunesmith.study.matrix import Plan, PlannedRun, reference
 from tunesmith.train.resolve import ESTIMATES_SHARE
 
 START = 3.0  # seconds in which a run's process gets ready, on the machine of docs/performance.md
+ALIKE = ("model.name", "data.name", "data.max_rows", "data.batching", "optimizer.name", "train.precision")
+"""Options that decide with a few others how fast a run computes."""
 BUDGET = 1.0  # seconds of a probe after its warm-up
 ELSEWHERE = Card("another machine", 0.0, 1e10, {"fp32": 1e11})  # which a study was written for; nothing is known of it
 
@@ -92,19 +94,8 @@ def work_of(plan: Plan, run: PlannedRun, forecast: Forecast | None) -> RunWork |
     training = (steps - done) * setting.operations
     looking = estimate_passes(setting.config, steps, done=done) * setting.forward_operations
     operations = training + (looking if setting.config.eval.iters else min(looking, training * ESTIMATES_SHARE))
-    kind = (
-        run.command,
-        s["model.name"],
-        s["data.name"],
-        s["data.max_rows"],
-        s["data.batching"],
-        block_size_of(setting.config.data),
-        bool(s["lora.rank"]),
-        s["optimizer.name"],
-        s["train.precision"],
-        s.get("eval.reward"),
-    )
-    return RunWork(operations, kind)
+    alike = (run.command, *(s[option] for option in ALIKE), s.get("eval.reward"), bool(s["lora.rank"]))
+    return RunWork(operations, (*alike, block_size_of(setting.config.data)))
 
 
 def times(

@@ -363,14 +363,8 @@ def plan_record(plan: Plan) -> dict[str, Any]:
             for id, (title, shown) in plan.experiments.items()
         },
         "runs": {
-            name: {
-                "directory": directory_of(name),
-                "hash": run.hash,
-                "command": run.command,
-                "settings": dict(run.changed),
-                "needs": list(run.needs),
-                "continues": run.continues,
-            }
+            name: {"directory": directory_of(name), "hash": run.hash, "command": run.command}
+            | {"settings": dict(run.changed), "needs": list(run.needs), "continues": run.continues}
             for name, run in plan.runs.items()
         },
         "searches": {id: {label: list(names) for label, names in by.items()} for id, by in plan.searches.items()},

@@ -169,10 +169,9 @@ def shift_of(first: RunRecord, second: RunRecord) -> int:
 
     One that counts from 0 again shows by a step-0 loss that differs, or by a count that never passes the end of `first`.
     """
-    starts = [
-        next((p.value for p in run.series("eval", "validation_loss") if p.step == 0), None) for run in (first, second)
-    ]
-    anew = (starts[1] is not None and starts[0] != starts[1]) or last_step(second) <= last_step(first)
+    losses = [run.series("eval", "validation_loss") for run in (first, second)]
+    one, other = (next((p.value for p in series if p.step == 0), None) for series in losses)
+    anew = (other is not None and one != other) or last_step(second) <= last_step(first)
     return last_step(first) if anew else 0
 
 

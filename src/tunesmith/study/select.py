@@ -20,11 +20,8 @@ def rows_of_step(run: RunRecord) -> int:
 def over_rows(experiment: Experiment, line: Line) -> Line:
     """The line over the rows read so far in place of steps, for runs whose steps differ in size."""
     runs = experiment.runs(line.label)
-    scaled = {
-        seed: [replace(p, step=p.step * rows_of_step(runs[seed])) for p in series]
-        for seed, series in line.seeds.items()
-    }
-    return replace(line, seeds=scaled)
+    rows = {seed: rows_of_step(runs[seed]) for seed in line.seeds}
+    return replace(line, seeds={s: [replace(p, step=p.step * rows[s]) for p in line.seeds[s]] for s in line.seeds})
 
 
 def finals(
@@ -159,11 +156,8 @@ def alone(run: RunRecord) -> Judged:
 
 def whole_training(halves: Sequence[RunRecord]) -> Judged:
     shifts = [0, *(shift_of(halves[0], second) for second in halves[1:])]
-    at = {
-        step + shift: (run, step)
-        for run, shift in reversed([*zip(halves, shifts, strict=True)])
-        for step in run.answers
-    }
+    backwards = reversed([*zip(halves, shifts, strict=True)])  # where both have a step, the first half's counts
+    at = {step + shift: (run, step) for run, shift in backwards for step in run.answers}
     last, shift = halves[-1], shifts[-1]
     if not last.answers:
         last, shift = halves[0], 0

@@ -202,17 +202,16 @@ def resolve_cuda_graphs(config: AnyConfig, device: torch.device, precision: Prec
     Raises: UsageError where it was asked for and cannot be, with all reasons.
     """
     t, d = config.train, config.data
+    changing, moving = d.batching != "windows", t.weights == "bf16" and not config.lora.rank
+    again = t.activation_checkpointing is True
     against = {
         f"--train.device is {device}, and graphs need a CUDA device": device.type not in RECORDS_ON,
-        f"--data.batching {d.batching} changes lengths and counts from step to step (windows does not)": d.batching
-        != "windows",
+        f"--data.batching {d.batching} changes lengths and counts from step to step (windows does not)": changing,
         "--train.precision fp16 has the host check its loss scale": precision == "fp16",
         "--train.optimizer_in_backward decides on the host, before backward": t.optimizer_in_backward,
-        "--train.weights bf16 moves the optimizer's state to new memory at every update": t.weights == "bf16"
-        and not config.lora.rank,
+        "--train.weights bf16 moves the optimizer's state to new memory at every update": moving,
         "--optimizer.name adamw8bit cannot skip an update by itself": config.optimizer.name == "adamw8bit",
-        "--train.activation_checkpointing true reads the random state inside the step": t.activation_checkpointing
-        is True,
+        "--train.activation_checkpointing true reads the random state inside the step": again,
     }
     reasons = [reason for reason, holds in against.items() if holds]
     if t.cuda_graphs is True and reasons:

@@ -115,14 +115,14 @@ def in_batches(splits: Splits, config: AnyConfig, *, pairs: bool = False) -> Dat
     The validation rows have an order of their own, so that runs that differ in `data.seed` are estimated on the same batches.
     """
     data, options = config.data, config.train
+    fill_to = FILL_TO if options.compile or options.precision != "fp32" else 1
     layout = BatchLayout(
-        batching=data.batching,
-        block_size=block_size_of(data),
-        batch_size=options.batch_size,
-        loss_on=data.loss_on,
+        data.batching,
+        block_size_of(data),
+        options.batch_size,
+        data.loss_on,
         truncation=data.truncation,
-        seed=data.seed,
-        fill_to=FILL_TO if options.compile or options.precision != "fp32" else 1,
+        fill_to=fill_to,
     )
     by_split: dict[str, Any] = {}
     for name, store, rows, seed in (

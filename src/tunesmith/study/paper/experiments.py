@@ -27,13 +27,9 @@ def lines_of(e: Experiment, event: str, key: str) -> list[Line]:
     for seed in sorted(halves[0].seeds.keys() | halves[1].seeds.keys()):
         first, second = (half.seeds.get(seed, []) for half in halves)
         whole[seed] = joined(first, second, e.runs(FIRST).get(seed), e.runs(CONTINUED).get(seed))
-    merged = Line(
-        f"{FIRST}, then {CONTINUED}",
-        whole,
-        halves[0].partial | halves[1].partial,
-        halves[0].missing + halves[1].missing,
-        halves[0].signed or halves[1].signed,
-    )
+    one, other = halves
+    missing, signed = one.missing + other.missing, one.signed or other.signed
+    merged = Line(f"{FIRST}, then {CONTINUED}", whole, one.partial | other.partial, missing, signed)
     return [merged, *(e.line(x, event, key) for x in labels if x not in (FIRST, CONTINUED))]
 
 
