@@ -12,8 +12,8 @@ from tunesmith.models.gpt2 import GPT, GPTConfig
 from tunesmith.models.head import head_nll_sum, states_and_head
 from tunesmith.models.known import SIZES
 from tunesmith.models.lora import apply_lora
+from tunesmith.options.training import SLOTS
 from tunesmith.plan.memory import (
-    SLOTS,
     Work,
     activation_bytes,
     adapted_layers,

@@ -109,13 +109,16 @@ class TrainOptions:
     """On a CPU. fast: freed memory is kept for the next step; lean: it is returned at once, which saves memory and costs time."""
     seed: int = 1234
     """Seed for new weights (adapters and score layers too), for dropout and for stochastic rounding (train.weights bf16)."""
-    device: str = field(
-        default="auto", metadata=ROUNDING
-    )  # other kernels; each kind of device has its own random numbers
+    # other kernels; each kind of device has its own random numbers
+    device: str = field(default="auto", metadata=ROUNDING)
     """auto, cpu, cuda, cuda:1, mps."""
     diverge_after: int = 50  # closed, as eval.patience: it may end the run at another step
     """Stop as diverged when the mean loss of this many steps is 5 % above that of step 0 and so is the loss on the rows it was
     measured on then; or at the end, when that loss is 1.5 times what it was, or 5 % above it with a mean of 1.5 times. 0 = never."""
+
+
+SLOTS = {"adamw": 2, "adam": 2, "sgd": 0, "sgd-momentum": 1, "sgd-nesterov": 1, "adamw8bit": 2}
+"""Optimizer -> numbers that it keeps per trained weight, for plans, which run none."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,10 @@ class LoRAOptions:
     def alpha_or_default(self) -> float:
         """The alpha that was asked for, or twice the rank."""
         return 2.0 * self.rank if self.alpha is None else self.alpha
+
+
+NOT_IN_NATS = ("ipo", "hinge")
+"""Preference losses that are no negative log-likelihood: a square, and a distance. Reports give their unit by name."""
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tunesmith.models.family import HEAD, Config, Kept
+from tunesmith.options.training import SLOTS
 
-SLOTS: Mapping[str, int] = {"adamw": 2, "adam": 2, "sgd": 0, "sgd-momentum": 1, "sgd-nesterov": 1, "adamw8bit": 2}
-"""Numbers that an optimizer keeps per trained weight."""
 EIGHT_BIT_FROM, EIGHT_BIT_BLOCK = 4096, 256  # torchao: smaller weights keep their state in float32
 BF16_UPDATE = 22
 """Bytes a number: the gradient, float32 copies of it and of the weight, and what rounding makes on the way."""

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from tunesmith.jsontext import Json
+from tunesmith.options.training import NOT_IN_NATS
 from tunesmith.study.records import Experiment, RunRecord
 from tunesmith.train.methods.table import METHODS
 
 TOKEN, PAIR = "nats per target token", "nats per pair"
 PAIRWISE = tuple(method.command for method in METHODS.values() if method.pairs)
-OTHER_LOSSES = ("ipo", "hinge")  # of DPO: a square, and a distance; neither is in nats
 
 
 def loss_unit(config: dict[str, Any], command: str | None) -> str:
@@ -20,7 +20,7 @@ def loss_unit(config: dict[str, Any], command: str | None) -> str:
     if command not in PAIRWISE:
         return TOKEN
     name = (config.get("dpo") or {}).get("loss")
-    return f"a pair ({name})" if name in OTHER_LOSSES else PAIR
+    return f"a pair ({name})" if name in NOT_IN_NATS else PAIR
 
 
 def unit_of(run: RunRecord) -> str:
