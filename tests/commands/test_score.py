@@ -39,12 +39,13 @@ def test_the_command_scores_models_and_says_what_the_judge_is_worth(
 ):
     out = tmp_path / "scores"
     words = ["score", str(tiny_directory), str(run.path), "--reward", reward_model, "--limit", "24", "--out", str(out)]
-    assert main([*words, "--generate.max_new_tokens", "8"]) == 0
+    assert main([*words, "--generate.max_new_tokens", "8", "--fluency", str(tiny_directory)]) == 0
     text = told(capsys)
     assert "scored by" in text
     assert "trained on sample; right on" in text
     for heading in (
         "mean reward of 24 prompts",
+        "nats a token of the answers under",
         "mean reward by group",
         "against",
         "without a judge",
@@ -54,6 +55,8 @@ def test_the_command_scores_models_and_says_what_the_judge_is_worth(
         assert heading in text, heading
     found = json.loads((out / "scores.json").read_text())
     assert set(found["models"]) == {str(tiny_directory), str(run.path)}
+    assert found["reader"] == str(tiny_directory)
+    assert all(m["nats_per_token"]["n"] == m["on_topic_gain"]["n"] == 24 for m in found["models"].values())
     for file in (out / "answers").iterdir():
         answers = read_answers(file)
         assert len(answers) == 24

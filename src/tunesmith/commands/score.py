@@ -30,8 +30,9 @@ from tunesmith.files.names import checkpoints_of, find_model, load, run_and_step
 from tunesmith.files.run import step_name, write_atomically
 from tunesmith.generation.engine import prepare
 from tunesmith.judge.answering import answer_prompts
+from tunesmith.judge.fluency import Reader
 from tunesmith.judge.measures import best_rewards, compare_rewards, interval_record, measures, reward_summary
-from tunesmith.judge.scorers import load_scorer
+from tunesmith.judge.scorers import Scorer, load_scorer
 from tunesmith.judge.two_models import interval_text
 from tunesmith.options.commands import ScoreCommand
 from tunesmith.stats import bootstrap_interval
@@ -42,7 +43,7 @@ SHOWN_WORDS = 60
 
 
 def score(names: Sequence[str], options: ScoreCommand) -> dict[str, Any]:
-    """Print the tables; return `{"scorer", "models": {name: reward, measures, best_of_n}, "against_first": {name: ...}}`.
+    """Print the tables; return `{"scorer", "models": {name: reward, measures, best_of_n, fluency}, "against_first": {name: ...}}`.
 
     Raises: UserError if a model, the reward model or the prompts cannot be had; UsageError for options out of range.
     """
@@ -58,7 +59,7 @@ def score(names: Sequence[str], options: ScoreCommand) -> dict[str, Any]:
 def _score(names: Sequence[str], options: ScoreCommand) -> dict[str, Any]:
     """As `score`, its options checked."""
     models = list(dict.fromkeys(model for name in names for model in checkpoints_of(name)))
-    for name in models:
+    for name in [*models, *filter(None, [options.fluency])]:
         find_model(name)  # what is missing is said now, not after minutes
     prompts = each_once(load_prompts(options.prompts, options.limit))
     scorer = load_scorer(options.reward, device=options.device)
@@ -72,10 +73,23 @@ def _score(names: Sequence[str], options: ScoreCommand) -> dict[str, Any]:
         )
         if file := answers_file(name, options.out):
             write_answers(file, answers[name])
-    result = {"scorer": scorer.name, "description": scorer.description, "samples": options.samples}
+    return tell_scores(answers, scorer, options)
+
+
+def tell_scores(answers: Answers, scorer: Scorer, options: ScoreCommand) -> dict[str, Any]:
+    """Print the tables of scored answers, MODEL by MODEL, and write what `options.out` asks for; returns as `score`."""
+    console = Console(highlight=False, soft_wrap=True)
+    result: dict[str, Any] = {"scorer": scorer.name, "description": scorer.description, "samples": options.samples}
     result |= summarise(answers, best=options.samples > 1)
-    label = labels(models)
+    if options.fluency:
+        reader = Reader(options.fluency, options.device)
+        result["reader"] = reader.name
+        for name, given in answers.items():
+            result["models"][name] |= reader.fluency(given)
+    label = labels(list(answers))
     print_scores(console, result, label)
+    if options.fluency:
+        print_fluency(console, result, label)
     print_groups(console, result, label)
     print_extremes(console, answers, label, options.shown)
     for line in choice_of_run(answers):
@@ -136,6 +150,15 @@ def print_scores(console: Console, result: dict[str, Any], label: Mapping[str, s
             table.add_row(label[name], *win_texts(measured))
             table.add_row("  where both are of similar length", *win_texts(measured["matched_length"]))
         console.print(table)
+
+
+def print_fluency(console: Console, result: dict[str, Any], label: Mapping[str, str]) -> None:
+    """How likely the reader finds each model's answers."""
+    title = f"nats a token of the answers under {result['reader']}, 95 % interval over the prompts"
+    table = new_table(title, "model", "after their prompt", "more after another prompt")
+    for name, m in result["models"].items():
+        table.add_row(label[name], interval_text(m["nats_per_token"]), interval_text(m["on_topic_gain"], signed=True))
+    console.print(table)
 
 
 def print_groups(console: Console, result: dict[str, Any], label: Mapping[str, str]) -> None:

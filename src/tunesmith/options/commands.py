@@ -66,6 +66,8 @@ class ScoreCommand:
     """Prompt file: one per line, or rows with `prompt` and optionally `group`, or any data format; default: the embedded 40."""
     samples: int = 1
     """Answers per prompt; with more than one, best-of-n is shown beside the mean."""
+    fluency: str | None = None
+    """MODEL that says how likely it finds the answers after their own prompt and after another one, in nats a token."""
     generate: GenerateOptions = field(default_factory=GenerateOptions)
     chat: ChatOptions = field(default_factory=ChatOptions)
     limit: int | None = None
