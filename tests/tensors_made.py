@@ -1,8 +1,14 @@
 """What a computation makes and keeps: its largest tensor, and the bytes saved for backward."""
 
+import contextlib
+from unittest import mock
+
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from tunesmith.models import recompute
 
 
 class LargestTensor(TorchDispatchMode):
@@ -25,7 +31,7 @@ def largest(loss, *inputs) -> int:
 
 
 def kept_by_autograd(model, tokens, documents, rows=None, half=False):
-    """Bytes of every float tensor saved for backward, each storage once, without the weights."""
+    """Bytes of every float tensor saved for backward, each storage once, without the weights and what is computed again."""
     weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def keep(tensor):
@@ -34,8 +40,14 @@ def kept_by_autograd(model, tokens, documents, rows=None, half=False):
             kept[storage.data_ptr()] = storage
         return tensor
 
+    @contextlib.contextmanager
+    def keep_too(pack, unpack):  # the hooks of `recomputed`, of which only the innermost are asked
+        with saved_tensors_hooks(lambda x: keep(y) if isinstance(y := pack(x), torch.Tensor) else y, unpack):
+            yield
+
     with (
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        saved_tensors_hooks(keep, lambda tensor: tensor),
+        mock.patch.object(recompute, "saved_tensors_hooks", keep_too),
         torch.autocast("cpu", torch.bfloat16, enabled=half),
     ):
         hidden = model(tokens, documents, rows=rows)

@@ -157,19 +157,18 @@ def test_memory_modes_change_not_one_bit(case, mode):
 
 
 @cases
-@pytest.mark.parametrize("targets", [None, "all-linear", "o_proj,down_proj,c_proj,dense,dense_4h_to_h"])
-def test_its_activations_are_what_autograd_keeps(case, targets):
+@pytest.mark.parametrize("mode", [False, "selective"])
+@pytest.mark.parametrize("targets", [None, "all-linear", "late"])
+def test_its_activations_are_what_autograd_keeps(case, targets, mode):
     model = here(in_transformers(case)).train()
+    model.activation_checkpointing = mode
     shape, documents = model.config, Documents.from_rows([[20, 44], [64]])
+    if targets == "late":
+        targets = ",".join(sorted(model.family.late_layers(shape)))
     if targets:
-        present = [
-            t
-            for t in targets.split(",")
-            if t == "all-linear" or any(n.endswith(t) for n in find_targets(model, "all-linear"))
-        ]
-        targets = ",".join(present)
         apply_lora(model, targets, rank=3, alpha=6)
-    counted = Work(128, rank=3 if targets else 0, targets=adapted_layers(shape, targets) if targets else ())
+    adapters = {"rank": 3, "targets": adapted_layers(shape, targets)} if targets else {}
+    counted = Work(128, checkpointing=mode, **adapters)
     kept = kept_by_autograd(model, random_ids(2, 64), documents)
     once = [*model.for_blocks(documents.positions), *documents._masks.values()]  # for all blocks
     assert activation_bytes(shape, counted) + sum(t.nbytes for t in once) == kept

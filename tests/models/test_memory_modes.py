@@ -1,6 +1,5 @@
 """Every way to train in less memory against the plain step: equal to the bit, or within the bound that stands here."""
 
-import contextlib
 import importlib.util
 import math
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ import torch
 import tunesmith as ts
 from interrupted_runs import assert_same_end, interrupted
 from reference import random_model
+from tensors_made import kept_by_autograd
 from tiny_runs import tiny_config, train_losses
 from tunesmith.__main__ import main
 from tunesmith.errors import UserError
@@ -47,39 +47,19 @@ def test_dropout_draws_the_same_masks_in_a_second_pass(mode):
     assert_same_weights(train(dropout=0.2)[0], train(dropout=0.2, checkpointing=mode)[0])
 
 
-def kept_bytes(mode, monkeypatch, precision="fp32"):
-    """Float tensors that autograd keeps of one forward pass, each storage once, without the weights."""
+def kept_bytes(mode, precision="fp32"):
+    """Float tensors that autograd keeps of one forward pass."""
     model = random_model(SHAPE).train()
     model.activation_checkpointing = mode
-    ours, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
-
-    def note(x):
-        if x.is_floating_point() and (storage := x.untyped_storage()).data_ptr() not in ours:
-            kept[storage.data_ptr()] = storage
-        return x
-
-    @contextlib.contextmanager
-    def noting_too(pack, unpack):
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda x: packed if not isinstance(packed := pack(x), torch.Tensor) else note(packed), unpack
-        ):
-            yield
-
-    monkeypatch.setattr(recompute, "saved_tensors_hooks", noting_too)
-    with (
-        torch.autograd.graph.saved_tensors_hooks(note, lambda x: x),
-        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
-    ):
-        hidden = model(torch.randint(128, (2, 32)), Documents.from_rows([[12, 20], [32]]))
-    assert hidden.requires_grad
-    return sum(s.nbytes() for s in kept.values())
+    ids, documents = torch.randint(128, (2, 32)), Documents.from_rows([[12, 20], [32]])
+    return kept_by_autograd(model, ids, documents, half=precision == "bf16")
 
 
-def test_selective_keeps_neither_what_norms_nor_what_gelu_give(monkeypatch):
+def test_selective_keeps_neither_what_norms_nor_what_gelu_give():
     """Of a block's 17 C numbers a token it spares the inputs of c_attn (C), c_fc (C) and of the MLP's second layer (4 C)."""
-    spared = kept_bytes(False, monkeypatch) - kept_bytes("selective", monkeypatch)
+    spared = kept_bytes(False) - kept_bytes("selective")
     assert spared == SHAPE.n_layer * 64 * 6 * SHAPE.n_embd * 4
-    assert kept_bytes(False, monkeypatch, "bf16") - kept_bytes("selective", monkeypatch, "bf16") >= spared / 2
+    assert kept_bytes(False, "bf16") - kept_bytes("selective", "bf16") >= spared / 2
 
 
 def test_what_is_not_wanted_is_not_computed_again(monkeypatch):
