@@ -152,3 +152,12 @@ def test_what_follows_from_a_size_follows_it(base, changes, expected):
     with pytest.raises(UserError, match=f"not a {base.family.title} shape: num_hidden_layers = 0; .*dropout = 1"):
         base.resized(depth=0, dropout=1)
     assert base.resized(depth=1, dropout=0.1).resized(depth=base.depth, dropout=0.0) == base
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gemmas_embedding_is_scaled_by_a_root_that_is_rounded_as_transformers_rounds_it(dtype):
+    theirs = in_transformers("gemma3_text").to(dtype)
+    ours, ids = here(theirs, dtype), random_ids(2, 9)
+    right = theirs.model.embed_tokens(ids)
+    assert torch.equal(ours.embed(ours.embedding(ids), ids), right)
+    assert dtype is torch.float32 or not torch.equal((ours.embedding(ids).float() * 32**0.5).to(dtype), right)
