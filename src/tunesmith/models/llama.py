@@ -150,10 +150,8 @@ class LlamaConfig:
         """What `resized` changes."""
         values: dict[str, Any] = {"num_hidden_layers": depth, "max_position_embeddings": longest, "dropout": dropout}
         if width is not None:
-            values |= {
-                "hidden_size": width,
-                "intermediate_size": 8 * math.ceil(self.intermediate_size * width / self.width / 8),
-            }
+            inner = 8 * math.ceil(self.intermediate_size * width / self.width / 8)
+            values |= {"hidden_size": width, "intermediate_size": inner}
         if heads is not None:
             shared = heads if self.key_heads == self.heads else math.gcd(heads, self.key_heads)
             values |= {"num_attention_heads": heads, "num_key_value_heads": shared}

@@ -34,8 +34,8 @@ LIBRARIES = 42e6  # bytes that threads, oneDNN's kernels and the like take with 
 COMPILER = 0.44e9  # bytes of torch's compiler and what it makes, for adamw8bit; measured once
 HOLES = {True: (20e6, 0.3, 0.8, 0.2), False: (40e6, 0.8, 0.8, 0.0)}
 """What a CPU's heap cannot use again with --train.allocator fast: bytes, and times one block's activations, the largest single
-block, all activations; with LoRA and without. Fitted to measured peaks (benchmarks/plan.py, benchmarks/steady.py): glibc gives a freed place anew only
-where its alignment happens to fit, so that the same training differs by some percent from run to run."""
+block, all activations; with LoRA and without. Fitted to measured peaks (benchmarks/plan.py and steady.py): glibc gives a freed place
+anew only where its alignment happens to fit, so that the same training differs by some percent from run to run."""
 CONVERTED = 0.4
 """Where all weights are trained in bfloat16: of the float32 ones that they were made from, what stays of their places on that heap."""
 ESTIMATES = 40  # of a training, as `resolve.resolve_length` spreads them where eval.every is left out
