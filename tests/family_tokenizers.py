@@ -10,8 +10,8 @@ from functools import cache
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from tunesmith.data.tokenizer_classes import QWEN2_WORDS
 
+from tunesmith.data.tokenizer_classes import QWEN2_WORDS
 from tunesmith.files.names import SAMPLE
 
 LLAMA3_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -21,6 +21,7 @@ from tunesmith.data.special_tokens import read_special_tokens
 from tunesmith.data.template import Segment, Template
 from tunesmith.data.token_bytes import ByteRuns, text_bytes
 from tunesmith.data.tokenizer import Tokenizer
+from tunesmith.errors import UserError
 
 TEXTS = [
     "", " ", "hello", " hello", "  hello", "Hello, world! 3.14 and 2026", "\n\nHuman: hi\n\nAssistant: yes.\n\nHuman: so?",
@@ -154,6 +155,7 @@ def test_what_is_written_is_the_same_tokenizer_to_transformers_and_to_us(places,
     assert again.padding_side == named.padding_side
     assert again.eos_token_id == ours[name].end_of_text == back.end_of_text
     assert ours[name].pad(10**6) == (ours[name].end_of_text if named.pad_token is None else named.pad_token_id)
+    assert back.template is HH, "though it says a text's beginning to transformers"
     assert (back.fingerprint, back.begins, back.opening, back.stops) == (
         ours[name].fingerprint, ours[name].begins, ours[name].opening, ours[name].stops,
     )  # fmt: skip
@@ -197,6 +199,26 @@ def test_rows_are_their_segments_one_by_one_and_a_prompt_is_that_of_training(our
             unicodedata.normalize("NFC", talk[3].content) if name in ("qwen", "gpt_neox") else talk[3].content
         )
         assert tokenizer.answer(words) == expected_words
+
+
+@pytest.mark.parametrize("name", ["qwen", "gpt_neox"])
+def test_an_older_pair_of_files_is_read_as_its_class_reads_it(places, ours, name, tmp_path):
+    content = json.loads((places[name] / "tokenizer.json").read_text())
+    merges = "\n".join(" ".join(pair) for pair in content["model"]["merges"])
+    added = {str(token.pop("id")): token for token in content["added_tokens"]}
+    config = json.loads((places[name] / "tokenizer_config.json").read_text()) | {"added_tokens_decoder": added}
+    (tmp_path / "vocab.json").write_text(json.dumps(content["model"]["vocab"]))
+    (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    read = Tokenizer.load(tmp_path)
+    for text in TEXTS:
+        assert read.encode(text) == ours[name].encode(text), text
+
+
+def test_a_sentencepiece_file_alone_is_refused_with_the_way_out(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"no tokenizer\.json .*convert its tokenizer\.model: .*save_pretrained"):
+        Tokenizer.load(tmp_path)
 
 
 # ---- white space and special tokens ----------------------------------------------------------------------------------

@@ -205,7 +205,7 @@ def bits_of(batches: Batches[TextRows], tokenizer: Tokenizer, nats: float) -> di
     """`{"bits_per_byte"}` of all tokens, by which models with different tokenizers compare; nothing if bytes cannot be counted."""
     try:
         size = sum(text_bytes(tokenizer, b.targets[: b.count].numpy()) for b in batches.fixed())
-    except ValueError:  # no byte-level tokenizer
+    except ValueError:  # not known of these tokens
         return {}
     return {"bits_per_byte": bits_per_byte(nats, size)} if size else {}
 

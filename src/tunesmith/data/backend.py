@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib import resources
 from itertools import takewhile
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from tunesmith.data.special_tokens import SpecialTokens
 from tunesmith.errors import UserError
@@ -46,6 +47,33 @@ def byte_level(model: models.BPE, with_end: bool = True) -> tokenizers.Tokenizer
     backend.decoder = decoders.ByteLevel()
     if with_end:
         backend.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False)])
+    return backend
+
+
+def gpt2_backend() -> tokenizers.Tokenizer:
+    """GPT-2's, from the merges in this package."""
+    lines = resources.files("tunesmith").joinpath("gpt2/vocab.bpe").read_text(encoding="utf-8").split("\n")
+    merges = [(a, b) for a, b in (line.split(" ") for line in lines[1:] if line)]
+    symbols = [*gpt2_byte_symbols(), *(a + b for a, b in merges), END_OF_TEXT]
+    vocab = {symbol: i for i, symbol in enumerate(symbols)}
+    return byte_level(models.BPE(vocab=vocab, merges=merges))
+
+
+def trained_backend(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """One made from texts. Raises: UserError if they hold too few merges."""
+    backend = byte_level(models.BPE())
+    end = AddedToken(END_OF_TEXT, normalized=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, min_frequency=2, special_tokens=[end], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    found = backend.get_vocab_size()
+    if found != vocab_size:
+        raise UserError(
+            f"--tokenizer.vocab_size {vocab_size:,} is more than these texts allow: they hold {found:,} pieces "
+            f"that occur at least twice. Use {found} or less, add text, or use --tokenizer.name gpt2"
+        )
     return backend
 
 

@@ -1,4 +1,13 @@
-"""Segments to tokens: the ids of many rows, and of each token what it teaches."""
+"""Segments to tokens: the ids of many rows, and of each token what it teaches.
+
+The rule, for every tokenizer: where a segment ends a token ends, and a segment is encoded as the middle of its text
+(`backend.in_the_middle`), after `Tokenizer.begun` has put in what the tokenizer does at a text's beginning and around special
+tokens. So the ids before an answer are those of its prompt in training, chat and scoring. They are also those of the whole
+text, and so what transformers makes of the dialogue, wherever no token would reach over a border: behind special tokens,
+and before a word's space. Where one would, an answer that begins with a line break behind a line break, or a full stop
+before the line breaks of the next turn, which Llama 3's and Qwen's tokenizers join, or an accent that NFC would put on what
+stands before, the tokens here are cut at the border, as a model reads them that is to say the answer.
+"""
 
 from __future__ import annotations
 

@@ -1,17 +1,16 @@
-"""Byte-level BPE through the Rust `tokenizers`: text to ids and back; text never turns into a special token."""
+"""A model's tokenizer, through the Rust `tokenizers`: text to ids and back; text never turns into a special token."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, decoders, models, trainers
+from tokenizers import decoders, models
 from tokenizers.pre_tokenizers import ByteLevel
 
 from tunesmith.data.backend import (
@@ -19,7 +18,7 @@ from tunesmith.data.backend import (
     begins_of,
     byte_level,
     byte_levels,
-    gpt2_byte_symbols,
+    gpt2_backend,
     in_the_middle,
     keeps_text,
     opened,
@@ -28,6 +27,7 @@ from tunesmith.data.backend import (
     specially,
     spelling,
     text_only,
+    trained_backend,
     with_parts,
     with_tokens,
 )
@@ -38,7 +38,7 @@ from tunesmith.data.jinja_template import from_jinja
 from tunesmith.data.special_tokens import SpecialTokens, generation_settings, read_special_tokens, stored_template
 from tunesmith.data.template import Segment, Template
 from tunesmith.data.templates import TEMPLATES
-from tunesmith.data.tokenizer_classes import class_for
+from tunesmith.data.tokenizer_classes import built, class_for
 from tunesmith.errors import UserError
 from tunesmith.jsontext import read_json, write_json
 
@@ -81,6 +81,8 @@ class Tokenizer:
         self._stored = self._backend = text_only(with_parts(backend, in_the_middle(parts)))
         self.added, self._bytes = self._backend.get_added_tokens_decoder(), dict[int, bytes]()
         self.begins = begins_of(self._backend)
+        swallowing = any(token.special and (token.lstrip or token.rstrip) for token in self.added.values())
+        self._as_they_stand = not (self.begins or self.opening or swallowing)
         self.spelling = spelling(parts)
         self.vocab_size: int = max(backend.get_vocab().values(), default=-1) + 1
         self.end_of_text: int = self._end_of_text(where)
@@ -139,22 +141,24 @@ class Tokenizer:
                 return Tokenizer(tokenizers.Tokenizer.from_file(str(file)), str(file), special, form)
             vocab, merges = directory / "vocab.json", directory / "merges.txt"
             if vocab.exists() and merges.exists():
-                bpe = models.BPE.from_file(str(vocab), str(merges))
-                return Tokenizer(byte_level(bpe, END_OF_TEXT in read_json(vocab)), str(vocab), special, form)
+                backend = byte_level(models.BPE.from_file(str(vocab), str(merges)), END_OF_TEXT in read_json(vocab))
+                return Tokenizer(with_parts(backend, built(special.settings)), str(vocab), special, form)
         except UserError:
             raise
         except Exception as error:  # the Rust side raises bare Exception
             raise UserError(f"{file} is not a tokenizer ({error}); download or save it again") from None
-        raise UserError(f"{directory} holds no tokenizer.json (nor vocab.json with merges.txt)")
+        sentencepiece = (directory / "tokenizer.model").exists()
+        way_out = (
+            "; convert its tokenizer.model: load it with transformers' AutoTokenizer and save it with save_pretrained"
+        )
+        raise UserError(
+            f"{directory} holds no tokenizer.json (nor vocab.json with merges.txt){way_out * sentencepiece}"
+        )
 
     @staticmethod
     def gpt2() -> Tokenizer:
         """GPT-2's own tokenizer, rebuilt from the 50,000 published merges that ship with this package."""
-        lines = resources.files("tunesmith").joinpath("gpt2/vocab.bpe").read_text(encoding="utf-8").split("\n")
-        merges = [(a, b) for a, b in (line.split(" ") for line in lines[1:] if line)]
-        symbols = [*gpt2_byte_symbols(), *(a + b for a, b in merges), END_OF_TEXT]
-        vocab = {symbol: i for i, symbol in enumerate(symbols)}
-        return Tokenizer(byte_level(models.BPE(vocab=vocab, merges=merges)), "gpt2")
+        return Tokenizer(gpt2_backend(), "gpt2")
 
     @staticmethod
     def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -163,22 +167,7 @@ class Tokenizer:
         The end of text is token 0, then come the 256 bytes, then the merges; a merge comes at least twice in the texts.
         Raises: UserError if they hold fewer merges than `vocab_size` asks for.
         """
-        backend = byte_level(models.BPE())
-        end = AddedToken(END_OF_TEXT, normalized=False)
-        alphabet = ByteLevel.alphabet()
-        backend.train_from_iterator(
-            texts,
-            trainers.BpeTrainer(
-                vocab_size=vocab_size, min_frequency=2, special_tokens=[end], initial_alphabet=alphabet, show_progress=False
-            ),
-        )  # fmt: skip
-        found = backend.get_vocab_size()
-        if found != vocab_size:
-            raise UserError(
-                f"--tokenizer.vocab_size {vocab_size:,} is more than these texts allow: they hold {found:,} pieces "
-                f"that occur at least twice. Use {found} or less, add text, or use --tokenizer.name gpt2"
-            )
-        return Tokenizer(backend, "new tokenizer")
+        return Tokenizer(trained_backend(texts, vocab_size), "new tokenizer")
 
     def limit(self, embeddings: int, where: str) -> None:
         """Let text give only ids that a model of so many embeddings knows: an added token beyond them becomes letters.
@@ -215,6 +204,8 @@ class Tokenizer:
         plain: of a text; False: of a dialogue, which begins so only in a template that `opens` with it. A template's own
         beginning is all that transformers' `apply_chat_template` knows.
         """
+        if self._as_they_stand:
+            return list(segments)
         found: list[Segment] = []
         behind: Segment | None = None  # the last one that is not empty
         for segment in segments:
@@ -371,15 +362,15 @@ class Tokenizer:
     def _config(self, block_size: int) -> dict[str, Any]:
         """What tokenizer_config.json holds."""
         settings = self.special.settings
-        if byte_levels(self._parts):
-            settings = settings | {"add_prefix_space": self.opening is not None}
+        prefix = {"add_prefix_space": self.opening is not None} if byte_levels(self._parts) else {}
         extra = {"extra_special_tokens": list(self.special.extra)} if self.special.extra else {}
         return {
             **settings,
-            "tokenizer_class": class_for(settings, with_parts(self._stored, self._parts)),
+            "tokenizer_class": class_for(settings | prefix, self._parts, self._stored.model),
             "model_max_length": block_size,
             **self._roles,
             **extra,
+            **prefix,
             "chat_template": self._jinja(self.template),
         }
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import tokenizers
+from tokenizers import models
 
-from tunesmith.data.backend import SPACE, Parts, parts_of
+from tunesmith.data.backend import SPACE, Parts
 
 AS_IT_STANDS = "PreTrainedTokenizerFast"
 QWEN2_WORDS = (
@@ -27,13 +27,13 @@ def built(settings: Mapping[str, Any]) -> Parts:
     return _BUILT.get(_plain_name(settings), _byte_level)(settings)
 
 
-def class_for(settings: Mapping[str, Any], backend: tokenizers.Tokenizer) -> str:
-    """The class to write for a tokenizer. settings: of its tokenizer_config.json, with the class that it had."""
-    name, model = _plain_name(settings), backend.model
+def class_for(settings: Mapping[str, Any], parts: Parts, model: models.Model) -> str:
+    """The class to write for a tokenizer of these parts. settings: of its tokenizer_config.json, with the class that it had."""
+    name = _plain_name(settings)
     alike = (
         name in _BUILT
-        and isinstance(model, tokenizers.models.BPE)
-        and _meaning(parts_of(backend)) == _meaning(built(settings))
+        and isinstance(model, models.BPE)
+        and _meaning(parts) == _meaning(built(settings))
         and model.byte_fallback == (name in ("LlamaTokenizer", "GemmaTokenizer"))
         and not model.ignore_merges
         and model.dropout is None

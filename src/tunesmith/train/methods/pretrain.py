@@ -107,7 +107,7 @@ def task(run: Prepared) -> Task:
 
 
 def held_out_bytes(run: Prepared) -> int:
-    """Bytes of text that an estimate predicts. Raises: UserError if the tokenizer is not byte-level."""
+    """Bytes of text that an estimate predicts. Raises: UserError if the tokens' bytes are not known."""
     from tunesmith.data.token_bytes import text_bytes
 
     tokenizer, batches = run.trainee.tokenizer, run.data.validation.fixed(run.iters)
@@ -115,7 +115,10 @@ def held_out_bytes(run: Prepared) -> int:
         return sum(text_bytes(tokenizer, batch.targets[: batch.count].numpy()) for batch in batches)
     except ValueError:
         name = run.config.tokenizer.name
-        raise UserError(f"--tokenizer.name {name}: not a byte-level tokenizer like GPT-2's; use gpt2 or new") from None
+        raise UserError(
+            f"--tokenizer.name {name}: how many bytes its tokens stand for is not known (it changes texts before it cuts them, or "
+            "has other than byte-level BPE or byte fallback); use gpt2 or new"
+        ) from None
 
 
 METHOD = Method(
