@@ -109,6 +109,10 @@ class Template:
             (n for stop in self.stop_texts for n in range(1, len(stop)) if answer.endswith(stop[:n])), default=0
         )
 
+    def ends_learned(self, segments: Sequence[Segment]) -> int:
+        """How many answers of a dialogue carry loss, each with its end."""
+        return sum(s.closes or (s.loss and s.special and s.text == self.end) for s in segments)
+
     def border_inside(self, words: str) -> bool:
         """Whether words hold what begins or ends a turn in this form: a model that learns them learns to write both sides."""
         if any(stop in words for stop in self.stop_texts):

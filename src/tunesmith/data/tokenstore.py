@@ -265,7 +265,7 @@ def _cut(
             if form == "dialogues" and isinstance(located.value, Dialogue | Preference):
                 messages = _dialogue(located.value).messages
                 asked = sum(m.role == "assistant" and m.weight != 0 and bool(m.content) for m in messages)
-                learned = sum(s.closes or (s.loss and s.special and s.text == template.end) for s in stored[0])
+                learned = template.ends_learned(stored[0])
                 if not any(s.loss for s in stored[0]):
                     raise BadRow(template.refusal(messages) or "no token of it carries loss")
                 answers, unlearned = answers + asked, unlearned + max(0, asked - learned)

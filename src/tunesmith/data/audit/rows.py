@@ -117,22 +117,18 @@ def refused(row: Row, template: Template) -> str:
             for dialogue in (row.chosen, row.rejected):
                 template.answered(dialogue.messages)
             return ""
-        return "" if learned_answers(row, template) else template.refusal(row.messages)
+        if any(s.loss for s in template.segments(row.messages, False)):
+            return ""
+        return template.refusal(row.messages) or "no token of it carries loss"
     except BadRow as reason:
         return str(reason)
-
-
-def learned_answers(dialogue: Dialogue, template: Template) -> int:
-    """How many answers carry loss, each with its end. Raises: BadRow if the template does not take the dialogue."""
-    segments = template.segments(dialogue.messages, False)
-    return sum(s.closes or (s.loss and s.special and s.text == template.end) for s in segments)
 
 
 def _partly_learned(dialogue: Dialogue, template: Template) -> bool:
     """Whether some answers are learned, but not all that have weight and words."""
     wanted = sum(m.role == "assistant" and m.weight != 0 and bool(m.content.strip()) for m in dialogue.messages)
     try:
-        return 0 < learned_answers(dialogue, template) < wanted
+        return 0 < template.ends_learned(template.segments(dialogue.messages, False)) < wanted
     except BadRow:
         return False
 
