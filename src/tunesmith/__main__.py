@@ -178,7 +178,7 @@ def _demo(argv: Argv) -> None:
 
 
 COMMANDS: dict[str, tuple[str, Callable[[Argv], None]]] = {
-    "demo": ("the whole chain on the embedded sample, in minutes on two CPU cores", _demo),
+    "demo": ("the whole chain on SmolLM2 or an embedded model, in minutes on a CPU", _demo),
     "data": ("build or check a data set; show which tokens carry loss", _data),
     "plan": ("memory and time of a training run in advance; --fit finds what fits", _plan),
     **{command: (about, partial(_train, command)) for command, about in ABOUT.items()},

@@ -1,5 +1,6 @@
 """Every command that the README and the pages in docs/ show does what they say, as written."""
 
+import importlib.util
 import json
 import pkgutil
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from shown_commands import ROOT, blocks, commands, run
+from tunesmith.files.converted import INSTALL_SMOLLM2, SMOLLM2_PACKAGE
 
 NEEDS_HUB = re.compile(r"gpt2-medium|--config paper/|runs/hh|--data\.name hh")
 
@@ -48,6 +50,19 @@ def test_commands_of_the_page_on_judging_run_as_written(folder):
     for command in shown:
         done = run(command, folder)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+@pytest.mark.long
+@pytest.mark.skipif(importlib.util.find_spec(SMOLLM2_PACKAGE) is None, reason=f"no SmolLM2 here: {INSTALL_SMOLLM2}")
+def test_commands_of_the_page_on_smollm2_run_as_written_in_fewer_steps(folder):
+    shown = commands("docs/smollm2.md")
+    assert len(shown) == 8
+    for command in shown:
+        shorter = re.sub(r"--train\.steps \d+", "--train.steps 2 --eval.iters 2", command).replace(
+            "--limit 8", "--limit 2"
+        )
+        done = run(shorter.replace("tokens 64", "tokens 8"), folder)
+        assert done.returncode == 0, f"{shorter}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 
 @pytest.mark.long
@@ -107,7 +122,7 @@ def test_readme_is_short_and_names_no_file_that_is_not_there():
 
 @pytest.mark.long
 def test_demo_in_its_shortest_form(folder):
-    done = run("tunesmith demo --steps 2 --out demo", folder)
+    done = run("tunesmith demo --model sample --steps 2 --out demo", folder)
     assert done.returncode == 0, done.stderr[-2000:]
     report = Path(done.stdout.strip().splitlines()[-1].removeprefix("Report: "))
     page = report.read_text()

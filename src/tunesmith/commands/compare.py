@@ -85,14 +85,25 @@ def answered(a: str, b: str, options: CompareCommand) -> Comparison:
     for name in (a, b):
         find_model(name)  # what is missing is said now, not after minutes
     prompts = each_once(load_prompts(options.prompts, options.limit))
-    tokenizer = shared_tokenizer(a, b) if options.logprobs else None
+    if options.logprobs:
+        shared_tokenizer(a, b)  # or it is refused here
     scorer = load_scorer(options.reward, device=options.device) if options.reward else None
     of_a, of_b = (answers_of(name, prompts, options.generate, options.device, scorer) for name in (a, b))
-    rows = [PromptResult(x, y) for x, y in zip(of_a, of_b, strict=True)]
-    if tokenizer:
-        room = room_for_prompt(min(shape_of(name).longest for name in (a, b)), options.generate.max_new_tokens)
-        rows = with_logps((a, b), tokenizer, rows, options.device, room)
-    return Comparison((a, b), rows, scorer.description if scorer else "", settings=in_words(options.generate))
+    return beside_each_other((a, b), (of_a, of_b), options, scorer.description if scorer else "")
+
+
+def beside_each_other(
+    names: tuple[str, str],
+    answers: tuple[Sequence[ScoredAnswer], Sequence[ScoredAnswer]],
+    options: CompareCommand,
+    scored_by: str,
+) -> Comparison:
+    """Answers of both to the same prompts, with log-probabilities where asked for. scored_by: what gave the rewards."""
+    rows = [PromptResult(x, y) for x, y in zip(*answers, strict=True)]
+    if options.logprobs:
+        room = room_for_prompt(min(shape_of(name).longest for name in names), options.generate.max_new_tokens)
+        rows = with_logps(names, shared_tokenizer(*names), rows, options.device, room)
+    return Comparison(names, rows, scored_by, settings=in_words(options.generate))
 
 
 def answers_of(

@@ -73,11 +73,14 @@ def _score(names: Sequence[str], options: ScoreCommand) -> dict[str, Any]:
         )
         if file := answers_file(name, options.out):
             write_answers(file, answers[name])
-    return tell_scores(answers, scorer, options)
+    result = tell_scores(answers, scorer, options)
+    for line in choice_of_run(answers):
+        console.print(line, markup=False)
+    return result
 
 
 def tell_scores(answers: Answers, scorer: Scorer, options: ScoreCommand) -> dict[str, Any]:
-    """Print the tables of scored answers, MODEL by MODEL, and write what `options.out` asks for; returns as `score`."""
+    """Print the tables of scored answers and write what `options.out` asks for; returns as `score`. answers: by names to be shown."""
     console = Console(highlight=False, soft_wrap=True)
     result: dict[str, Any] = {"scorer": scorer.name, "description": scorer.description, "samples": options.samples}
     result |= summarise(answers, best=options.samples > 1)
@@ -92,8 +95,6 @@ def tell_scores(answers: Answers, scorer: Scorer, options: ScoreCommand) -> dict
         print_fluency(console, result, label)
     print_groups(console, result, label)
     print_extremes(console, answers, label, options.shown)
-    for line in choice_of_run(answers):
-        console.print(line, markup=False)
     if options.out:
         write_atomically(Path(options.out) / "scores.json", json.dumps(result, indent=2) + "\n")
     return result

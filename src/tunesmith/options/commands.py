@@ -135,12 +135,14 @@ class ReportCommand:
 
 @dataclass(frozen=True)
 class DemoCommand:
-    """The whole chain on the embedded sample, in minutes on two CPU cores."""
+    """The whole chain on a small model and the embedded dialogues, in minutes on two CPU cores."""
 
+    model: str = "auto"
+    """smollm2 (dequantised from 4 bits), sample (embedded, two minutes, offline) or another MODEL; auto: smollm2 if it is installed."""
     out: str | None = None
     """Output directory; default: runs/demo, or the next free name."""
-    steps: int = 120
-    """Optimizer steps of each training run."""
+    steps: int | None = None
+    """Optimizer steps of each training run; default: what suits the model."""
     open: Literal["auto"] | bool = "auto"
     """Open the report in a browser; auto: if there is a display."""
 

@@ -36,10 +36,10 @@ class Page:
 TRAINING = ("train.epochs", "train.steps", "train.batch_size", "optimizer.lr")
 PAGES = {
     "demo": Page(
-        "The whole chain on the embedded sample, in minutes on two CPU cores and without a network: SFT, LoRA, a reward "
-        "model, DPO, scores, a comparison and a report.",
-        ("tunesmith demo",),
-        ("out", "steps", "open"),
+        "The whole chain on SmolLM2 (weights dequantised from 4 bits) or the embedded model, in minutes on two CPU "
+        "cores: SFT, LoRA, a reward model, DPO, scores, answers side by side and a report.",
+        ("tunesmith demo", "tunesmith demo --model sample"),
+        ("model", "out", "steps", "open"),
     ),
     "data": Page(
         "Shows what a data set holds: the format recognised, rows, tokens, lengths, and what was skipped and why. "

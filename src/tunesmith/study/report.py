@@ -32,8 +32,10 @@ from tunesmith.train.methods.table import METHODS
 SHOWN_STEPS = 4  # of the answers of one run beside each other
 
 
-def write_report(directories: Sequence[str], out: str | None = None) -> Path:
+def write_report(directories: Sequence[str], out: str | None = None, opening: str = "") -> Path:
     """Write the page of runs or of a study, its figures and its tables; returns the page's path.
+
+    opening: HTML before the first run, by whoever ran them.
 
     Raises: UserError if a directory holds no run, or none has a metric yet; UsageError for a study among other directories.
     """
@@ -47,7 +49,7 @@ def write_report(directories: Sequence[str], out: str | None = None) -> Path:
     else:
         runs = [Run(d) for d in directories]
         drawn = [_figures(run) for run in runs]
-        text, tables = render_report(runs, drawn), tables_of(runs)
+        text, tables = render_report(runs, drawn, opening), tables_of(runs)
         plates = [plate for several in drawn for plate in several]
         path = Path(out) if out else runs[0].path / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,14 +92,14 @@ def render_study_report(study: Study) -> tuple[str, list[Plate], list[Table]]:
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
-def render_report(runs: Sequence[Run], drawn: Sequence[Sequence[Plate]] | None = None) -> str:
+def render_report(runs: Sequence[Run], drawn: Sequence[Sequence[Plate]] | None = None, opening: str = "") -> str:
     """The page of runs as text; the same run directories give the same bytes. drawn: the figures of each, if at hand."""
     drawn = [_figures(run) for run in runs] if drawn is None else drawn
     body = "".join(_run_section(run, plates, len(runs) == 1) for run, plates in zip(runs, drawn, strict=True))
     title = f"tunesmith: {', '.join(run.path.name for run in runs)}"
     result = result_of_run(runs[0]) if len(runs) == 1 else result_of_runs(runs)
     overview = _overview(runs) if len(runs) > 1 else ""
-    return render_page(title, f'<p class="lead">{esc(result)}</p>{overview}{body}')
+    return render_page(title, f'<p class="lead">{esc(result)}</p>{opening}{overview}{body}')
 
 
 def _figures(run: Run) -> list[Plate]:
