@@ -15,14 +15,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from tunesmith.commands.demo import demo_sft
+from tunesmith.commands.demo_recipes import EMBEDDED
 from tunesmith.commands.training import sft
 from tunesmith.data.prompts import encode_prompt, load_prompts
 from tunesmith.files.names import load
 from tunesmith.generation.engine import decode
 from tunesmith.generation.sampling import Sampling
 from tunesmith.judge.measures import words
-from tunesmith.options.commands import DemoCommand
 
 SEEDS = (1, 2, 3)
 MAX_NEW_TOKENS = 128
@@ -59,8 +58,7 @@ def main() -> None:
     parser.add_argument("--model", default="sample", help="what to fine-tune")
     args = parser.parse_args()
     if not (args.run / "status.json").exists():
-        config = demo_sft(args.run, DemoCommand().steps)
-        sft(dataclasses.replace(config, model=dataclasses.replace(config.model, name=args.model)))
+        sft(dataclasses.replace(EMBEDDED, base=args.model).sft(args.run))
     found = [answer for seed in SEEDS for answer in answers(str(args.run), seed)]
     bars = (
         ("end by themselves", sum(a.by_itself for a in found), 0.9),
