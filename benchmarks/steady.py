@@ -44,11 +44,11 @@ def jobs(args: argparse.Namespace, work: Path) -> dict[str, tuple[list[str], str
             model += ["--train.batch_size", "1"]
             out = ["--data.name", "sample", "--eval.iters", "10", "--out", str(work / f"{name}-{precision}")]
             found[f"{name}-{precision}"] = ([command, *model, *more, *steps, "--train.precision", precision, *out], "")
-    lengths = [n % 800 + 1 for n in range(args.messages)]
+    lengths = [n * 397 % 800 + 1 for n in range(args.messages)]  # long and short from the beginning
     told = "".join(f"/reset\n{'word ' * n}\n" for n in lengths)
     found["chat"] = (["chat", "sample", "--device", "cpu", "--generate.max_new_tokens", "16"], told)
     prompts = work / "prompts.txt"
-    prompts.write_text("".join(f"{n}: {'word ' * (n % 700 + 1)}\n" for n in range(args.messages)))
+    prompts.write_text("".join(f"{n}: {'word ' * (n * 397 % 700 + 1)}\n" for n in range(args.messages)))
     judge = [
         "--reward",
         str(work / "judge"),
@@ -110,6 +110,15 @@ def planned(argv: list[str], work: Path) -> float | None:
     return round(found["memory"]["total"] / 1e6) if "total" in found.get("memory", {}) else None
 
 
+def keep(path: Path, settings: dict[str, int], found: dict[str, dict[str, Any]]) -> None:
+    """Write the rows; those of other jobs that were measured with the same settings stay."""
+    before = json.loads(path.read_text()) if path.exists() else {"settings": None}
+    kept = {row["name"]: row for row in before["summary"]} if before["settings"] == settings else {}
+    write_result(
+        path, settings, list((kept | {name: {"name": name, **row} for name, row in found.items()}).values()), {}
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
@@ -141,9 +150,7 @@ def main() -> None:
                 flush=True,
             )
             if args.out:
-                settings = {"steps": args.steps, "messages": args.messages, "only": args.only}
-                rows = [{"name": name, **values} for name, values in found.items()]
-                write_result(Path(args.out) / "steady-2core.json", settings, rows, {})
+                keep(Path(args.out) / "steady-2core.json", {"steps": args.steps, "messages": args.messages}, found)
 
 
 if __name__ == "__main__":
