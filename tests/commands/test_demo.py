@@ -27,7 +27,7 @@ def check_report(out, printed, about):
     assert printed.count(f"from {about}.") == 2, "at the beginning and at the end"
     for name in ("base", "SFT", "DPO"):
         assert len((out / "answers" / f"{name}.jsonl").read_text().splitlines()) == 40
-        assert f"<tr><td>{name}</td>" in page
+        assert f'<th class="number">{name}</th>' in page
         assert page.count(f"<b>{name}</b>") == 40, "every answer stands beside the others"
     scores = json.loads((out / "scores.json").read_text())
     assert list(scores["models"]) == ["base", "SFT", "DPO"]

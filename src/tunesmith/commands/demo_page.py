@@ -35,25 +35,29 @@ def opening(recipe: Recipe, answers: Mapping[str, Sequence[ScoredAnswer]], score
 
 
 def _table(recipe: Recipe, scores: Mapping[str, Any]) -> str:
-    """A row a model, and below the table what its columns mean."""
-    head = ["model", "tokens an answer", "ended by themselves", "repeated", "reward", "reward, minus the base's"]
-    head += ["nats a token", "on-topic gain"] * recipe.reads
-    lines = []
-    for name, m in scores["models"].items():
-        against = scores["against_first"].get(name)
-        cells = [f"{m['length']:.0f}", f"{m['self_stopped']:.0%}", f"{m['repetition']:.0%}", interval_text(m["reward"])]
-        cells.append(interval_text(against["difference"], signed=True) if against else "")
-        if recipe.reads:
-            cells += [interval_text(m["nats_per_token"]), interval_text(m["on_topic_gain"], signed=True)]
-        numbers = "".join(f'<td class="number">{esc(cell)}</td>' for cell in cells)
-        lines.append(f"<tr><td>{esc(name)}</td>{numbers}</tr>")
-    titles = "".join(f'<th class="number">{esc(title)}</th>' for title in head[1:])
-    words = f"In parentheses 95 % intervals over the prompts. Rewards are {esc(scores['description'])}."
+    """A column a model, and below the table what its rows mean."""
+    models, against = scores["models"], scores["against_first"]
+    differences = ["", *(interval_text(found["difference"], signed=True) for found in against.values())]
+    rows = {
+        "tokens an answer": [f"{m['length']:.0f}" for m in models.values()],
+        "ended by themselves": [f"{m['self_stopped']:.0%}" for m in models.values()],
+        "repeated four-word sequences": [f"{m['repetition']:.0%}" for m in models.values()],
+        "reward": [interval_text(m["reward"]) for m in models.values()],
+        "reward, minus the base's": differences,
+    }
+    words = f"In parentheses 95 % intervals over the prompts. Rewards are those of {scores['description']}."
     if recipe.reads:
+        rows["nats a token, under the base"] = [interval_text(m["nats_per_token"]) for m in models.values()]
+        rows["on-topic gain, nats a token"] = [interval_text(m["on_topic_gain"], signed=True) for m in models.values()]
         words += (
-            " Nats a token: how unlikely the answers are after their prompts to the base itself, so this measures the distance from "
-            "it as well as sense; on-topic gain: how much more unlikely they are after another prompt. An answer that would suit "
-            "any question gains nothing, and a base never trained on these dialogues is the only judge of it here."
+            " Nats a token: how unlikely the base finds the answers after their prompts, so this grows with the distance from it. "
+            "On-topic gain: how much more unlikely they are after another prompt; one that would suit any question gains nothing."
         )
-    table = f'<div class="wide"><table><tr><th>{head[0]}</th>{titles}</tr>{"".join(lines)}</table></div>'
-    return f'{table}<p class="dim">{words}</p>'
+    head = "".join(f'<th class="number">{esc(name)}</th>' for name in models)
+    body = "".join(
+        f"<tr><td>{esc(title)}</td>" + "".join(f'<td class="number">{esc(cell)}</td>' for cell in cells) + "</tr>"
+        for title, cells in rows.items()
+    )
+    return (
+        f'<div class="wide"><table><tr><th>answers</th>{head}</tr>{body}</table></div><p class="dim">{esc(words)}</p>'
+    )

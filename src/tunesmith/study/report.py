@@ -35,7 +35,7 @@ SHOWN_STEPS = 4  # of the answers of one run beside each other
 def write_report(directories: Sequence[str], out: str | None = None, opening: str = "") -> Path:
     """Write the page of runs or of a study, its figures and its tables; returns the page's path.
 
-    opening: HTML before the first run, by whoever ran them.
+    opening: HTML that takes the place of the sentence that runs are summed up in.
 
     Raises: UserError if a directory holds no run, or none has a metric yet; UsageError for a study among other directories.
     """
@@ -99,7 +99,7 @@ def render_report(runs: Sequence[Run], drawn: Sequence[Sequence[Plate]] | None =
     title = f"tunesmith: {', '.join(run.path.name for run in runs)}"
     result = result_of_run(runs[0]) if len(runs) == 1 else result_of_runs(runs)
     overview = _overview(runs) if len(runs) > 1 else ""
-    return render_page(title, f'<p class="lead">{esc(result)}</p>{opening}{overview}{body}')
+    return render_page(title, (opening or f'<p class="lead">{esc(result)}</p>') + overview + body)
 
 
 def _figures(run: Run) -> list[Plate]:
