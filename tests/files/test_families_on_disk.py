@@ -130,6 +130,9 @@ REFUSED = [
     ("llama", {"head_dim": None, "hidden_size": 34}, "hidden_size = 34 is not a multiple of num_attention_heads = 4"),
     ("llama", {"mlp_bias": "yes"}, "mlp_bias = 'yes'"),
     ("llama", {"num_hidden_layers": 0}, "num_hidden_layers = 0"),
+    ("llama", {"quantization_config": {"quant_method": "fp8"}}, "weights are quantised .fp8., which tunesmith does not read"),
+    ("gpt2", {"compression_config": {"format": "int-quantized"}}, "weights are quantised .quantization_config."),
+    ("llama", {"is_causal": False}, "is_causal = False, which tunesmith's Llama does not support"),
     ("mistral", {"sliding_window": 50}, "sliding_window = 50 in texts of up to 96 tokens.*Mistral"),
     ("qwen2", {"use_sliding_window": True}, "use_sliding_window = True, which tunesmith's Qwen2"),
     ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention', which tunesmith's Qwen3"),
@@ -182,6 +185,23 @@ def test_positions_are_read_in_both_forms(case):
     config = config_from_hf(hf_config(case).to_dict())
     assert config.rope_scaling is not None
     assert config == config_from_hf(old) == config_from_hf(old | {"rope_scaling": kind})
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt_neox"])
+def test_the_first_longest_text_may_stand_beside_the_scaling(case, tmp_path):
+    scaling = LLAMA3 | {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+    theirs = in_transformers(case)
+    theirs.save_pretrained(tmp_path)
+    old = json.loads((tmp_path / "config.json").read_text())
+    del old["rope_parameters"]
+    old |= {"rope_scaling": scaling, "original_max_position_embeddings": 64}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    ours = load_plain(tmp_path)
+    assert ours.config.rope_scaling.longest == 64
+    ids = IDS % 61
+    with torch.no_grad():
+        torch.testing.assert_close(ours.lm_head(ours(ids)), again.eval()(ids).logits, **CLOSE)
 
 
 AS_ON_THE_HUB = {  # in the form of before transformers 5

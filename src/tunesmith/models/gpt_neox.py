@@ -27,7 +27,7 @@ from tunesmith.models.linear import Linear
 from tunesmith.models.model import Model
 from tunesmith.models.published import Setting, read_settings, refuse_unless
 from tunesmith.models.recompute import Chain
-from tunesmith.models.rotary import Rotary, Scaling, read_rotary, rotary_to_hf, rotate
+from tunesmith.models.rotary import Rotary, Scaling, first_longest, read_rotary, rotary_to_hf, rotate
 
 GELU = {"gelu": "none", "gelu_new": "tanh"}
 """hidden_act -> torch's name of the approximation."""
@@ -290,7 +290,7 @@ def _rotary(hf: Mapping[str, Any], longest: int) -> dict[str, Any]:
     if isinstance(stated, Mapping):
         part = stated.get("partial_rotary_factor")
         stated = {name: value for name, value in stated.items() if name != "partial_rotary_factor"}
-    renamed = {"rope_scaling": stated, "rope_theta": hf.get("rotary_emb_base", 10_000.0)}
+    renamed = {"rope_scaling": stated, "rope_theta": hf.get("rotary_emb_base", 10_000.0), **first_longest(hf)}
     base, scaling = read_rotary(renamed, longest, "GPT-NeoX")
     part = hf.get("rotary_pct", 0.25) if part is None else part
     if isinstance(part, bool) or not isinstance(part, int | float):

@@ -12,6 +12,7 @@ from tunesmith.models.gpt2 import GPT2
 from tunesmith.models.gpt_neox import GPT_NEOX
 from tunesmith.models.llama import LLAMA
 from tunesmith.models.mistral import MISTRAL
+from tunesmith.models.published import refuse_quantised, refuse_unless
 from tunesmith.models.qwen2 import QWEN2
 from tunesmith.models.qwen3 import QWEN3
 
@@ -50,4 +51,6 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
         family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
         raise UserError(f"config.json says model_type {kind!r}; tunesmith supports {', '.join(FAMILIES)} models")
+    refuse_quantised(hf)
+    refuse_unless(hf, {"is_causal": (True, None)}, family.title)
     return family.from_hf(hf)

@@ -40,6 +40,17 @@ def refuse_unless(hf: Mapping[str, Any], computed: Mapping[str, tuple[Any, ...]]
         raise UserError(f"config.json asks for {', '.join(odd)}, which tunesmith's {title} does not support")
 
 
+def refuse_quantised(hf: Mapping[str, Any]) -> None:
+    """Raises: UserError if the weights beside a config.json are numbers of another kind, with scales that belong to them."""
+    stated = hf.get("quantization_config") or hf.get("compression_config")
+    if stated:
+        method = stated.get("quant_method") if isinstance(stated, Mapping) else stated
+        raise UserError(
+            f"config.json says that the weights are quantised ({method or 'quantization_config'}), which tunesmith does not read. Take the "
+            "model in bfloat16 or float32 (or a .gguf file), or let transformers dequantise it and save it again"
+        )
+
+
 def refuse_windows(hf: Mapping[str, Any], title: str) -> None:
     """Raises: UserError if some layers of a config.json see only the last tokens (Qwen's two ways to say so)."""
     kinds = hf.get("layer_types") or []

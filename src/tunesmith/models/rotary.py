@@ -152,7 +152,10 @@ def read_rotary(hf: Mapping[str, Any], longest: int, title: str, base: float = 1
     factor = number("factor", stated.get("factor"))
     if kind == "linear":
         return base, LinearScaling(factor)
-    first = number("original_max_position_embeddings", *_first_longest(hf, stated), longest)
+    name = "original_max_position_embeddings"
+    first = number(
+        name, first_longest(hf).get(name), stated.get(name), longest
+    )  # transformers believes them in this order
     low, high = (number(name, stated.get(name)) for name in ("low_freq_factor", "high_freq_factor"))
     if low >= high:
         raise UserError(
@@ -161,9 +164,9 @@ def read_rotary(hf: Mapping[str, Any], longest: int, title: str, base: float = 1
     return base, Llama3Scaling(factor, low, high, int(first))
 
 
-def _first_longest(hf: Mapping[str, Any], stated: Mapping[str, Any]) -> list[Any]:
-    """In the order in which transformers believes them."""
-    return [source.get("original_max_position_embeddings") for source in (hf, stated)]
+def first_longest(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Positions that a model first learned from, where they stand beside `rope_scaling` (`original_max_position_embeddings`)."""
+    return {name: value for name, value in hf.items() if name == "original_max_position_embeddings"}
 
 
 def rotary_to_hf(base: float, scaling: Scaling) -> dict[str, Any]:
