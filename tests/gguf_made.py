@@ -5,7 +5,7 @@ import numpy as np
 import torch
 import transformers as t
 
-from tunesmith.data.tokenizer import gpt2_byte_symbols
+from tunesmith.data.backend import gpt2_byte_symbols
 
 SMALL = {
     "hidden_size": 64,

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from tunesmith.__main__ import _training_options, main
+from tunesmith.commands import training
 from tunesmith.data.datasets import open_dataset
 from tunesmith.data.mixture import mixed, parse_sets, shares
 from tunesmith.data.readers import Report
@@ -14,7 +15,7 @@ from tunesmith.data.tokenstore import tokenise
 from tunesmith.errors import UsageError, UserError
 from tunesmith.options.parse import parse
 from tunesmith.options.training import DataOptions, ModelOptions, SFTConfig
-from tunesmith.train import session
+from tunesmith.train.methods.table import METHODS
 
 
 @pytest.fixture
@@ -127,7 +128,7 @@ def test_a_mapping_is_for_the_files_and_not_for_the_named_sets(sets):
 def test_a_run_is_called_after_all_its_sets(sets, monkeypatch):
     monkeypatch.chdir(sets)
     data = DataOptions(name="hh:helpful-base*0.3,a.jsonl*0.7")
-    with session.begin(SFTConfig(model=ModelOptions(name="sample"), data=data), "sft") as (_, path):
+    with training._begin(SFTConfig(model=ModelOptions(name="sample"), data=data), METHODS["sft"]) as (_, path):
         assert str(path) == "runs/sft-sample-hh-helpful-base-a"
 
 

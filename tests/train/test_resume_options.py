@@ -31,12 +31,12 @@ NOT_HERE = {
 WORDS = {  # options that are any text
     "lora.targets": "mlp.c_fc", "data.root": "elsewhere", "data.rm_static": "elsewhere", "eval.prompts": "prompts.txt",
     "eval.reward": "judge", "dpo.reference_device": "cpu", "dpo.sft_data": "sample", "tokenizer.name": "gpt2",
-    "data.truncation": "keep_start",
+    "data.truncation": "keep_start", "chat.template": "hh",
 }  # fmt: skip
 CHANGES_NOTHING = {
     "sft": {
         "model.base", "data.root", "data.rm_static", "data.allow_missing", "train.steps", "train.activation_checkpointing",
-        "train.optimizer_in_backward", "train.allocator", "checkpoint.every", "checkpoint.keep",
+        "train.optimizer_in_backward", "train.allocator", "checkpoint.every", "checkpoint.keep", "chat.template",
     },
     "dpo": {"dpo.reference", "dpo.reference_device"},
 }  # fmt: skip
