@@ -55,6 +55,8 @@ UNUSABLE = {
     chatml().replace(ASK, ""): "has no prompt for an answer",
     "{% for m in messages if m['role'] == 'assistant' %}{{ m['content'] }}<|im_end|>{% endfor %}": "leaves out what the user says",
     chatml("m['content'] | upper"): "changes the text of a turn",
+    chatml("m['content'] | capitalize"): "changes the text of a turn",
+    chatml("m['content'] | title"): "changes the text of a turn",
     chatml("m['content'] | length ~ m['content']"): "changes the text of a turn",
 }  # fmt: skip
 
