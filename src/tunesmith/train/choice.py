@@ -159,12 +159,15 @@ def choice_lines(choice: Choice, estimates: Sequence[Estimate], run: Run | None 
     line = f"best checkpoint: step {choice.best_step:,} ({'; '.join(reasons)})"
     if choice.not_distinguishable:
         line += f"; not distinguishable from it: {', '.join(f'{s:,}' for s in choice.not_distinguishable)}"
+    lines = [line]
+    if choice.best_step == 0:
+        lines.append("note: step 0 is the model before training: no later estimate is better than its own")
     if choice.overfitting_since is None:
-        return [line]
+        return lines
     first = next(e for e in estimates if e.step == choice.overfitting_since)
     last = max(estimates, key=lambda e: e.step)
     return [
-        line,
+        *lines,
         f"overfitting since step {first.step:,}: validation loss rose from {first.validation_loss:.3f} to "
         f"{last.validation_loss:.3f} while training loss fell from {first.train_loss:.3f} to {last.train_loss:.3f}; "
         "--eval.patience 3 would stop there",
