@@ -77,5 +77,5 @@ def _snapshot(repo: str, kind: str, patterns: Sequence[str], otherwise: str) -> 
     except network_errors as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{kind} {repo!r} is no directory here and cannot be downloaded from the hub ({reason}); give {otherwise}"
+            f"{kind} {repo!r} is not a directory here and cannot be downloaded from the hub ({reason}); give {otherwise}"
         ) from None

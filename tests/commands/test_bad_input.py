@@ -260,14 +260,14 @@ def test_a_hub_name_while_offline_says_what_to_give_instead(fails, name):
     fails(
         ["evaluate", name, "sample"],
         1,
-        f"model '{name}' is no directory here and cannot be downloaded",
+        f"model '{name}' is not a directory here and cannot be downloaded",
         "HF_HUB_OFFLINE",
         "local directory",
     )
     fails(
         ["data", "someone/rows"],
         1,
-        "dataset 'someone/rows' is no directory here and cannot be downloaded",
+        "dataset 'someone/rows' is not a directory here and cannot be downloaded",
         "HF_HUB_OFFLINE",
         "DIR",
     )

@@ -192,7 +192,7 @@ FAILING = {
     "no rows": ("data someone/pictures", ["no train.* file", "train{.jsonl"]),
     "broken off": (
         "evaluate someone/broken sample",
-        ["model 'someone/broken' is no directory here and cannot be downloaded", "directory"],
+        ["model 'someone/broken' is not a directory here and cannot be downloaded", "directory"],
     ),
 }
 LOADED = ["someone/tiny", "someone/old"]

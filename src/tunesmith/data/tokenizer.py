@@ -242,7 +242,7 @@ class Tokenizer:
         """The id of a special token. Raises: UserError if there is none."""
         number: int | None = self._backend.token_to_id(text)
         if number is None:
-            raise UserError(f"the tokenizer has no token {text}, which the model's form of a dialogue needs")
+            raise UserError(f"the tokenizer has no token {text}, which the chat template needs")
         return number
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
