@@ -1,4 +1,4 @@
-"""tunesmith: turn a GPT-2-class base model into a dialogue model, and measure how good it became.
+"""tunesmith: turn a small base model into a dialogue model, and measure how good it became.
 
 >>> import tunesmith as ts
 >>> model, tokenizer = ts.load("sample", device="cpu")

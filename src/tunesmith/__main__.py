@@ -199,7 +199,8 @@ GROUPS = {
 
 USAGE = """usage: tunesmith COMMAND [ARGUMENTS] [--option value ...]
 
-Turns a GPT-2-class base model into a dialogue model and measures the result.
+Turns a small base model (SmolLM2, Llama, Qwen, GPT-2, ...) into a dialogue
+model and measures the result.
 
 first steps (offline, a few minutes on two CPU cores):
   tunesmith data sample --show 2

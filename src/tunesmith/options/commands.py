@@ -138,7 +138,8 @@ class DemoCommand:
     """The whole chain on a small model and the embedded dialogues, in minutes on two CPU cores."""
 
     model: str = "auto"
-    """smollm2 (dequantised from 4 bits), sample (embedded, two minutes, offline) or another MODEL; auto: smollm2 if it is installed."""
+    """smollm2 (dequantised from 4 bits), sample (embedded, offline, two to eight minutes) or another MODEL; auto: smollm2 if
+    it is installed."""
     out: str | None = None
     """Output directory; default: runs/demo, or the next free name."""
     steps: int | None = None

@@ -59,8 +59,8 @@ PAGES = {
         ),
     ),
     "pretrain": Page(
-        "Trains a new GPT-2, and its tokenizer, from plain text. Short texts share a row without attending to each other, "
-        "long ones are cut into rows.",
+        "Trains a new model, and its tokenizer, from plain text: a GPT-2, or the family and shape of another MODEL. "
+        "Short texts share a row without attending to each other, long ones are cut into rows.",
         ("tunesmith pretrain --data book.txt --model.n_layer 4 --model.n_embd 384",),
         (
             "data.name",

@@ -79,7 +79,7 @@ class PretrainOptimizerOptions(OptimizerOptions):
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """A new GPT-2 and, if asked for, its tokenizer, from plain text."""
+    """A new model and, if asked for, its tokenizer, from plain text."""
 
     model: NewModelOptions = field(default_factory=NewModelOptions)
     tokenizer: TokenizerOptions = field(default_factory=TokenizerOptions)

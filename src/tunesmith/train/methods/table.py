@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from tunesmith.train.methods.method import Method
 
 ABOUT = {
-    "pretrain": "a new GPT-2, and its tokenizer, from plain text",
+    "pretrain": "a new model, and its tokenizer, from plain text",
     "sft": "supervised fine-tuning on dialogues: full or LoRA",
     "reward": "train a reward model on preference pairs (Bradley-Terry)",
     "dpo": "direct preference optimisation: full or LoRA",
