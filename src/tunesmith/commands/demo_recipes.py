@@ -60,11 +60,13 @@ class Recipe:
         """DPO from the fine-tuned model; a reward model scores its answers at every estimate.
 
         With adapters the reference is the policy without them: in few steps that is less work than reading all pairs before.
+        Its answers take most of an estimate, so there is none in the middle.
         """
         options = {
             "lora.rank": self.rank,
             "dpo.reference": "adapter" if self.rank else "auto",
             "eval.reward": judge,
+            **({"eval.every": self.steps} if self.rank else {}),
             "eval.max_new_tokens": self.answers.max_new_tokens,
         }
         return self._training(DPOConfig(out=str(out)), tuned, self.rates["dpo"], options)
@@ -113,13 +115,13 @@ EMBEDDED = Recipe(
 SENSIBLE = Recipe(
     base=SMOLLM2,
     about="SmolLM2-135M-Instruct, its weights dequantised from 4 bits, so a little worse than the published model",
-    steps=48,
+    steps=40,
     rank=8,
     rates={"sft": 5e-4, "reward": 5e-4, "dpo": 2e-4},
     block_size=512,
     batch_size=1,
     estimates=2,
-    iters=10,
+    iters=5,
     answers=GenerateOptions(
         max_new_tokens=96, temperature=0.3
     ),  # small models are more often right in their likeliest words
