@@ -149,7 +149,7 @@ class Renderer:
         way_out = "choose a template with --chat.template"
         try:
             asked, plain = (self._render((question,), follows) for follows in (True, False))
-            self.segments([Message("user", "why x, Sir?")], True)  # real words too: it may change what it is given
+            self.segments([Message("user", "x Y?")], True)  # real words too: it may change what it is given
         except BadRow as reason:
             raise UserError(f"{reason}: it does not render a single question; {way_out}") from None
         try:
