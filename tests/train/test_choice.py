@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tunesmith.train.choice import Estimate, choose, loss_difference, overfitting_since
+from tunesmith.train.choice import Estimate, choice_lines, choose, loss_difference, overfitting_since
 
 
 def curve(validation, train=None, parts=False, seed=0, spread=0.02):
@@ -24,6 +24,13 @@ def test_without_rewards_the_lowest_validation_loss_is_chosen():
     found = choose(curve([3.0, 2.5, 2.2, 2.4]), {})
     assert (found.best_step, found.by, found.not_distinguishable) == (20, "validation_loss", ())
     assert choose([], {}) is None
+
+
+def test_a_choice_of_step_0_says_that_it_is_the_model_before_training():
+    for losses, told in (([1.0, 1.2, 1.3], True), ([1.3, 1.2, 1.0], False)):
+        estimates = curve(losses)
+        lines = choice_lines(choose(estimates, {}, [e.step for e in estimates]), estimates)
+        assert any("before training" in line for line in lines) == told
 
 
 def test_losses_are_told_apart_by_their_paired_difference():
