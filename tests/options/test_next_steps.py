@@ -106,6 +106,16 @@ def test_a_models_name_that_is_nearly_one_is_suggested(typed, meant, capsys):
         assert f"Did you mean {meant}?" in capsys.readouterr().err
 
 
+def test_a_file_and_the_published_smollm2_are_answered_with_what_to_name(here):
+    (here / "model").mkdir()
+    (here / "model" / "model.safetensors").touch()
+    for name in ("model/model.safetensors", "./model/model.safetensors"):
+        with pytest.raises(UserError, match=r"It is a file: name its directory, model$"):
+            find_model(name)
+    with pytest.raises(UserError, match="Without the hub: smollm2, dequantised from 4 bits"):
+        find_model("HuggingFaceTB/SmolLM2-135M-Instruct")
+
+
 def test_a_run_beside_the_missing_one_is_suggested(here, capsys):
     run = here / "runs" / "first"
     run.mkdir(parents=True)

@@ -31,6 +31,7 @@ from tunesmith.models.model import Model, build_model
 from tunesmith.models.reward_head import SCORE, RewardModel
 
 T = TypeVar("T")
+PUBLISHED_SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the model that `smollm2` is, on the hub
 EMBEDDED = ("sample", SMOLLM2)  # names that need neither a path nor the hub
 
 
@@ -98,7 +99,14 @@ def _identity(directory: Path) -> tuple[int, int] | None:
 
 
 def nearest_model(name: str) -> str:
-    """`. Did you mean sample?` for a name like one of the known ones, or like a directory beside the one that is missing; else ""."""
+    """`. Did you mean sample?` for a name like one of the known ones, or like a directory beside the one that is missing; else "".
+
+    A file's directory, and what there is of SmolLM2 without the hub, are named too.
+    """
+    if name == PUBLISHED_SMOLLM2:
+        return f". Without the hub: {SMOLLM2}, dequantised from 4 bits"
+    if (path := Path(name).expanduser()).is_file():
+        return f". It is a file: name its directory, {path.parent}"
     run, at, step = name.rpartition("@") if "@" in name else (name, "", "")
     more = {}
     if Path(run).name == run:
