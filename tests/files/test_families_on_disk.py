@@ -136,6 +136,8 @@ REFUSED = [
     ("mistral", {"sliding_window": 50}, "sliding_window = 50 in texts of up to 96 tokens.*Mistral"),
     ("qwen2", {"use_sliding_window": True}, "use_sliding_window = True, which tunesmith's Qwen2"),
     ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention', which tunesmith's Qwen3"),
+    ("llama", {"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention', which tunesmith's Llama"),
+    ("gpt_neox", {"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention', which tunesmith's GPT-NeoX"),
     ("gpt_neox", {"hidden_act": "silu"}, "hidden_act = 'silu', which tunesmith's GPT-NeoX does not support"),
     ("gpt_neox", {"rope_parameters": YARN}, "rope_type = 'yarn'.*GPT-NeoX"),
     ("gpt_neox", {"rope_parameters": None, "rotary_pct": 0.2}, "rotary_pct = 0.2 turns 1 of a head's 8 numbers"),

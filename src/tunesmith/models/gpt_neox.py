@@ -25,7 +25,7 @@ from tunesmith.models.cache import Cache, attend
 from tunesmith.models.family import Family, Kept, Keys, LinearLayer
 from tunesmith.models.linear import Linear
 from tunesmith.models.model import Model
-from tunesmith.models.published import Setting, read_settings, refuse_unless
+from tunesmith.models.published import Setting, read_settings, refuse_unless, refuse_windows
 from tunesmith.models.recompute import Chain
 from tunesmith.models.rotary import Rotary, Scaling, first_longest, read_rotary, rotary_to_hf, rotate
 
@@ -276,6 +276,7 @@ SETTINGS = {
 
 
 def _from_hf(hf: Mapping[str, Any]) -> GPTNeoXConfig:
+    refuse_windows(hf, "GPT-NeoX")
     refuse_unless(hf, COMPUTED, "GPT-NeoX")
     sizes = read_settings(hf, SETTINGS)
     longest = sizes.get("max_position_embeddings", GPTNeoXConfig.max_position_embeddings)

@@ -23,7 +23,7 @@ from tunesmith.models.family import Family, Kept, Keys, LinearLayer
 from tunesmith.models.gated_mlp import GatedMLP
 from tunesmith.models.linear import Linear, cast_once
 from tunesmith.models.model import Model
-from tunesmith.models.published import Setting, read_settings, refuse_unless
+from tunesmith.models.published import Setting, read_settings, refuse_unless, refuse_windows
 from tunesmith.models.recompute import Chain, plain
 from tunesmith.models.rms_norm import RMSNorm
 from tunesmith.models.rotary import Llama3Scaling, Rotary, Scaling, read_rotary, rotary_to_hf, rotate
@@ -343,6 +343,7 @@ def kept(config: LlamaConfig) -> tuple[Kept, ...]:
 
 
 def _from_hf(hf: Mapping[str, Any]) -> LlamaConfig:
+    refuse_windows(hf, LlamaConfig.title)
     return LlamaConfig(**read_shape(hf, LlamaConfig, SETTINGS | BIASES))
 
 

@@ -52,7 +52,7 @@ def refuse_quantised(hf: Mapping[str, Any]) -> None:
 
 
 def refuse_windows(hf: Mapping[str, Any], title: str) -> None:
-    """Raises: UserError if some layers of a config.json see only the last tokens (Qwen's two ways to say so)."""
+    """Raises: UserError if some layers of a config.json see only the last tokens (the two ways to say so)."""
     kinds = hf.get("layer_types") or []
     refuse_unless(hf, {"use_sliding_window": (False,)}, title)
     if other := [kind for kind in kinds if kind != "full_attention"]:
