@@ -47,7 +47,9 @@ def test_any_model_goes_through_the_demo_of_adapters(tiny_directory, tmp_path, c
 
 @pytest.mark.long
 @pytest.mark.skipif(WITHOUT_SMOLLM2, reason=f"SmolLM2's file is not here: {converted.INSTALL_SMOLLM2}")
-def test_the_demo_of_smollm2_in_its_shortest_form(tmp_path, capsys):
+def test_the_demo_of_smollm2_in_its_shortest_form(tmp_path, capsys, monkeypatch):
+    short = dataclasses.replace(SENSIBLE, answers=dataclasses.replace(SENSIBLE.answers, max_new_tokens=32))
+    monkeypatch.setattr(demo_recipes, "SENSIBLE", short)
     assert main(["demo", "--steps", "2", "--out", str(tmp_path / "demo")]) == 0
     check_report(tmp_path / "demo", capsys.readouterr().out, SENSIBLE.about)
     scores = json.loads((tmp_path / "demo" / "scores.json").read_text())["models"]
