@@ -36,7 +36,7 @@ WORDS = {  # options that are any text
 CHANGES_NOTHING = {
     "sft": {
         "model.base", "data.root", "data.rm_static", "data.allow_missing", "train.steps", "train.activation_checkpointing",
-        "train.optimizer_in_backward", "train.allocator", "checkpoint.every", "checkpoint.keep", "chat.template",
+        "train.optimizer_in_backward", "train.allocator", "checkpoint.every", "checkpoint.keep",
     },
     "dpo": {"dpo.reference", "dpo.reference_device"},
 }  # fmt: skip
