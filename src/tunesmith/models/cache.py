@@ -144,7 +144,7 @@ def attend_last(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) ->
 
     Heads that share a key head take the place of several queries: nothing is repeated.
     """
-    grouped = torch.unflatten(q[:, 0], 1, (keys.shape[1], -1))  # (B, K, H / K, D)
+    grouped = q.reshape(len(q), keys.shape[1], -1, q.shape[-1])  # (B, K, H / K, D)
     return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).flatten(1, 2)[:, None]
 
 
